@@ -1,0 +1,70 @@
+# Everything from a clean clone: `make demo`, `make test`. All set-up goes to $(VENV).
+TORCH       ?= torch#    a pip requirement: TORCH=torch==2.13.0 names another build
+PYTHON      ?= python3#  3.10 or later, to create $(VENV) with
+VENV        ?= .venv
+JOBS        ?= auto#     processes of pytest
+DEMO_ARGS   ?=
+PYTEST_ARGS ?=
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+DEV   := $(VENV)/.ready-dev
+# pip works offline when all that it is asked for is there, and an isolated build never is.
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format gpu-check clean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS)"
+
+demo: $(READY) ## set up, then train a small GPT, generate from it and swap fastattn into transformers
+	@echo "== fastattn demo $(DEMO_ARGS)"
+	@$(BIN)/fastattn demo $(DEMO_ARGS)
+
+test: $(READY) ## set up, then run the tests, in parallel; PYTEST_ARGS go to pytest
+	@echo "== pytest on $(JOBS) processes, one thread each $(PYTEST_ARGS)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(DEV) ## set up the linters too, then ruff, mypy and import-linter
+	@echo "== ruff check" && $(BIN)/ruff check
+	@echo "== ruff format --check" && $(BIN)/ruff format --check
+	@echo "== mypy fastattn" && $(BIN)/mypy fastattn
+	@echo "== lint-imports" && $(BIN)/lint-imports
+
+format: $(DEV) ## let ruff format and mend the code
+	@$(BIN)/ruff format && $(BIN)/ruff check --fix
+
+gpu-check: ## on a machine with an NVIDIA GPU: test and time the kernels, results to OUT=folder; installs nothing
+	@test -n '$(OUT)' || { echo "gpu-check needs a folder for its results: make gpu-check OUT=folder"; exit 2; }
+	@echo "== benchmarks/gpu_check.py with $(PYTHON)"
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu_check.py --out '$(OUT)'
+
+clean: ## remove $(VENV), builds and caches
+	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find fastattn tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Holds the value of TORCH; rewritten, and so newer than $(READY), only when the value changes.
+$(VENV)/.torch: FORCE
+	@mkdir -p '$(VENV)'
+	@test "$$(cat $@ 2>/dev/null)" = '$(TORCH)' || echo '$(TORCH)' > $@
+
+$(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) $(VENV)/.torch
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+	    f"fastattn needs Python 3.10 or later, $(PYTHON) is {sys.version.split()[0]}: name another by PYTHON=")'
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv '$(VENV)' || { echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "== installing $(TORCH) (some minutes the first time)"
+	@$(PIP) 'setuptools>=77' '$(TORCH)'
+	@echo "== installing fastattn in place, with what its tests and its demo need"
+	@$(PIP) -e '.[test]'
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	@$(BIN)/python -c 'from fastattn import extension; print("CUDA extension", extension.status())'
+	@touch $@
+
+$(DEV): $(READY)
+	@echo "== installing the linters"
+	@$(PIP) -e '.[dev]'
+	@touch $@

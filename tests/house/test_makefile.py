@@ -1,0 +1,107 @@
+"""The Makefile's set-up: once, again when its causes change, and never half done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Stands for the interpreter inside and outside of the environment: notes its arguments; `-m venv`
+# puts a copy of itself and a `fastattn` into the new environment; FAIL names a word to fail at.
+PYTHON = """#!/bin/sh
+echo "$*" >> "$LOG"
+if [ -n "$FAIL" ]; then case "$*" in *"$FAIL"*) exit 7;; esac; fi
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/fastattn"
+fi
+"""
+
+
+class Tree:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "log"
+        for name in ("Makefile", "pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, folder)
+        (folder / "python").write_text(PYTHON)
+        (folder / "python").chmod(0o755)
+
+    def make(self, *arguments: str, fail: str = "", code: int = 0) -> list[str]:
+        """What the interpreters were called with by `make ARGUMENTS`."""
+        self.log.write_text("")
+        run = subprocess.run(
+            ["make", f"PYTHON={self.folder}/python", *arguments],
+            cwd=self.folder,
+            env={"PATH": os.environ["PATH"], "LOG": str(self.log), "FAIL": fail},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == code, run.stdout + run.stderr
+        self.printed = run.stdout
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    return Tree(tmp_path)
+
+
+def installs(calls: list[str]) -> list[str]:
+    return [call.split(" install ")[1] for call in calls if "-m pip" in call]
+
+
+def test_second_run_installs_nothing(tree: Tree) -> None:
+    first = tree.make("test")
+    assert [call for call in first if call.startswith("-m venv")] == ["-m venv .venv"]
+    named, package = installs(first)
+    assert named.endswith("setuptools>=77 torch")  # before the package, which would take any torch
+    assert package.endswith("-e .[test]")
+    assert "== creating .venv" in tree.printed
+    second = tree.make("test")
+    assert len(second) == 1 and second[0].startswith("-m pytest")
+    assert tree.make("demo") == ["demo"]
+
+
+def test_another_torch_is_installed(tree: Tree) -> None:
+    tree.make("test", "TORCH=torch==2.13.0")
+    assert installs(tree.make("test", "TORCH=torch==2.13.0")) == []
+    assert installs(tree.make("test"))[0].endswith(" torch")
+
+
+def test_changed_metadata_is_installed(tree: Tree) -> None:
+    tree.make("test")
+    ready = (tree.folder / ".venv" / ".ready").stat().st_mtime
+    os.utime(tree.folder / "pyproject.toml", (ready + 1, ready + 1))
+    assert installs(tree.make("test"))
+
+
+@pytest.mark.parametrize("step", ["-m venv", "setuptools", "-e ."])
+def test_failed_set_up_is_taken_up_again(tree: Tree, step: str) -> None:
+    calls = tree.make("test", fail=step, code=2)
+    assert not any(call.startswith("-m pytest") for call in calls)
+    assert len(installs(tree.make("test"))) == 2
+
+
+def test_failing_tests_fail_make(tree: Tree) -> None:
+    tree.make("test", fail="-m pytest", code=2)
+
+
+def test_arguments_are_passed_on(tree: Tree) -> None:
+    assert tree.make("demo", "DEMO_ARGS=--steps 3")[-1] == "demo --steps 3"
+    assert tree.make("test", "PYTEST_ARGS=-k house", "JOBS=2")[-1].endswith(
+        "-n 2 --maxprocesses 8 --dist worksteal -k house"
+    )
+
+
+def test_gpu_check_installs_nothing_and_wants_a_folder(tree: Tree) -> None:
+    assert tree.make("gpu-check", "OUT=results") == ["benchmarks/gpu_check.py --out results"]
+    assert not (tree.folder / ".venv").exists()
+    assert tree.make("gpu-check", code=2) == []
+    assert "make gpu-check OUT=folder" in tree.printed

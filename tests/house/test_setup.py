@@ -1,0 +1,208 @@
+"""setup.py: what it decides, and that no missing tool and no failing build fails an install."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fastattn
+
+ROOT = Path(__file__).parents[2]
+TORCH = (Path("torch"), (2, 10))
+
+# Smallest library on the stable ABI that has a kernel and an op.
+PLANTED = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+__global__ void fill(float* x) { x[threadIdx.x] = 1.0f; }
+
+torch::stable::Tensor same(torch::stable::Tensor x) {
+  if (x.numel() < 0) fill<<<1, 32>>>(static_cast<float*>(x.data_ptr()));
+  return torch::stable::clone(x);
+}
+STABLE_TORCH_LIBRARY(fastattn_planted, m) { m.def("same(Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn_planted, CompositeExplicitAutograd, m) {
+  m.impl("same", TORCH_BOX(&same));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_py_under_test", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what a build reads."""
+    root = tmp_path / "tree"
+    skip = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "fastattn", root / "fastattn", ignore=skip)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, root)
+    return root
+
+
+def plant(root: Path, source: str = PLANTED) -> None:
+    (root / "csrc" / "emulator").mkdir(parents=True)
+    (root / "csrc" / "library.cu").write_text(source)
+    (root / "csrc" / "emulator" / "host.cpp").write_text("#error not part of the extension")
+
+
+def fake_nvcc(folder: Path, body: str) -> Path:
+    folder.mkdir()
+    program = folder / "nvcc"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    return folder
+
+
+def build_wheel(root: Path, **environment: str) -> tuple[str, set[str], str]:
+    """Build as an installer does: the wheel's name, its files, what the build printed."""
+    code = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = (root / "dist").glob("*.whl")
+    return wheel.name, set(zipfile.ZipFile(wheel).namelist()), run.stdout
+
+
+def test_sources_are_those_of_csrc_without_the_emulator(
+    setup_py: ModuleType, tmp_path: Path
+) -> None:
+    assert setup_py.find_sources(tmp_path) == []
+    plant(tmp_path)
+    (tmp_path / "csrc" / "notes.md").write_text("no source")
+    assert setup_py.find_sources(tmp_path) == ["csrc/library.cu"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "archs", "nvcc", "found", "reason"),
+    [
+        ([], "90a", "nvcc", TORCH, "holds no sources"),
+        (["a.cu"], " ", "nvcc", TORCH, "FASTATTN_CUDA_ARCHS is empty"),
+        (["a.cu"], "90a", None, TORCH, "nvcc was not found"),
+        (["a.cu"], "90a", "nvcc", None, "torch is not installed"),
+        (["a.cu"], "90a", "nvcc", (Path("torch"), (2, 9)), "torch 2.9 .* torch >= 2.10"),
+    ],
+)
+def test_each_thing_that_is_missing_is_named(
+    setup_py: ModuleType,
+    sources: list[str],
+    archs: str,
+    nvcc: str | None,
+    found: tuple[Path, tuple[int, int]] | None,
+    reason: str,
+) -> None:
+    assert re.search(reason, setup_py.skip_reason(sources, archs, nvcc, found))
+
+
+def test_nothing_is_missing(setup_py: ModuleType) -> None:
+    assert setup_py.skip_reason(["a.cu"], "90a", "nvcc", TORCH) is None
+
+
+def test_architectures(setup_py: ModuleType) -> None:
+    assert setup_py.gencode_flags("80+PTX; 90a;") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+
+
+def test_command_asks_for_the_stable_abi(setup_py: ModuleType) -> None:
+    command = setup_py.nvcc_command(["a.cu"], "a.so", "90a", "nvcc", Path("site/torch"))
+    text = " ".join(command)
+    assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in text  # torch 2.10
+    assert "-DUSE_CUDA" in text
+    assert "-isystem site/torch/include" in text
+    assert "--no-as-needed -ltorch -ltorch_cpu" in text
+
+
+def test_toolkit_named_by_the_user_comes_first(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = fake_nvcc(tmp_path / "bin", "true")
+    on_path = fake_nvcc(tmp_path / "path", "true")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(on_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_py.find_nvcc() == str(named / "nvcc")
+    monkeypatch.delenv("CUDA_HOME")
+    assert setup_py.find_nvcc() == str(on_path / "nvcc")
+
+
+def test_torch_is_found_though_an_isolated_build_hides_it(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    folder, version = setup_py.find_torch()
+    assert folder.samefile(Path(torch.__file__).parent)
+    assert version == tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def test_tree_as_it_is_gives_a_pure_wheel_with_its_data(tree: Path) -> None:
+    name, files, printed = build_wheel(tree, FASTATTN_CUDA_ARCHS="")
+    assert name == f"fastattn-{fastattn.__version__}-py3-none-any.whl"
+    assert "fastattn: extension skipped" in printed
+    for data in (*ROOT.glob("fastattn/**/*.txt"), *ROOT.glob("fastattn/**/*.md")):
+        assert data.relative_to(ROOT).as_posix() in files
+    assert "fastattn/py.typed" in files
+    assert not any(file.startswith(("tests/", "benchmarks/", "csrc/")) for file in files)
+
+
+def test_failing_compiler_gives_a_pure_wheel_and_a_line(tree: Path, tmp_path: Path) -> None:
+    plant(tree)
+    fake_nvcc(tmp_path / "bin", "echo 'library.cu: broken' >&2; exit 3")
+    name, files, printed = build_wheel(tree, CUDA_HOME=str(tmp_path))
+    assert name.endswith("-py3-none-any.whl")
+    assert not any(file.endswith(".so") for file in files)
+    assert "extension skipped, the package is pure Python: nvcc exited with 3" in printed
+
+
+def test_working_compiler_gives_one_wheel_for_every_python(tree: Path, tmp_path: Path) -> None:
+    plant(tree)
+    write_the_output = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
+    fake_nvcc(tmp_path / "bin", write_the_output)
+    name, files, _ = build_wheel(tree, CUDA_HOME=str(tmp_path))
+    assert "-cp310-abi3-linux_" in name
+    assert "fastattn/_C.abi3.so" in files
+
+
+def test_real_compiler_builds_a_library_that_torch_loads(
+    tree: Path, setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if setup_py.find_nvcc() is None:
+        pytest.skip("nvcc was not found")
+    plant(tree)
+    _, _, printed = build_wheel(tree, FASTATTN_CUDA_ARCHS="80")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name, printed
+    zipfile.ZipFile(wheel).extract("fastattn/_C.abi3.so", tree)
+    code = (
+        "import torch; torch.ops.load_library('fastattn/_C.abi3.so');"
+        "print(torch.ops.fastattn_planted.same(torch.arange(3)).tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert run.stdout.strip() == "[0, 1, 2]", run.stderr
