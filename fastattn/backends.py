@@ -1,0 +1,290 @@
+"""Which backend runs a call, and why not the others.
+
+An op knows several *backends*, each a module with an entry point and `unsupported(problem)`, which
+answers None or the reason why that backend cannot run that problem. The choice needs metadata
+alone, never the values of a tensor:
+
+    1. the `backend=` argument of the call,
+    2. `with fastattn.use_backend("torch"):`, process-wide while the block runs,
+    3. the environment variable FASTATTN_BACKEND,
+    4. else the first capable one in the op's order: cuda, triton, torch, reference.
+
+A backend named by 1-3 either runs the call or raises `UnsupportedError` with the reason; it is
+never replaced in silence. Under 4 a backend may also *decline* a problem that it could run (the
+Triton interpreter on a CPU, or a kernel that was measured to be slower than the next backend).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+
+NAMES = ("cuda", "triton", "torch", "reference")
+ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
+
+_used: str | None = None  # what the innermost use_backend() names
+
+
+class UnsupportedError(RuntimeError):
+    """A backend that the user named cannot run the call; the message says why."""
+
+
+class Problem(Protocol):
+    """What a call is, apart from its data."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def describe(self) -> str:
+        """The problem in one line, for errors and `explain`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run one op.
+
+    `load` returns the module with the op's entry points; the kernels' modules are imported in it,
+    at the first use, so that `import fastattn` costs neither Triton nor a compiled extension.
+    """
+
+    name: str
+    load: Callable[[], ModuleType]
+
+    @property
+    def module(self) -> ModuleType:
+        return self.load()
+
+    def unsupported(self, problem: Any) -> str | None:
+        """The reason why this backend cannot run `problem`, or None if it can."""
+        missing = triton_unavailable(problem.device) if self.name == "triton" else None
+        return missing or self.module.unsupported(problem)
+
+    def declined(self, problem: Problem) -> str | None:
+        """The reason why the automatic choice passes this backend over although it could run."""
+        if self.name == "triton" and problem.device.type == "cpu":
+            return "Triton's interpreter is for tests: name backend='triton' to use it"
+        return None
+
+
+def _constant(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (fixed when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+@_constant
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """The reason why no Triton kernel can run on `device`, or None."""
+    if not _installed("triton"):
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        if triton_interpreted():
+            return None
+        return "Triton compiles for GPUs; on a CPU it needs TRITON_INTERPRET=1, for tests"
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA devices, not on {device.type!r}"
+    if torch.version.hip is not None:
+        return "the Triton kernels are written for NVIDIA GPUs; this torch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+def _known(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    return name
+
+
+def named(argument: str | None) -> tuple[str, str] | None:
+    """The backend that the user names and where, or None if the choice is ours.
+
+    Raises ValueError for a name that is no backend.
+    """
+    if argument is not None:
+        return _known(argument, "backend"), f"backend={argument!r}"
+    if _used is not None:
+        return _used, f"fastattn.use_backend({_used!r})"
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    if from_environment:
+        _known(from_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
+        return from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
+    return None
+
+
+def state() -> tuple[str | None, str | None]:
+    """What a plan's cache key needs to know of the user's choice outside the call."""
+    return _used, os.environ.get(ENVIRONMENT_VARIABLE)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every fastattn op inside the `with` block on the backend `name`.
+
+    Process-wide, like torch.backends' switches, and nestable: the innermost block counts, and a
+    call's own `backend=` argument counts more. An op that `name` cannot run raises
+    `UnsupportedError`.
+
+    Args:
+        name: "cuda", "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: `name` is no backend.
+    """
+    global _used
+    previous, _used = _used, _known(name, "name")
+    try:
+        yield
+    finally:
+        _used = previous
+
+
+def select(op: str, backends: tuple[Backend, ...], problem: Any, argument: str | None) -> Backend:
+    """The backend of `op` that runs `problem`, as the module's docstring says.
+
+    Raises:
+        UnsupportedError: the backend that the user names cannot run it, or none can.
+    """
+    choice = named(argument)
+    if choice is None:
+        for backend in backends:
+            if backend.unsupported(problem) is None and backend.declined(problem) is None:
+                return backend
+        raise UnsupportedError(str(_explain(op, backends, problem, argument)))
+    name, source = choice
+    for backend in backends:
+        if backend.name == name:
+            reason = backend.unsupported(problem)
+            if reason is None:
+                return backend
+            raise UnsupportedError(
+                f"{source}: the {name} backend cannot run {op} on {problem.describe()}: {reason}. "
+                f"Leave the backend open, or see fastattn.explain(fastattn.{op}, ...)."
+            )
+    raise UnsupportedError(f"{source}: {op} has no {name} backend{_to_come(name)}")
+
+
+def _to_come(name: str) -> str:
+    return " in this version" if name == "cuda" else ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`: `str()` of it is a table, `backend` the name that would run.
+
+    Attributes:
+        op: the op's name.
+        problem: the call in one line.
+        backend: the name of the backend that would run, None if the call would raise.
+        source: who chooses: the argument, `use_backend`, the environment, or "first capable".
+        reasons: for every backend in order, why it would not run; None for the one that would.
+    """
+
+    op: str
+    problem: str
+    backend: str | None
+    source: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        runs = self.backend or "no backend: the call would raise UnsupportedError"
+        lines = [f"{self.op} on {self.problem}", f"runs on: {runs} ({self.source})"]
+        width = max(map(len, self.reasons))
+        for name, reason in self.reasons.items():
+            lines.append(f"  {name:<{width}}  {reason or 'runs'}")
+        return "\n".join(lines)
+
+
+def _explain(
+    op: str, backends: tuple[Backend, ...], problem: Any, argument: str | None
+) -> Explanation:
+    choice = named(argument)
+    present = {backend.name: backend for backend in backends}
+    reasons: dict[str, str | None] = {}
+    chosen: str | None = None
+    for name in NAMES:
+        if name not in present:
+            reasons[name] = f"not in this op{_to_come(name)}"
+            continue
+        reason = present[name].unsupported(problem)
+        if reason is None and choice is not None and choice[0] != name:
+            reason = f"could, but the user names {choice[0]}"
+        elif reason is None and choice is None:
+            reason = present[name].declined(problem)
+            if reason is None and chosen is not None:
+                reason = f"could, but {chosen} comes first"
+        reasons[name] = reason
+        if reason is None:
+            chosen = name
+    source = "first capable" if choice is None else choice[1]
+    return Explanation(op, problem.describe(), chosen, source, reasons)
+
+
+_explainable: dict[Callable[..., Any], tuple[str, Callable[..., Any], tuple[Backend, ...]]] = {}
+
+
+def register(
+    function: Callable[..., Any], describe: Callable[..., Any], backends: tuple[Backend, ...]
+) -> None:
+    """Make `function` known to `explain`; `describe` takes its arguments, returns the problem."""
+    _explainable[function] = (function.__name__, describe, backends)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Print which backend would run `function(*args, **kwargs)`, and why every other would not.
+
+    Nothing is computed.
+
+        >>> q = torch.randn(1, 8, 2, 16)
+        >>> fastattn.explain(fastattn.attention, q, q, q, causal=True).backend
+        attention on q (1, 8, 2, 16), k (1, 8, 2, 16), float32 on cpu, causal
+        runs on: torch (first capable)
+          cuda       not in this op in this version
+          triton     Triton compiles for GPUs; on a CPU it needs TRITON_INTERPRET=1, for tests
+          torch      runs
+          reference  could, but torch comes first
+        'torch'
+
+    Args:
+        function: a public op: `fastattn.attention`, `layer_norm`, `rms_norm` or `ffn`.
+        *args, **kwargs: the arguments of the call in question.
+
+    Returns:
+        The printed answer as data.
+
+    Raises:
+        ValueError: `function` is not an op of fastattn.
+        ValueError, TypeError: what the call itself would raise for these arguments.
+    """
+    explanation = explanation_of(function, *args, **kwargs)
+    print(explanation)
+    return explanation
+
+
+def explanation_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """`explain` without printing."""
+    if function not in _explainable:
+        known = ", ".join(sorted(name for name, _, _ in _explainable.values()))
+        raise ValueError(f"function must be an op of fastattn ({known}); got {function!r}")
+    op, describe, backends = _explainable[function]
+    argument = kwargs.pop("backend", None)
+    return _explain(op, backends, describe(*args, **kwargs), argument)

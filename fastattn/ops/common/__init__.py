@@ -1,0 +1,1 @@
+"""What the ops share: autocast, transforms, launching."""

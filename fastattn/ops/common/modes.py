@@ -1,0 +1,39 @@
+"""The modes of torch that change what an op has to do: autocast, transforms, gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for `device_type`; torch raises for "meta", which has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast wants of a matmul-like op on `device_type`, None if it is off."""
+    if autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` as autocast would cast it: floating point below float64 to `dtype`."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, jvp, vmap, ...) or forward-mode AD is active.
+
+    An op that autograd sees as one opaque node gives a zero tangent there, in silence; such calls
+    must go to a backend that is plain differentiable PyTorch.
+    """
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will record a function of `tensors`."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

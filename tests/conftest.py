@@ -1,0 +1,24 @@
+"""One session-wide choice: on a GPU the kernels run compiled, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+    torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist runs one worker per core
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
+    torch.manual_seed(0)

@@ -1,0 +1,286 @@
+"""Attention's boundary: errors, dispatch, registration, and the ways torch can look through it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import fastattn
+from fastattn.backends import explanation_of
+
+
+def tensors(**changes: Any) -> dict[str, Any]:
+    q = torch.randn(2, 5, 4, 8)
+    k = torch.randn(2, 7, 2, 8)
+    return {"q": q, "k": k, "v": k.clone()} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": [1.0]}, TypeError, "q must be a torch.Tensor; got list"),
+        ({"q": torch.randn(5, 4, 8)}, ValueError, r"q must have 4 dimensions .* got shape \(5, 4, 8\)"),
+        ({"q": torch.randint(3, (2, 5, 4, 8))}, TypeError, "q must have one of the dtypes float16"),
+        ({"k": torch.randn(2, 7, 2, 8).half()}, TypeError, "one dtype; got q torch.float32, k torch.float16"),
+        ({"k": torch.randn(2, 7, 2, 8, device="meta")}, ValueError, "one device; got q on cpu, k on meta"),
+        ({"k": torch.randn(3, 7, 2, 8)}, ValueError, "k must have q's batch size 2"),
+        ({"k": torch.randn(2, 7, 2, 9)}, ValueError, "k must have q's head_dim 8"),
+        ({"v": torch.randn(2, 6, 2, 8)}, ValueError, r"v must have k's shape \(2, 7, 2, 8\)"),
+        ({"k": torch.randn(2, 7, 3, 8), "v": torch.randn(2, 7, 3, 8)}, ValueError, "multiple .* got 4 and 3"),
+        ({"k": torch.randn(2, 7, 0, 8), "v": torch.randn(2, 7, 0, 8)}, ValueError, "multiple .* got 4 and 0"),
+        ({"causal": "top"}, TypeError, "causal must be True"),
+        ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite; got nan"),
+        ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float; got str"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\); got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in"),
+        ({"mask": torch.zeros(2, 4, 5, 7)}, TypeError, "mask must be boolean"),
+        ({"mask": torch.zeros(5, 7, dtype=torch.bool)}, ValueError, "mask must have the shape"),
+        ({"mask": torch.zeros(2, 3, 5, 7, dtype=torch.bool)}, ValueError, r"= \(2, 4, 5, 7\)"),
+        ({"mask": torch.zeros(2, 4, 5, 1, dtype=torch.bool)}, ValueError, "mask must have the shape"),
+        ({"key_lengths": torch.tensor([1.0, 2.0])}, TypeError, "key_lengths must be int32 or int64"),
+        ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths must have the shape \(batch,\) = \(2,\)"),
+        ({"key_lengths": [1, 2]}, TypeError, "key_lengths must be a torch.Tensor; got list"),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', 'torch', 'reference'; got 'fast'"),
+        ({"backend": "cuda"}, fastattn.UnsupportedError, "no cuda backend in this version"),
+    ],
+)  # fmt: skip
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = tensors(**changes)
+    q, k, v = (arguments.pop(name) for name in "qkv")
+    for _ in range(2):  # an error is not forgotten by the cache of plans
+        with pytest.raises(error, match=message):
+            fastattn.attention(q, k, v, **arguments)
+
+
+def test_what_triton_declines() -> None:
+    q = torch.randn(1, 4, 1, 300)
+    for arguments, reason in [
+        ({"q": q, "k": q, "v": q}, "head_dim 300 is above 256"),
+        (tensors(softmax_scale=-1.0), "softmax_scale must be positive"),
+        ({name: x.double() for name, x in tensors().items()}, "float64"),
+    ]:
+        q_, k_, v_ = (arguments.pop(name) for name in "qkv")
+        with pytest.raises(fastattn.UnsupportedError, match=reason):
+            fastattn.attention(q_, k_, v_, **arguments, backend="triton")
+        fastattn.attention(q_, k_, v_, **arguments)  # left open, another backend takes it
+
+
+def test_who_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = tensors()
+
+    def chosen(**more: Any) -> tuple[str | None, str]:
+        explanation = explanation_of(fastattn.attention, **arguments, **more)
+        return explanation.backend, explanation.source
+
+    assert chosen() == ("torch", "first capable")  # the tensors are on the CPU
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    assert chosen() == ("reference", "FASTATTN_BACKEND=reference")
+    with fastattn.use_backend("torch"):
+        assert chosen() == ("torch", "fastattn.use_backend('torch')")
+        with fastattn.use_backend("reference"):
+            assert chosen()[0] == "reference"
+        assert chosen()[0] == "torch"
+        assert chosen(backend="reference") == ("reference", "backend='reference'")
+    assert chosen()[0] == "reference"
+    monkeypatch.setenv("FASTATTN_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"FASTATTN_BACKEND must be one of .* got 'nonsense'"):
+        fastattn.attention(**arguments)
+    with pytest.raises(ValueError, match="name must be one of"), fastattn.use_backend("nonsense"):
+        pass
+
+
+def test_a_forced_backend_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 4, 1, 8, dtype=torch.float64)
+    assert fastattn.attention(q, q, q).dtype == torch.float64
+    monkeypatch.setenv("FASTATTN_BACKEND", "triton")
+    with pytest.raises(
+        fastattn.UnsupportedError, match="FASTATTN_BACKEND=triton: the triton backend"
+    ):
+        fastattn.attention(q, q, q)
+    monkeypatch.delenv("FASTATTN_BACKEND")
+    assert fastattn.attention(q, q, q).dtype == torch.float64
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    explanation = fastattn.explain(fastattn.attention, **tensors(), causal=True, return_lse=True)
+    assert capsys.readouterr().out.strip() == str(explanation)
+    assert explanation.backend == "torch"
+    assert set(explanation.reasons) == {"cuda", "triton", "torch", "reference"}
+    assert all(explanation.reasons[name] for name in ("cuda", "triton", "reference"))
+    arguments = tensors()
+    arguments["q"].requires_grad_()
+    explanation = fastattn.explain(fastattn.attention, **arguments, return_lse=True)
+    assert explanation.backend == "reference"
+    assert "drops the gradient of the LSE" in str(explanation.reasons["torch"])
+    with pytest.raises(ValueError, match="function must be an op of fastattn"):
+        fastattn.explain(torch.relu, arguments["q"])
+    with pytest.raises(ValueError, match="k must have q's batch size"):
+        fastattn.explain(fastattn.attention, **tensors(k=torch.randn(3, 7, 2, 8)))
+
+
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_opcheck(masked: bool, device: str) -> None:
+    q = torch.randn(2, 5, 4, 8, device=device, requires_grad=True)
+    k = torch.randn(2, 7, 2, 8, device=device, requires_grad=True)
+    mask = torch.rand(2, 1, 5, 7, device=device) > 0.3 if masked else None
+    lengths = torch.tensor([7, 3], device=device) if masked else None
+    options = (True, 0.3, "triton", True)
+    arguments = (q, k, k.detach().clone().requires_grad_(), mask, lengths, *options)
+    torch.library.opcheck(torch.ops.fastattn.attention.default, arguments, test_utils=OPCHECKS)
+    out, lse = torch.ops.fastattn.attention(*arguments)
+    backward = (torch.randn_like(out), torch.randn_like(lse), *arguments[:5], out, lse, *options)
+    backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
+    torch.library.opcheck(
+        torch.ops.fastattn.attention_backward.default, backward, test_utils=OPCHECKS
+    )
+
+
+@pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
+def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
+    """One graph for all lengths: a second length neither breaks nor specialises anew."""
+    torch._dynamo.reset()
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, v, causal=True, backend=backend).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
+    counts = []
+    for seqlen_q, seqlen_k in ((6, 11), (9, 14), (13, 30)):
+        q = torch.randn(2, seqlen_q, 4, 8, device=device, requires_grad=True)
+        k = torch.randn(2, seqlen_k, 2, 8, device=device, requires_grad=True)
+        torch.testing.assert_close(compiled(q, k, k), step(q, k, k))
+        grads = torch.autograd.grad(compiled(q, k, k), (q, k))
+        torch.testing.assert_close(grads, torch.autograd.grad(step(q, k, k), (q, k)))
+        counts.append(compilations.frame_count)
+    assert counts[0] > 0 and len(set(counts)) == 1
+
+
+def test_compiles_with_the_default_choice() -> None:
+    torch._dynamo.reset()
+    q = torch.randn(2, 6, 4, 8)
+    lengths = torch.tensor([3, 6])
+    compiled = torch.compile(fastattn.attention, fullgraph=True, backend="aot_eager")
+    for options in ({}, {"causal": True}, {"key_lengths": lengths}, {"return_lse": True}):
+        torch.testing.assert_close(
+            compiled(q, q, q, **options), fastattn.attention(q, q, q, **options)
+        )
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_functional_transforms(backend: str | None) -> None:
+    """jvp, grad, vmap and hessian-vector products against the formula; never a silent zero."""
+    q, k, v = (torch.randn(2, 5, 2, 4, dtype=torch.float64) for _ in range(3))
+    t = torch.randn_like(q)
+
+    def ours(q: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, v, causal=True, backend=backend)
+
+    def formula(q: torch.Tensor) -> torch.Tensor:
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2
+        p = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1)
+        return torch.einsum("bhij,bjhd->bihd", p, v)
+
+    _, tangent = torch.func.jvp(ours, (q,), (t,))
+    torch.testing.assert_close(tangent, torch.func.jvp(formula, (q,), (t,))[1])
+    assert tangent.abs().max() > 0
+    gradients = [torch.func.grad(lambda x, f=f: f(x).square().sum()) for f in (ours, formula)]
+    torch.testing.assert_close(gradients[0](q), gradients[1](q))
+    products = [torch.func.jvp(gradient, (q,), (t,))[1] for gradient in gradients]
+    torch.testing.assert_close(products[0], products[1])
+    stacked = torch.stack([q, t])
+    torch.testing.assert_close(
+        torch.func.vmap(ours)(stacked), torch.stack([formula(q), formula(t)])
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, t)
+        out = torch.autograd.forward_ad.unpack_dual(ours(dual))
+        torch.testing.assert_close(out.tangent, tangent)
+
+
+def test_kernels_refuse_transforms(device: str) -> None:
+    q = torch.randn(1, 5, 2, 8, device=device)
+    with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
+        torch.func.jvp(lambda x: fastattn.attention(x, q, q, backend="triton"), (q,), (q,))
+    with pytest.raises(fastattn.UnsupportedError, match=r"torch\.func"):
+        torch.func.vmap(lambda x: fastattn.attention(x, q, q, backend="triton"))(q[None])
+
+
+def test_second_derivative_of_the_reference() -> None:
+    q = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 5, 1, 4, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(1, 5, 1, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(1, 1, 3, 5) > 0.3
+    mask[:, :, 0] = False  # a row without a key
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        out, lse = fastattn.attention(
+            q, k, v, causal=True, mask=mask, return_lse=True, backend="reference"
+        )
+        return out, lse[:, :, 1:]
+
+    assert torch.autograd.gradcheck(function, (q, k, v), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (q, k, v))
+
+
+def test_second_derivative_through_the_kernels(device: str) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8, device=device, requires_grad=True) for _ in range(3))
+
+    def second(backend: str) -> tuple[torch.Tensor, ...]:
+        out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+        grads = torch.autograd.grad(
+            (out.square().sum() + lse.square().sum()), (q, k, v), create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
+
+    for ours, expected in zip(second("triton"), second("reference")):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_one_output_alone(device: str) -> None:
+    """Only the LSE used, or only some inputs wanting gradients."""
+    q = torch.randn(1, 5, 2, 8, device=device, requires_grad=True)
+    k = torch.randn(1, 7, 2, 8, device=device)
+    for backend in ("triton", "reference"):
+        _, lse = fastattn.attention(q, k, k, return_lse=True, backend=backend)
+        (grad,) = torch.autograd.grad(lse.sum(), q)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5
+        (expected,) = torch.autograd.grad(torch.logsumexp(scores, -1).sum(), q)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_interpreter_is_never_chosen_unasked() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here")
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    explanation = explanation_of(fastattn.attention, **tensors())
+    assert explanation.backend == "torch"
+    assert "interpreter is for tests" in str(explanation.reasons["triton"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+def test_captured_by_a_cuda_graph() -> None:
+    """Lengths are tensors: one capture serves every length."""
+    q = torch.randn(3, 1, 4, 64, device="cuda", dtype=torch.float16)
+    k = torch.randn(3, 256, 2, 64, device="cuda", dtype=torch.float16)
+    lengths = torch.tensor([1, 2, 3], device="cuda", dtype=torch.int32)
+    fastattn.attention(q, k, k, key_lengths=lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fastattn.attention(q, k, k, key_lengths=lengths)
+    for step in (1, 100, 253):
+        lengths.copy_(torch.tensor([1, 2, 3], device="cuda") + step - 1)
+        graph.replay()
+        torch.testing.assert_close(out, fastattn.attention(q, k, k, key_lengths=lengths))
