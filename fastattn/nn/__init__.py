@@ -1,0 +1,20 @@
+"""Drop-in modules on the ops: torch's arguments and state_dict where torch has the class."""
+
+from __future__ import annotations
+
+from fastattn.nn.attention import KeyValueCache, MultiheadAttention
+from fastattn.nn.feed_forward import FeedForward
+from fastattn.nn.layer_norm import LayerNorm
+from fastattn.nn.linear import Linear
+from fastattn.nn.rms_norm import RMSNorm
+from fastattn.nn.transformer_block import TransformerBlock
+
+__all__ = [
+    "FeedForward",
+    "KeyValueCache",
+    "LayerNorm",
+    "Linear",
+    "MultiheadAttention",
+    "RMSNorm",
+    "TransformerBlock",
+]

@@ -1,0 +1,94 @@
+"""The feed-forward part of a transformer as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.nn.checks import check_positive, check_probability
+from fastattn.nn.plain import is_plain
+from fastattn.ops.ffn import ffn
+
+# The activations of `fastattn.ffn`, for children that must run as modules.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class FeedForward(torch.nn.Module):
+    """Two linear layers with an activation between, on `fastattn.ffn`: one fused op.
+
+        dropout(linear2(activation(linear1(x))))
+
+    ``linear1`` and ``linear2`` are `torch.nn.Linear`, initialised as such. Their weights go to the
+    op without a call of the modules. Where that could be noticed (see `fastattn.nn.plain.is_plain`:
+    hooks, LoRA and other wrappers, parametrisations, weights of a tensor subclass), both are called
+    as modules, with the activation between; ``recompute`` then saves nothing.
+
+    Args:
+        embed_dim: size of the last dimension of input and output.
+        feedforward_dim: size of the hidden layer; default ``4 * embed_dim``.
+        activation: "gelu_tanh", "gelu" (by erf), "relu" or "silu".
+        bias: whether the linear layers have one.
+        dropout: probability with which an element of the output is dropped in training.
+        recompute: keep only the input for backward and compute the hidden layer again, where False
+            also keeps the hidden layer before its activation.
+
+    Raises:
+        ValueError: a size is not positive, an unknown activation, dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        feedforward_dim: int | None = None,
+        activation: str = "gelu_tanh",
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        recompute: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        feedforward_dim = 4 * embed_dim if feedforward_dim is None else feedforward_dim
+        check_positive("embed_dim", embed_dim)
+        check_positive("feedforward_dim", feedforward_dim)
+        check_probability("dropout", dropout)
+        if activation not in _ACTIVATIONS:
+            names = ", ".join(map(repr, _ACTIVATIONS))
+            raise ValueError(f"activation must be one of {names}, got {activation!r}")
+        self.embed_dim = embed_dim
+        self.feedforward_dim = feedforward_dim
+        self.activation = activation
+        self.recompute = recompute
+        self.linear1 = torch.nn.Linear(embed_dim, feedforward_dim, bias, device, dtype)
+        self.linear2 = torch.nn.Linear(feedforward_dim, embed_dim, bias, device, dtype)
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., embed_dim) -> (..., embed_dim), in x's dtype (under autocast: in autocast's)."""
+        if is_plain(self.linear1, torch.nn.Linear) and is_plain(self.linear2, torch.nn.Linear):
+            out = ffn(
+                x,
+                self.linear1.weight,
+                self.linear1.bias,
+                self.linear2.weight,
+                self.linear2.bias,
+                self.activation,
+                layout="linear",
+                recompute=self.recompute,
+            )
+        else:
+            out = self.linear2(_ACTIVATIONS[self.activation](self.linear1(x)))
+        return self.dropout(out)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, recompute={self.recompute}"

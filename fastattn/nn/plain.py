@@ -1,0 +1,45 @@
+"""Whether a module may be computed from its weights without being called.
+
+A fused op takes the weights of several modules at once, so the modules themselves do not run.
+That is invisible only where running them would do nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.modules import module as torch_module
+
+
+def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
+    """Return True if calling ``module`` is ``cls.forward`` on its ordinary weights, and no more.
+
+    False for a subclass or a wrapper of ``cls`` (LoRA, quantised, parametrised, sharded by FSDP),
+    a ``forward`` replaced on the instance, forward or backward hooks and pre-hooks (the module's
+    own or PyTorch's global ones, registered for every module), and parameters of a tensor
+    subclass (DTensor, torchao). Such a module must be called, or what it adds would be lost.
+
+    >>> linear = torch.nn.Linear(2, 2)
+    >>> is_plain(linear, torch.nn.Linear)
+    True
+    >>> handle = linear.register_forward_hook(print)
+    >>> is_plain(linear, torch.nn.Linear)
+    False
+    """
+    return (
+        type(module) is cls
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or torch_module._global_backward_hooks
+            or torch_module._global_backward_pre_hooks
+        )
+        and all(
+            parameter is None or type(parameter) in (torch.nn.Parameter, torch.Tensor)
+            for parameter in module._parameters.values()
+        )
+    )

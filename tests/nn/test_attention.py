@@ -1,0 +1,668 @@
+"""MultiheadAttention against torch's: forward, self_attention, and life inside torch's layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastattn.nn import MultiheadAttention
+from fastattn.nn import attention as attention_module
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+BATCH, HEADS, EMBED, QUERIES, KEYS = 3, 4, 24, 5, 7
+
+
+def _pair(*args: Any, **kwargs: Any) -> tuple[MultiheadAttention, torch.nn.MultiheadAttention]:
+    """Ours and torch's with the same random weights, biases included."""
+    ours = MultiheadAttention(*(args or (EMBED, HEADS)), **kwargs)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = torch.nn.MultiheadAttention(*(args or (EMBED, HEADS)), **kwargs)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def _hidden(*shape: int) -> torch.Tensor:
+    """A random boolean mask in torch's sense (True hides) that leaves every row its first key."""
+    mask = torch.rand(shape) < 0.4
+    mask[..., 0] = False
+    return mask
+
+
+def _causal(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def _input(length: int, features: int = EMBED, *, batch_first: bool = True) -> torch.Tensor:
+    shape = (BATCH, length, features) if batch_first else (length, BATCH, features)
+    return torch.randn(shape)
+
+
+@pytest.fixture
+def op_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict]]:
+    """The arguments of every call of the fused op."""
+    calls: list[tuple[tuple, dict]] = []
+    original = attention_module.attention
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "attention", spy)
+    return calls
+
+
+# --- forward, on the fused op -------------------------------------------------------------------
+
+MASKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "no mask": lambda q, k: {},
+    "2-D": lambda q, k: {"attn_mask": _hidden(q, k)},
+    "3-D": lambda q, k: {"attn_mask": _hidden(BATCH * HEADS, q, k)},
+    "padding": lambda q, k: {"key_padding_mask": _hidden(BATCH, k)},
+    "2-D and padding": lambda q, k: {
+        "attn_mask": _hidden(q, k),
+        "key_padding_mask": _hidden(BATCH, k),
+    },
+    "3-D and padding": lambda q, k: {
+        "attn_mask": _hidden(BATCH * HEADS, q, k),
+        "key_padding_mask": _hidden(BATCH, k),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_cross_attention(
+    mask: str,
+    batch_first: bool,
+    dtype: torch.dtype,
+    op_calls: list,
+    assert_module_close: Callable[..., None],
+) -> None:
+    ours, theirs = _pair(batch_first=batch_first, dtype=dtype)
+    masks = MASKS[mask](QUERIES, KEYS)
+    inputs = [_input(n, batch_first=batch_first).to(dtype) for n in (QUERIES, KEYS, KEYS)]
+    assert_module_close(
+        ours, theirs, *inputs, call=lambda m, q, k, v: m(q, k, v, need_weights=False, **masks)[0]
+    )
+    assert len(op_calls) == 1, "ours must run on the fused op"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("mask", [*MASKS, "causal", "causal float", "causal and padding"])
+def test_self_attention_through_forward(
+    mask: str,
+    batch_first: bool,
+    dtype: torch.dtype,
+    op_calls: list,
+    assert_module_close: Callable[..., None],
+) -> None:
+    masks: dict[str, Any]
+    if mask == "causal":
+        masks = {"attn_mask": _causal(QUERIES), "is_causal": True}
+    elif mask == "causal float":  # as torch.nn.Transformer makes it; the hint spares it
+        masks = {
+            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES, dtype=dtype),
+            "is_causal": True,
+        }
+    elif mask == "causal and padding":
+        masks = {
+            "attn_mask": _causal(QUERIES),
+            "key_padding_mask": _hidden(BATCH, QUERIES),
+            "is_causal": True,
+        }
+    else:
+        masks = MASKS[mask](QUERIES, QUERIES)
+    ours, theirs = _pair(batch_first=batch_first, dtype=dtype)
+    x = _input(QUERIES, batch_first=batch_first).to(dtype)
+    assert_module_close(
+        ours, theirs, x, call=lambda m, x: m(x, x, x, need_weights=False, **masks)[0]
+    )
+    ((_, kwargs),) = op_calls
+    assert kwargs["causal"] == (mask in ("causal", "causal float"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"kdim": 10}, {"vdim": 6}, {"kdim": 10, "vdim": 6}, {"kdim": EMBED}]
+)
+def test_other_sizes_of_key_and_value(
+    sizes: dict[str, int], bias: bool, op_calls: list, assert_module_close: Callable[..., None]
+) -> None:
+    ours, theirs = _pair(bias=bias, batch_first=True, **sizes)
+    query = _input(QUERIES)
+    key, value = _input(KEYS, ours.kdim), _input(KEYS, ours.vdim)
+    assert_module_close(
+        ours, theirs, query, key, value, call=lambda m, q, k, v: m(q, k, v, need_weights=False)[0]
+    )
+    assert len(op_calls) == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_key_that_is_value(
+    bias: bool, op_calls: list, assert_module_close: Callable[..., None]
+) -> None:
+    ours, theirs = _pair(bias=bias)
+    query, memory = _input(QUERIES, batch_first=False), _input(KEYS, batch_first=False)
+    assert_module_close(
+        ours, theirs, query, memory, call=lambda m, q, kv: m(q, kv, kv, need_weights=False)[0]
+    )
+    (_, k, v), _ = op_calls[0]
+    assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr(), "one product for both"
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {},
+        {"attn_mask": _hidden(QUERIES, KEYS)},
+        {"attn_mask": _hidden(HEADS, QUERIES, KEYS)},
+        {"key_padding_mask": _hidden(KEYS)},
+    ],
+    ids=["no mask", "2-D", "3-D", "padding"],
+)
+def test_unbatched(
+    masks: dict,
+    batch_first: bool,
+    op_calls: list,
+    assert_module_close: Callable[..., None],
+    device: str,
+) -> None:
+    ours, theirs = _pair(batch_first=batch_first)
+    masks = {name: mask.to(device) for name, mask in masks.items()}
+    query, key, value = (torch.randn(n, EMBED) for n in (QUERIES, KEYS, KEYS))
+
+    def call(m: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return m(q, k, v, need_weights=False, **masks)[0]
+
+    assert_module_close(ours, theirs, query, key, value, call=call)
+    assert len(op_calls) == 1
+    assert ours(query, key, value, need_weights=False)[1] is None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_eval_mode(grad: bool, op_calls: list) -> None:
+    """Without gradients torch takes its own inference path; ours gives the same."""
+    ours, theirs = _pair(batch_first=True, dropout=0.5)
+    x = _input(QUERIES)
+    with torch.set_grad_enabled(grad):
+        result, weights = ours.eval()(x, x, x, need_weights=False)
+        expected, _ = theirs.eval()(x, x, x, need_weights=False)
+    assert weights is None
+    assert result.requires_grad == grad
+    torch.testing.assert_close(result, expected)
+    assert len(op_calls) == 1
+
+
+def test_projections_reach_the_op_as_views(op_calls: list) -> None:
+    ours, _ = _pair()
+    x = _input(QUERIES, batch_first=False)
+    ours(x, x, x, need_weights=False)
+    ours.self_attention(x)
+    for (q, k, v), _ in op_calls:
+        assert q.shape[2:] == (HEADS, EMBED // HEADS)
+        assert q.untyped_storage().nbytes() == 3 * x.numel() * x.element_size()
+        assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
+        assert q.stride(-1) == 1
+
+
+def test_masks_reach_the_op_unexpanded(op_calls: list) -> None:
+    ours, _ = _pair(batch_first=True)
+    x = _input(QUERIES)
+    ours(x, x, x, key_padding_mask=_hidden(BATCH, QUERIES), need_weights=False)
+    ours(x, x, x, attn_mask=_hidden(QUERIES, QUERIES), need_weights=False)
+    shapes = [kwargs["mask"].shape for _, kwargs in op_calls]
+    assert shapes == [(BATCH, 1, 1, QUERIES), (1, 1, QUERIES, QUERIES)]
+
+
+def test_query_without_a_key_gives_the_bias_and_no_gradient() -> None:
+    ours, _ = _pair(batch_first=True)
+    x = _input(QUERIES).requires_grad_()
+    padding = torch.zeros(BATCH, QUERIES, dtype=torch.bool)
+    padding[1] = True
+    out, _ = ours(x, x, x, key_padding_mask=padding, need_weights=False)
+    assert torch.equal(out[1], ours.out_proj.bias.expand(QUERIES, EMBED))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad[1], torch.zeros_like(grad[1]))
+    assert grad[0].abs().min() > 0
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["forward", "self_attention"])
+def test_dropout_in_training_alone(way: str) -> None:
+    ours, _ = _pair(batch_first=True, dropout=0.5)
+    x = torch.randn(1, 6, EMBED).expand(2000, 6, EMBED)
+
+    def attend() -> torch.Tensor:
+        if way == "forward":
+            return ours(x, x, x, need_weights=False)[0]
+        return ours.self_attention(x)
+
+    with torch.no_grad():
+        expected = ours.eval()(x, x, x, need_weights=False)[0]
+        torch.testing.assert_close(attend(), expected)
+        ours.train()
+        torch.manual_seed(11)
+        first = attend()
+        assert not torch.equal(attend(), first)
+        torch.manual_seed(11)
+        assert torch.equal(attend(), first)
+    # Scaled by 1 / (1 - p), dropout leaves the mean where it was: here within five of its
+    # standard errors.
+    error = (first.mean(0) - expected[0]).abs()
+    assert (error < 5 * first.std(0) / 2000**0.5 + 1e-6).all()
+    assert first.std(0).min() > 0.01
+
+
+# --- forward, left to torch ----------------------------------------------------------------------
+
+LEFT_TO_TORCH: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str]] = {
+    "weights": ({}, lambda: {"need_weights": True}, "need_weights=True"),
+    "weights per head": (
+        {},
+        lambda: {"need_weights": True, "average_attn_weights": False},
+        "need_weights=True",
+    ),
+    "weights, causal": (
+        {},
+        lambda: {"need_weights": True, "attn_mask": _causal(QUERIES), "is_causal": True},
+        "need_weights=True",
+    ),
+    "additive mask": (
+        {},
+        lambda: {"attn_mask": torch.randn(QUERIES, QUERIES)},
+        "attn_mask is torch.float32",
+    ),
+    "additive padding": (
+        {},
+        lambda: {"key_padding_mask": torch.randn(BATCH, QUERIES)},
+        "key_padding_mask is torch.float32",
+    ),
+    "additive causal mask and padding": (
+        {},
+        lambda: {
+            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
+            "key_padding_mask": torch.zeros(BATCH, QUERIES),
+            "is_causal": True,
+        },
+        "key_padding_mask is torch.float32",
+    ),
+    "add_bias_kv": ({"add_bias_kv": True}, dict, "add_bias_kv"),
+    "add_zero_attn": ({"add_zero_attn": True}, dict, "add_zero_attn"),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", LEFT_TO_TORCH)
+def test_left_to_torch(case: str, training: bool, op_calls: list) -> None:
+    options, make_arguments, reason = LEFT_TO_TORCH[case]
+    ours, theirs = _pair(batch_first=True, **options)
+    arguments = {"need_weights": False, **make_arguments()}
+    x = _input(QUERIES)
+    assert reason in str(ours.why_torch(x, x, x, **arguments))
+    result, weights = ours.train(training)(x, x, x, **arguments)
+    expected, expected_weights = theirs.train(training)(x, x, x, **arguments)
+    assert torch.equal(result, expected)
+    if arguments["need_weights"]:
+        assert torch.equal(weights, expected_weights)
+    else:
+        assert weights is None
+    assert not op_calls
+
+
+def test_causal_over_different_lengths_is_left_to_torch(op_calls: list) -> None:
+    ours, theirs = _pair(batch_first=True)
+    query, key = _input(QUERIES), _input(KEYS)
+    arguments: dict[str, Any] = {
+        "attn_mask": torch.ones(QUERIES, KEYS, dtype=torch.bool).triu(1),
+        "is_causal": True,
+        "need_weights": False,
+    }
+    assert "aligned to the first key" in str(ours.why_torch(query, key, key, **arguments))
+    result, expected = (m(query, key, key, **arguments)[0] for m in (ours, theirs))
+    assert torch.equal(result, expected)
+    assert not op_calls
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_left_to_torch(op_calls: list) -> None:
+    ours, theirs = _pair(batch_first=True)
+    x = torch.nested.nested_tensor([torch.randn(n, EMBED) for n in (2, 5)])
+    torch.set_default_device(None)  # torch's module takes nested tensors without one alone
+    assert ours.why_torch(x, x, x, need_weights=False) == "nested tensors"
+    with torch.no_grad():
+        result, _ = ours.eval()(x, x, x, need_weights=False)
+        expected, _ = theirs.eval()(x, x, x, need_weights=False)
+    for ours_row, their_row in zip(result.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(ours_row, their_row)
+    assert not op_calls
+
+
+def test_why_torch_is_none_where_the_op_runs() -> None:
+    ours, _ = _pair(batch_first=True)
+    x = _input(QUERIES)
+    for make_masks in MASKS.values():
+        assert ours.why_torch(x, x, x, need_weights=False, **make_masks(QUERIES, QUERIES)) is None
+
+
+# --- compile, autocast, hooks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["no mask", "3-D and padding"])
+def test_forward_compiles_without_a_graph_break(
+    mask: str, assert_module_close: Callable[..., None]
+) -> None:
+    ours, theirs = _pair(batch_first=True)
+    masks = MASKS[mask](QUERIES, QUERIES)
+
+    def call(m: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return m(x, x, x, need_weights=False, **masks)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_module_close(ours, theirs, _input(QUERIES), call=compiled, call_theirs=call)
+
+
+def test_self_attention_compiles_without_a_graph_break(
+    assert_module_close: Callable[..., None],
+) -> None:
+    ours, theirs = _pair(batch_first=True)
+    lengths = torch.tensor([5, 1, 3])
+    compiled = torch.compile(
+        lambda m, x: m.self_attention(x, causal=True, key_lengths=lengths),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert_module_close(
+        ours, theirs, _input(QUERIES), call=compiled, call_theirs=_causal_with_lengths(lengths)
+    )
+
+
+@pytest.mark.parametrize("way", ["forward", "self_attention"])
+def test_autocast(way: str, device: str) -> None:
+    ours, theirs = _pair(batch_first=True)
+    x = _input(QUERIES).requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        expected, _ = theirs(x, x, x, need_weights=False)
+        result = (
+            ours(x, x, x, need_weights=False)[0] if way == "forward" else ours.self_attention(x)
+        )
+    assert result.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected, rtol=0.02, atol=0.02)
+    result.float().sum().backward()
+    assert ours.in_proj_weight.grad.dtype == torch.float32
+    assert x.grad.isfinite().all()
+
+
+def test_hooks_fire_on_forward() -> None:
+    ours, _ = _pair(batch_first=True)
+    calls: list[str] = []
+    ours.register_forward_pre_hook(lambda *_: calls.append("before"))
+    ours.register_forward_hook(lambda *_: calls.append("after"))
+    x = _input(QUERIES)
+    ours(x, x, x, need_weights=False)
+    assert calls == ["before", "after"]
+
+
+def test_hooks_of_out_proj_fire_in_self_attention() -> None:
+    ours, _ = _pair()
+    x = _input(QUERIES)
+    before = ours.self_attention(x)
+    ours.out_proj.register_forward_hook(lambda m, args, out: 2 * out)
+    assert torch.equal(ours.self_attention(x), 2 * before)
+
+
+def test_wrapped_out_proj_runs_in_self_attention(low_rank: Callable) -> None:
+    ours, _ = _pair()
+    x = _input(QUERIES)
+    before = ours.self_attention(x)
+    ours.out_proj = low_rank(ours.out_proj)
+    assert not torch.allclose(ours.self_attention(x), before)
+    torch.nn.init.zeros_(ours.out_proj.up.weight)
+    assert torch.equal(ours.self_attention(x), before)
+
+
+# --- self_attention ------------------------------------------------------------------------------
+
+
+def _causal_with_lengths(
+    lengths: torch.Tensor | None, causal: bool = True
+) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
+    """torch's module asked for the same by masks."""
+
+    def call(m: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[1]
+        padding = None if lengths is None else torch.arange(size) >= lengths[:, None]
+        mask = _causal(size) if causal else None
+        return m(x, x, x, need_weights=False, attn_mask=mask, key_padding_mask=padding)[0]
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [None, [5, 1, 3]])
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_against_torch(
+    causal: bool,
+    lengths: list[int] | None,
+    dtype: torch.dtype,
+    assert_module_close: Callable[..., None],
+) -> None:
+    ours, theirs = _pair(batch_first=True, dtype=dtype)
+    key_lengths = None if lengths is None else torch.tensor(lengths)
+    assert_module_close(
+        ours,
+        theirs,
+        _input(QUERIES).to(dtype),
+        call=lambda m, x: m.self_attention(x, causal=causal, key_lengths=key_lengths),
+        call_theirs=_causal_with_lengths(key_lengths, causal),
+    )
+
+
+def test_padding_may_hold_nan() -> None:
+    ours, _ = _pair()
+    x = _input(QUERIES)
+    lengths = torch.tensor([5, 2, 3])
+    padding = torch.arange(QUERIES) >= lengths[:, None]
+    expected = ours.self_attention(x, key_lengths=lengths)
+    poisoned = x.masked_fill(padding[..., None], float("nan"))
+    dirty = ours.self_attention(poisoned, key_lengths=lengths)
+    assert torch.equal(dirty[~padding], expected[~padding])
+    assert dirty[padding].isnan().all()
+
+
+def test_softmax_scale() -> None:
+    ours, theirs = _pair(batch_first=True)
+    x = _input(QUERIES)
+    with torch.no_grad():  # a factor of the queries is a factor of the scores
+        theirs.in_proj_weight[:EMBED] *= 0.5
+        theirs.in_proj_bias[:EMBED] *= 0.5
+    scale = 0.5 * (EMBED // HEADS) ** -0.5
+    expected, _ = theirs(x, x, x, need_weights=False)
+    torch.testing.assert_close(ours.self_attention(x, softmax_scale=scale), expected)
+
+
+class GrowingCache:
+    """The simplest cache: concatenation."""
+
+    def __init__(self, key_lengths: torch.Tensor | None = None) -> None:
+        self.k: torch.Tensor | None = None
+        self.v: torch.Tensor | None = None
+        self.key_lengths = key_lengths
+
+    def update(
+        self, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if self.k is not None and self.v is not None:
+            k, v = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1)
+        self.k, self.v = k, v
+        return k, v, self.key_lengths
+
+
+@pytest.mark.parametrize("steps", [[1] * 7, [4, 1, 2], [7]])
+def test_cache_gives_what_the_whole_sequence_gives(steps: list[int]) -> None:
+    ours, _ = _pair()
+    x = _input(KEYS)
+    cache = GrowingCache()
+    parts = [ours.self_attention(part, causal=True, cache=cache) for part in x.split(steps, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), ours.self_attention(x, causal=True))
+
+
+def test_key_lengths_from_the_cache_or_from_the_caller() -> None:
+    ours, _ = _pair()
+    x = _input(KEYS)
+    lengths = torch.tensor([7, 2, 4])
+    expected = ours.self_attention(x, key_lengths=lengths)
+    assert torch.equal(ours.self_attention(x, cache=GrowingCache(lengths)), expected)
+    assert torch.equal(ours.self_attention(x, key_lengths=lengths, cache=GrowingCache()), expected)
+    with pytest.raises(ValueError, match="key_lengths was given, and the cache returned its own"):
+        ours.self_attention(x, key_lengths=lengths, cache=GrowingCache(lengths))
+
+
+# --- inside torch's layers -----------------------------------------------------------------------
+
+
+def _swap(layer: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a layer of torch's whose attention is ours, by class swap."""
+    layer = copy.deepcopy(layer)
+    for module in layer.modules():
+        if type(module) is torch.nn.MultiheadAttention:
+            module.__class__ = MultiheadAttention
+    return layer
+
+
+ENCODER_MASKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "no mask": dict,
+    "causal": lambda: {
+        "src_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
+        "is_causal": True,
+    },
+    "boolean": lambda: {"src_mask": _causal(QUERIES)},
+    "padding": lambda: {
+        "src_key_padding_mask": torch.arange(QUERIES) >= torch.tensor([[5], [1], [3]])
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("mask", ENCODER_MASKS)
+def test_inside_torchs_encoder_layer(
+    mask: str, norm_first: bool, mode: str, op_calls: list, assert_module_close: Callable[..., None]
+) -> None:
+    theirs = torch.nn.TransformerEncoderLayer(
+        EMBED, HEADS, 32, dropout=0.0, batch_first=True, norm_first=norm_first
+    ).train(mode == "train")
+    ours = _swap(theirs)
+    masks = ENCODER_MASKS[mask]()
+    x = _input(QUERIES)
+    if mode == "inference":  # torch's fast path may read the weights and not call the module
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(x, **masks), theirs(x, **masks))
+    else:
+        assert_module_close(ours, theirs, x, call=lambda m, x: m(x, **masks))
+        assert bool(op_calls) == (mask in ("no mask", "causal"))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_inside_torchs_transformer(op_calls: list) -> None:
+    theirs = torch.nn.Transformer(EMBED, HEADS, 2, 2, 32, dropout=0.0)
+    ours = _swap(theirs)
+    source, target = _input(KEYS, batch_first=False), _input(QUERIES, batch_first=False)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(QUERIES)
+    result, expected = (
+        m(source, target, tgt_mask=mask, tgt_is_causal=True) for m in (ours, theirs)
+    )
+    torch.testing.assert_close(result, expected)
+    assert len(op_calls) == 6  # two in the encoder, two causal and two crossing in the decoder
+
+
+# --- wrong arguments -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 5}, "positive multiple of num_heads, got embed_dim=24 and num_heads=5"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"num_heads": -4}, "num_heads=-4"),
+        ({"embed_dim": 0}, "embed_dim=0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -1e-9}, "dropout must be"),
+    ],
+)
+def test_constructor_refuses(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiheadAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **arguments})
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "masks", "message"),
+    [
+        ((3, 5, 20), (3, 7, 24), (3, 7, 24), {}, r"query must .* \(batch, seqlen, 24\)"),
+        ((3, 5, 24), (3, 7, 25), (3, 7, 24), {}, r"key must .* got \(3, 7, 25\)"),
+        ((3, 5, 24), (3, 7, 24), (7,), {}, r"value must .* got \(7,\)"),
+        ((1, 3, 5, 24), (3, 7, 24), (3, 7, 24), {}, "query must"),
+        ((2, 5, 24), (3, 7, 24), (3, 7, 24), {}, "one batch size"),
+        ((3, 5, 24), (3, 7, 24), (3, 6, 24), {}, "one length"),
+        ((5, 24), (1, 7, 24), (1, 7, 24), {}, "one batch size"),
+        ((3, 5, 24), (7, 24), (7, 24), {}, "one batch size"),
+        ((3, 5, 24), (3, 5, 24), (3, 5, 24), {"is_causal": True}, "hint about attn_mask"),
+        ((3, 5, 24), (3, 7, 24), (3, 7, 24), {"attn_mask": (7, 5)}, r"the shape \(5, 7\) or"),
+        ((3, 5, 24), (3, 7, 24), (3, 7, 24), {"attn_mask": (3, 5, 7)}, r"or \(12, 5, 7\), got"),
+        ((3, 5, 24), (3, 7, 24), (3, 7, 24), {"attn_mask": (7,)}, "attn_mask must"),
+        ((3, 5, 24), (3, 7, 24), (3, 7, 24), {"key_padding_mask": (7, 3)}, r"the shape \(3, 7\)"),
+        ((5, 24), (7, 24), (7, 24), {"key_padding_mask": (1, 7)}, r"the shape \(7,\)"),
+        (
+            (3, 5, 24),
+            (3, 5, 24),
+            (3, 5, 24),
+            {"attn_mask": (5,), "is_causal": True},
+            "attn_mask must",
+        ),
+    ],
+)
+def test_forward_refuses(
+    query: tuple, key: tuple, value: tuple, masks: dict[str, Any], message: str
+) -> None:
+    ours = MultiheadAttention(EMBED, HEADS, batch_first=True)
+    masks = {
+        name: _zeros(*mask, dtype=torch.bool) if isinstance(mask, tuple) else mask
+        for name, mask in masks.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        ours(_zeros(*query), _zeros(*key), _zeros(*value), need_weights=False, **masks)
+
+
+def test_errors_name_the_layout_without_batch_first() -> None:
+    ours = MultiheadAttention(EMBED, HEADS)
+    with pytest.raises(ValueError, match=r"query must have the shape \(seqlen, batch, 24\)"):
+        ours(_zeros(5, 3, 2), _zeros(7, 3, 24), _zeros(7, 3, 24), need_weights=False)
+    with pytest.raises(ValueError, match="batch_first=False"):
+        ours(_zeros(5, 3, 24), _zeros(7, 2, 24), _zeros(7, 2, 24), need_weights=False)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kdim": 8}, {"vdim": 8}, {"add_bias_kv": True}, {"add_zero_attn": True}]
+)
+def test_self_attention_refuses_other_modules(options: dict) -> None:
+    with pytest.raises(ValueError, match="self_attention needs a module without kdim"):
+        MultiheadAttention(EMBED, HEADS, **options).self_attention(_input(QUERIES))
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (3, 5, 20), (1, 3, 5, 24)])
+def test_self_attention_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x must have the shape \(batch, seqlen, 24\), got"):
+        MultiheadAttention(EMBED, HEADS).self_attention(_zeros(*shape))

@@ -1,0 +1,212 @@
+"""FeedForward against torch's Linear layers in sequence."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrizations
+
+from fastattn.nn import FeedForward
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+ACTIVATIONS = {
+    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+    "gelu": torch.nn.GELU(),
+    "relu": torch.nn.ReLU(),
+    "silu": torch.nn.SiLU(),
+}
+NAMES = {"linear1": "0", "linear2": "2"}
+
+
+def _sequence(ours: FeedForward) -> torch.nn.Sequential:
+    """torch's own modules with the same weights."""
+    return torch.nn.Sequential(
+        copy.deepcopy(ours.linear1), ACTIVATIONS[ours.activation], copy.deepcopy(ours.linear2)
+    )
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry per call of the fused op."""
+    from fastattn.nn import feed_forward
+
+    calls: list[object] = []
+    original = feed_forward.ffn
+
+    def spy(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(feed_forward, "ffn", spy)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_against_torch(
+    activation: str, recompute: bool, dtype: torch.dtype, assert_module_close: Callable[..., None]
+) -> None:
+    ours = FeedForward(12, 20, activation, recompute=recompute, dtype=dtype)
+    x = torch.randn(3, 5, 12, dtype=dtype)
+    assert_module_close(ours, _sequence(ours), x, their_names=NAMES)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (2, 3, 4, 12), (0, 12)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_shapes_and_bias(
+    bias: bool, shape: tuple[int, ...], assert_module_close: Callable[..., None]
+) -> None:
+    ours = FeedForward(12, bias=bias)
+    assert_module_close(ours, _sequence(ours), torch.randn(shape), their_names=NAMES)
+
+
+def test_initialised_as_linear() -> None:
+    torch.manual_seed(1)
+    ours = FeedForward(8)
+    torch.manual_seed(1)
+    theirs = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
+    for linear, expected in zip((ours.linear1, ours.linear2), theirs, strict=True):
+        assert torch.equal(linear.weight, expected.weight)
+        assert torch.equal(linear.bias, expected.bias)
+    assert list(ours.state_dict()) == [
+        "linear1.weight",
+        "linear1.bias",
+        "linear2.weight",
+        "linear2.bias",
+    ]
+
+
+def test_plain_children_are_fused(fused_calls: list[object]) -> None:
+    FeedForward(8, recompute=True)(torch.randn(2, 8))
+    assert fused_calls == [{"layout": "linear", "recompute": True}]
+
+
+@pytest.mark.parametrize("child", ["linear1", "linear2"])
+def test_hooks_of_the_children_fire(
+    child: str, fused_calls: list[object], assert_module_close: Callable[..., None]
+) -> None:
+    ours = FeedForward(8)
+    theirs = _sequence(ours)
+    calls: list[str] = []
+    linear = getattr(ours, child)
+    linear.register_forward_pre_hook(lambda *_: calls.append("before"))
+    linear.register_forward_hook(lambda *_: calls.append("after"))
+    linear.register_full_backward_hook(lambda *_: calls.append("backward"))
+    assert_module_close(ours, theirs, torch.randn(4, 8), their_names=NAMES)
+    assert calls == ["before", "after", "backward"]
+    assert not fused_calls
+
+
+def test_hooks_for_every_module_fire() -> None:
+    ours = FeedForward(8)
+    called: list[torch.nn.Module] = []
+    handle = torch_module.register_module_forward_hook(lambda m, *_: called.append(m))
+    try:
+        ours(torch.randn(2, 8))
+    finally:
+        handle.remove()
+    assert called == [ours.linear1, ours.linear2, ours.dropout, ours]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_wrapped_children_run(
+    activation: str,
+    low_rank: Callable,
+    fused_calls: list[object],
+    assert_module_close: Callable[..., None],
+) -> None:
+    ours = FeedForward(8, activation=activation)
+    ours.linear1, ours.linear2 = low_rank(ours.linear1), low_rank(ours.linear2)
+    assert_module_close(ours, _sequence(ours), torch.randn(4, 8), their_names=NAMES)
+    assert not fused_calls
+
+
+def test_parametrised_children_run(assert_module_close: Callable[..., None]) -> None:
+    ours = FeedForward(8)
+    parametrizations.weight_norm(ours.linear1)
+    assert_module_close(ours, _sequence(ours), torch.randn(4, 8), their_names=NAMES)
+
+
+def test_dropout_on_the_output_in_training_alone() -> None:
+    ours = FeedForward(16, dropout=0.25)
+    x = torch.randn(64, 16)
+    kept = ours.eval()(x)
+    assert torch.equal(ours(x), kept)
+    torch.manual_seed(5)
+    dropped = ours.train()(x)
+    torch.manual_seed(5)
+    assert torch.equal(ours(x), dropped)
+    zeros = dropped == 0
+    assert 0.15 < zeros.float().mean() < 0.35
+    torch.testing.assert_close(dropped[~zeros], kept[~zeros] / 0.75)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_compiles_without_a_graph_break(
+    hooked: bool, assert_module_close: Callable[..., None]
+) -> None:
+    ours = FeedForward(8)
+    theirs = _sequence(ours)
+    if hooked:
+        ours.linear1.register_forward_hook(lambda m, args, out: out)
+    compiled = torch.compile(lambda m, x: m(x), fullgraph=True, backend="aot_eager")
+    assert_module_close(
+        ours, theirs, torch.randn(4, 8), call=compiled, call_theirs=lambda m, x: m(x),
+        their_names=NAMES,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_autocast(hooked: bool, device: str) -> None:
+    ours = FeedForward(64)
+    theirs = _sequence(ours)
+    if hooked:
+        ours.linear1.register_forward_hook(lambda *_: None)
+    x = torch.randn(8, 64)
+    with torch.autocast(device, torch.bfloat16):
+        result, expected = ours(x), theirs(x)
+    assert result.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_deepcopy_and_pickle(copied: Callable[[FeedForward], FeedForward]) -> None:
+    ours = FeedForward(8, 12, "relu", recompute=True)
+    twin = copied(ours)
+    x = torch.randn(3, 8)
+    assert torch.equal(twin(x), ours(x))
+    assert repr(twin) == repr(ours)
+
+
+def test_repr_tells_what_it_is() -> None:
+    text = repr(FeedForward(8, 12, "silu", dropout=0.1, recompute=True))
+    assert "activation='silu', recompute=True" in text
+    assert "Dropout(p=0.1" in text
+    assert "out_features=12" in text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"activation": "gelu_new"}, "activation must be one of 'gelu_tanh'.*got 'gelu_new'"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, "dropout must be"),
+        ({"dropout": float("nan")}, "dropout must be"),
+        ({"feedforward_dim": 0}, "feedforward_dim must be positive, got 0"),
+        ({"embed_dim": -8}, "embed_dim must be positive, got -8"),
+    ],
+)
+def test_constructor_refuses(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeedForward(**{"embed_dim": 8, **kwargs})
+
+
+def test_input_of_another_size() -> None:
+    with pytest.raises(ValueError, match=r"in_features = 7.*got \(32, 8\)"):
+        FeedForward(8)(torch.randn(2, 7))

@@ -1,0 +1,335 @@
+"""TransformerBlock against torch's pre-norm encoder layer, alone and stacked."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn.nn import FeedForward, LayerNorm, MultiheadAttention, TransformerBlock
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+EMBED, HEADS, HIDDEN, LENGTH = 16, 4, 24, 6
+NAMES = {"attention": "self_attn", "feed_forward.linear": "linear"}
+
+
+def _their_name(name: str) -> str:
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _theirs(block: TransformerBlock) -> torch.nn.TransformerEncoderLayer:
+    """torch's layer with the weights of ours."""
+    layer = torch.nn.TransformerEncoderLayer(
+        EMBED,
+        HEADS,
+        block.feed_forward.feedforward_dim,
+        dropout=0.0,
+        activation={
+            "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+            "relu": torch.nn.functional.relu,
+        }[block.feed_forward.activation],
+        layer_norm_eps=block.norm1.eps,
+        batch_first=True,
+        norm_first=True,
+        bias=block.norm1.bias is not None,
+        dtype=block.norm1.weight.dtype,
+    )
+    layer.load_state_dict({_their_name(k): v for k, v in block.state_dict().items()})
+    return layer
+
+
+def _block(**kwargs: object) -> TransformerBlock:
+    """Ours with every parameter random, so that none could be left out unnoticed."""
+    block = TransformerBlock(EMBED, HEADS, HIDDEN, **kwargs)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block
+
+
+def _sum(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:
+    branch, residual = block(x)
+    return branch + residual
+
+
+def _their_call(causal: bool) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
+    def call(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1) if causal else None
+        return layer(x, src_mask=mask, is_causal=causal)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"causal": True},
+        {"activation": "relu", "norm_eps": 0.1},
+        {"bias": False, "causal": True},
+        {"recompute": True},
+    ],
+    ids=str,
+)
+def test_against_torch(
+    kwargs: dict, dtype: torch.dtype, assert_module_close: Callable[..., None]
+) -> None:
+    block = _block(dtype=dtype, **kwargs)
+    assert_module_close(
+        block,
+        _theirs(block),
+        torch.randn(3, LENGTH, EMBED, dtype=dtype),
+        call=_sum,
+        call_theirs=_their_call(block.causal),
+        their_names=NAMES,
+    )
+
+
+class Stack(torch.nn.Module):
+    """Blocks and a final norm, as the docstring of TransformerBlock writes them."""
+
+    def __init__(self, layers: int, **kwargs: object) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(_block(**kwargs) for _ in range(layers))
+        self.norm = LayerNorm(EMBED)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch, residual = x, None
+        for block in self.blocks:
+            branch, residual = block(branch, residual)
+        out, _ = self.norm(branch, residual)
+        return out
+
+
+def _their_stack(stack: Stack, causal: bool) -> torch.nn.Sequential:
+    call = _their_call(causal)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return call(self.layer, x)
+
+    norm = torch.nn.LayerNorm(EMBED)
+    norm.load_state_dict(stack.norm.state_dict())
+    return torch.nn.Sequential(*(Layer(_theirs(block)) for block in stack.blocks), norm)
+
+
+def _stack_names(layers: int) -> dict[str, str]:
+    names = {f"blocks.{i}.": f"{i}.layer." for i in range(layers)}
+    for i in range(layers):
+        names |= {f"{i}.layer.{ours}": f"{i}.layer.{theirs}" for ours, theirs in NAMES.items()}
+    return names | {"norm.": f"{layers}."}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_residual_stream_over_several_layers(
+    compiled: bool, assert_module_close: Callable[..., None]
+) -> None:
+    stack = Stack(3, causal=True)
+
+    def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module(x)
+
+    assert_module_close(
+        stack,
+        _their_stack(stack, causal=True),
+        torch.randn(2, LENGTH, EMBED),
+        call=torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call,
+        call_theirs=call,
+        their_names=_stack_names(3),
+    )
+
+
+def test_one_compilation_serves_every_length() -> None:
+    block = _block(causal=True)
+    compiled = torch.compile(_sum, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(block, torch.randn(2, 5, EMBED))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (8, 13):
+            x = torch.randn(2, length, EMBED)
+            torch.testing.assert_close(compiled(block, x), _sum(block, x))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_on_every_backend(backend: str, assert_module_close: Callable[..., None]) -> None:
+    block = _block(causal=True)
+
+    def call(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:
+        with fastattn.use_backend(backend):
+            return _sum(block, x)
+
+    assert_module_close(
+        block,
+        _theirs(block),
+        torch.randn(2, LENGTH, EMBED),
+        call=call,
+        call_theirs=_their_call(True),
+        their_names=NAMES,
+    )
+
+
+def test_functional_transforms_see_through() -> None:
+    block = _block(causal=True)
+    parameters = dict(block.named_parameters())
+    x = torch.randn(3, LENGTH, EMBED)
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        branch, residual = torch.func.functional_call(block, parameters, (x,))
+        return (branch + residual).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x[:, None])
+    loss(parameters, x).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(per_sample[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pair_adds_up_to_the_stream() -> None:
+    first, second = _block(), _block()
+    x = torch.randn(2, LENGTH, EMBED)
+    branch, residual = second(*first(x))
+    expected_branch, expected_residual = second(_sum(first, x))
+    torch.testing.assert_close(branch + residual, expected_branch + expected_residual)
+
+
+def test_key_lengths_hide_padding() -> None:
+    block = _block()
+    lengths = torch.tensor([6, 2])
+    x = torch.randn(2, LENGTH, EMBED)
+    branch, residual = block(x, key_lengths=lengths)
+    alone = _sum(block, x[1:, :2])
+    torch.testing.assert_close((branch + residual)[1:, :2], alone)
+
+
+def test_the_cache_reaches_the_attention() -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.shapes: list[torch.Size] = []
+
+        def update(
+            self, k: torch.Tensor, v: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            self.shapes += [k.shape, v.shape]
+            return k, v, torch.tensor([6, 2])
+
+    block, cache, x = _block(), Recorder(), torch.randn(2, LENGTH, EMBED)
+    branch, _ = block(x, cache=cache)
+    assert cache.shapes == 2 * [(2, LENGTH, HEADS, EMBED // HEADS)]
+    expected, _ = block(x, key_lengths=torch.tensor([6, 2]))
+    assert torch.equal(branch, expected)
+
+
+def test_softmax_scale() -> None:
+    block = _block(softmax_scale=0.0)  # every key counts alike: the values' mean
+    x = torch.randn(2, LENGTH, EMBED)
+    branch, residual = block(x)
+    values = block.norm1(x) @ block.attention.in_proj_weight[2 * EMBED :].T
+    values = values + block.attention.in_proj_bias[2 * EMBED :]
+    attended = block.attention.out_proj(values.mean(1, keepdim=True)).expand_as(x)
+    torch.testing.assert_close(residual, x + attended)
+    torch.testing.assert_close(branch, block.feed_forward(block.norm2(x + attended)))
+
+
+def test_dropouts_stand_where_they_are_said_to() -> None:
+    assert _dropouts(TransformerBlock(EMBED, HEADS, dropout=0.2)) == (0.2, 0.2, 0.2)
+    block = TransformerBlock(EMBED, HEADS, dropout=0.2, attention_dropout=0.0)
+    assert _dropouts(block) == (0.0, 0.2, 0.2)
+
+    x = torch.randn(2, LENGTH, EMBED)
+    _, residual = block.train()(x)
+    zeros = residual == x
+    assert 0.1 < zeros.float().mean() < 0.3, "dropout of the attention's branch"
+    branch, _ = block(x)
+    assert 0.1 < (branch == 0).float().mean() < 0.3, "dropout of the feed-forward's branch"
+    torch.testing.assert_close(_sum(block.eval(), x), _their_call(False)(_theirs(block).eval(), x))
+
+
+def _dropouts(block: TransformerBlock) -> tuple[float, float, float]:
+    return block.attention.dropout, block.dropout.p, block.feed_forward.dropout.p
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_repeats_the_dropout(use_reentrant: bool) -> None:
+    block = _block(dropout=0.3, causal=True).train()
+    x = torch.randn(2, LENGTH, EMBED, requires_grad=True)
+
+    def grads(run: Callable[..., torch.Tensor]) -> list[torch.Tensor | None]:
+        block.zero_grad()
+        x.grad = None
+        torch.manual_seed(4)
+        run(block, x).square().sum().backward()
+        return [x.grad, *(p.grad for p in block.parameters())]
+
+    stored = grads(_sum)
+    repeated = grads(lambda b, x: checkpoint(_sum, b, x, use_reentrant=use_reentrant))
+    for plain, checkpointed in zip(stored, repeated, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_autocast_keeps_float32_in_the_stream(device: str) -> None:
+    block = _block()
+    x = torch.randn(2, LENGTH, EMBED)
+    expected = _sum(block, x)
+    with torch.autocast(device, torch.bfloat16):
+        branch, residual = block(x)
+    assert (branch.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(branch + residual, expected, rtol=0.05, atol=0.05)
+    (branch + residual).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_deepcopy_and_pickle(copied: Callable[[TransformerBlock], TransformerBlock]) -> None:
+    block = _block(causal=True, softmax_scale=0.3)
+    twin = copied(block)
+    x = torch.randn(2, LENGTH, EMBED)
+    assert torch.equal(_sum(twin, x), _sum(block, x))
+    assert repr(twin) == repr(block)
+
+
+def test_parts_and_repr() -> None:
+    block = TransformerBlock(EMBED, HEADS, causal=True, bias=False, device="meta")
+    assert [(name, type(child)) for name, child in block.named_children()] == [
+        ("norm1", LayerNorm),
+        ("attention", MultiheadAttention),
+        ("dropout", torch.nn.Dropout),
+        ("norm2", LayerNorm),
+        ("feed_forward", FeedForward),
+    ]
+    assert block.feed_forward.feedforward_dim == 4 * EMBED
+    assert not block.feed_forward.recompute
+    assert TransformerBlock(EMBED, HEADS, recompute=True).feed_forward.recompute
+    assert not any("bias" in name for name, _ in block.named_parameters())
+    assert all(p.is_meta for p in block.parameters())
+    assert "causal=True, softmax_scale=None" in repr(block)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_heads": 3}, "embed_dim=16 and num_heads=3"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
+        ({"attention_dropout": -1.0}, "attention_dropout must be"),
+        ({"activation": "tanh"}, "activation must be one of"),
+        ({"feedforward_dim": -1}, "feedforward_dim must be positive"),
+    ],
+)
+def test_constructor_refuses(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerBlock(**{"embed_dim": EMBED, "num_heads": HEADS, **kwargs})
+
+
+def test_input_of_another_size() -> None:
+    with pytest.raises(ValueError, match="must end in normalized_shape"):
+        _block()(torch.randn(2, LENGTH, EMBED + 1))
+    with pytest.raises(ValueError, match="residual"):
+        _block()(torch.randn(2, LENGTH, EMBED), torch.randn(1, LENGTH, EMBED))
