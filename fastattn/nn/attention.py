@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
         )
         # By its weights, as in torch: hooks on out_proj fire in self_attention alone.
-        out = F.linear(cast(Tensor, heads).flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        out = F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
@@ -232,7 +232,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_lengths=key_lengths,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        out = cast(Tensor, heads).flatten(-2)
+        out = heads.flatten(-2)
         if is_plain(self.out_proj, NonDynamicallyQuantizableLinear):
             return linear(out, self.out_proj.weight, self.out_proj.bias)
         return self.out_proj(out)

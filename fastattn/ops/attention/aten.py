@@ -47,7 +47,8 @@ def attention(
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     compiling = torch.compiler.is_compiling()
     if mask is None and (not problem.causal or seqlen_q in (1, seqlen_k)):
-        is_causal = problem.causal and seqlen_q != 1
+        # A branch, not `and`: under torch.compile(dynamic=True) that would be a symbol, not a bool.
+        is_causal = False if seqlen_q == 1 else problem.causal
         if key_lengths is None:
             return _sdpa(problem, q, k, v, is_causal=is_causal)
         if q.device.type == "cpu" and not compiling:

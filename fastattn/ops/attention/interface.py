@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 
@@ -19,7 +19,41 @@ BACKENDS = (
     backends.Backend("reference", lambda: reference),
 )
 
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
 _plans: PlanCache[tuple[_problem.AttentionProblem, Callable[..., Any]]] = PlanCache()
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> Outputs: ...
 
 
 def attention(
@@ -34,7 +68,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | Outputs:
     """Fused softmax attention, out = softmax(softmax_scale * q k^T) v, without the score matrix.
 
     In plain PyTorch, for q, k, v of shape (batch, heads, seqlen, head_dim):

@@ -27,6 +27,8 @@ MAX_IN_FEATURES = {"one row, one thread": 4096, "more rows": 2048}
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., in_features), weight (out_features, in_features) -> (..., out_features)."""
     in_features = weight.shape[-1]
+    if weight.numel() < MIN_WEIGHTS or torch.is_grad_enabled():  # the cheap questions first
+        return F.linear(x, weight, bias)
     if x.numel() > MAX_ROWS * in_features or not _eligible(x, weight):
         return F.linear(x, weight, bias)
     rows, out_features = x.numel() // in_features, weight.shape[0]
@@ -56,14 +58,12 @@ def _eligible(x: Tensor, weight: Tensor) -> bool:
     return (
         x.is_cpu
         and x.dtype is weight.dtype is torch.float32
-        and weight.numel() >= MIN_WEIGHTS
         and weight.dim() == 2
         and x.shape[-1:] == weight.shape[1:]  # else F.linear says what is wrong
         and x.numel() > 0
         and weight.is_contiguous()
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch.backends.mkl.is_available()
     )

@@ -184,7 +184,8 @@ def forward(
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
     seen = mask_bytes(mask, q)
     architecture = launch.architecture(q.device)
-    tile = tiles.tile(tiles.FORWARD, architecture, q.element_size(), head_dim, mask is not None)
+    kernel = tiles.DECODE if seqlen_q <= tiles.DECODE_QUERIES else tiles.FORWARD
+    tile = tiles.tile(kernel, architecture, q.element_size(), head_dim, mask is not None)
     launch.launch(
         _forward_kernel,
         (triton.cdiv(seqlen_q, tile.block_m) * heads * batch,),

@@ -1,0 +1,228 @@
+"""Proof by probe: may another class compute what a module computes?
+
+The module's copy is run on random input with random weights three times: by its own class, by the
+class that shall replace it, and by its own class in float64. The replacement may be no less exact
+than the original, by the rule that fastattn's kernels are tested with:
+
+    max|ours - ref| <= 2 max|original - ref| + atol
+    rms(ours - ref) <= 1.5 rms(original - ref) + atol
+
+for every output and every gradient (of the inputs and of the weights), in eval and in train mode,
+with dropout switched off. `atol` is a few units in the last place of the result's scale.
+
+Nothing of this touches the module: not its weights, gradients, training flag or hooks, and neither
+the random generators, nor the modes of autograd and autocast of the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+MAX_FACTOR = 2.0
+RMS_FACTOR = 1.5
+ULPS = 4.0
+SEED = 20_231_117
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The arguments of one call of `forward`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Draw:
+    """Random tensors in a module's dtype and on its device, from a generator of their own."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._generator = torch.Generator().manual_seed(SEED)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal."""
+        values = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return values.to(self.device, self.dtype)
+
+    def coin(self, *shape: int) -> torch.Tensor:
+        """Boolean, True and False alike often."""
+        values = torch.rand(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return (values < 0.5).to(self.device)
+
+    def like_weight(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Normal, scaled so that a product with it keeps its input's scale."""
+        scale = max(tensor.shape) ** -0.5 if tensor.dim() > 1 else 1.0
+        return self.normal(*tensor.shape) * scale
+
+
+def configuration(module: torch.nn.Module) -> Hashable:
+    """What two modules must have in common for the proof of one to hold for the other.
+
+    Classes, settings, and the tensors' shapes, dtypes and devices, of the module and all its
+    children; not the values of the weights, nor which layer of the model it is.
+    """
+    parts: list[Hashable] = []
+    for name, part in module.named_modules():
+        settings = []
+        for key, value in part.__dict__.items():
+            if key.startswith("_") or key in ("training", "layer_idx") or callable(value):
+                continue
+            plain = isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None)))
+            # Any other object (a config) has to be the same one.
+            settings.append((key, value if plain else id(value)))
+        tensors = [
+            (key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.device))
+            for key, tensor in (*part._parameters.items(), *part._buffers.items())
+        ]
+        parts.append((name, type(part), tuple(settings), tuple(tensors)))
+    return tuple(parts)
+
+
+def disproof(
+    module: torch.nn.Module,
+    original: type[torch.nn.Module],
+    replacement: type[torch.nn.Module],
+    probes: Callable[[torch.nn.Module, Draw], Sequence[Probe]],
+    draw: Draw,
+) -> str | None:
+    """The reason why `replacement` may not stand in for `original`, or None if it is proven.
+
+    Args:
+        module: an instance of either class; it is left as it is.
+        probes: makes the calls to compare, given the copy of `module` and `draw`.
+    """
+    with _isolated(draw.device):
+        copy = _bare_copy(module, draw.like_weight)
+        reference = _bare_copy(copy, lambda tensor: tensor.detach().double())
+        for training in (False, True):
+            mode = "train" if training else "eval"
+            for probe in probes(copy, draw):
+                runs: list[list[tuple[str, torch.Tensor]]] = []
+                for who, subject, cls in (
+                    ("the original in float64", reference, original),
+                    ("the original", copy, original),
+                    ("the replacement", copy, replacement),
+                ):
+                    subject.__class__ = cls
+                    subject.train(training)
+                    try:
+                        runs.append(_run(subject, probe, draw, exact=subject is reference))
+                    except Exception as error:
+                        return f"{who} fails on random input: {type(error).__name__}: {error}"
+                names = [[name for name, _ in run] for run in runs]
+                if names[1] != names[2]:
+                    return f"it returns {names[2]}, the original {names[1]} ({mode} mode)"
+                for (name, expected), (_, theirs), (_, ours) in zip(*runs, strict=True):
+                    if (finding := _violation(ours, theirs, expected)) is not None:
+                        return f"{name} is off in {mode} mode: {finding}"
+    return None
+
+
+@contextlib.contextmanager
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Gradients on and autocast off inside; the random generators as before after it."""
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
+def _bare_copy(
+    module: torch.nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.nn.Module:
+    """A copy with converted floating-point tensors, without hooks and without dropout.
+
+    Attributes that are neither tensors nor modules are shared: a deep copy would follow bound
+    methods and loggers out of the model.
+    """
+    copy = type(module).__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update(torch.nn.Module().__dict__)  # no parameters, children, hooks
+    copy.__dict__.pop("_compiled_call_impl", None)
+
+    def converted(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if not tensor.is_floating_point():
+            return tensor.detach().clone()
+        return convert(tensor)
+
+    for name, parameter in module._parameters.items():
+        value = converted(parameter)
+        copy._parameters[name] = None if value is None else torch.nn.Parameter(value)
+    for name, buffer in module._buffers.items():
+        copy._buffers[name] = converted(buffer)
+    for name, child in module._modules.items():
+        copy._modules[name] = None if child is None else _bare_copy(child, convert)
+    if isinstance(copy, torch.nn.modules.dropout._DropoutNd):
+        copy.p = 0.0
+    return copy
+
+
+def _run(
+    module: torch.nn.Module, probe: Probe, draw: Draw, *, exact: bool
+) -> list[tuple[str, torch.Tensor]]:
+    """Outputs and gradients by name. `exact` computes in float64, on the same rounded numbers."""
+    dtype = torch.float64 if exact else draw.dtype
+    inputs: list[torch.Tensor] = []
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            inputs.append(value.detach().to(dtype, copy=True).requires_grad_())
+            return inputs[-1]
+        return value
+
+    result = module(
+        *(leaf(value) for value in probe.args),
+        **{key: leaf(value) for key, value in probe.kwargs.items()},
+    )
+    outputs = [result] if isinstance(result, torch.Tensor) else list(result)
+    named = [(f"output {i}", out) for i, out in enumerate(outputs) if out is not None]
+    cotangents = Draw(draw.dtype, draw.device)  # seeded anew: the same for all three runs
+    sources = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
+    sources += list(module.named_parameters())
+    gradients = torch.autograd.grad(
+        [out for _, out in named],
+        [source for _, source in sources],
+        [cotangents.normal(*out.shape).to(dtype) for _, out in named],
+        allow_unused=True,
+    )
+    return named + [
+        (f"the gradient of {name}", gradient)
+        for (name, _), gradient in zip(sources, gradients, strict=True)
+        if gradient is not None
+    ]
+
+
+def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """How `ours` breaks the rule of this module, or None."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return (
+            f"{tuple(ours.shape)} {ours.dtype}, the original gives {tuple(theirs.shape)} "
+            f"{theirs.dtype}"
+        )
+    if not ours.numel():
+        return None
+    atol = ULPS * torch.finfo(ours.dtype).eps * expected.abs().max().item()
+    our_error, their_error = ours.double() - expected, theirs.double() - expected
+    for what, factor, error, bound in (
+        ("max", MAX_FACTOR, our_error.abs().max(), their_error.abs().max()),
+        ("rms", RMS_FACTOR, our_error.square().mean().sqrt(), their_error.square().mean().sqrt()),
+    ):
+        # Written so that NaN, on either side, counts as a violation.
+        if not error.item() <= factor * bound.item() + atol:
+            return (
+                f"{what} error {error.item():.3g} against float64, the original's is "
+                f"{bound.item():.3g} (at most {factor:g} times that + {atol:.1g})"
+            )
+    return None

@@ -1,0 +1,43 @@
+"""PyTorch's own modules, as `accelerate` meets them in any model."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn.backends import explanation_of
+from fastattn.integrations.proof import Draw, Probe
+from fastattn.integrations.swap import Recogniser
+from fastattn.nn import LayerNorm, RMSNorm
+from fastattn.ops.layer_norm import layer_norm, rms_norm
+
+
+def _no_refusal(module: torch.nn.Module) -> str | None:
+    return None
+
+
+def _norm_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
+    assert isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
+    # A mean that is far from 0: where a norm loses digits if it does.
+    return [Probe((draw.normal(3, 5, *module.normalized_shape) + 4.0,))]
+
+
+def _layer_norm_backend(module: torch.nn.Module, probe: Probe) -> str | None:
+    assert isinstance(module, torch.nn.LayerNorm)
+    x, weight, bias = (
+        None if tensor is None else tensor.flatten(-len(module.normalized_shape))
+        for tensor in (probe.args[0], module.weight, module.bias)
+    )
+    return explanation_of(layer_norm, x, weight, bias, module.eps).backend
+
+
+def _rms_norm_backend(module: torch.nn.Module, probe: Probe) -> str | None:
+    assert isinstance(module, torch.nn.RMSNorm)
+    x, weight = (
+        None if tensor is None else tensor.flatten(-len(module.normalized_shape))
+        for tensor in (probe.args[0], module.weight)
+    )
+    return explanation_of(rms_norm, x, weight, module.eps).backend
+
+
+LAYER_NORM = Recogniser(LayerNorm, _no_refusal, _norm_probes, _layer_norm_backend)
+RMS_NORM = Recogniser(RMSNorm, _no_refusal, _norm_probes, _rms_norm_backend)

@@ -1,0 +1,51 @@
+"""Small random models of transformers; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+MakeGPT2 = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def make_gpt2(device: str) -> MakeGPT2:
+    """A GPT-2 in eval mode: `make_gpt2(cls, attn_implementation=..., **config)`."""
+
+    def make(
+        cls: type[PreTrainedModel] = GPT2LMHeadModel,
+        *,
+        attn_implementation: str = "sdpa",
+        seed: int = 0,
+        **changes: Any,
+    ) -> PreTrainedModel:
+        settings: dict[str, Any] = {
+            "vocab_size": 97,
+            "n_positions": 64,
+            "n_embd": 48,
+            "n_layer": 2,
+            "n_head": 3,
+            # Far from uniform, so that no mistake drowns and no two tokens tie.
+            "initializer_range": 0.2,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+        }
+        config = GPT2Config(**{**settings, **changes})
+        torch.manual_seed(seed)
+        return cls._from_config(config, attn_implementation=attn_implementation).to(device).eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens(device: str) -> torch.Tensor:
+    """(batch 3, seqlen 21), neither eos nor padding."""
+    return torch.randint(2, 97, (3, 21), generator=torch.Generator().manual_seed(1)).to(device)

@@ -1,0 +1,198 @@
+"""What a proof by probe sees, and what it leaves untouched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastattn.integrations.proof import Draw, Probe, configuration, disproof
+
+
+class Scale(torch.nn.Module):
+    """y = weight * x, with dropout; the original of these tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(16))
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(x * self.weight)
+
+
+class Same(Scale):
+    pass
+
+
+class SlightlyOff(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1e-5
+
+
+class OneElementOff(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        offset = torch.zeros(16, dtype=x.dtype)
+        offset[5] = 1e-5
+        return super().forward(x) + offset
+
+
+class OffInTraining(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1.001 if self.training else 1.0)
+
+
+class WrongInputGradient(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * 1.001 - x.detach() * 0.001)
+
+
+class NoWeightGradient(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.detach()
+
+
+class WrongShape(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).unsqueeze(0)
+
+
+class WrongDtype(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).double()
+
+
+class NotANumber(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * float("nan")
+
+
+class Raising(Scale):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("by design")
+
+
+def probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
+    return [Probe((draw.normal(4, 16),))]
+
+
+def disprove(
+    replacement: type[torch.nn.Module], original: type[torch.nn.Module] = Scale
+) -> str | None:
+    draw = Draw(torch.float32, torch.device("cpu"))
+    return disproof(original(), original, replacement, probes, draw)
+
+
+def test_the_same_is_proven() -> None:
+    assert disprove(Same) is None
+
+
+@pytest.mark.parametrize(
+    ("replacement", "finding"),
+    [
+        (SlightlyOff, "output 0 is off in eval mode: max error"),
+        (OneElementOff, "output 0 is off in eval mode: max error"),
+        (OffInTraining, "output 0 is off in train mode"),
+        (WrongInputGradient, "the gradient of input 0 is off in eval mode"),
+        (NoWeightGradient, "it returns ['output 0', 'the gradient of input 0'], the original"),
+        (WrongShape, "output 0 is off in eval mode: (1, 4, 16)"),
+        (WrongDtype, "output 0 is off in eval mode: (4, 16) torch.float64"),
+        (NotANumber, "output 0 is off in eval mode: max error nan"),
+        (Raising, "the replacement fails on random input: ZeroDivisionError: by design"),
+    ],
+)
+def test_a_difference_is_found(replacement: type[torch.nn.Module], finding: str) -> None:
+    found = disprove(replacement)
+    assert found is not None
+    assert found.startswith(finding)
+
+
+def test_an_original_that_fails_proves_nothing() -> None:
+    found = disprove(Same, original=Raising)
+    assert found is not None
+    assert found.startswith("the original in float64 fails on random input")
+
+
+def test_an_original_without_numbers_proves_nothing() -> None:
+    found = disprove(NotANumber, original=NotANumber)
+    assert found is not None
+    assert "nan" in found
+
+
+class NoisyHalf(Scale):
+    """Off by what bfloat16 rounds away anyway, and by no more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def test_the_measure_is_the_originals_own_error() -> None:
+    draw = Draw(torch.bfloat16, torch.device("cpu"))
+    module = Scale().bfloat16()
+    assert disproof(module, Scale, NoisyHalf, probes, draw) is None
+    found = disproof(module, Scale, OffInTraining, probes, draw)
+    assert found is None  # 0.1% is less than a rounding in bfloat16
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    module = Scale()
+    hooked: list[int] = []
+    module.drop.register_forward_hook(lambda *_: hooked.append(1))
+    module.weight.grad = torch.full((16,), 7.0)
+    module.eval()
+    state = torch.get_rng_state()
+    draw = Draw(torch.float32, torch.device("cpu"))
+    assert disproof(module, Scale, Same, probes, draw) is None
+    assert type(module) is Scale
+    assert not module.training and not module.drop.training
+    assert module.drop.p == 0.5
+    assert hooked == []
+    assert torch.equal(module.weight, torch.ones(16))
+    assert torch.equal(module.weight.grad, torch.full((16,), 7.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Random(Scale):
+    """Draws numbers that do not matter."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 0 * torch.rand_like(x)
+
+
+def test_the_callers_random_numbers_are_left_as_they_were() -> None:
+    state = torch.get_rng_state()
+    assert disprove(Random) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Linear(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+
+
+class SteeperLinear(Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.weight * 1.0005, self.bias)
+
+
+def test_the_callers_autocast_hides_nothing() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = disprove(SteeperLinear, original=Linear)
+        assert torch.is_autocast_enabled("cpu")
+    assert found is not None
+    assert found.startswith("output 0 is off in eval mode: max error")
+
+
+def test_configurations_differ_by_what_is_computed() -> None:
+    norm = torch.nn.LayerNorm(8)
+    same = torch.nn.LayerNorm(8).eval()
+    same.layer_idx = 3  # type: ignore[assignment]
+    assert configuration(norm) == configuration(same)
+    for other in (
+        torch.nn.LayerNorm(9),
+        torch.nn.LayerNorm(8, eps=1e-6),
+        torch.nn.LayerNorm(8, bias=False),
+        torch.nn.LayerNorm(8, dtype=torch.float64),
+        torch.nn.RMSNorm(8),
+        torch.nn.Sequential(norm),
+    ):
+        assert configuration(norm) != configuration(other)
