@@ -17,6 +17,7 @@ import torch
 from fastattn import backends
 from fastattn.ops.attention import reference
 from fastattn.ops.attention.problem import AttentionProblem, describe
+from fastattn.ops.common import autograd
 
 
 def _load_triton() -> ModuleType:
@@ -152,12 +153,5 @@ _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::attention", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_library)
-torch.library.register_autograd(
-    "fastattn::attention", _autograd, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    "fastattn::attention_backward",
-    _double_backward,
-    setup_context=_backward_setup_context,
-    lib=_library,
-)
+autograd.register(_library, "attention", _setup_context, _autograd)
+autograd.register(_library, "attention_backward", _backward_setup_context, _double_backward)

@@ -1,0 +1,80 @@
+"""The `torch` backend of ffn: two calls of ATen's matrix product with the activation between.
+
+Plain differentiable PyTorch. Where no gradient is wanted the hidden layer is activated in place,
+which spares a second tensor of its size; ReLU's derivative needs only its result, so it is always
+in place.
+
+With `recompute` the whole is a checkpoint (non-reentrant, so double backward and torch.compile
+work), which keeps x alone. Under torch.func transforms, whose tensors have no saved-tensor hooks,
+and where no gradient is wanted there is nothing to keep, and the argument has no effect.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastattn.ops.common.linear import linear
+from fastattn.ops.ffn.problem import FFNProblem
+
+
+def unsupported(problem: FFNProblem) -> str | None:
+    return None
+
+
+def ffn(
+    problem: FFNProblem,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+) -> torch.Tensor:
+    run = _conv1d if problem.conv1d else _linear
+    if problem.recompute and problem.needs_grad and not problem.transformed:
+        recomputed = functools.partial(run, problem)
+        return checkpoint(
+            recomputed, x, w1, b1, w2, b2, use_reentrant=False, preserve_rng_state=False
+        )
+    return run(problem, x, w1, b1, w2, b2)
+
+
+def _linear(
+    problem: FFNProblem,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+) -> torch.Tensor:
+    return linear(_activate(problem, linear(x, w1, b1)), w2, b2)
+
+
+def _conv1d(
+    problem: FFNProblem,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+) -> torch.Tensor:
+    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+    pre = torch.mm(rows, w1) if b1 is None else torch.addmm(b1, rows, w1)
+    hidden = _activate(problem, pre)
+    out = torch.mm(hidden, w2) if b2 is None else torch.addmm(b2, hidden, w2)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], problem.out_features)
+
+
+def _activate(problem: FFNProblem, pre: torch.Tensor) -> torch.Tensor:
+    """activation(pre), in place where `pre` is not needed again."""
+    in_place = not (problem.needs_grad or problem.transformed)
+    activation = problem.activation
+    if activation == "gelu_tanh" or activation == "gelu":
+        gelu = torch._C._nn.gelu_ if in_place else F.gelu  # type: ignore[attr-defined]
+        return gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "relu":
+        return F.relu(pre) if problem.transformed else F.relu_(pre)
+    return F.silu(pre, inplace=in_place)

@@ -1,0 +1,201 @@
+"""What a call of ffn is, apart from its data, and every error that a user can make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.ops.common import modes
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
+LAYOUTS = ("linear", "conv1d")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What the two sizes of a weight mean, by layout: as torch.nn.Linear or as GPT-2's Conv1D has them.
+_AXES = {
+    "w1": {"linear": "(hidden, in_features)", "conv1d": "(in_features, hidden)"},
+    "w2": {"linear": "(out_features, hidden)", "conv1d": "(hidden, out_features)"},
+}
+
+
+@dataclass(frozen=True)
+class FFNProblem:
+    """Metadata of one call; `check()` has passed before a backend sees it."""
+
+    x_shape: tuple[int, ...]  # (..., in_features)
+    hidden: int
+    out_features: int
+    dtype: torch.dtype  # of the computation and the result: autocast's, where autocast is on
+    device: torch.device
+    activation: str
+    layout: str
+    recompute: bool
+    has_bias1: bool
+    has_bias2: bool
+    autocast: bool
+    needs_grad: bool
+    transformed: bool
+
+    @property
+    def in_features(self) -> int:
+        return self.x_shape[-1]
+
+    @property
+    def conv1d(self) -> bool:
+        """Whether the weights are (in, out), else (out, in)."""
+        return self.layout == "conv1d"
+
+    def describe(self) -> str:
+        features = [
+            "no b1" if not self.has_bias1 else "",
+            "no b2" if not self.has_bias2 else "",
+            "recompute" if self.recompute else "",
+            "under autocast" if self.autocast else "",
+            "with gradients" if self.needs_grad else "",
+            "under a torch.func transform or forward-mode AD" if self.transformed else "",
+        ]
+        sizes = f"x {tuple(self.x_shape)}, hidden {self.hidden}, out_features {self.out_features}"
+        kind = f"{self.activation}, layout {self.layout}, {_name(self.dtype)} on {self.device}"
+        return ", ".join([sizes, kind, *filter(None, features)])
+
+
+def describe(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str = "gelu_tanh",
+    *,
+    layout: str = "linear",
+    recompute: bool = False,
+) -> FFNProblem:
+    """The problem of a call. Raises TypeError or ValueError for every error of the caller."""
+    check(x, w1, b1, w2, b2, activation, layout, recompute)
+    autocast = modes.autocast_dtype(x.device.type)
+    if x.dtype == torch.float64:  # autocast leaves float64 alone
+        autocast = None
+    hidden, out_features = (0, 0) if layout == "linear" else (1, 1)
+    return FFNProblem(
+        x_shape=x.shape,
+        hidden=w1.shape[hidden],
+        out_features=w2.shape[out_features],
+        dtype=x.dtype if autocast is None else autocast,
+        device=x.device,
+        activation=activation,
+        layout=layout,
+        recompute=recompute,
+        has_bias1=b1 is not None,
+        has_bias2=b2 is not None,
+        autocast=autocast is not None,
+        needs_grad=modes.needs_grad(x, w1, b1, w2, b2),
+        transformed=modes.transformed(),
+    )
+
+
+def check(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str,
+    layout: str,
+    recompute: bool,
+) -> None:
+    """Raise for whatever the caller got wrong; the only place of the op that does."""
+    for name, value, accepted in (
+        ("activation", activation, ACTIVATIONS),
+        ("layout", layout, LAYOUTS),
+    ):
+        if value not in accepted:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}"
+            )
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be True or False; got {type(recompute).__name__}")
+    _check_tensors(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2})
+    if x.dim() == 0:
+        raise ValueError(
+            "x must have the shape (..., in_features); got a tensor without dimensions"
+        )
+    for name, weight in (("w1", w1), ("w2", w2)):
+        if weight.dim() != 2:
+            raise ValueError(
+                f"{name} must have 2 dimensions {_AXES[name][layout]}; "
+                f"got shape {tuple(weight.shape)}"
+            )
+    _check_sizes(x, w1, b1, w2, b2, layout)
+
+
+def _check_tensors(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
+    """That all are tensors of one dtype (unless autocast will make it one) and one device."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
+    accepted = ", ".join(_name(dtype) for dtype in DTYPES)
+    one_dtype = modes.autocast_dtype(x.device.type) is None or x.dtype == torch.float64
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None and name in ("b1", "b2"):
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            none = " or None" if name in ("b1", "b2") else ""
+            raise TypeError(f"{name} must be a torch.Tensor{none}; got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must have one of the dtypes {accepted}; got {_name(tensor.dtype)}"
+            )
+        if tensor.dtype != x.dtype and (one_dtype or tensor.dtype == torch.float64):
+            raise TypeError(
+                f"x, w1, b1, w2 and b2 must have one dtype; got x {_name(x.dtype)}, {name} "
+                f"{_name(tensor.dtype)}: cast them to the same"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                "x, w1, b1, w2 and b2 must be on one device; "
+                f"got x on {x.device}, {name} on {tensor.device}"
+            )
+
+
+def _check_sizes(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    layout: str,
+) -> None:
+    """That the sizes of x, w1 and w2 chain, and that the biases fit."""
+    other = "conv1d" if layout == "linear" else "linear"
+    # The weights as (in, out) views, whatever the layout.
+    first, second = (w1.shape, w2.shape) if layout == "conv1d" else (w1.shape[::-1], w2.shape[::-1])
+    in_features = x.shape[-1]
+    # Would the call be right in the other layout? Then that is the mend.
+    mend = ""
+    if w1.shape[0 if other == "conv1d" else 1] == in_features and (
+        w1.shape[1 if other == "conv1d" else 0] == w2.shape[0 if other == "conv1d" else 1]
+    ):
+        mend = f"; the weights fit layout={other!r}"
+    if first[0] != in_features:
+        raise ValueError(
+            f"w1 must be {_AXES['w1'][layout]} with in_features = {in_features}, the last size of "
+            f"x {tuple(x.shape)}, in layout={layout!r}; got {tuple(w1.shape)}{mend}"
+        )
+    if second[0] != first[1]:
+        raise ValueError(
+            f"w2 must be {_AXES['w2'][layout]} with hidden = {first[1]}, as w1 {tuple(w1.shape)} "
+            f"has it in layout={layout!r}; got {tuple(w2.shape)}{mend}"
+        )
+    for name, bias, size, of in (
+        ("b1", b1, first[1], "hidden"),
+        ("b2", b2, second[1], "out_features"),
+    ):
+        if bias is not None and tuple(bias.shape) != (size,):
+            raise ValueError(
+                f"{name} must have the shape ({of},) = ({size},), or be None; "
+                f"got {tuple(bias.shape)}"
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

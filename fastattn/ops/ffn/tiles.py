@@ -1,0 +1,72 @@
+"""Tile sizes of the ffn kernels: one pure function, used by the launchers and by the checks.
+
+Chosen from what a tile needs and checked by compiling: no spills, tensor cores for 16-bit types,
+and shared memory within the chip's limit, which is 163 KB on sm_80, 99 KB on sm_86, 89 and 120, and
+227 KB on sm_90 and 100. Not yet tuned by measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Tokens up to which the cost of a call is to read the weights.
+FEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`block_m` tokens by `block_n` hidden features, `block_k` terms of their sums at a time.
+
+    `stages` blocks of both operands are in flight; `group_m` rows of tiles are walked through
+    together, so that their operands stay in the L2.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+
+    def programs(self, tokens: int, hidden: int) -> int:
+        return -(-tokens // self.block_m) * -(-hidden // self.block_n)
+
+
+def tile(
+    architecture: int,
+    bytes_per_element: int,
+    tokens: int,
+    hidden: int,
+    multiprocessors: int,
+    aligned: bool,
+) -> Tile:
+    """The tile of a product with a (tokens, hidden) result, forward and backward.
+
+    `aligned`: all sizes and strides that a model fixes are multiples of 16, so that operands are
+    copied 16 bytes at a time and asynchronously, past the registers.
+    """
+    wide = bytes_per_element == 4
+    if tokens <= FEW_TOKENS:
+        # The narrowest tiles: as many programs as possible fetch weights, several blocks ahead.
+        return Tile(16, 32, 64, 4, 3) if wide else Tile(16, 32, 128, 4, 5)
+    if not aligned:
+        # Operands go through registers, element by element.
+        return Tile(64, 64, 16, 8, 2) if wide else Tile(128, 64, 32, 8, 2)
+    large = _large(architecture, wide)
+    if large.programs(tokens, hidden) >= multiprocessors:
+        return large
+    # Large tiles would leave multiprocessors idle.
+    return Tile(64, 64, 32, 8, 3) if wide else Tile(64, 128, 64, 4, 4)
+
+
+def _large(architecture: int, wide: bool) -> Tile:
+    if wide:
+        # IEEE float32 has no tensor cores: 64 accumulators a thread, short blocks of operands.
+        return Tile(128, 128, 16, 8, 2)
+    if architecture in (90, 100, 103):
+        # Two warpgroups with 64 x 256 accumulators each; four blocks of 48 KB.
+        return Tile(128, 256, 64, 8, 4)
+    if architecture == 80:
+        return Tile(128, 256, 64, 8, 3)
+    # 99 KB of shared memory.
+    return Tile(128, 128, 64, 8, 3)

@@ -1,0 +1,140 @@
+"""The public functions of the norms: describe the call, choose a backend, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastattn import backends
+from fastattn.ops.common import modes
+from fastattn.ops.common.plans import PlanCache
+from fastattn.ops.layer_norm import aten, reference, registration
+from fastattn.ops.layer_norm import problem as _problem
+
+BACKENDS = (
+    *registration.KERNELS,
+    backends.Backend("torch", lambda: aten),
+    backends.Backend("reference", lambda: reference),
+)
+
+_plans: PlanCache[tuple[_problem.NormProblem, Callable[..., Any]]] = PlanCache()
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Layer normalisation over the last dimension, with the addition of a residual fused.
+
+        s = x + residual
+        out = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+
+    with the biased variance (Ba, Kiros and Hinton 2016, arXiv:1607.06450). The same as
+    `torch.nn.functional.layer_norm(x + residual, x.shape[-1:], weight, bias, eps)`, also under
+    autocast. Statistics and sums are float32 (float64 for float64 inputs); the kernels merge
+    partial statistics with Chan, Golub and LeVeque's formula (1983), so that a large mean does not
+    cancel the variance. The weight gradients have no atomics: the same inputs give the same bits
+    on the same GPU.
+
+    Args:
+        x: (..., hidden), at least one dimension; float16, bfloat16, float32 or float64. Any
+            strides; the kernels read it without a copy where the last dimension is contiguous and
+            the rows are evenly spaced.
+        weight: (hidden,), None for 1; any of these dtypes, not necessarily x's.
+        bias: (hidden,), None for 0; any of these dtypes.
+        eps: added to the variance; finite, not negative.
+        residual: x's shape; its dtype may be another. The sum has the promoted dtype of the two.
+        backend: "triton", "torch" or "reference"; default: the first capable one.
+
+    Returns:
+        out, (..., hidden), in x's dtype; with `residual` the pair (out, s), both in the dtype of s.
+        Under autocast on an accelerator out is float32.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        fastattn.UnsupportedError: the backend that the user named cannot run the call.
+    """
+    return _normalise(x, weight, bias, eps, residual, backend, True)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square normalisation over the last dimension, with a residual's addition fused.
+
+        s = x + residual
+        out = s / sqrt(mean(s^2) + eps) * weight
+
+    (Zhang and Sennrich 2019, arXiv:1910.07467.) The same as
+    `torch.nn.functional.rms_norm(x + residual, x.shape[-1:], weight, eps)`, also under autocast;
+    precision and determinism as in `layer_norm`.
+
+    Args:
+        x: (..., hidden), at least one dimension; float16, bfloat16, float32 or float64. Any
+            strides.
+        weight: (hidden,), None for 1; any of these dtypes, not necessarily x's.
+        eps: added to the mean square; finite, not negative. None is the machine epsilon of the
+            dtype of the statistics, as in torch: float64's for float64 inputs, else float32's.
+        residual: x's shape; its dtype may be another. The sum has the promoted dtype of the two.
+        backend: "triton", "torch" or "reference"; default: the first capable one.
+
+    Returns:
+        out, (..., hidden), in x's dtype; with `residual` the pair (out, s), both in the dtype of s.
+        Under autocast on an accelerator out is float32.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        fastattn.UnsupportedError: the backend that the user named cannot run the call.
+    """
+    return _normalise(x, weight, None, eps, residual, backend, False)
+
+
+def _normalise(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    backend: str | None,
+    center: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    try:
+        if torch.compiler.is_compiling():
+            key, plan = None, None
+        else:
+            device = x.device
+            key = (
+                (x.shape, x.dtype, device, eps, center, backend),
+                None if weight is None else (weight.shape, weight.dtype, weight.device),
+                None if bias is None else (bias.shape, bias.dtype, bias.device),
+                None if residual is None else (residual.shape, residual.dtype, residual.device),
+                (modes.autocast_enabled(device.type), modes.transformed(), backends.state()),
+            )
+            plan = _plans.get(key)
+    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
+        key, plan = None, None
+    if plan is None:
+        described = _problem.describe(x, weight, bias, eps, residual, center=center)
+        chosen = backends.select(described.op, BACKENDS, described, backend)
+        plan = described, registration.entry(chosen, forced=backends.named(backend) is not None)
+        if key is not None:
+            _plans.put(key, plan)
+    described, run = plan
+    out, stream = run(described, x, weight, bias, residual)
+    return out if residual is None else (out, stream)
+
+
+backends.register(layer_norm, _problem.describe_layer_norm, BACKENDS)
+backends.register(rms_norm, _problem.describe_rms_norm, BACKENDS)

@@ -1,0 +1,166 @@
+"""What a call of a norm is, apart from its data, and every error that a user can make."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.ops.common import modes
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class NormProblem:
+    """Metadata of one call of `layer_norm` (`center`) or `rms_norm`, checked."""
+
+    shape: tuple[int, ...]  # (..., hidden), of x and residual
+    dtype: torch.dtype  # of x
+    residual_dtype: torch.dtype | None
+    weight_dtype: torch.dtype | None
+    bias_dtype: torch.dtype | None
+    stream_dtype: torch.dtype  # of what is normalised: x, or x + residual
+    out_dtype: torch.dtype
+    device: torch.device
+    center: bool
+    eps: float
+    transformed: bool
+
+    @property
+    def op(self) -> str:
+        return "layer_norm" if self.center else "rms_norm"
+
+    @property
+    def hidden(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        given = (self.dtype, self.residual_dtype, self.weight_dtype, self.bias_dtype)
+        return tuple(dtype for dtype in given if dtype is not None)
+
+    def describe(self) -> str:
+        facts = [f"x {tuple(self.shape)} {_name(self.dtype)}"]
+        for name, dtype in (
+            ("weight", self.weight_dtype),
+            ("bias", self.bias_dtype),
+            ("residual", self.residual_dtype),
+        ):
+            if dtype is not None:
+                facts.append(f"{name} {_name(dtype)}")
+        if self.out_dtype != self.stream_dtype:
+            facts.append(f"out {_name(self.out_dtype)} under autocast")
+        if self.transformed:
+            facts.append("under a torch.func transform or forward-mode AD")
+        return f"{', '.join(facts)}, on {self.device}"
+
+
+def describe_layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+) -> NormProblem:
+    """The problem of a call of `layer_norm`. Raises TypeError or ValueError."""
+    return describe(x, weight, bias, eps, residual, center=True)
+
+
+def describe_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    residual: torch.Tensor | None = None,
+) -> NormProblem:
+    """The problem of a call of `rms_norm`. Raises TypeError or ValueError."""
+    return describe(x, weight, None, eps, residual, center=False)
+
+
+def describe(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    *,
+    center: bool,
+) -> NormProblem:
+    """The problem of a call. Raises TypeError or ValueError for every error of the caller."""
+    check(x, weight, bias, eps, residual, center)
+    stream_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out_dtype = stream_dtype
+    # Autocast runs the norms in float32 on every accelerator and leaves them alone on the CPU.
+    if x.device.type != "cpu" and modes.autocast_enabled(x.device.type):
+        out_dtype = torch.promote_types(stream_dtype, torch.float32)
+    if eps is None:
+        # The dtype of the statistics decides, as in ATen: float32's for 16-bit inputs.
+        eps = torch.finfo(torch.promote_types(out_dtype, torch.float32)).eps
+    return NormProblem(
+        shape=x.shape,
+        dtype=x.dtype,
+        residual_dtype=None if residual is None else residual.dtype,
+        weight_dtype=None if weight is None else weight.dtype,
+        bias_dtype=None if bias is None else bias.dtype,
+        stream_dtype=stream_dtype,
+        out_dtype=out_dtype,
+        device=x.device,
+        center=center,
+        eps=float(eps),
+        transformed=modes.transformed(),
+    )
+
+
+def check(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    center: bool,
+) -> None:
+    """Raise for whatever the caller got wrong; the only place of the op that does."""
+    _check_tensor("x", x, None)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension (..., hidden); got a 0-dim tensor")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        _check_tensor(name, parameter, x.device)
+        if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
+            raise ValueError(
+                f"{name} must have the shape (hidden,) = ({x.shape[-1]},) of x's last dimension; "
+                f"got {tuple(parameter.shape)}"
+            )
+    if residual is not None:
+        _check_tensor("residual", residual, x.device)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual must have x's shape {tuple(x.shape)}; got {tuple(residual.shape)}"
+            )
+    if eps is None and not center:
+        return
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a float; got {type(eps).__name__}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative; got {eps}")
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device | None) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        accepted = ", ".join(map(_name, DTYPES))
+        raise TypeError(
+            f"{name} must have one of the dtypes {accepted}; got {_name(tensor.dtype)}: "
+            "cast it to one of them"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} must be on x's device {device}; got {tensor.device}: move it there"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

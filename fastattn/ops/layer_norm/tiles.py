@@ -1,0 +1,62 @@
+"""Tiles of the norms' kernels: how much one program holds, and on how many warps.
+
+Nothing here is measured on a GPU yet. The rows follow from the register file, 64 Ki registers of 32
+bits per multiprocessor on every architecture since sm_80, of which a thread has at most 255:
+
+- forward holds a row once: with 32 elements a thread, a row of 8192 takes up to 128 registers on
+  each of 8 warps where the size is odd, and about 75 where loads are 16 bytes wide;
+- backward holds it three times beside two accumulators: with 16 elements a thread, a row of 8192
+  takes up to 128 registers on each of 16 warps, all that a multiprocessor has;
+- longer rows are read in chunks, twice, the second time from the L2 cache.
+
+Compiled for sm_80, sm_90 and sm_100, no row of these tables spills.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_HIDDEN = 65536
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds at a time: `rows` x `block` elements."""
+
+    rows: int
+    block: int
+    num_warps: int
+    programs: int = 0  # per multiprocessor, for kernels whose programs loop over the rows
+
+
+CHUNK = Tile(rows=1, block=4096, num_warps=8)
+# A warp reads 512 contiguous bytes of a row of 16-bit elements; a block of columns is cut into as
+# many row ranges as fill the multiprocessors.
+COLUMNS = Tile(rows=8, block=256, num_warps=8, programs=6)
+# Few columns a program, so that a small hidden size still gives work to many.
+PARTIALS = Tile(rows=64, block=32, num_warps=4)
+
+
+def forward(hidden: int) -> Tile:
+    """Of the forward; `block` < `hidden` means in chunks."""
+    block = power_of_two(hidden)
+    if block <= 2048:  # several rows, each with its own mask: 16 elements a thread
+        return Tile(rows=2048 // block, block=block, num_warps=4)
+    if block <= 8192:
+        return Tile(rows=1, block=block, num_warps=block // 1024)
+    return CHUNK
+
+
+def backward(hidden: int) -> Tile:
+    """Of the backward; `block` < `hidden` means in chunks, and the weights' gradients apart."""
+    block = power_of_two(hidden)
+    if block <= 2048:
+        return Tile(rows=2048 // block, block=block, num_warps=8, programs=3)
+    if block <= 8192:
+        return Tile(rows=1, block=block, num_warps=block // 512, programs=8192 // block)
+    return CHUNK
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()

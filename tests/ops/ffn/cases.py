@@ -1,0 +1,102 @@
+"""Problems of ffn for the tests: drawn from a seed, run on any backend, held to the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from oracle import assert_close_to_reference
+
+Tensor = torch.Tensor
+Function = Callable[..., Tensor]
+
+ACTIVATIONS: dict[str, Function] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@dataclass
+class Case:
+    """One problem: what `check` draws and compares."""
+
+    shape: tuple[int, ...]  # of x
+    hidden: int
+    out_features: int
+    dtype: torch.dtype = torch.float32
+    activation: str = "gelu_tanh"
+    layout: str = "linear"
+    bias1: bool = True
+    bias2: bool = True
+    recompute: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def inputs(self) -> dict[str, Tensor]:
+        """x, w1, w2 and the biases that there are; w1 and w2 scaled so that all is of size 1."""
+        g = torch.Generator().manual_seed(self.seed)
+        in_features = self.shape[-1]
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=g) * scale).to(self.dtype).to(self.device)
+
+        def weight(fan_in: int, fan_out: int) -> Tensor:
+            shape = (fan_out, fan_in) if self.layout == "linear" else (fan_in, fan_out)
+            return normal(*shape, scale=max(fan_in, 1) ** -0.5)
+
+        tensors = {"x": normal(*self.shape), "w1": weight(in_features, self.hidden)}
+        if self.bias1:
+            tensors["b1"] = normal(self.hidden)
+        tensors["w2"] = weight(self.hidden, self.out_features)
+        if self.bias2:
+            tensors["b2"] = normal(self.out_features)
+        return tensors
+
+    def ours(self, backend: str | None) -> Function:
+        def ffn(
+            x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None
+        ) -> Tensor:
+            return fastattn.ffn(
+                x, w1, b1, w2, b2, self.activation, layout=self.layout, recompute=self.recompute,
+                backend=backend,
+            )  # fmt: skip
+
+        return ffn
+
+    def eager(
+        self, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None
+    ) -> Tensor:
+        """What a user of torch writes; in float64 the reference."""
+        if self.layout == "conv1d":
+            w1, w2 = w1.t(), w2.t()
+        return F.linear(ACTIVATIONS[self.activation](F.linear(x, w1, b1)), w2, b2)
+
+
+def output_and_gradients(
+    function: Function, inputs: dict[str, Tensor], cotangent: Tensor
+) -> dict[str, Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = function(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
+    return {"out": out, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def check(case: Case, backend: str | None, inputs: dict[str, Tensor] | None = None) -> None:
+    """Hold the output and every gradient of `backend` to the rule."""
+    inputs = case.inputs() if inputs is None else inputs
+    shape = (*inputs["x"].shape[:-1], case.out_features)
+    g = torch.Generator().manual_seed(case.seed + 1)
+    cotangent = torch.randn(shape, generator=g).to(case.dtype).to(case.device)
+    ours = output_and_gradients(case.ours(backend), inputs, cotangent)
+    eager = output_and_gradients(case.eager, inputs, cotangent)
+    exact = {name: x.double() for name, x in inputs.items()}
+    reference = output_and_gradients(case.eager, exact, cotangent.double())
+    for name, value in ours.items():
+        assert value.dtype == case.dtype, f"{name} is {value.dtype}"
+        assert_close_to_reference(value, eager[name], reference[name], name=name)

@@ -1,0 +1,377 @@
+"""ffn's boundary: errors, dispatch, registration, and the ways torch can look through it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from ops.ffn.cases import ACTIVATIONS, Case, Function, output_and_gradients
+
+import fastattn
+from fastattn.backends import explanation_of
+
+BACKENDS = ("reference", "torch", "triton")
+LAYOUTS = ("linear", "conv1d")
+NAMES = ("x", "w1", "b1", "w2", "b2")
+
+X, W1, B1 = torch.randn(2, 3, 8), torch.randn(20, 8), torch.randn(20)
+W2, B2 = torch.randn(5, 20), torch.randn(5)
+
+
+def call(options: dict[str, Any]) -> torch.Tensor:
+    """ffn on the tensors above, but for what `options` replace."""
+    return fastattn.ffn(**({"x": X, "w1": W1, "b1": B1, "w2": W2, "b2": B2} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor; got list"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x must have the shape \(..., in_features\)"),
+        ({"x": X.int()}, TypeError, "x must have one of the dtypes float16, .* got torch.int32"),
+        ({"x": X.half()}, TypeError, "must have one dtype; got x float16, w1 float32: cast"),
+        ({"x": X[..., :7]}, ValueError, r"w1 must be \(hidden, in_features\) with in_features = 7"),
+        ({"x": X.to("meta")}, ValueError, "must be on one device; got x on meta, w1 on cpu"),
+        ({"w1": None}, TypeError, "w1 must be a torch.Tensor; got NoneType"),
+        ({"w1": W1.tolist()}, TypeError, "w1 must be a torch.Tensor; got list"),
+        ({"w1": B1}, ValueError, r"w1 must have 2 dimensions \(hidden, in_features\); got .*\(20,\)"),
+        ({"w1": W1.t()}, ValueError, r"layout='linear'; got \(8, 20\)$"),
+        ({"w1": W1.t(), "w2": W2.t()}, ValueError, "got .8, 20.; the weights fit layout='conv1d'"),
+        ({"layout": "conv1d"}, ValueError, r"got \(20, 8\); the weights fit layout='linear'"),
+        ({"w1": W1[:, None]}, ValueError, r"w1 must have 2 dimensions .* got shape \(20, 1, 8\)"),
+        ({"w1": W1[:19], "b1": None}, ValueError, r"w2 must be .* hidden = 19, as w1 \(19, 8\)"),
+        ({"w2": W2.double()}, TypeError, "must have one dtype; got x float32, w2 float64"),
+        ({"w2": W2.to("meta")}, ValueError, "must be on one device; got x on cpu, w2 on meta"),
+        ({"b1": B2}, ValueError, r"b1 must have the shape \(hidden,\) = \(20,\), or be None"),
+        ({"b1": B1[None]}, ValueError, r"b1 must have the shape .* got \(1, 20\)"),
+        ({"b1": 1.0}, TypeError, "b1 must be a torch.Tensor or None; got float"),
+        ({"b2": B1}, ValueError, r"b2 must have the shape \(out_features,\) = \(5,\), or be None"),
+        ({"activation": "swish"}, ValueError, "activation must be one of 'gelu_tanh', .* 'swish'"),
+        ({"activation": None}, ValueError, "activation must be one of .* got None"),
+        ({"activation": ["relu"]}, ValueError, "activation must be one of .* got"),
+        ({"layout": "conv"}, ValueError, "layout must be one of 'linear', 'conv1d'; got 'conv'"),
+        ({"recompute": 1}, TypeError, "recompute must be True or False; got int"),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', .* got 'fast'"),
+        ({"backend": "cuda"}, fastattn.UnsupportedError, "no cuda backend in this version"),
+    ],
+)  # fmt: skip
+def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    call({})
+    for _ in range(2):  # an error is not forgotten by the cache of plans
+        with pytest.raises(error, match=message):
+            call(options)
+
+
+def test_errors_of_a_square_weight() -> None:
+    """8 -> 8 -> 8 fits both layouts: nothing to say, and nothing is guessed."""
+    w = torch.randn(8, 8)
+    linear = fastattn.ffn(X, w, None, w, None)
+    conv1d = fastattn.ffn(X, w.t(), None, w.t(), None, layout="conv1d")
+    torch.testing.assert_close(linear, conv1d)
+
+
+def test_what_triton_declines(device: str) -> None:
+    double = [t.double().to(device) for t in (X, W1, B1, W2, B2)]
+    with pytest.raises(fastattn.UnsupportedError, match="float64"):
+        fastattn.ffn(*double, backend="triton")
+    assert fastattn.ffn(*double).dtype == torch.float64  # left open, another backend takes it
+    if device == "cpu":
+        with pytest.raises(fastattn.UnsupportedError, match="bfloat16 dots"):
+            call({n: t.bfloat16() for n, t in zip(NAMES, (X, W1, B1, W2, B2))} | {"backend": "triton"})  # fmt: skip
+
+
+def test_who_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(**more: Any) -> tuple[str | None, str]:
+        explanation = explanation_of(fastattn.ffn, X, W1, B1, W2, B2, **more)
+        return explanation.backend, explanation.source
+
+    assert chosen() == ("torch", "first capable")
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    assert chosen() == ("reference", "FASTATTN_BACKEND=reference")
+    with fastattn.use_backend("torch"):
+        assert chosen() == ("torch", "fastattn.use_backend('torch')")
+        assert chosen(backend="reference") == ("reference", "backend='reference'")
+    assert chosen()[0] == "reference"
+
+
+def test_a_forced_backend_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    double = [t.double() for t in (X, W1, B1, W2, B2)]
+    assert fastattn.ffn(*double).dtype == torch.float64
+    monkeypatch.setenv("FASTATTN_BACKEND", "triton")
+    with pytest.raises(fastattn.UnsupportedError, match=r"cannot run ffn on x .* float64"):
+        fastattn.ffn(*double)
+    monkeypatch.delenv("FASTATTN_BACKEND")
+    assert fastattn.ffn(*double).dtype == torch.float64
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    explanation = fastattn.explain(
+        fastattn.ffn, X, W1.clone().requires_grad_(), None, W2, B2, "silu", recompute=True
+    )
+    assert capsys.readouterr().out.strip() == str(explanation)
+    assert explanation.backend == "torch"
+    assert explanation.problem == (
+        "x (2, 3, 8), hidden 20, out_features 5, silu, layout linear, float32 on cpu, no b1, "
+        "recompute, with gradients"
+    )
+    with pytest.raises(ValueError, match="layout must be"):
+        fastattn.explain(fastattn.ffn, X, W1, B1, W2, B2, layout="torch")
+
+
+def test_no_plan_is_taken_for_another() -> None:
+    """Calls that differ in one fact each, twice over: the cache of plans keeps them apart."""
+    square = {"w1": torch.randn(8, 8), "b1": None, "w2": torch.randn(8, 8), "b2": None}
+    calls: list[dict[str, Any]] = [
+        {},
+        {"x": X[0]},
+        {"b1": None},
+        {"b2": None},
+        *({"activation": activation} for activation in ACTIVATIONS),
+        {"w1": W1[:12], "b1": B1[:12], "w2": W2[:, :12]},
+        {n: t.half() for n, t in zip(NAMES, (X, W1, B1, W2, B2), strict=True)},
+        square,
+        square | {"layout": "conv1d"},
+    ]
+    for _, options, backend in itertools.product(range(2), calls, BACKENDS):
+        a = {"x": X, "w1": W1, "b1": B1, "w2": W2, "b2": B2} | options
+        layout, activation = a.get("layout", "linear"), a.get("activation", "gelu_tanh")
+        case = Case((8,), 1, 1, layout=layout, activation=activation)
+        exact = [None if a[n] is None else a[n].double() for n in ("x", "w1", "w2", "b1", "b2")]
+        expected = case.eager(*exact).to(a["x"].dtype)  # type: ignore[arg-type]
+        out = call(options | {"backend": backend})
+        torch.testing.assert_close(out, expected, rtol=1e-2 if out.dtype == torch.half else 1e-4, atol=1e-2 if out.dtype == torch.half else 1e-5)  # fmt: skip
+
+
+def test_a_plan_of_inference_is_not_one_of_training() -> None:
+    """Without gradients the activation is in place, which would break a backward."""
+    leaves = {n: t.clone().requires_grad_() for n, t in zip(NAMES, (X, W1, B1, W2, B2))}
+    for activation in ACTIVATIONS:
+        options: dict[str, Any] = {"activation": activation}
+        for _ in range(2):
+            with torch.no_grad():
+                call(leaves | options)
+            with torch.inference_mode():
+                call(options)
+            call(options)
+            call(leaves | options).sum().backward()
+
+
+@pytest.mark.parametrize("backend", (None, *BACKENDS))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_autocast(dtype: torch.dtype, backend: str | None, device: str) -> None:
+    """As F.linear: computed and returned in autocast's dtype, gradients in the tensors' own."""
+    case = Case((4, 8), 20, 5, dtype, device=device)
+    inputs = case.inputs()
+    cotangent = torch.randn(4, 5, device=device).half()
+    with torch.autocast(device, torch.float16):
+        ours = output_and_gradients(case.ours(backend), inputs, cotangent)
+        eager = output_and_gradients(case.eager, inputs, cotangent)
+    for name, value in ours.items():
+        assert value.dtype == eager[name].dtype
+        torch.testing.assert_close(value, eager[name], rtol=2e-2, atol=2e-2)
+    with torch.autocast(device, torch.float16, enabled=False):
+        assert case.ours(backend)(**inputs).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", (None, "torch", "reference"))
+def test_autocast_of_mixed_and_of_float64(backend: str | None) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call({"x": X.bfloat16(), "backend": backend}).dtype == torch.bfloat16
+        double = {n: t.double() for n, t in zip(NAMES, (X, W1, B1, W2, B2), strict=True)}
+        assert call(double | {"backend": backend}).dtype == torch.float64
+        with pytest.raises(TypeError, match="must have one dtype; got x float32, w1 float64"):
+            call({"w1": W1.double()})
+
+
+@pytest.mark.parametrize("backend", (None, "torch", "reference"))
+def test_meta_tensors(backend: str | None) -> None:
+    """Models are built and traced on the meta device."""
+    meta = {n: t.to("meta") for n, t in zip(NAMES, (X, W1, B1, W2, B2), strict=True)}
+    out = call(meta | {"backend": backend})
+    assert (out.shape, out.device.type) == ((2, 3, 5), "meta")
+
+
+# --- registration --------------------------------------------------------------------------------
+
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("save_pre", (True, False))
+def test_opcheck(save_pre: bool, layout: str, bias: bool, device: str) -> None:
+    case = Case((3, 2, 8), 12, 4, layout=layout, bias1=bias, bias2=bias, device=device)
+    inputs = case.inputs()
+    x, w1, b1, w2, b2 = (
+        inputs[n].requires_grad_() if n in inputs else None for n in NAMES
+    )
+    options = ("gelu_tanh", layout)
+    forward = torch.ops.fastattn.ffn
+    arguments = (x, w1, b1, w2, b2, *options, save_pre, "triton", True)
+    torch.library.opcheck(forward.default, arguments, test_utils=OPCHECKS)
+    with torch.no_grad():
+        out, pre = forward(*arguments)
+    saved = pre if save_pre else None
+    tensors = (torch.randn_like(out), x, w1, b1, w2, b2, saved)
+    plain = [t if t is None else t.detach() for t in tensors]
+    for needs in ((True, True, bias, True, bias), (True, False, bias, False, False)):
+        torch.library.opcheck(
+            torch.ops.fastattn.ffn_backward.default,
+            (*plain, needs, *options, "triton", True),
+            test_utils=OPCHECKS,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_without_a_graph_break(
+    layout: str, recompute: bool, backend: str, device: str
+) -> None:
+    """One graph for all lengths: a second length neither breaks nor specialises anew."""
+    torch._dynamo.reset()
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    case = Case((8,), 20, 8, layout=layout, recompute=recompute, device=device)
+    weights = {n: t.requires_grad_() for n, t in case.inputs().items() if n != "x"}
+    ffn = case.ours(backend)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return ffn(x=ffn(x=x, **weights), **weights).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
+    for length in (6, 9, 13):
+        x = torch.randn(2, length, 8, device=device, requires_grad=True)
+        wanted = (x, *weights.values())
+        torch.testing.assert_close(compiled(x), step(x))
+        grads = torch.autograd.grad(compiled(x), wanted)
+        torch.testing.assert_close(grads, torch.autograd.grad(step(x), wanted))
+    assert compilations.frame_count == 1
+
+
+def test_compiles_with_the_default_choice() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(fastattn.ffn, fullgraph=True, backend="aot_eager")
+    for activation in ACTIVATIONS:
+        arguments = (X, W1, B1, W2, B2, activation)
+        torch.testing.assert_close(compiled(*arguments), fastattn.ffn(*arguments))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(compiled(*arguments), fastattn.ffn(*arguments))
+
+
+# --- transforms and second derivatives -----------------------------------------------------------
+
+
+def _double(layout: str, activation: str, recompute: bool = False) -> tuple[Case, dict[str, Any]]:
+    case = Case((3, 4), 6, 5, torch.float64, activation, layout, recompute=recompute)
+    return case, case.inputs()
+
+
+@pytest.mark.parametrize("backend", (None, "torch", "reference"))
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_functional_transforms(
+    layout: str, activation: str, recompute: bool, backend: str | None
+) -> None:
+    """jvp, grad, vmap and Hessian-vector products against the formula; never a silent zero."""
+    case, inputs = _double(layout, activation, recompute)
+    x, weights = inputs.pop("x"), inputs
+    t = torch.randn_like(x)
+
+    def of_x(function: Function) -> Function:
+        return lambda x: function(x=x, **weights)
+
+    def loss(function: Function) -> Function:
+        return lambda x: function(x=x, **weights).square().sum()
+
+    ours, formula = case.ours(backend), case.eager
+    _, tangent = torch.func.jvp(of_x(ours), (x,), (t,))
+    torch.testing.assert_close(tangent, torch.func.jvp(of_x(formula), (x,), (t,))[1])
+    assert tangent.abs().max() > 0
+    torch.testing.assert_close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(formula))(x))
+    product = torch.func.jvp(torch.func.grad(loss(ours)), (x,), (t,))[1]
+    expected = torch.func.jvp(torch.func.grad(loss(formula)), (x,), (t,))[1]
+    torch.testing.assert_close(product, expected)
+    stacked = torch.stack([x, t])
+    torch.testing.assert_close(torch.func.vmap(of_x(ours))(stacked), of_x(formula)(stacked))
+    leaves = stacked.clone().requires_grad_()  # a transform inside of autograd
+    torch.func.vmap(of_x(ours))(leaves).sum().backward()
+    torch.testing.assert_close(
+        leaves.grad, torch.func.grad(lambda x: of_x(formula)(x).sum())(stacked)
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, t)
+        out = of_x(ours)(dual)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, tangent)
+
+
+def test_an_ensemble_of_weights() -> None:
+    """vmap over the weights, as torch.func.stack_module_state gives them."""
+    w1, w2 = torch.randn(3, 20, 8), torch.randn(3, 5, 20)
+    together = torch.func.vmap(lambda w1, w2: fastattn.ffn(X, w1, None, w2, None))(w1, w2)
+    for i in range(3):
+        torch.testing.assert_close(together[i], fastattn.ffn(X, w1[i], None, w2[i], None))
+
+
+def test_kernels_refuse_transforms(device: str) -> None:
+    case = Case((3, 8), 20, 5, device=device)
+    inputs = case.inputs()
+    x = inputs.pop("x")
+    ffn = case.ours("triton")
+    with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
+        torch.func.jvp(lambda x: ffn(x=x, **inputs), (x,), (x,))
+    with pytest.raises(fastattn.UnsupportedError, match=re.escape("torch.func")):
+        torch.func.vmap(lambda x: ffn(x=x, **inputs))(x)
+
+
+@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("activation", ("gelu_tanh", "gelu", "silu"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_derivative(layout: str, activation: str, recompute: bool, backend: str) -> None:
+    case, inputs = _double(layout, activation, recompute)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    ours = case.ours(backend)
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        return ours(**dict(zip(inputs, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_derivative_of_the_registered_op(
+    layout: str, activation: str, recompute: bool, device: str
+) -> None:
+    """A gradient penalty through the kernels against the formula, whole and with frozen weights."""
+    case = Case(
+        (4, 8), 20, 5, activation=activation, layout=layout, recompute=recompute, device=device
+    )
+    inputs = case.inputs()
+    cotangent = torch.randn(4, 5, device=device)
+
+    def penalty(function: Function, trained: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+        leaves = {n: t.clone().requires_grad_(n in trained) for n, t in inputs.items()}
+        wanted = [leaves[n] for n in trained]
+        dout = cotangent.clone().requires_grad_()
+        first = torch.autograd.grad(function(**leaves), wanted, dout, create_graph=True)
+        loss = sum(grad.square().sum() for grad in first)
+        return torch.autograd.grad(loss, [*wanted, dout], allow_unused=True)
+
+    for trained in (tuple(inputs), ("x",), ("w1", "b2")):
+        ours, expected = penalty(case.ours("triton"), trained), penalty(case.eager, trained)
+        for a, b in zip(ours, expected, strict=True):
+            a, b = (torch.zeros(()) if t is None else t for t in (a, b))
+            torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,131 @@
+"""Problems of the norms for the tests: drawn from a seed, run on any backend, held to the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from oracle import assert_close_to_reference
+
+Tensor = torch.Tensor
+Norm = Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Case:
+    """One problem: what `check` draws and compares."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    center: bool = True
+    weight: torch.dtype | None = torch.float32
+    bias: torch.dtype | None = torch.float32
+    residual: torch.dtype | None = None
+    eps: float = 1e-5
+    mean: float = 0.5  # of x
+    device: str = "cpu"
+    seed: int = 0
+
+    def inputs(self) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(self.seed)
+
+        def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.randn(shape, generator=g).to(dtype).to(self.device)
+
+        hidden = self.shape[-1:]
+        tensors = {"x": normal(self.shape, torch.float32).add(self.mean).to(self.dtype)}
+        if self.weight is not None:
+            tensors["weight"] = normal(hidden, self.weight)
+        if self.bias is not None and self.center:
+            tensors["bias"] = normal(hidden, self.bias)
+        if self.residual is not None:
+            tensors["residual"] = normal(self.shape, self.residual)
+        return tensors
+
+    def ours(self, backend: str | None) -> Norm:
+        def norm(
+            x: Tensor,
+            weight: Tensor | None = None,
+            bias: Tensor | None = None,
+            residual: Tensor | None = None,
+        ) -> Tensor | tuple[Tensor, Tensor]:
+            if self.center:
+                return fastattn.layer_norm(x, weight, bias, self.eps, residual, backend=backend)
+            return fastattn.rms_norm(x, weight, self.eps, residual, backend=backend)
+
+        return norm
+
+    def eager(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What a user of torch writes; where torch refuses the mixture of dtypes, in float32."""
+        s = x if residual is None else x + residual
+
+        def norm(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            if self.center:
+                return F.layer_norm(s, s.shape[-1:], weight, bias, self.eps)
+            return F.rms_norm(s, s.shape[-1:], weight, self.eps)
+
+        # A lone bias fails in the backward alone.
+        lone = weight is None and bias is not None and bias.dtype != s.dtype
+        try:
+            out = norm(s.float() if lone else s, weight, bias).to(s.dtype)
+        except RuntimeError:
+            weight, bias = (p if p is None else p.float() for p in (weight, bias))
+            out = norm(s.float(), weight, bias).to(s.dtype)
+        return out if residual is None else (out, s)
+
+    def definition(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        s = x if residual is None else x + residual
+        y = s - s.mean(-1, keepdim=True) if self.center else s
+        out = y / (y.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        out = out if weight is None else out * weight
+        out = out if bias is None else out + bias
+        return out if residual is None else (out, s)
+
+
+def outputs_and_gradients(
+    norm: Norm, inputs: dict[str, Tensor], cotangents: list[Tensor]
+) -> dict[str, Tensor]:
+    """`norm(**inputs)` and its gradients, by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    result = norm(**leaves)
+    outs = result if isinstance(result, tuple) else (result,)
+    torch.autograd.backward(outs, [c.to(y.dtype) for c, y in zip(cotangents, outs, strict=False)])
+    named = dict(zip(("out", "stream"), outs, strict=False))
+    return named | {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
+
+
+def check(case: Case, backend: str | None, inputs: dict[str, Tensor] | None = None) -> None:
+    """Outputs, dtypes and all gradients of `backend` under the rule of oracle.py."""
+    inputs = case.inputs() if inputs is None else inputs
+    g = torch.Generator().manual_seed(case.seed + 1)
+    shape = inputs["x"].shape
+    stream = case.eager(**inputs)
+    dtype = (stream[1] if isinstance(stream, tuple) else stream).dtype
+    cotangents = [torch.randn(shape, generator=g).to(dtype).to(case.device) for _ in range(2)]
+    ours = outputs_and_gradients(case.ours(backend), inputs, cotangents)
+    eager = outputs_and_gradients(case.eager, inputs, cotangents)
+    exact = outputs_and_gradients(
+        case.definition,
+        {name: x.double() for name, x in inputs.items()},
+        [c.double() for c in cotangents],
+    )
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, not {eager[name].dtype}"
+        assert_close_to_reference(value, eager[name], exact[name], name=f"{name} of {case}")

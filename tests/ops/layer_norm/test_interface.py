@@ -1,0 +1,372 @@
+"""The norms' boundary: errors, dispatch, registration, and the ways torch can look through it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+import fastattn
+from fastattn.backends import explanation_of
+
+X = torch.randn(2, 3, 8)
+W = torch.randn(8)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        ([1.0], {}, TypeError, "x must be a torch.Tensor; got list"),
+        (torch.tensor(1.0), {}, ValueError, "x must have at least one dimension"),
+        (X.int(), {}, TypeError, "x must have one of the dtypes float16, .* got int32: cast"),
+        (X.to(torch.complex64), {}, TypeError, "x must have one of the dtypes .* got complex64"),
+        (X, {"weight": 1.0}, TypeError, "weight must be a torch.Tensor; got float"),
+        (X, {"weight": W.int()}, TypeError, "weight must have one of the dtypes"),
+        (X, {"weight": W[:7]}, ValueError, r"weight must have the shape \(hidden,\) = \(8,\).*\(7,\)"),
+        (X, {"weight": W[None]}, ValueError, r"weight must have the shape .* got \(1, 8\)"),
+        (X, {"weight": W.to("meta")}, ValueError, "weight must be on x's device cpu; got meta"),
+        (X, {"residual": X[0]}, ValueError, r"residual must have x's shape \(2, 3, 8\); got \(3, 8\)"),
+        (X, {"residual": X.long()}, TypeError, "residual must have one of the dtypes"),
+        (X, {"residual": X.to("meta")}, ValueError, "residual must be on x's device"),
+        (X, {"eps": "1e-5"}, TypeError, "eps must be a float; got str"),
+        (X, {"eps": -1e-5}, ValueError, "eps must be finite and not negative; got -1e-05"),
+        (X, {"eps": float("nan")}, ValueError, "eps must be finite and not negative; got nan"),
+        (X, {"eps": float("inf")}, ValueError, "eps must be finite and not negative; got inf"),
+        (X, {"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', .* got 'fast'"),
+        (X, {"backend": "cuda"}, fastattn.UnsupportedError, "no cuda backend in this version"),
+    ],
+)  # fmt: skip
+def test_errors(x: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    for norm in (fastattn.layer_norm, fastattn.rms_norm):
+        for _ in range(2):  # an error is not forgotten by the cache of plans
+            with pytest.raises(error, match=message):
+                norm(x, **options)
+
+
+def test_errors_of_layer_norm_alone() -> None:
+    with pytest.raises(ValueError, match=r"bias must have the shape \(hidden,\) = \(8,\)"):
+        fastattn.layer_norm(X, W, W[:1])
+    with pytest.raises(TypeError, match="eps must be a float; got NoneType"):
+        fastattn.layer_norm(X, W, W, None)  # type: ignore[arg-type]
+
+
+def test_what_triton_declines() -> None:
+    for x, reason in ((X.double(), "float64"), (torch.randn(1, 65537), "up to 65536; got 65537")):
+        for norm in (fastattn.layer_norm, fastattn.rms_norm):
+            with pytest.raises(fastattn.UnsupportedError, match=reason):
+                norm(x, backend="triton")
+            norm(x)  # left open, another backend takes it
+
+
+def test_who_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(**more: Any) -> tuple[str | None, str]:
+        explanation = explanation_of(fastattn.layer_norm, X, W, **more)
+        return explanation.backend, explanation.source
+
+    assert chosen() == ("torch", "first capable")
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    assert chosen() == ("reference", "FASTATTN_BACKEND=reference")
+    with fastattn.use_backend("torch"):
+        assert chosen() == ("torch", "fastattn.use_backend('torch')")
+        assert chosen(backend="reference") == ("reference", "backend='reference'")
+    assert chosen()[0] == "reference"
+
+
+def test_a_forced_backend_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = X.double()
+    assert fastattn.rms_norm(x).dtype == torch.float64
+    monkeypatch.setenv("FASTATTN_BACKEND", "triton")
+    with pytest.raises(fastattn.UnsupportedError, match=r"cannot run rms_norm on x .* float64"):
+        fastattn.rms_norm(x)
+    monkeypatch.delenv("FASTATTN_BACKEND")
+    assert fastattn.rms_norm(x).dtype == torch.float64
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    explanation = fastattn.explain(fastattn.layer_norm, X.half(), W, W, residual=X)
+    assert capsys.readouterr().out.strip() == str(explanation)
+    assert explanation.backend == "torch"
+    assert explanation.problem == (
+        "x (2, 3, 8) float16, weight float32, bias float32, residual float32, on cpu"
+    )
+    assert fastattn.explain(fastattn.rms_norm, X, W, 1e-6, X, backend="reference").backend == (
+        "reference"
+    )
+    with pytest.raises(ValueError, match="weight must have the shape"):
+        fastattn.explain(fastattn.rms_norm, X, W[:3])
+
+
+def test_the_interpreter_is_never_chosen_unasked() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here")
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    explanation = explanation_of(fastattn.layer_norm, X)
+    assert explanation.backend == "torch"
+    assert "interpreter is for tests" in str(explanation.reasons["triton"])
+
+
+def test_no_plan_is_taken_for_another() -> None:
+    """Calls that differ in one fact each, twice over: the cache of plans keeps them apart."""
+    calls: list[tuple[Any, ...]] = [
+        (X, W, 1e-5, None),
+        (X, W, 1e-1, None),
+        (X, W.half(), 1e-5, None),
+        (X, None, 1e-5, None),
+        (X, W, 1e-5, X),
+        (X, W, 1e-5, X.half()),
+        (X.half(), W, 1e-5, X),
+        (X[0], W, 1e-5, None),
+        (X.double(), W, 1e-5, None),
+    ]
+    for _ in range(2):
+        for x, weight, eps, residual in calls:
+            s = x if residual is None else x + residual
+            for norm, plain in (
+                (fastattn.layer_norm, F.layer_norm),
+                (fastattn.rms_norm, F.rms_norm),
+            ):
+                out = norm(x, weight, eps=eps, residual=residual)
+                out = out if residual is None else out[0]
+                w = None if weight is None else weight.double()
+                expected = plain(s.double(), (8,), w, eps=eps).to(s.dtype)
+                torch.testing.assert_close(out, expected)
+
+
+def test_autocast() -> None:
+    """The dtypes of F.layer_norm and F.rms_norm: on the CPU autocast leaves them alone."""
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            x, w = X.to(dtype), W.to(dtype)
+            for backend in ("torch", "reference", "triton"):
+                if (backend, dtype) == ("triton", torch.float64):
+                    continue
+                if backend == "triton" and torch.cuda.is_available():
+                    continue
+                ours = fastattn.layer_norm(x, w, w, backend=backend)
+                assert ours.dtype == F.layer_norm(x, (8,), w, w).dtype
+                assert (
+                    fastattn.rms_norm(x, w, backend=backend).dtype == F.rms_norm(x, (8,), w).dtype
+                )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", ("torch", "reference", "triton"))
+def test_autocast_on_a_gpu(backend: str) -> None:
+    w = W.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = X.cuda().to(dtype).requires_grad_()
+            for ours, plain in (
+                (fastattn.layer_norm(x, w, backend=backend), F.layer_norm(x, (8,), w)),
+                (fastattn.rms_norm(x, w, backend=backend), F.rms_norm(x, (8,), w)),
+            ):
+                assert ours.dtype == plain.dtype == torch.float32
+                torch.testing.assert_close(ours, plain)
+            out, stream = fastattn.layer_norm(x, w, residual=x, backend=backend)
+            assert (out.dtype, stream.dtype) == (torch.float32, dtype)
+            (dx,) = torch.autograd.grad(out.sum() + stream.sum(), x)
+            assert dx.dtype == dtype
+
+
+def test_no_warning_about_mixed_dtypes() -> None:
+    """torch's own rms_norm warns that it is not fused; we do not hand it such a call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.rms_norm(X.bfloat16(), W)
+
+
+def test_meta_tensors() -> None:
+    """Models are built and traced on the meta device."""
+    x = X.to("meta").half()
+    out, stream = fastattn.layer_norm(x, W.to("meta"), residual=x)
+    assert out.shape == stream.shape == x.shape
+    assert out.dtype == stream.dtype == x.dtype
+    assert out.device.type == "meta"
+
+
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+@pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
+@pytest.mark.parametrize("residual", (None, torch.float32, torch.float16))
+def test_opcheck(residual: torch.dtype | None, center: bool, device: str) -> None:
+    x = torch.randn(3, 2, 12, device=device, requires_grad=True)
+    r = None if residual is None else x.detach().to(residual).requires_grad_()
+    weight = torch.randn(12, device=device, requires_grad=True)
+    bias = torch.randn(12, device=device, requires_grad=True) if center else None
+    options = (1e-5, center, torch.float32, "triton", True)
+    op = torch.ops.fastattn.layer_norm
+    torch.library.opcheck(op.default, (x, r, weight, bias, *options), test_utils=OPCHECKS)
+    with torch.no_grad():
+        out, stream, statistics = op(x, r, weight, bias, *options)
+    dstream, stream = (None, x.detach()) if r is None else (torch.randn_like(stream), stream)
+    tensors = (torch.randn_like(out), dstream, stream, weight.detach(), statistics)
+    dtypes = (torch.float32, residual, torch.float32 if center else None)
+    arguments = (*tensors, 1e-5, center, *dtypes, True, "triton", True)
+    torch.library.opcheck(
+        torch.ops.fastattn.layer_norm_backward.default, arguments, test_utils=OPCHECKS
+    )
+
+
+@pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
+@pytest.mark.parametrize("norm", (fastattn.layer_norm, fastattn.rms_norm))
+def test_compiles_without_a_graph_break(norm: Any, backend: str, device: str) -> None:
+    """One graph for all lengths: a second length neither breaks nor specialises anew."""
+    torch._dynamo.reset()
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight = torch.randn(16, device=device, requires_grad=True)
+
+    def step(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        out, residual = norm(x, weight, eps=1e-5, residual=residual, backend=backend)
+        return norm(out, weight, eps=1e-5, backend=backend).square().sum() + residual.sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
+    for length in (6, 9, 13):
+        x, residual = (torch.randn(2, length, 16, device=device, requires_grad=True) for _ in "xr")
+        torch.testing.assert_close(compiled(x, residual), step(x, residual))
+        grads = torch.autograd.grad(compiled(x, residual), (x, residual, weight))
+        expected = torch.autograd.grad(step(x, residual), (x, residual, weight))
+        torch.testing.assert_close(grads, expected)
+    assert compilations.frame_count == 1
+
+
+def test_compiles_with_the_default_choice() -> None:
+    torch._dynamo.reset()
+    for norm in (fastattn.layer_norm, fastattn.rms_norm):
+        compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+        for arguments in ((X,), (X, W), (X.half(), W)):
+            torch.testing.assert_close(compiled(*arguments), norm(*arguments))
+        torch.testing.assert_close(compiled(X, W, residual=X), norm(X, W, residual=X))
+
+
+@pytest.mark.parametrize("backend", (None, "torch", "reference"))
+@pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
+def test_functional_transforms(center: bool, backend: str | None) -> None:
+    """jvp, grad, vmap and Hessian-vector products against the formula; never a silent zero."""
+    x, t, r = (torch.randn(3, 8, dtype=torch.float64) for _ in range(3))
+    weight = W.double()
+    norm: Any = fastattn.layer_norm if center else fastattn.rms_norm
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        out, stream = norm(x, weight, eps=1e-5, residual=r, backend=backend)
+        return out + stream
+
+    def formula(x: torch.Tensor) -> torch.Tensor:
+        s = x + r
+        y = s - s.mean(-1, keepdim=True) if center else s
+        return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + s
+
+    _, tangent = torch.func.jvp(ours, (x,), (t,))
+    torch.testing.assert_close(tangent, torch.func.jvp(formula, (x,), (t,))[1])
+    assert tangent.abs().max() > 0
+
+    def loss(f: Any) -> Any:
+        return lambda x: f(x).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(formula))(x))
+    product = torch.func.jvp(torch.func.grad(loss(ours)), (x,), (t,))[1]
+    expected = torch.func.jvp(torch.func.grad(loss(formula)), (x,), (t,))[1]
+    torch.testing.assert_close(product, expected)
+    stacked = torch.stack([x, t])
+    torch.testing.assert_close(torch.func.vmap(ours)(stacked), formula(stacked))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, t)
+        torch.testing.assert_close(
+            torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent, tangent
+        )
+
+
+def test_kernels_refuse_transforms(device: str) -> None:
+    x = X.to(device)
+    for norm in (fastattn.layer_norm, fastattn.rms_norm):
+        with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
+            torch.func.jvp(lambda x, norm=norm: norm(x, backend="triton"), (x,), (x,))
+        with pytest.raises(fastattn.UnsupportedError, match=r"torch\.func"):
+            torch.func.vmap(lambda x, norm=norm: norm(x, backend="triton"))(x)
+
+
+@pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
+def test_second_derivative(center: bool, backend: str) -> None:
+    x, r = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def function(
+        x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if center:
+            return fastattn.layer_norm(x, w, b, residual=r, backend=backend)  # type: ignore[return-value]
+        return fastattn.rms_norm(x, w * b, 1e-5, r, backend=backend)  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(function, (x, r, w, b), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x, r, w, b))
+
+
+@pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
+@pytest.mark.parametrize("residual", (None, torch.float32, torch.float16))
+def test_second_derivative_through_the_kernels(
+    residual: torch.dtype | None, center: bool, device: str
+) -> None:
+    """By every input and by the cotangents, through the registered backward."""
+    tensors = [torch.randn(3, 8, device=device), torch.randn(8, device=device)]
+    if center:
+        tensors.append(torch.randn(8, device=device))
+    if residual is not None:
+        tensors.append(torch.randn(3, 8, device=device).to(residual))
+    cotangents = [torch.randn(3, 8, device=device) for _ in range(2)]
+
+    def second(backend: str) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        directions = [c.clone().requires_grad_() for c in cotangents[: 2 if residual else 1]]
+        x, w, *rest = leaves
+        r = rest.pop() if residual else None
+        if center:
+            out = fastattn.layer_norm(x, w, rest[0], 1e-5, r, backend=backend)
+        else:
+            out = fastattn.rms_norm(x, w, 1e-5, r, backend=backend)
+        outs = out if residual else (out,)
+        first = torch.autograd.grad(outs, leaves, directions, create_graph=True)
+        return torch.autograd.grad(
+            sum(g.float().square().sum() for g in first), leaves + directions,
+            materialize_grads=True, allow_unused=True,
+        )  # fmt: skip
+
+    for ours, expected in zip(second("triton"), second("reference"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_batched_cotangents(device: str) -> None:
+    """A Jacobian by `is_grads_batched`, as torch.autograd.functional takes it."""
+    x = X.to(device).requires_grad_()
+    directions = torch.randn(4, *x.shape, device=device)
+
+    def rows(backend: str) -> torch.Tensor:
+        out = fastattn.layer_norm(x, backend=backend)
+        return torch.autograd.grad(out, x, directions, is_grads_batched=True)[0]
+
+    torch.testing.assert_close(rows("triton"), rows("reference"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+def test_captured_by_a_cuda_graph() -> None:
+    x, w = torch.randn(3, 64, device="cuda", dtype=torch.float16), torch.randn(64, device="cuda")
+    fastattn.layer_norm(x, w, residual=x, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, stream = fastattn.layer_norm(x, w, residual=x, backend="triton")
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(stream, x + x)
+    torch.testing.assert_close(out, F.layer_norm((x + x).float(), (64,), w).half())
