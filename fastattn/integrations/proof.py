@@ -7,8 +7,9 @@ than the original, by the rule that fastattn's kernels are tested with:
     max|ours - ref| <= 2 max|original - ref| + atol
     rms(ours - ref) <= 1.5 rms(original - ref) + atol
 
-for every output and every gradient (of the inputs and of the weights), in eval and in train mode,
-with dropout switched off. `atol` is a few units in the last place of the result's scale.
+for every output, with autograd and without, and every gradient (of the inputs and of the weights),
+in eval and in train mode, with dropout switched off. `atol` is a few units in the last place of the
+result's scale.
 
 Nothing of this touches the module: not its weights, gradients, training flag or hooks, and neither
 the random generators, nor the modes of autograd and autocast of the caller.
@@ -182,12 +183,15 @@ def _run(
             return inputs[-1]
         return value
 
-    result = module(
-        *(leaf(value) for value in probe.args),
-        **{key: leaf(value) for key, value in probe.kwargs.items()},
-    )
-    outputs = [result] if isinstance(result, torch.Tensor) else list(result)
-    named = [(f"output {i}", out) for i, out in enumerate(outputs) if out is not None]
+    args = [leaf(value) for value in probe.args]
+    kwargs = {key: leaf(value) for key, value in probe.kwargs.items()}
+
+    def outputs(suffix: str) -> list[tuple[str, torch.Tensor]]:
+        result = module(*args, **kwargs)
+        several = [result] if isinstance(result, torch.Tensor) else list(result)
+        return [(f"output {i}{suffix}", out) for i, out in enumerate(several) if out is not None]
+
+    named = outputs("")
     cotangents = Draw(draw.dtype, draw.device)  # seeded anew: the same for all three runs
     sources = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
     sources += list(module.named_parameters())
@@ -197,11 +201,13 @@ def _run(
         [cotangents.normal(*out.shape).to(dtype) for _, out in named],
         allow_unused=True,
     )
-    return named + [
+    named += [
         (f"the gradient of {name}", gradient)
         for (name, _), gradient in zip(sources, gradients, strict=True)
         if gradient is not None
     ]
+    with torch.no_grad():  # inference may take another path
+        return named + outputs(" under no_grad")
 
 
 def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> str | None:

@@ -33,6 +33,7 @@ from fastattn.integrations.report import Entry, Report
 # The full name of a class -> the `Recogniser` that knows it, as "module:NAME", imported when an
 # instance is met: nothing here imports transformers.
 TABLE = {
+    "torch.nn.modules.linear.Linear": "fastattn.integrations.torch_nn:LINEAR",
     "torch.nn.modules.normalization.LayerNorm": "fastattn.integrations.torch_nn:LAYER_NORM",
     "torch.nn.modules.normalization.RMSNorm": "fastattn.integrations.torch_nn:RMS_NORM",
     "transformers.models.gpt2.modeling_gpt2.GPT2Attention": (

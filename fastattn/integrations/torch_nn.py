@@ -7,7 +7,8 @@ import torch
 from fastattn.backends import explanation_of
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.swap import Recogniser
-from fastattn.nn import LayerNorm, RMSNorm
+from fastattn.nn import LayerNorm, Linear, RMSNorm
+from fastattn.ops.common.linear import MIN_WEIGHTS
 from fastattn.ops.layer_norm import layer_norm, rms_norm
 
 
@@ -39,5 +40,27 @@ def _rms_norm_backend(module: torch.nn.Module, probe: Probe) -> str | None:
     return explanation_of(rms_norm, x, weight, module.eps).backend
 
 
+def _linear_refusal(module: torch.nn.Module) -> str | None:
+    assert isinstance(module, torch.nn.Linear)
+    weight = module.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return "fastattn's Linear differs from torch's on a CPU in float32 alone"
+    if weight.numel() < MIN_WEIGHTS:
+        return f"fastattn's Linear differs from torch's from {MIN_WEIGHTS} weights on"
+    return None
+
+
+def _linear_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
+    """One row and three, as in decoding, and many."""
+    assert isinstance(module, torch.nn.Linear)
+    rows = ((1, 1), (3, 1), (2, 7))
+    return [Probe((draw.normal(*shape, module.in_features),)) for shape in rows]
+
+
+def _linear_backend(module: torch.nn.Module, probe: Probe) -> str | None:
+    return "torch"  # a matrix product is a library's
+
+
+LINEAR = Recogniser(Linear, _linear_refusal, _linear_probes, _linear_backend)
 LAYER_NORM = Recogniser(LayerNorm, _no_refusal, _norm_probes, _layer_norm_backend)
 RMS_NORM = Recogniser(RMSNorm, _no_refusal, _norm_probes, _rms_norm_backend)

@@ -93,7 +93,10 @@ def test_the_same_is_proven() -> None:
         (OneElementOff, "output 0 is off in eval mode: max error"),
         (OffInTraining, "output 0 is off in train mode"),
         (WrongInputGradient, "the gradient of input 0 is off in eval mode"),
-        (NoWeightGradient, "it returns ['output 0', 'the gradient of input 0'], the original"),
+        (
+            NoWeightGradient,
+            "it returns ['output 0', 'the gradient of input 0', 'output 0 under no_grad']",
+        ),
         (WrongShape, "output 0 is off in eval mode: (1, 4, 16)"),
         (WrongDtype, "output 0 is off in eval mode: (4, 16) torch.float64"),
         (NotANumber, "output 0 is off in eval mode: max error nan"),
