@@ -476,7 +476,6 @@ def test_padding_may_hold_nan() -> None:
     poisoned = x.masked_fill(padding[..., None], float("nan"))
     dirty = ours.self_attention(poisoned, key_lengths=lengths)
     assert torch.equal(dirty[~padding], expected[~padding])
-    assert dirty[padding].isnan().all()
 
 
 def test_softmax_scale() -> None:

@@ -53,7 +53,7 @@ _16_BIT = {
     (KEYS, "ampere", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # 40 bytes spill with a mask
     (QUERIES, "hopper", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     (QUERIES, "hopper", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (QUERIES, "hopper", 256): (Tile(128, 32, 8, 1), Tile(64, 16, 8, 1)),
+    (QUERIES, "hopper", 256): (Tile(128, 32, 8, 1), Tile(32, 32, 8, 1)),
     (QUERIES, "ampere", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),  # 48 bytes with a mask
     (QUERIES, "ampere", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
     (QUERIES, "ampere", 256): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),  # 96 of 99 KB
@@ -62,7 +62,7 @@ _16_BIT = {
 _32_BIT = {
     (FORWARD, 128): Tile(32, 32, 8, 1),
     (FORWARD, 256): Tile(16, 16, 8, 1),
-    (DECODE, 128): Tile(16, 32, 4, 1),
+    (DECODE, 128): Tile(16, 32, 8, 1),
     (DECODE, 256): Tile(16, 16, 8, 1),
     (KEYS, 128): Tile(32, 32, 8, 1),
     (KEYS, 256): Tile(16, 16, 8, 1),

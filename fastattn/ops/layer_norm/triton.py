@@ -223,6 +223,7 @@ def _backward_kernel(
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_DSTREAM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr, CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, ROWS at a time, every program every num_programs-th of them.
 
@@ -241,8 +242,7 @@ def _backward_kernel(
         weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-    # Two stages: the next rows are on their way to shared memory while these are worked on.
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=2):
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(tile, tl.int64) * ROWS
         present = row < tl.minimum(rows - first, ROWS).to(tl.int32)
         mask = present & inside
@@ -345,6 +345,7 @@ def _columns_kernel(
     DOUT, STREAM, STATISTICS, PARTIALS, dout_stride, stream_stride, rows,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr, CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The weights' gradients of BLOCK columns, of every num_programs(1)-th tile of ROWS rows."""
     if CONTIGUOUS:
@@ -356,7 +357,7 @@ def _columns_kernel(
     inside = column < HIDDEN
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(1), num_stages=2):
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(1), num_stages=STAGES):
         first = tl.cast(tile, tl.int64) * ROWS
         present = row < tl.minimum(rows - first, ROWS).to(tl.int32)
         mask = present & inside
@@ -455,21 +456,26 @@ def backward(
 
     tensors = (dout, _or(dstream, dout), stream, _or(weight, stream), statistics, dx, dresidual)
     strides = (dout_stride, dstream_stride, stream_stride)
+    contiguous = strides == (hidden,) * 3
+    # Two stages: the next rows are on their way to shared memory while these are worked on. Copies
+    # narrower than 16 bytes would cost more registers than they hide latency.
+    wide = hidden % 8 == 0 and (contiguous or all(stride % 16 == 0 for stride in strides))
     switches = {
         "HIDDEN": hidden,
         "CENTER": center,
         "HAS_DSTREAM": dstream is not None,
         "HAS_WEIGHT": weight is not None,
         "HAS_DRESIDUAL": has_dresidual,
-        "CONTIGUOUS": dout_stride == dstream_stride == stream_stride == hidden,
+        "CONTIGUOUS": contiguous,
         "BLOCK": tile.block,
         "num_warps": tile.num_warps,
     }
     gradients = {"WEIGHT_GRAD": weight_grad, "BIAS_GRAD": bias_grad}
+    loop = {"STAGES": 2 if wide else 1}
     if whole:
         launch.launch(
             _backward_kernel, (programs,), *tensors, partials, *strides, rows,
-            ROWS=tile.rows, **gradients, **switches,
+            ROWS=tile.rows, **gradients, **loop, **switches,
         )  # fmt: skip
     else:
         chunks = _cdiv(hidden, tile.block)
@@ -479,9 +485,9 @@ def backward(
     if not whole:
         launch.launch(
             _columns_kernel, (blocks, programs), dout, stream, statistics, partials, dout_stride,
-            stream_stride, rows, HIDDEN=hidden, CENTER=center,
-            CONTIGUOUS=dout_stride == stream_stride == hidden, ROWS=columns.rows,
-            BLOCK=columns.block, num_warps=columns.num_warps, **gradients,
+            stream_stride, rows, HIDDEN=hidden, CENTER=center, CONTIGUOUS=contiguous,
+            ROWS=columns.rows, BLOCK=columns.block, num_warps=columns.num_warps, **gradients,
+            **loop,
         )  # fmt: skip
     last = tiles.PARTIALS
     launch.launch(

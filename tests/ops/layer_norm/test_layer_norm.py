@@ -211,6 +211,25 @@ def test_same_inputs_same_bits(shape: tuple[int, int], device: str) -> None:
         assert torch.equal(value, second[name]), name
 
 
+def test_many_programs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The sum over programs goes round its own loop, of 64 at a time."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: 50)
+    check(Case((150, 1025), device=device), "triton")  # one row a tile, 150 programs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hidden", (40, 8200))
+def test_the_sum_that_is_normalised_is_the_one_returned(
+    hidden: int, backend: str, device: str
+) -> None:
+    """Rounded to its dtype first: normalising the returned sum again gives the same bits."""
+    x, residual = torch.randn(2, 3, hidden, dtype=BF16, device=device)
+    weight = torch.randn(hidden, device=device)
+    out, stream = fastattn.layer_norm(x, weight, residual=residual, backend=backend)
+    assert torch.equal(stream, x + residual)
+    assert torch.equal(out, fastattn.layer_norm(stream, weight, backend=backend))
+
+
 @pytest.mark.parametrize("hidden", (40, 3000))
 def test_a_row_does_not_depend_on_its_batch(hidden: int, device: str) -> None:
     x = torch.randn(7, hidden, device=device)

@@ -1,0 +1,234 @@
+"""Generating text: prompts in, tokens out, one at a time, with the keys and values kept.
+
+Shapes: B batch, T the longest prompt, V vocabulary.
+
+Prompts of unequal lengths are moved to the left, so that each sequence lies from position 0 on,
+exactly as it would alone; what is padding then comes after a prompt, where no causal query sees
+it, and the cache lets the first new token overwrite it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastattn.models import graphs, sampling
+from fastattn.models.cache import KVCache
+from fastattn.models.prompts import read_prompts, special_tokens
+from fastattn.models.sampling import Sampling
+
+if TYPE_CHECKING:
+    from fastattn.models.gpt import GPT
+
+# On a GPU the host asks only every so many steps whether all sequences have ended, since it has to
+# wait for the answer. The steps in between cost time and leave no trace.
+STEPS_BETWEEN_CHECKS = 16
+
+
+def generate(
+    model: GPT,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    seed: int | Sequence[int] | torch.Generator | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continue each prompt, greedily or by sampling, until ``max_new_tokens`` or its end.
+
+        model.generate(tokens, max_new_tokens=50)
+        model.generate([[1, 2, 3], [4]], max_new_tokens=50, do_sample=True, top_p=0.9, seed=0)
+
+    Each sequence gets the tokens that it would get alone. Dropout is off meanwhile. On a CUDA GPU
+    the steps replay a CUDA graph (`fastattn.models.graphs`).
+
+    Args:
+        input_ids: the prompts: (B, T) token ids, on any device, or lists of token ids, of any
+            lengths.
+        max_new_tokens: how many tokens to add at most; prompt and new tokens together must fit
+            into the model's ``n_positions``.
+        attention_mask: (B, T), 1 for tokens and 0 for padding, which must come before the tokens
+            (left padding). Without it every id of a tensor is a token.
+        do_sample: draw from the distribution; else take the most probable token.
+        temperature, top_k, top_p: divide the logits; keep the k most probable tokens (and those
+            as probable as the k-th); keep the fewest that have the probability p together. In this
+            order. None keeps all. (transformers keeps 50 unless told otherwise.)
+        repetition_penalty: see `fastattn.models.sampling.penalise`; of the prompt and all new
+            tokens. Padding does not count, so that a sequence is continued as it would be alone.
+        eos_token_id: the tokens that end a sequence; None means the config's, ``()`` none.
+        pad_token_id: what fills a sequence after its end, and before a prompt given as a list;
+            None means the config's, else the first eos token, else 0.
+        seed: for ``do_sample``. An integer gives row b a stream of its own, seeded ``seed + b``;
+            several integers seed the rows one by one: so a row's tokens are those of its prompt
+            alone with its seed. A generator, or torch's default one for None, is drawn from for all
+            rows together. The same seed, model, prompts and arguments give the same tokens on the
+            same machine and version of torch.
+        on_token: called after every step with the new tokens, (B,) on the model's device, pad where
+            a sequence has ended.
+
+    Returns:
+        (B, T + n) int64 on the model's device, n <= max_new_tokens: the prompts, padded on the left
+        as they were given (lists: to the longest), and the new tokens.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. Nothing was computed.
+    """
+    config, device = model.config, model.device
+    how = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    eos, pad = special_tokens(config, eos_token_id, pad_token_id)
+    ends = torch.tensor(eos, device=device) if eos else None
+    prompts = read_prompts(config, input_ids, attention_mask)
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > config.n_positions:
+        raise ValueError(
+            f"the longest prompt of input_ids has {longest} tokens; with max_new_tokens = "
+            f"{max_new_tokens} that is {longest + max_new_tokens}, more than the model's "
+            f"n_positions = {config.n_positions}"
+        )
+    if seed is not None and not do_sample:
+        raise ValueError("seed would have no effect: give do_sample=True too")
+    numbers = sampling.uniforms(seed, len(prompts), max_new_tokens, device) if do_sample else None
+
+    width = input_ids.shape[1] if isinstance(input_ids, Tensor) else longest
+    out = torch.full((len(prompts), width + max_new_tokens), pad, device=device)
+    if isinstance(input_ids, Tensor):
+        out[:, :width] = input_ids
+    else:
+        for row, prompt in zip(out, prompts, strict=True):
+            row[width - len(prompt) : width] = torch.tensor(prompt)
+
+    with torch.inference_mode(), _evaluating(model):
+        new = out[:, width:]
+        steps = _run(model, prompts, new, how, numbers, ends, pad, on_token)
+    return out[:, : width + steps]
+
+
+def _run(
+    model: GPT,
+    prompts: list[list[int]],
+    new: Tensor,
+    how: Sampling,
+    numbers: Tensor | None,
+    ends: Tensor | None,
+    pad: int,
+    on_token: Callable[[Tensor], None] | None,
+) -> int:
+    """Fill ``new`` (B, max_new_tokens) step by step; the number of steps until all have ended."""
+    batch_size, max_new_tokens = new.shape
+    decoder = _decoder(model, batch_size, max(map(len, prompts)) + max_new_tokens)
+    logits = _prefill(model, prompts, decoder.cache)
+    seen = _seen(prompts, logits) if how.repetition_penalty != 1.0 else None
+    unfinished = torch.ones(batch_size, dtype=torch.bool, device=new.device)
+    needed = torch.zeros((), dtype=torch.int64, device=new.device)  # steps until all had ended
+    check_every = _check_every(new, on_token)
+
+    for step in range(max_new_tokens):
+        if seen is not None:
+            logits = sampling.penalise(logits.float(), seen, how.repetition_penalty)
+        if numbers is not None:
+            tokens = sampling.draw(sampling.warp(logits.float(), how), numbers[step])
+        else:
+            tokens = logits.argmax(-1)
+        if ends is not None:
+            tokens = torch.where(unfinished, tokens, pad)
+            needed += unfinished.any()
+            unfinished = unfinished & ~torch.isin(tokens, ends)
+        if seen is not None:
+            seen.scatter_(1, tokens.unsqueeze(1), True)
+        new[:, step] = tokens
+        if on_token is not None:
+            on_token(new[:, step])
+        if step + 1 == max_new_tokens:
+            break
+        if ends is not None and (step + 1) % check_every == 0 and not unfinished.any():
+            break
+        logits = decoder(tokens)
+    return max_new_tokens if ends is None else int(needed)
+
+
+def _check_every(new: Tensor, on_token: Callable[[Tensor], None] | None) -> int:
+    """After how many steps to ask whether all have ended; a callback waits for each step anyway."""
+    return 1 if new.is_cpu or on_token is not None else STEPS_BETWEEN_CHECKS
+
+
+def decode(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """One step: (B,) the last tokens -> (B, V) the logits of the next."""
+    return model.lm_head(model.features(tokens.unsqueeze(1), cache)[:, -1])
+
+
+def _prefill(model: GPT, prompts: list[list[int]], cache: KVCache) -> Tensor:
+    """Read the prompts into the empty cache; (B, V) the logits after each prompt's last token."""
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    # Any id does as padding on the right: nothing that counts sees it.
+    ids = torch.tensor(
+        [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device
+    )
+    hidden = model.features(ids, cache)  # (B, T, C)
+    if cache.static or min(lengths) < longest:
+        cache.set_lengths(lengths)
+    last = torch.tensor(lengths, device=ids.device) - 1
+    return model.lm_head(hidden[cache.sequences, last])
+
+
+class EagerDecoder:
+    """`decode` with a cache that grows: every step reads only what is there."""
+
+    def __init__(self, model: GPT, batch_size: int, capacity: int) -> None:
+        self.model = model
+        self.cache = KVCache(
+            model.config,
+            batch_size,
+            capacity,
+            device=model.device,
+            dtype=model.wte.weight.dtype,
+        )
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return decode(self.model, tokens, self.cache)
+
+
+def _decoder(model: GPT, batch_size: int, capacity: int) -> EagerDecoder | graphs.GraphDecoder:
+    if _decodes_by_graph(model):
+        return graphs.decoder(decode, model, batch_size, capacity)
+    return EagerDecoder(model, batch_size, capacity)
+
+
+def _decodes_by_graph(model: GPT) -> bool:
+    return model.device.type == "cuda"
+
+
+def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
+    """(B, V), True for the tokens of each prompt."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[torch.tensor(prompt, device=row.device)] = True
+    return seen
+
+
+@contextlib.contextmanager
+def _evaluating(model: GPT) -> Iterator[None]:
+    """The model in eval mode; each of its modules gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

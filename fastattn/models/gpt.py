@@ -1,0 +1,220 @@
+"""GPT: a decoder-only transformer with GPT-2's architecture (Radford et al. 2019).
+
+Shapes: B batch, T sequence length, C = n_embd, V = vocab_size.
+
+    tokens (B, T)
+      x = wte[tokens] + wpe[positions]                   # (B, T, C)
+      n_layer times:
+          x = x + attention(norm1(x))                    # causal
+          x = x + feed_forward(norm2(x))
+      logits = norm_f(x) @ wte^T                         # (B, T, V): the head shares wte's weight
+"""
+
+from __future__ import annotations
+
+import math
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import nn
+from fastattn.models import folder, generation
+from fastattn.models.cache import KVCache
+from fastattn.models.config import ACTIVATIONS, GPTConfig
+
+IGNORED = -100  # a target that counts for nothing
+
+
+class GPT(torch.nn.Module):
+    """GPT-2's architecture at any size.
+
+        model = fastattn.GPT(fastattn.GPTConfig.preset("gpt2"))
+        logits, loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+
+        model = fastattn.GPT.from_pretrained("gpt2")
+        model.generate(tokens, max_new_tokens=50)
+
+    New weights are GPT-2's: normal with standard deviation ``initializer_range``, those that write
+    into the residual stream scaled down by sqrt(2 * n_layer), biases zero.
+
+    Args:
+        config: sizes and settings.
+        device, dtype: of the parameters. On device "meta" the model has shapes and no weights.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = config
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd, **where)
+        self.wpe = torch.nn.Embedding(config.n_positions, config.n_embd, **where)
+        self.dropout = torch.nn.Dropout(config.embd_pdrop)
+        self.blocks = torch.nn.ModuleList(
+            nn.TransformerBlock(
+                config.n_embd,
+                config.n_head,
+                config.feedforward_dim,
+                dropout=config.resid_pdrop,
+                attention_dropout=config.attn_pdrop,
+                activation=ACTIVATIONS[config.activation_function],
+                norm_eps=config.layer_norm_epsilon,
+                causal=True,
+                softmax_scale=config.softmax_scale(layer),
+                **where,
+            )
+            for layer in range(config.n_layer)
+        )
+        self.norm_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **where)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, **where)
+        self.tie_weights()
+        self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Let the head share the token embedding's weight, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
+
+    def reset_parameters(self) -> None:
+        """Draw new weights from torch's generator."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(parameter)
+            elif "norm" in name:
+                torch.nn.init.ones_(parameter)
+            elif name.endswith(("out_proj.weight", "linear2.weight")):  # into the residual stream
+                torch.nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
+            else:
+                torch.nn.init.normal_(parameter, std=std)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.wte.weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict the token after each position.
+
+        Args:
+            input_ids: (B, T) token ids, int32 or int64. That they are below vocab_size is checked
+                on a CPU alone: on a GPU the check would make the host wait.
+            targets: (B, T) the tokens that follow, or -100 where none counts. Nothing is shifted
+                here: ``targets[:, t]`` is what comes after ``input_ids[:, t]``.
+            cache: keys and values of the tokens before; those of ``input_ids`` are appended.
+            logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
+
+        Returns:
+            Logits (B, T, V) in the parameters' dtype; with ``targets`` the pair (logits, loss),
+            the loss being the mean cross-entropy in float32 (NaN if no target counts).
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        if targets is not None:
+            if logits_to_keep:
+                raise ValueError("logits_to_keep and targets exclude each other: a loss needs all")
+            check_ids("targets", targets, self.config.vocab_size, ignored=IGNORED)
+            if targets.shape != input_ids.shape:
+                raise ValueError(
+                    f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, "
+                    f"got {tuple(targets.shape)}"
+                )
+        if not 0 <= logits_to_keep <= input_ids.shape[1]:
+            raise ValueError(
+                f"logits_to_keep must be from 0 to the {input_ids.shape[1]} positions of "
+                f"input_ids, got {logits_to_keep}"
+            )
+        hidden = self.features(input_ids, cache)
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED
+        )
+        return logits, loss
+
+    def features(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head reads: (B, T) token ids, which are not checked -> (B, T, C).
+
+        Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``.
+        """
+        seqlen = input_ids.shape[1]
+        before = 0 if cache is None else cache.longest
+        if before + seqlen > self.config.n_positions:
+            raise ValueError(
+                f"input_ids must have at most n_positions = {self.config.n_positions} tokens a "
+                f"sequence, got {seqlen}{f' after {before} in the cache' if before else ''}"
+            )
+        if cache is None:
+            positions = torch.arange(seqlen, device=input_ids.device)
+        else:
+            positions = cache.begin(seqlen)
+        branch = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+
+        # The blocks leave the last addition to the next norm: x is branch + residual.
+        residual = None
+        for layer, block in enumerate(self.blocks):
+            branch, residual = block(
+                branch, residual, cache=None if cache is None else cache.layers[layer]
+            )
+        hidden, _ = self.norm_f(branch, residual)
+        if cache is not None:
+            cache.end(seqlen)
+        return hidden
+
+    generate = generation.generate
+    save_pretrained = folder.save_pretrained
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> GPT:
+        """The model in a Hugging Face GPT-2 folder; see `fastattn.models.folder.read`."""
+        config, weights = folder.read(path, revision=revision, dtype=dtype, device=device)
+        model = cls(config, device="meta")
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+        return model.eval()
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
+    """Raise unless ``ids`` are token ids (B, T), or ``ignored``; values are read on a CPU alone."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64 token ids, got {ids.dtype}")
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(
+            f"{name} must have the shape (batch, seqlen), neither of them 0, got {tuple(ids.shape)}"
+        )
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        values = ids if ignored is None else ids.masked_fill(ids == ignored, 0)
+        low, high = (value.item() for value in values.aminmax())
+        if low < 0 or high >= vocab_size:
+            but = "" if ignored is None else f" or {ignored}"
+            raise ValueError(
+                f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}{but}, "
+                f"got {low if low < 0 else high}"
+            )

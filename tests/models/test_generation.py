@@ -1,0 +1,315 @@
+"""generate: the same tokens as transformers, and as each prompt alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fastattn import GPT
+from fastattn.models import generation, graphs
+
+Pair = tuple[GPT, transformers.GPT2LMHeadModel]
+MakePair = Callable[..., Pair]
+
+# Unequal prompts; the longest is not the first.
+LENGTHS = [5, 17, 1, 11]
+
+
+@pytest.fixture(params=["growing", "static"])
+def _cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Decode with either cache: the step that a GPU's graph captures runs eagerly on a CPU."""
+    if request.param == "growing":
+        monkeypatch.setattr(generation, "_decoder", generation.EagerDecoder)
+    elif device == "cpu":
+        monkeypatch.setattr(
+            generation,
+            "_decoder",
+            lambda model, batch_size, capacity: graphs.GraphDecoder(
+                generation.decode, model, batch_size, capacity + 3
+            ),
+        )
+
+
+either_cache = pytest.mark.usefixtures("_cache")
+
+
+def _prompts(model: GPT, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.config.vocab_size
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def _padded(prompts: list[list[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask), padded on the left."""
+    longest = max(map(len, prompts))
+    ids = [[pad] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _theirs(model: Any, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    # Without a mask transformers takes pad_token_id in a prompt for padding.
+    settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    return model.generate(tokens, **{**settings, **kwargs})
+
+
+@either_cache
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_equals_transformers(make_pair: MakePair, batch: int, seed: int) -> None:
+    ours, theirs = make_pair(seed=seed)
+    tokens = torch.randint(0, 97, (batch, 9), device=ours.device)
+    got = ours.generate(tokens, max_new_tokens=55)
+    assert got.shape == (batch, 64)
+    assert torch.equal(got, _theirs(theirs, tokens, max_new_tokens=55))
+
+
+@either_cache
+@pytest.mark.parametrize("changes", [{}, {"scale_attn_by_inverse_layer_idx": True}], ids=str)
+def test_left_padding_equals_transformers(make_pair: MakePair, changes: dict[str, Any]) -> None:
+    ours, theirs = make_pair(**changes)
+    tokens, mask = _padded(_prompts(ours), 0, ours.device)
+    got = ours.generate(tokens, max_new_tokens=30, attention_mask=mask)
+    expected = _theirs(theirs, tokens, max_new_tokens=30, attention_mask=mask)
+    assert torch.equal(got, expected)
+
+
+def _first_repeated_ends(pair: Pair, tokens: torch.Tensor, steps: int) -> list[int]:
+    """Tokens that end the rows at different steps, one row (if any) after all others."""
+    free = pair[0].generate(tokens, max_new_tokens=steps)[:, tokens.shape[1] :]
+    return sorted({int(row[3 + 4 * b]) for b, row in enumerate(free[:-1])})
+
+
+@either_cache
+def test_ends_and_padding_equal_transformers(pair: Pair) -> None:
+    ours, theirs = pair
+    tokens, mask = _padded(_prompts(ours), 0, ours.device)
+    ends = _first_repeated_ends(pair, tokens, 30)
+    for eos in (ends[0], ends):
+        settings = {"max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": 96}
+        got = ours.generate(tokens, attention_mask=mask, **settings)
+        expected = _theirs(theirs, tokens, attention_mask=mask, **settings)
+        assert torch.equal(got, expected)
+    assert (got == 96).any()
+
+
+@either_cache
+def test_stops_when_all_have_ended(pair: Pair) -> None:
+    ours, theirs = pair
+    tokens = torch.randint(0, 97, (2, 6), device=ours.device)
+    free = ours.generate(tokens, max_new_tokens=30)[:, 6:]
+    ends = [int(free[0, 4]), int(free[1, 2])]
+    got = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends, pad_token_id=0)
+    assert got.shape[1] <= 6 + 5
+    assert torch.equal(got, _theirs(theirs, tokens, max_new_tokens=30, eos_token_id=ends))
+
+
+def test_checks_for_the_end_now_and_then(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where some steps are run in vain: they leave no trace."""
+    ours, _ = pair
+    tokens = torch.randint(0, 97, (2, 6), device=ours.device)
+    free = ours.generate(tokens, max_new_tokens=30)[:, 6:]
+    ends = [int(free[0, 4]), int(free[1, 2])]
+    expected = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
+    decode, steps = generation.decode, []
+    monkeypatch.setattr(generation, "decode", lambda *args: (steps.append(1), decode(*args))[1])
+    monkeypatch.setattr(generation, "_decoder", generation.EagerDecoder)
+    monkeypatch.setattr(generation, "_check_every", lambda new, on_token: 16)
+    got = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
+    assert torch.equal(got, expected) and len(steps) == 15
+
+
+@either_cache
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty_equals_transformers(pair: Pair, penalty: float) -> None:
+    ours, theirs = pair
+    tokens = torch.randint(0, 97, (3, 9), device=ours.device)
+    settings = {"max_new_tokens": 40, "repetition_penalty": penalty}
+    got = ours.generate(tokens, **settings)
+    assert torch.equal(got, _theirs(theirs, tokens, **settings))
+    assert not torch.equal(got, ours.generate(tokens, max_new_tokens=40))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"do_sample": True},
+    {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
+]
+
+
+@either_cache
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_batch_equals_each_prompt_alone(pair: Pair, settings: dict[str, Any]) -> None:
+    ours, _ = pair
+    prompts = _prompts(ours)
+    seeds: list[Any] = [None] * 4
+    if settings.get("do_sample"):
+        seeds = [11, 12, 13, 14]
+        settings = {**settings, "seed": 11}
+    together = ours.generate(prompts, max_new_tokens=40, pad_token_id=0, **settings)
+    tokens, mask = _padded(prompts, 0, ours.device)
+    padded = ours.generate(tokens, max_new_tokens=40, attention_mask=mask, **settings)
+    assert torch.equal(together, padded)
+    for row, prompt, seed in zip(together, prompts, seeds, strict=True):
+        alone = ours.generate([prompt], max_new_tokens=40, **{**settings, "seed": seed})
+        assert torch.equal(row[-len(alone[0]) :], alone[0])
+
+
+@either_cache
+def test_seed_decides_the_draws(pair: Pair) -> None:
+    ours, _ = pair
+    prompts = _prompts(ours)
+
+    def sample(seed: Any) -> torch.Tensor:
+        return ours.generate(prompts, max_new_tokens=20, do_sample=True, seed=seed)
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+    assert torch.equal(sample([5, 5, 6, 7])[2:], sample([1, 2, 6, 7])[2:])
+    generator = torch.Generator(ours.device)
+    assert torch.equal(sample(generator.manual_seed(3)), sample(generator.manual_seed(3)))
+    torch.manual_seed(4)
+    first = sample(None)
+    assert not torch.equal(first, sample(None))
+    torch.manual_seed(4)
+    assert torch.equal(first, sample(None))
+
+
+def test_top_k_of_one_is_greedy(pair: Pair) -> None:
+    ours, _ = pair
+    prompts = _prompts(ours)
+    greedy = ours.generate(prompts, max_new_tokens=20)
+    assert torch.equal(ours.generate(prompts, max_new_tokens=20, do_sample=True, top_k=1), greedy)
+
+
+@either_cache
+def test_on_token_sees_each_step(pair: Pair) -> None:
+    ours, _ = pair
+    prompts = _prompts(ours)
+    free = ours.generate(prompts, max_new_tokens=10)[:, 17:]
+    steps: list[torch.Tensor] = []
+    got = ours.generate(
+        prompts,
+        max_new_tokens=10,
+        eos_token_id=sorted(set(free[:, 4].tolist())),
+        pad_token_id=96,
+        on_token=lambda tokens: steps.append(tokens.clone()),
+    )
+    assert torch.equal(torch.stack(steps, dim=1), got[:, 17:])
+    assert 1 <= len(steps) <= 5
+
+
+def test_an_error_in_on_token_passes_through(pair: Pair) -> None:
+    ours, _ = pair
+    ours.train()
+    with pytest.raises(ZeroDivisionError):
+        ours.generate([[1]], max_new_tokens=3, on_token=lambda tokens: 1 / 0)
+    assert ours.training
+
+
+def test_special_tokens_of_the_config(make_pair: MakePair) -> None:
+    ours, _ = make_pair()
+    free = ours.generate([[1, 2, 3]], max_new_tokens=8)[0, 3:].tolist()
+    ours, theirs = make_pair(eos_token_id=free[3], pad_token_id=96)
+    stopped = ours.generate([[1, 2, 3], [4]], max_new_tokens=8)
+    assert stopped[1, :2].tolist() == [96, 96]
+    assert stopped[0, 3 : 4 + free.index(free[3])].tolist() == free[: 1 + free.index(free[3])]
+    alone = ours.generate([[1, 2, 3]], max_new_tokens=8)
+    expected = theirs.generate(alone[:, :3], max_new_tokens=8, do_sample=False)
+    assert torch.equal(alone, expected) and alone.shape[1] < 11
+    assert ours.generate([[1, 2, 3]], max_new_tokens=8, eos_token_id=()).shape[1] == 11
+
+    # Outside of the vocabulary, as where only vocab_size was changed: as if not there.
+    beyond, _ = make_pair(eos_token_id=[50256, -1], pad_token_id=50257)
+    out = beyond.generate([[1, 2, 3], [4]], max_new_tokens=8)
+    assert out[0, 3:].tolist() == free and out[1, :2].tolist() == [0, 0]
+
+
+def test_dropout_is_off_and_modes_come_back(make_pair: MakePair) -> None:
+    ours, theirs = make_pair(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    tokens = torch.randint(0, 97, (1, 6), device=ours.device)
+    expected = _theirs(theirs, tokens, max_new_tokens=20)
+    ours.train()
+    ours.blocks[1].eval()
+    modes = [module.training for module in ours.modules()]
+    assert torch.equal(ours.generate(tokens, max_new_tokens=20), expected)
+    assert [module.training for module in ours.modules()] == modes
+
+
+def test_result_can_be_trained_on(pair: Pair) -> None:
+    ours, _ = pair
+    out = ours.generate([[1, 2]], max_new_tokens=4)
+    _, loss = ours(out[:, :-1], out[:, 1:])
+    loss.backward()
+    assert not out.is_inference() and ours.wte.weight.grad is not None
+
+
+def test_bfloat16(make_pair: MakePair) -> None:
+    ours, _ = make_pair(dtype=torch.bfloat16)
+    prompts = _prompts(ours)
+    out = ours.generate(prompts, max_new_tokens=20, do_sample=True, top_p=0.9, seed=0)
+    assert out.shape == (4, 37) and out.dtype == torch.int64
+
+
+def test_prompt_and_new_tokens_may_fill_the_context(pair: Pair) -> None:
+    ours, _ = pair
+    assert ours.generate([[1] * 60, [2]], max_new_tokens=4).shape == (2, 64)
+    with pytest.raises(ValueError, match=r"60 tokens; with max_new_tokens = 5 .* n_positions = 64"):
+        ours.generate([[1] * 60, [2]], max_new_tokens=5)
+
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "kwargs", "error", "message"),
+    [
+        ("abc", {}, TypeError, "each prompt of input_ids must be a list of integers, got 'a' at 0"),
+        (3, {}, TypeError, "input_ids must be a tensor .* or a list of lists .*, got int"),
+        ([], {}, ValueError, "input_ids must have at least one prompt"),
+        ([[1], []], {}, ValueError, "each prompt of input_ids must have a token, got none at 1"),
+        ([1, 2], {}, TypeError, "each prompt of input_ids must be a list of integers, got 1 at 0"),
+        ([[1.0]], {}, TypeError, "each prompt of input_ids must be a list of integers"),
+        ([[1], [97]], {}, ValueError, "input_ids must be from 0 .* = 96, got 97 in prompt 1"),
+        (IDS - 2, {}, ValueError, "input_ids must be from 0 .* = 96, got -1 in prompt 0"),
+        (IDS.float(), {}, TypeError, "input_ids must be int32 or int64.*got torch.float32"),
+        (IDS[0], {}, ValueError, r"input_ids must have the shape \(batch, seqlen\).*got \(3,\)"),
+        (IDS[:, :0], {}, ValueError, r"input_ids must have the shape .*got \(1, 0\)"),
+        ([[1]], {"attention_mask": IDS}, ValueError, "attention_mask goes with a tensor"),
+        (
+            IDS,
+            {"attention_mask": [1]},
+            TypeError,
+            "attention_mask must be a torch.Tensor, got list",
+        ),
+        (IDS, {"attention_mask": IDS[:, 1:]}, ValueError, r"attention_mask must have .*\(1, 2\)"),
+        (IDS, {"attention_mask": IDS}, ValueError, "attention_mask must be 1 for tokens and 0"),
+        (
+            IDS,
+            {"attention_mask": torch.tensor([[1, 1, 0]])},
+            ValueError,
+            "attention_mask must hide padding on the left alone",
+        ),
+        (IDS, {"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "on the left alone"),
+        (IDS, {"attention_mask": torch.tensor([[0, 0, 0]])}, ValueError, "no prompt's last token"),
+        (IDS, {"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        (IDS, {"max_new_tokens": 1.0}, TypeError, "max_new_tokens must be an integer, got 1.0"),
+        (IDS, {"eos_token_id": 97}, ValueError, "eos_token_id must be from 0 .* = 96, got 97"),
+        (IDS, {"eos_token_id": [1, -1]}, ValueError, r"eos_token_id must be .*got \[1, -1\]"),
+        (IDS, {"pad_token_id": "x"}, TypeError, "pad_token_id must be a token id, got 'x'"),
+        (IDS, {"temperature": 0.5}, ValueError, "temperature would have no effect"),
+        (IDS, {"seed": 0}, ValueError, "seed would have no effect: give do_sample=True too"),
+        (IDS, {"do_sample": True, "seed": [0, 1]}, ValueError, "each of 1 sequences, got 2"),
+    ],
+)
+def test_bad_input(
+    pair: Pair, ids: Any, kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    ours, _ = pair
+    with pytest.raises(error, match=message):
+        ours.generate(ids, **{"max_new_tokens": 3, **kwargs})
