@@ -10,6 +10,8 @@ Two things differ and are bridged here without ever building a seqlen_q x seqlen
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -65,20 +67,29 @@ def attention(
     if compiling or not problem.causal:  # compiled, a loop would tie the graph to the length
         return _masked(problem, q, k, v, visible(problem, mask, key_lengths, q.device))
 
+    each_row_sees = mask is None and key_lengths is None and seqlen_k > seqlen_q
+    if each_row_sees and seqlen_q <= CHUNK and type(q) is torch.Tensor:
+        return _sdpa(problem, q, k, v, attn_mask=_lower_right(seqlen_q, seqlen_k, q.device))
     chunks = []
     for start in range(0, seqlen_q, CHUNK):
         rows = slice(start, min(start + CHUNK, seqlen_q))
         # Keys past the chunk's last diagonal are seen by none of its rows.
         end = max(1, rows.stop + seqlen_k - seqlen_q)
         parts = q[:, :, rows], k[:, :, :end], v[:, :, :end]
-        if mask is None and key_lengths is None and seqlen_k > seqlen_q:  # each row sees a key
-            seen = q.new_ones(rows.stop - start, end, dtype=torch.bool)
-            seen = seen.tril(start + seqlen_k - seqlen_q)
+        seen = visible(problem, mask, key_lengths, q.device, rows)[..., :end]
+        if each_row_sees:
             chunks.append(_sdpa(problem, *parts, attn_mask=seen))
         else:
-            seen = visible(problem, mask, key_lengths, q.device, rows)
-            chunks.append(_masked(problem, *parts, seen[..., :end]))
+            chunks.append(_masked(problem, *parts, seen))
     return _joined(chunks, out_dim=1, lse_dim=2)
+
+
+@functools.lru_cache(maxsize=4)
+def _lower_right(seqlen_q: int, seqlen_k: int, device: torch.device) -> torch.Tensor:
+    """The causal mask of a chunk of queries, at most CHUNK rows; kept, for small ones cost most."""
+    with torch.inference_mode(False):  # such a tensor could not be saved for a backward
+        seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+        return seen.tril(seqlen_k - seqlen_q)
 
 
 def _joined(

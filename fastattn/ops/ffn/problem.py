@@ -166,15 +166,12 @@ def _check_sizes(
     layout: str,
 ) -> None:
     """That the sizes of x, w1 and w2 chain, and that the biases fit."""
-    other = "conv1d" if layout == "linear" else "linear"
-    # The weights as (in, out) views, whatever the layout.
-    first, second = (w1.shape, w2.shape) if layout == "conv1d" else (w1.shape[::-1], w2.shape[::-1])
     in_features = x.shape[-1]
-    # Would the call be right in the other layout? Then that is the mend.
+    # The weights' shapes as (in, out), whatever the layout.
+    first, second = (w.shape if layout == "conv1d" else w.shape[::-1] for w in (w1, w2))
     mend = ""
-    if w1.shape[0 if other == "conv1d" else 1] == in_features and (
-        w1.shape[1 if other == "conv1d" else 0] == w2.shape[0 if other == "conv1d" else 1]
-    ):
+    if (first[1], first[0]) == (in_features, second[1]):  # transposed, they would chain
+        other = "conv1d" if layout == "linear" else "linear"
         mend = f"; the weights fit layout={other!r}"
     if first[0] != in_features:
         raise ValueError(

@@ -7,11 +7,13 @@ Computed in float64 for float64 inputs, else in float32, and rounded once at the
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
 import torch
 
+from fastattn.ops.common import modes
 from fastattn.ops.ffn.problem import FFNProblem
 
 
@@ -30,8 +32,10 @@ def ffn(
     if not problem.conv1d:
         w1, w2 = w1.t(), w2.t()  # (in_features, hidden), (hidden, out_features)
     precision = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    with torch.autocast(problem.device.type, enabled=False):
-        # By way of the problem's dtype: autocast rounds the inputs to it.
+    kind = problem.device.type
+    autocast = modes.autocast_enabled(kind)
+    # Autocast rounds the inputs to its dtype, but has no say in the precision of the definition.
+    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         x, w1, w2 = (t.to(problem.dtype).to(precision) for t in (x, w1, w2))
         pre = x @ w1
         if b1 is not None:

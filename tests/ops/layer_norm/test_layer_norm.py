@@ -222,8 +222,11 @@ def test_many_programs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 def test_the_sum_that_is_normalised_is_the_one_returned(
     hidden: int, backend: str, device: str
 ) -> None:
-    """Rounded to its dtype first: normalising the returned sum again gives the same bits."""
-    x, residual = torch.randn(2, 3, hidden, dtype=BF16, device=device)
+    """Rounded to its dtype first: normalising the returned sum again gives the same bits.
+
+    In float16, for Triton's interpreter cuts bfloat16 off where a GPU rounds.
+    """
+    x, residual = torch.randn(2, 3, hidden, device=device).half()
     weight = torch.randn(hidden, device=device)
     out, stream = fastattn.layer_norm(x, weight, residual=residual, backend=backend)
     assert torch.equal(stream, x + residual)
