@@ -1,0 +1,59 @@
+"""The command `fastattn`: parse the arguments, call the library, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import fastattn
+from fastattn.cli import demo, doctor
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit code.
+
+    0: done. 1: a user error, printed in a line, or a result that breaks a promise. 2: a command
+    line that cannot be read (argparse exits). 130: ended by Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("fastattn: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        if arguments.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastattn: {message} (--debug shows where)", file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastattn", description="Custom-kernel attention, norms and feed-forward for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
+    _add_debug(parser, default=False)
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for name, module in (("demo", demo), ("doctor", doctor)):
+        description = (module.__doc__ or "").strip()
+        command = commands.add_parser(
+            name,
+            help=description.splitlines()[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        # Before or after the command; suppressed, so that the one after does not reset the other.
+        _add_debug(command, default=argparse.SUPPRESS)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser, default: bool | str) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=default, help="show the traceback of an error"
+    )

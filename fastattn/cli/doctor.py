@@ -1,0 +1,132 @@
+"""Print versions, devices, the extension, and which backend each op would use, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import fastattn
+from fastattn import extension
+from fastattn.backends import ENVIRONMENT_VARIABLE, NAMES, Explanation, explanation_of
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors")
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none of its own."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the whole report; 0 whatever it says."""
+    for title, lines in (
+        ("versions", _versions()),
+        ("devices", _devices()),
+        ("settings", _settings()),
+    ):
+        print(title)
+        for line in lines:
+            print(f"  {line}")
+        print()
+    print("backends")
+    for device in _available():
+        for line in _backends(device):
+            print(f"  {line}")
+    return 0
+
+
+def _versions() -> Iterator[str]:
+    versions = {"fastattn": fastattn.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["torch"] = torch.__version__  # with its build: +cpu, +cu130
+    width = max(map(len, versions))
+    for name, version in versions.items():
+        yield f"{name:<{width}}  {version}"
+
+
+def _devices() -> Iterator[str]:
+    yield f"CPU        {platform.machine()}, {torch.get_num_threads()} threads"
+    yield f"CUDA       {torch.version.cuda or 'this torch is built without CUDA'}"
+    if torch.version.cuda is not None:
+        yield f"driver     {_driver()}"
+    if not torch.cuda.is_available():
+        yield "GPU        none that torch can use"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        yield f"GPU {index}      {gpu.name}, capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB"
+    yield f"extension  {extension.status()}"
+
+
+def _driver() -> str:
+    """The kernel module's version, as the driver itself writes it."""
+    try:
+        with open("/sys/module/nvidia/version", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "not known: there is no /sys/module/nvidia/version"
+
+
+def _settings() -> Iterator[str]:
+    for name in (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET"):
+        value = os.environ.get(name)
+        yield f"{name:<16}  {'not set' if value is None else repr(value)}"
+
+
+def _available() -> list[torch.device]:
+    """The CPU and every GPU, GPUs of the same name once."""
+    gpus = {
+        torch.cuda.get_device_name(index): torch.device("cuda", index)
+        for index in reversed(range(torch.cuda.device_count()))
+    }
+    return [torch.device("cpu"), *gpus.values()]
+
+
+def _calls(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Callable[..., Any], Any]]:
+    """Each op with typical inputs; they are described, never computed on."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    q, x = empty(2, 512, 8, 64), empty(2, 512, 512)
+    yield fastattn.attention, ((q, q, q), {"causal": True})
+    yield fastattn.layer_norm, ((x, empty(512), empty(512)), {})
+    yield fastattn.rms_norm, ((x, empty(512)), {})
+    weights = (empty(2048, 512), empty(2048), empty(512, 2048), empty(512))
+    yield fastattn.ffn, ((x, *weights), {})
+
+
+def _backends(device: torch.device) -> Iterator[str]:
+    """The ops' backends on `device`; dtypes with the same answer share an entry."""
+    answers: dict[str, dict[tuple[Any, ...], tuple[list[str], Explanation]]] = {}
+    for dtype in DTYPES[device.type]:
+        for op, (args, kwargs) in _calls(dtype, device):
+            try:
+                explanation = explanation_of(op, *args, **kwargs)
+            except ValueError as error:  # the environment variable names no backend
+                yield f"no op can run: {error}"
+                return
+            key = (explanation.backend, explanation.source, *explanation.reasons.values())
+            found = answers.setdefault(explanation.op, {})
+            found.setdefault(key, ([], explanation))[0].append(str(dtype).removeprefix("torch."))
+    for op_name, groups in answers.items():
+        for dtypes, explanation in groups.values():
+            runs = explanation.backend or "none"
+            yield f"{op_name} on {device}, {' '.join(dtypes)}: {runs} ({explanation.source})"
+            width = max(map(len, NAMES))
+            for name, reason in explanation.reasons.items():
+                if reason is not None:
+                    yield f"    {name:<{width}}  {reason}"

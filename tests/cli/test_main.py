@@ -1,0 +1,93 @@
+"""The command itself: help, version, errors and exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastattn
+from fastattn.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"fastattn {fastattn.__version__}\n"
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "demo" in out and "doctor" in out and "--version" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["dmeo"], "invalid choice: 'dmeo'"),
+        ([], "required: command"),
+        (["demo", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["doctor", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_exits_with_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 1; got 0"),
+        (["--device", "tpu"], '--device must be "auto", "cpu", "cuda" or "cuda:N"; got \'tpu\''),
+        (["--device", "cuda:99"], "--device cuda:99: torch sees"),
+    ],
+)
+def test_a_users_error_is_a_line_and_exits_with_1(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["demo", "--out", str(tmp_path / "out"), *argv]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+    for debug in (["--debug", *command], [*command, "--debug"]):
+        with pytest.raises(ValueError, match=r"steps|device"):
+            main(debug)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 1
+    captured = capsys.readouterr()
+    assert "File exists" in captured.err and captured.out == ""
+
+
+def test_a_missing_package_is_named_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert 'the demo needs the package matplotlib: pip install "fastattn[train]"' in captured.err
+    assert captured.out == ""
+
+
+def test_python_m_runs_it() -> None:
+    command = [sys.executable, "-m", "fastattn", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"fastattn {fastattn.__version__}\n"

@@ -1,0 +1,203 @@
+"""The training loop: it learns, repeats itself with a seed, and stops cleanly."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.training import History, TrainingConfig, evaluate, train
+from fastattn.training.loop import decay_groups
+
+VOCABULARY = 17
+# A cycle that the next token follows from the last one: the loss can go to zero.
+STREAM = torch.arange(2000) * 5 % VOCABULARY
+CONFIG = TrainingConfig(
+    steps=60, batch_size=4, context=16, learning_rate=1e-2, final_learning_rate=1e-3,
+    warmup_steps=5, evaluation_interval=25, evaluation_tokens=256,
+)  # fmt: skip
+
+
+def model(seed: int = 0, dropout: float = 0.0) -> fastattn.GPT:
+    torch.manual_seed(seed)
+    config = fastattn.GPTConfig(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=2,
+        embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return fastattn.GPT(config)
+
+
+def test_it_learns_and_records() -> None:
+    seen: list[tuple[int, int]] = []
+    subject = model()
+    subject.eval()
+    history = train(
+        subject, STREAM, STREAM[:300], CONFIG,
+        lambda h: seen.append((len(h.steps), len(h.evaluations))),
+    )  # fmt: skip
+    assert history.evaluations[0].loss == pytest.approx(math.log(VOCABULARY), rel=0.1)
+    assert history.evaluations[-1].loss < 0.2
+    assert history.steps[-1].loss < 0.2 < history.steps[0].loss
+    assert [evaluation.step for evaluation in history.evaluations] == [0, 25, 50, 60]
+    assert [step.step for step in history.steps] == list(range(1, 61))
+    assert history.training_tokens == 60 * 4 * 16
+    assert history.tokens_per_second == history.training_tokens / history.training_seconds > 0
+    assert seen[:2] == [(0, 1), (1, 1)] and seen[-1] == (60, 4)
+    assert subject.training and not history.interrupted
+    assert all(parameter.grad is None for parameter in subject.parameters())
+
+
+def test_a_seed_gives_the_same_bits() -> None:
+    def run(seed: int) -> tuple[History, dict[str, torch.Tensor]]:
+        subject = model(dropout=0.1)
+        torch.manual_seed(7)
+        config = dataclasses.replace(CONFIG, steps=8, seed=seed)
+        return train(subject, STREAM, STREAM[:300], config), subject.state_dict()
+
+    first, weights = run(0)
+    again, same = run(0)
+    other, _ = run(1)
+    assert first.steps == again.steps and first.evaluations == again.evaluations
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert first.steps != other.steps
+
+
+def test_the_rate_rises_then_falls_as_a_cosine() -> None:
+    config = TrainingConfig(steps=110, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.5)
+    rates = [config.learning_rate_at(step) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert rates[59] == pytest.approx(1.25)  # half way down
+    assert rates[-1] == pytest.approx(0.5)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    short = TrainingConfig(steps=2, warmup_steps=2)
+    assert short.learning_rate_at(2) == short.learning_rate
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    subject = model()
+    decayed, plain = decay_groups(subject, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    groups: Any = (decayed["params"], plain["params"])
+    assert all(parameter.dim() >= 2 for parameter in groups[0])
+    assert all(parameter.dim() == 1 for parameter in groups[1])
+    # Every parameter once, the tied embedding included.
+    assert len(groups[0]) + len(groups[1]) == len(list(subject.parameters()))
+    subject.requires_grad_(False)
+    assert [group["params"] for group in decay_groups(subject, 0.3)] == [[], []]
+
+
+def test_gradients_are_clipped() -> None:
+    """With a tiny bound on the norm the recorded norm is that before, and SGD-like steps shrink."""
+    config = dataclasses.replace(CONFIG, steps=1, warmup_steps=0, max_gradient_norm=1e-3)
+    subject, norms = model(), []
+    for parameter in subject.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm()))
+    captured: list[torch.Tensor] = []
+    original = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *args: Any) -> Any:
+        captured.extend(p.grad.norm() for g in self.param_groups for p in g["params"])
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        history = train(subject, STREAM, STREAM, config)
+    assert history.steps[0].gradient_norm == pytest.approx(torch.stack(norms).norm().item())
+    assert torch.stack(captured).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_evaluation_is_the_mean_over_the_windows_in_eval_mode() -> None:
+    subject = model(dropout=0.5)
+    subject.train()
+    config = dataclasses.replace(CONFIG, evaluation_tokens=80)  # five windows of 16
+    loss = evaluate(subject, STREAM, config)
+    assert subject.training
+    subject.eval()
+    inputs, targets = STREAM[:80].view(5, 16), STREAM[1:81].view(5, 16)
+    with torch.no_grad():
+        logits = subject(inputs)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_bfloat16_runs_under_autocast() -> None:
+    config = dataclasses.replace(CONFIG, precision="bfloat16")
+    subject = model()
+    seen = []
+    subject.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    history = train(subject, STREAM, STREAM[:300], config)
+    assert all(seen)
+    assert history.evaluations[-1].loss < 0.3
+    assert {parameter.dtype for parameter in subject.parameters()} == {torch.float32}
+
+
+def test_ctrl_c_keeps_the_record_and_the_model() -> None:
+    def interrupt(history: History) -> None:
+        if len(history.steps) == 5:
+            raise KeyboardInterrupt
+
+    subject = model()
+    history = train(subject, STREAM, STREAM, CONFIG, interrupt)
+    assert history.interrupted and len(history.steps) == 5
+    assert all(parameter.isfinite().all() for parameter in subject.parameters())
+    assert all(parameter.grad is None for parameter in subject.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_weights_of_before() -> None:
+    subject = model()
+    with torch.no_grad():
+        next(subject.parameters()).fill_(1e30)
+    before = {name: value.clone() for name, value in subject.state_dict().items()}
+    with pytest.raises(FloatingPointError, match=r"step 1: loss .* Try a lower learning_rate"):
+        train(subject, STREAM, STREAM, CONFIG)
+    assert all(torch.equal(value, before[name]) for name, value in subject.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", 0, "steps must be at least 1; got 0"),
+        ("batch_size", 0, "batch_size must be at least 1"),
+        ("context", -1, "context must be at least 1"),
+        ("evaluation_interval", 0, "evaluation_interval must be at least 1"),
+        ("evaluation_tokens", 0, "evaluation_tokens must be at least 1"),
+        ("warmup_steps", -1, "warmup_steps must be at least 0"),
+        ("learning_rate", 0.0, "learning_rate must be positive and finite"),
+        ("learning_rate", float("nan"), "learning_rate must be positive"),
+        ("final_learning_rate", 1.0, r"final_learning_rate must be in \[0, learning_rate=0.001\]"),
+        ("weight_decay", -0.1, "weight_decay must be at least 0"),
+        ("betas", (0.9, 1.0), r"betas must be two numbers in \[0, 1\)"),
+        ("betas", (0.9,), "betas must be two numbers"),
+        ("max_gradient_norm", 0.0, "max_gradient_norm must be positive"),
+        ("precision", "fp8", "precision must be one of .*got 'fp8'"),
+    ],
+)
+def test_bad_settings_are_refused(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**{"steps": 10, name: value})
+
+
+def test_streams_shorter_than_the_context_are_refused() -> None:
+    short = STREAM[:16]
+    with pytest.raises(ValueError, match="training has 16 tokens; a context of 16 needs"):
+        train(model(), short, STREAM, CONFIG)
+    with pytest.raises(ValueError, match="validation has 16 tokens"):
+        train(model(), STREAM, short, CONFIG)
+
+
+def test_history_survives_json_and_is_drawn(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=3)
+    history = train(model(), STREAM, STREAM, config)
+    history.save(tmp_path / "history.json")
+    assert History.load(tmp_path / "history.json") == history
+    history.plot(tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    History().plot(tmp_path / "empty.png")  # interrupted before the first step
+    assert len(list(tmp_path.iterdir())) == 3

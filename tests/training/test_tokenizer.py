@@ -1,0 +1,108 @@
+"""The byte-level BPE tokenizer: exact round trips, files that transformers reads, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastattn.training import Tokenizer
+from fastattn.training.tokenizer import END_OF_TEXT
+
+TEXTS = ["the quick brown fox jumps over the lazy dog\n" * 20, "今天天气很好，房间也很好。\n" * 20]
+TRAINED = Tokenizer.train(TEXTS, vocab_size=400)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_comes_back_exactly(text: str) -> None:
+    ids = TRAINED.encode(text)
+    assert TRAINED.decode(ids) == text
+    assert all(0 <= i < TRAINED.vocab_size for i in ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " leading, trailing  ",  # no space is added or lost
+        "\r\n\t\x00\x7f",
+        "e\u0301 \u00e9",  # not normalised
+        "𝕏🧑‍🚀",  # outside the basic plane
+        f"a{END_OF_TEXT}b",
+    ],
+)
+def test_awkward_texts_come_back_exactly(text: str) -> None:
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+
+
+def test_merges_are_learnt() -> None:
+    assert len(TRAINED.encode("今天天气很好")) < len("今天天气很好".encode()) / 2
+    assert len(TRAINED.encode("the quick brown fox")) <= 5
+
+
+def test_training_is_deterministic() -> None:
+    again = Tokenizer.train(TEXTS, vocab_size=400)
+    text = "".join(TEXTS) + "unseen: žluťoučký kůň"
+    assert again.encode(text) == TRAINED.encode(text)
+
+
+def test_end_of_text_is_one_token() -> None:
+    assert TRAINED.encode(END_OF_TEXT) == [TRAINED.end_of_text]
+
+
+def test_half_a_character_decodes_to_the_replacement() -> None:
+    ids = TRAINED.encode("é")
+    assert len(ids) == 2
+    assert TRAINED.decode(ids[:1]) == "\ufffd"
+
+
+def test_saved_folder_is_read_by_us_and_by_transformers(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    text = " 今天天气很好 , the fox 's\n"
+    read = Tokenizer.load(tmp_path)
+    assert read.encode(text) == TRAINED.encode(text)
+    assert (read.vocab_size, read.end_of_text) == (TRAINED.vocab_size, TRAINED.end_of_text)
+
+    transformers = pytest.importorskip("transformers")
+    for cls in (transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer):
+        theirs = cls.from_pretrained(tmp_path)
+        assert theirs(text)["input_ids"] == TRAINED.encode(text)
+        assert theirs.decode(TRAINED.encode(text)) == text
+        assert theirs.eos_token_id == TRAINED.end_of_text
+        assert len(theirs) == TRAINED.vocab_size
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
+def test_an_empty_corpus_is_refused(texts: list[str]) -> None:
+    with pytest.raises(ValueError, match="texts is empty"):
+        Tokenizer.train(texts)
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="texts must be strings in a list"):
+        Tokenizer.train("one string")
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 257.*got 256"):
+        Tokenizer.train(TEXTS, vocab_size=256)
+    with pytest.raises(ValueError, match=f"ids holds {TRAINED.vocab_size}"):
+        TRAINED.decode([TRAINED.vocab_size])
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        TRAINED.encode("\ud800")
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    TRAINED.save(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    foreign = json.loads(whole)
+    foreign["added_tokens"] = []
+    foreign["model"]["vocab"].pop(END_OF_TEXT)
+    for content in (whole[: len(whole) // 2], "{}", json.dumps(foreign)):
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match="is not a tokenizer that fastattn can read"):
+            Tokenizer.load(tmp_path)
