@@ -82,6 +82,7 @@ class History:
         # The object interface with its own canvas: no window system, no global state of pyplot.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
@@ -100,7 +101,7 @@ class History:
             label="validation",
         )
         axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
         with written_beside(path) as temporary:
