@@ -129,7 +129,8 @@ def record(
 def _measured(job: tuple[str, int, int]) -> dict[str, Any]:
     op, architecture, index = job
     kernel, args, constants, configuration = record(architecture, GRIDS[op]())[index]
-    options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+    names = ("num_warps", "num_stages", "maxnreg")
+    options = {k: constants.pop(k) for k in names if k in constants}
     result = measure(architecture, source_of(kernel, args, constants), options)
     return {"kernel": kernel.__name__, **configuration, "architecture": architecture, **result}
 

@@ -32,6 +32,24 @@ class Tile:
         return -(-tokens // self.block_m) * -(-hidden // self.block_n)
 
 
+# By bytes per element. IEEE float32 has no tensor cores: its operands go through registers.
+# The narrowest tiles: as many programs as possible fetch weights, several blocks ahead.
+FEW = {2: Tile(16, 32, 128, 4, 5), 4: Tile(16, 32, 64, 4, 3)}
+# Operands that are not aligned go through registers too, element by element.
+UNALIGNED = {2: Tile(128, 64, 32, 8, 2), 4: Tile(64, 64, 16, 8, 2)}
+# For calls in which large tiles would leave multiprocessors idle.
+MEDIUM = {2: Tile(64, 128, 64, 4, 4), 4: Tile(64, 64, 32, 8, 3)}
+# What 99 KB of shared memory hold; for float32, 64 accumulators a thread.
+LARGE = {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 128, 16, 8, 2)}
+# By architecture: 128 accumulators a thread and blocks of 48 KB, on sm_90 for two warpgroups.
+LARGER = {
+    80: Tile(128, 256, 64, 8, 3),
+    90: Tile(128, 256, 64, 8, 4),
+    100: Tile(128, 256, 64, 8, 4),
+    103: Tile(128, 256, 64, 8, 4),
+}
+
+
 def tile(
     architecture: int,
     bytes_per_element: int,
@@ -45,28 +63,12 @@ def tile(
     `aligned`: all sizes and strides that a model fixes are multiples of 16, so that operands are
     copied 16 bytes at a time and asynchronously, past the registers.
     """
-    wide = bytes_per_element == 4
     if tokens <= FEW_TOKENS:
-        # The narrowest tiles: as many programs as possible fetch weights, several blocks ahead.
-        return Tile(16, 32, 64, 4, 3) if wide else Tile(16, 32, 128, 4, 5)
+        return FEW[bytes_per_element]
     if not aligned:
-        # Operands go through registers, element by element.
-        return Tile(64, 64, 16, 8, 2) if wide else Tile(128, 64, 32, 8, 2)
-    large = _large(architecture, wide)
-    if large.programs(tokens, hidden) >= multiprocessors:
-        return large
-    # Large tiles would leave multiprocessors idle.
-    return Tile(64, 64, 32, 8, 3) if wide else Tile(64, 128, 64, 4, 4)
-
-
-def _large(architecture: int, wide: bool) -> Tile:
-    if wide:
-        # IEEE float32 has no tensor cores: 64 accumulators a thread, short blocks of operands.
-        return Tile(128, 128, 16, 8, 2)
-    if architecture in (90, 100, 103):
-        # Two warpgroups with 64 x 256 accumulators each; four blocks of 48 KB.
-        return Tile(128, 256, 64, 8, 4)
-    if architecture == 80:
-        return Tile(128, 256, 64, 8, 3)
-    # 99 KB of shared memory.
-    return Tile(128, 128, 64, 8, 3)
+        return UNALIGNED[bytes_per_element]
+    large = LARGE[bytes_per_element]
+    if bytes_per_element == 2:
+        large = LARGER.get(architecture, large)
+    enough = large.programs(tokens, hidden) >= multiprocessors
+    return large if enough else MEDIUM[bytes_per_element]

@@ -16,6 +16,7 @@ choose from (tiles.py).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -252,13 +253,16 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (..., out_features), and pre (tokens, hidden) if `save_pre`, else without elements."""
     rows = _rows(x)
-    w1, w2 = columns(w1, layout), columns(w2, layout)
+    w1 = columns(w1, layout)
     shape = (rows.shape[0], w1.shape[1])
-    activated = torch.empty(shape, dtype=x.dtype, device=x.device)
-    pre = torch.empty(shape if save_pre else (0,), dtype=x.dtype, device=x.device)
+    activated = rows.new_empty(shape)
+    pre = rows.new_empty(shape if save_pre else (0,))
     _launch_forward(rows, w1, b1, activated, pre if save_pre else None, activation)
-    out = torch.mm(activated, w2) if b2 is None else torch.addmm(b2, activated, w2)
-    return out.view(*x.shape[:-1], w2.shape[1]), pre
+    if layout == "linear":
+        out = F.linear(activated, w2, b2)
+    else:
+        out = torch.mm(activated, w2) if b2 is None else torch.addmm(b2, activated, w2)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1]), pre
 
 
 def _launch_forward(
@@ -434,14 +438,14 @@ def _launch_backward(
     (tokens, out_features), hidden = drows.shape, w2.shape[0]
     tile = _tile(drows, w2.t())
     if pre is None:
-        pre = torch.empty((tokens, hidden), dtype=rows.dtype, device=rows.device)
+        pre = rows.new_empty((tokens, hidden))
         _launch_forward(rows, w1, b1, None, pre, activation)
     dpre = torch.empty_like(pre)
     activated = torch.empty_like(pre) if need_activated else pre
     sums = pre
     if need_sums:
         shape = (triton.cdiv(tokens, tile.block_m), hidden)
-        sums = torch.empty(shape, dtype=torch.float32, device=rows.device)
+        sums = rows.new_empty(shape, dtype=torch.float32)
     launch.launch(
         _backward_kernel,
         (tile.programs(tokens, hidden),),
@@ -538,14 +542,16 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 def _tile(rows: torch.Tensor, weight: torch.Tensor) -> tiles.Tile:
     """The tile of rows weight, (tokens, k) by (k, n)."""
-    device, sizes = rows.device, (*weight.shape, rows.stride(0), *weight.stride())
+    (tokens, k_size), n_size = rows.shape, weight.shape[1]
+    stride_k, stride_n = weight.stride()
+    long = stride_k if stride_n == 1 else stride_n if stride_k == 1 else 1
     return tiles.tile(
-        launch.architecture(device),
+        launch.architecture(rows.device),
         rows.element_size(),
-        rows.shape[0],
-        weight.shape[1],
-        launch.multiprocessors(device),
-        aligned=all(size == 1 or size % 16 == 0 for size in sizes),
+        tokens,
+        n_size,
+        launch.multiprocessors(rows.device),
+        aligned=(k_size | n_size | rows.stride(0) | long) % 16 == 0,
     )
 
 

@@ -170,10 +170,7 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     """
     x_dtype, residual_dtype, bias_dtype, weight_grad = ctx.gradients
     with torch.enable_grad():
-        leaves = [
-            None if x is None else x.detach().requires_grad_()  #
-            for x in ctx.saved_tensors
-        ]
+        leaves = [x if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
         dout, dstream, stream, weight = leaves
         assert dout is not None and stream is not None
         bias = None
@@ -193,13 +190,14 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
             next(first) if weight_grad else None,
             None if bias is None else next(first),
         )
-        pairs = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if None not in (y, dy)]
+        pairs = [
+            (y, dy)
+            for y, dy in zip(outputs, grads, strict=True)
+            if y is not None and dy is not None
+        ]
+        reached, directions = zip(*pairs, strict=True)
         wanted = [x for x in leaves if x is not None]
-        second = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True
-            )
-        )
+        second = iter(torch.autograd.grad(reached, wanted, directions, allow_unused=True))
     return *(None if x is None else next(second) for x in leaves), *(None,) * 9
 
 

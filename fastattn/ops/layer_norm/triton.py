@@ -197,6 +197,7 @@ def forward(
         "CONTIGUOUS": x_stride == residual_stride == hidden,
         "BLOCK": tile.block,
         "num_warps": tile.num_warps,
+        **_registers(_wide(hidden, x_stride, residual_stride), tile.num_warps),
     }
     rows = x.shape[0]
     if tile.block < hidden:
@@ -430,7 +431,7 @@ def backward(
     has_dresidual = residual_dtype is not None and residual_dtype != x_dtype
     dx = torch.empty(stream.shape, dtype=x_dtype, device=device)
     dresidual = dx.new_empty(dx.shape if has_dresidual else 0, dtype=residual_dtype)
-    dweight = weight.new_empty(hidden) if weight_grad else dx.new_empty(0)
+    dweight = weight.new_empty(hidden) if weight is not None and weight_grad else dx.new_empty(0)
     dbias = dx.new_empty(hidden if bias_grad else 0, dtype=bias_dtype)
     if stream.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
@@ -456,21 +457,20 @@ def backward(
 
     tensors = (dout, _or(dstream, dout), stream, _or(weight, stream), statistics, dx, dresidual)
     strides = (dout_stride, dstream_stride, stream_stride)
-    contiguous = strides == (hidden,) * 3
-    # Two stages: the next rows are on their way to shared memory while these are worked on. Copies
-    # narrower than 16 bytes would cost more registers than they hide latency.
-    wide = hidden % 8 == 0 and (contiguous or all(stride % 16 == 0 for stride in strides))
+    wide = _wide(hidden, *strides)
     switches = {
         "HIDDEN": hidden,
         "CENTER": center,
         "HAS_DSTREAM": dstream is not None,
         "HAS_WEIGHT": weight is not None,
         "HAS_DRESIDUAL": has_dresidual,
-        "CONTIGUOUS": contiguous,
+        "CONTIGUOUS": strides == (hidden,) * 3,
         "BLOCK": tile.block,
         "num_warps": tile.num_warps,
+        **_registers(wide, tile.num_warps),
     }
     gradients = {"WEIGHT_GRAD": weight_grad, "BIAS_GRAD": bias_grad}
+    # Two stages: the next rows are on their way to shared memory while these are worked on.
     loop = {"STAGES": 2 if wide else 1}
     if whole:
         launch.launch(
@@ -485,9 +485,9 @@ def backward(
     if not whole:
         launch.launch(
             _columns_kernel, (blocks, programs), dout, stream, statistics, partials, dout_stride,
-            stream_stride, rows, HIDDEN=hidden, CENTER=center, CONTIGUOUS=contiguous,
+            stream_stride, rows, HIDDEN=hidden, CENTER=center, CONTIGUOUS=switches["CONTIGUOUS"],
             ROWS=columns.rows, BLOCK=columns.block, num_warps=columns.num_warps, **gradients,
-            **loop,
+            **loop, **_registers(wide, columns.num_warps),
         )  # fmt: skip
     last = tiles.PARTIALS
     launch.launch(
@@ -506,6 +506,19 @@ def _as_rows(tensor: torch.Tensor, together: int) -> tuple[torch.Tensor, int]:
     if rows.stride(1) != 1 or rows.stride(0) * together >= 2**31:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def _wide(hidden: int, *strides: int) -> bool:
+    """Whether rows can be read 16 bytes at a time."""
+    return hidden % 8 == 0 and all(stride == hidden for stride in strides)
+
+
+def _registers(wide: bool, num_warps: int) -> dict[str, int]:
+    """All the registers there are, where loads are narrow and their addresses many.
+
+    Left alone, ptxas would rather spill a few than let fewer programs run at a time.
+    """
+    return {} if wide else {"maxnreg": min(255, 65536 // (32 * num_warps))}
 
 
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
