@@ -56,14 +56,14 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
             fastattn.attention(q, k, v, **arguments)
 
 
-def test_what_triton_declines() -> None:
+def test_what_triton_declines(device: str) -> None:
     q = torch.randn(1, 4, 1, 300)
     for arguments, reason in [
         ({"q": q, "k": q, "v": q}, "head_dim 300 is above 256"),
         (tensors(softmax_scale=-1.0), "softmax_scale must be positive"),
         ({name: x.double() for name, x in tensors().items()}, "float64"),
     ]:
-        q_, k_, v_ = (arguments.pop(name) for name in "qkv")
+        q_, k_, v_ = (arguments.pop(name).to(device) for name in "qkv")
         with pytest.raises(fastattn.UnsupportedError, match=reason):
             fastattn.attention(q_, k_, v_, **arguments, backend="triton")
         fastattn.attention(q_, k_, v_, **arguments)  # left open, another backend takes it
