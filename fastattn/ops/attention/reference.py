@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn.ops.attention.problem import AttentionProblem
+from fastattn.ops.common import modes
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -19,6 +20,21 @@ def unsupported(problem: AttentionProblem) -> str | None:
 
 
 def attention(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if modes.autocast_dtype(q.device.type) is None:
+        return _attention(problem, q, k, v, mask, key_lengths)
+    # Autocast has rounded the inputs already, and has no say in the precision of the definition.
+    with torch.autocast(q.device.type, enabled=False):
+        return _attention(problem, q, k, v, mask, key_lengths)
+
+
+def _attention(
     problem: AttentionProblem,
     q: torch.Tensor,
     k: torch.Tensor,

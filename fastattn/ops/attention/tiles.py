@@ -27,7 +27,8 @@ KEYS = "keys"  # dK, dV: a key tile stays with two accumulators, query and dO ti
 QUERIES = "queries"  # dQ: a query tile and its dO stay, key and value tiles stream
 
 # (kernel, chip, head_dim up to): (tile, tile with a mask). A mask takes registers of its own.
-# "hopper" stands for every chip with 227 KB of shared memory and warpgroup-wide matmuls.
+# "hopper" stands for every chip with 227 KB of shared memory and warpgroup-wide matmuls;
+# "blackwell" (sm_100) has rows where its tensor memory's code takes more registers than Hopper's.
 _16_BIT = {
     # 8 warps of 16 rows each are two warpgroups; 3 stages of 16 KB tiles hide the loads.
     (FORWARD, "hopper", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
@@ -35,6 +36,7 @@ _16_BIT = {
     (FORWARD, "hopper", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
     # The accumulator alone takes 128 registers a thread: 64 keys would spill 112 bytes.
     (FORWARD, "hopper", 256): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    (FORWARD, "blackwell", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
     (FORWARD, "ampere", 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3)),
     (FORWARD, "ampere", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),  # 24 bytes spill
     (FORWARD, "ampere", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
@@ -47,6 +49,7 @@ _16_BIT = {
     (KEYS, "hopper", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
     # Two accumulators of 64 registers; causal spills 136 bytes, 64 keys would halve the reuse.
     (KEYS, "hopper", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+    (KEYS, "blackwell", 128): (Tile(32, 128, 8, 1), Tile(32, 64, 8, 1)),
     (KEYS, "hopper", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (KEYS, "ampere", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),  # up to 40 bytes spill
     (KEYS, "ampere", 128): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),  # 56 bytes spill with a mask
@@ -95,4 +98,6 @@ def tile(
     if bytes_per_element == 4:
         return _32_BIT[kernel, max(128, width)]
     chip = "hopper" if 90 <= architecture < 120 else "ampere"
+    if 100 <= architecture < 120 and (kernel, "blackwell", width) in _16_BIT:
+        chip = "blackwell"
     return _16_BIT[kernel, chip, max(64, width)][has_mask]

@@ -229,6 +229,10 @@ def test_autocast(device: str) -> None:
         mixed = fastattn.attention(q, q.bfloat16(), q.half(), causal=True)
         assert mixed.dtype == torch.bfloat16
         assert fastattn.attention(q.double(), q.double(), q.double()).dtype == torch.float64
+        # The definition stays as precise as outside.
+        inside = fastattn.attention(q, q, q, backend="reference")
+    rounded = q.bfloat16()
+    assert torch.equal(inside, fastattn.attention(rounded, rounded, rounded, backend="reference"))
 
 
 def test_memory_is_linear_in_the_sequence_length() -> None:
