@@ -57,6 +57,16 @@ def backward(hidden: int) -> Tile:
     return CHUNK
 
 
+def stages(architecture: int, tile: Tile, element_bytes: int) -> int:
+    """2 for a loop that fetches the next rows while these are worked on, if shared memory allows.
+
+    `element_bytes` is what a loop loads for one element, of all its inputs together. Up to 4 more
+    are for results that change their layout before they are stored.
+    """
+    shared = {80: 163, 90: 227, 100: 227}.get(architecture, 99) * 1024
+    return 2 if tile.rows * tile.block * (element_bytes + 4) < shared else 1
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()

@@ -470,12 +470,16 @@ def backward(
         **_registers(wide, tile.num_warps),
     }
     gradients = {"WEIGHT_GRAD": weight_grad, "BIAS_GRAD": bias_grad}
-    # Two stages: the next rows are on their way to shared memory while these are worked on.
-    loop = {"STAGES": 2 if wide else 1}
+    stages = 1
+    if wide:
+        inputs = [dout, stream] if dstream is None else [dout, stream, dstream]
+        element_bytes = sum(tensor.element_size() for tensor in inputs)
+        looping = tile if whole else columns
+        stages = tiles.stages(launch.architecture(device), looping, element_bytes)
     if whole:
         launch.launch(
             _backward_kernel, (programs,), *tensors, partials, *strides, rows,
-            ROWS=tile.rows, **gradients, **loop, **switches,
+            ROWS=tile.rows, STAGES=stages, **gradients, **switches,
         )  # fmt: skip
     else:
         chunks = _cdiv(hidden, tile.block)
@@ -487,7 +491,7 @@ def backward(
             _columns_kernel, (blocks, programs), dout, stream, statistics, partials, dout_stride,
             stream_stride, rows, HIDDEN=hidden, CENTER=center, CONTIGUOUS=switches["CONTIGUOUS"],
             ROWS=columns.rows, BLOCK=columns.block, num_warps=columns.num_warps, **gradients,
-            **loop, **_registers(wide, columns.num_warps),
+            STAGES=stages, **_registers(wide, columns.num_warps),
         )  # fmt: skip
     last = tiles.PARTIALS
     launch.launch(

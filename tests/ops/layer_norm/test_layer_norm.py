@@ -316,6 +316,12 @@ def test_tiles_cover_every_size() -> None:
             assert tile.block & (tile.block - 1) == 0
 
 
+def test_rows_are_fetched_ahead_where_shared_memory_holds_them() -> None:
+    tile = tiles.backward(8192)
+    assert [tiles.stages(a, tile, 3 * 4) for a in (80, 86, 90, 100, 120)] == [2, 1, 2, 2, 1]
+    assert [tiles.stages(a, tile, 3 * 2) for a in (80, 86, 90, 100, 120)] == [2, 2, 2, 2, 2]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 9 GB of GPU memory")
 def test_more_than_two_to_the_31_elements() -> None:
