@@ -101,6 +101,8 @@ def triton_unavailable(device: torch.device) -> str | None:
         return "Triton compiles for GPUs; on a CPU it needs TRITON_INTERPRET=1, for tests"
     if device.type != "cuda":
         return f"the Triton kernels run on CUDA devices, not on {device.type!r}"
+    if not torch.cuda.is_available():  # a fake tensor can name a device that is not there
+        return "torch sees no CUDA device"
     if torch.version.hip is not None:
         return "the Triton kernels are written for NVIDIA GPUs; this torch is built for ROCm"
     major, minor = torch.cuda.get_device_capability(device)
