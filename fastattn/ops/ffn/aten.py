@@ -50,6 +50,8 @@ def _linear(
     w2: torch.Tensor,
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
+    if problem.needs_grad:  # `linear` has something to offer without gradients alone
+        return F.linear(_activate(problem, F.linear(x, w1, b1)), w2, b2)
     return linear(_activate(problem, linear(x, w1, b1)), w2, b2)
 
 

@@ -72,15 +72,16 @@ def ffn(
         if torch.compiler.is_compiling():
             key, plan = None, None
         else:
+            device = x.device
             key = (
-                (x.shape, x.dtype, x.device, x.requires_grad),
-                (w1.shape, w1.dtype, w1.device, w1.requires_grad),
-                None if b1 is None else (b1.shape, b1.dtype, b1.device, b1.requires_grad),
-                (w2.shape, w2.dtype, w2.device, w2.requires_grad),
-                None if b2 is None else (b2.shape, b2.dtype, b2.device, b2.requires_grad),
-                (activation, layout, recompute, backend, backends.state()),
-                (torch.is_grad_enabled(), modes.transformed(), modes.autocast_dtype(x.device.type)),
-            )
+                x.shape, x.dtype, device, x.requires_grad,
+                w1.shape, w1.dtype, w1.device, w1.requires_grad,
+                b1 if b1 is None else (b1.shape, b1.dtype, b1.device, b1.requires_grad),
+                w2.shape, w2.dtype, w2.device, w2.requires_grad,
+                b2 if b2 is None else (b2.shape, b2.dtype, b2.device, b2.requires_grad),
+                activation, layout, recompute, backend, backends.state(),
+                torch.is_grad_enabled(), modes.transformed(), modes.autocast_dtype(device.type),
+            )  # fmt: skip
             plan = _plans.get(key)
     except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
         key, plan = None, None
