@@ -11,31 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn import nn
 from fastattn.backends import UnsupportedError, explain, use_backend
-from fastattn.ops.attention import attention
+from fastattn.ops.attention import (
+    BlockMask,
+    attention,
+    attention_varlen,
+    attention_with_kv_cache,
+    merge_attention_states,
+)
 from fastattn.ops.ffn import ffn
 from fastattn.ops.layer_norm import layer_norm, rms_norm
 
 if TYPE_CHECKING:
-    from fastattn import models
+    from fastattn import flash_attn, models
     from fastattn.integrations import accelerate, restore, verify
+    from fastattn.integrations.sdpa import override_sdpa, scaled_dot_product_attention
     from fastattn.models import GPT, GPTConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
+    "BlockMask",
     "GPTConfig",
     "UnsupportedError",
     "__version__",
     "accelerate",
     "attention",
+    "attention_varlen",
+    "attention_with_kv_cache",
     "explain",
     "ffn",
+    "flash_attn",
     "layer_norm",
+    "merge_attention_states",
     "models",
     "nn",
+    "override_sdpa",
     "restore",
     "rms_norm",
+    "scaled_dot_product_attention",
     "use_backend",
     "verify",
 ]
@@ -45,7 +59,9 @@ _LAZY = {
     "GPT": "fastattn.models",
     "GPTConfig": "fastattn.models",
     "accelerate": "fastattn.integrations",
+    "override_sdpa": "fastattn.integrations.sdpa",
     "restore": "fastattn.integrations",
+    "scaled_dot_product_attention": "fastattn.integrations.sdpa",
     "verify": "fastattn.integrations",
 }
 
@@ -53,8 +69,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "models":
-        return importlib.import_module("fastattn.models")
+    if name in ("flash_attn", "models"):
+        return importlib.import_module(f"fastattn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -71,7 +71,8 @@ class Backend:
         """The reason why the automatic choice passes this backend over although it could run."""
         if self.name == "triton" and problem.device.type == "cpu":
             return "Triton's interpreter is for tests: name backend='triton' to use it"
-        return None
+        declines = getattr(self.module, "declined", None)
+        return None if declines is None else declines(problem)
 
 
 def _constant(function: Any) -> Any:

@@ -13,6 +13,12 @@ if not torch.cuda.is_available():
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "tests that draw whole problems (-m fuzz)")
+    group.addoption("--draws", type=int, default=240, help="how many problems to draw")
+    group.addoption("--seed", type=int, default=0, help="of the first one; the next is seed + 1")
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastattn.nn.checks import check_probability
 from fastattn.nn.plain import is_plain
 from fastattn.ops.attention import attention
+from fastattn.ops.common import modes
 from fastattn.ops.common.linear import linear
 
 
@@ -35,17 +36,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ``module.__class__ = fastattn.nn.MultiheadAttention`` turns an existing layer into this one,
     and the reverse turns it back.
 
-    `forward` computes on `fastattn.attention` whatever that op can express; for the rest it is
-    torch's own implementation. `why_torch` says which, for the same arguments:
+    `forward` computes on `fastattn.attention` whatever that op can express, additive masks
+    included; for the rest it is torch's own implementation. `why_torch` says which, for the same
+    arguments:
 
     - ``need_weights=True`` (torch's default!): a fused kernel never holds the weights.
-    - additive (floating-point) masks. `torch.nn.TransformerEncoderLayer` turns every padding mask
-      into one; ``is_causal=True`` without padding needs no mask and stays here.
-    - ``is_causal=True`` with different lengths of query and key, ``add_bias_kv``,
-      ``add_zero_attn`` and nested tensors.
+    - ``add_bias_kv``, ``add_zero_attn`` and nested tensors.
 
-    A query whose keys are all masked attends to nothing: it gives ``out_proj.bias``, with zero
-    gradients. (With ``need_weights=True`` it is torch's NaN.)
+    A query whose keys are all masked, by True or by -infinity, attends to nothing: it gives
+    ``out_proj.bias``, with zero gradients. (torch gives that or NaN, by version and kernel, and
+    NaN with ``need_weights=True``.)
 
     `self_attention` is the shorter way that models of this package go: one tensor in, one out,
     unequal lengths as lengths, and a key-value cache.
@@ -105,8 +105,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         (S, N, kdim), ``value`` (S, N, vdim); N first if ``batch_first``; without N if unbatched.
         ``key_padding_mask`` (N, S) and ``attn_mask`` (L, S) or (N * num_heads, L, S): where
         boolean, **True hides the key**, the opposite of `fastattn.attention`'s ``mask``; where
-        floating-point, they are added to the scores. ``is_causal`` is torch's hint that
-        ``attn_mask``, which must be given, is the causal mask, and may be used in its place.
+        floating-point (float32 or query's dtype), they are added to the scores, with a gradient.
+        ``is_causal`` is torch's hint that ``attn_mask``, which must be given, is the causal mask
+        (query i sees the keys j <= i), and may be used in its place.
 
         Returns the output, shaped like ``query``, and the attention weights if ``need_weights``
         (averaged over the heads if ``average_attn_weights``), else None.
@@ -143,12 +144,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
         causal = is_causal and key_padding_mask is None  # torch, too, then ignores attn_mask
+        visible, bias = (None, None) if causal else self._masks(key_padding_mask, attn_mask)
         heads = attention(
             q,
             k,
             v,
-            causal=causal,
-            mask=None if causal else self._visible(key_padding_mask, attn_mask),
+            causal="top_left" if causal else False,
+            bias=bias,
+            mask=visible,
             dropout_p=self.dropout if self.training else 0.0,
         )
         # By its weights, as in torch: hooks on out_proj fire in self_attention alone.
@@ -178,13 +181,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return "add_bias_kv and add_zero_attn append a key that no mask covers"
         if query.is_nested or key.is_nested or value.is_nested:
             return "nested tensors"
-        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-            return f"key_padding_mask is {key_padding_mask.dtype}, not boolean"
-        if is_causal and attn_mask is not None and key_padding_mask is None:
-            if attn_mask.dim() > 1 and attn_mask.shape[-2] != attn_mask.shape[-1]:
-                return "is_causal=True over different lengths is aligned to the first key in torch"
-        elif attn_mask is not None and attn_mask.dtype != torch.bool:
-            return f"attn_mask is {attn_mask.dtype}, not boolean"
         return None
 
     def self_attention(
@@ -268,21 +264,33 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         shape = (*packed.shape[:-1], parts, self.num_heads, self.head_dim)
         return packed.view(shape).unbind(-3)
 
-    def _visible(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-        """torch's two masks (True hides) as the op's one (True may be seen), 4-D, unexpanded."""
-        hidden = None
+    def _masks(
+        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """torch's two masks as the op's ``mask`` (True may be seen) and ``bias``, 4-D, unexpanded.
+
+        A mask that hides goes to the former, a mask that is added to the latter.
+        """
+        visible = bias = None
         if attn_mask is not None:
-            queries_and_keys = attn_mask.shape[-2:]
             batch_and_heads = (
                 (attn_mask.shape[0] // self.num_heads, self.num_heads)
                 if attn_mask.dim() == 3
                 else (1, 1)
             )
-            hidden = attn_mask.view(*batch_and_heads, *queries_and_keys)
+            attn_mask = attn_mask.view(*batch_and_heads, *attn_mask.shape[-2:])
         if key_padding_mask is not None:
-            padding = key_padding_mask[:, None, None, :]
-            hidden = padding if hidden is None else hidden | padding
-        return None if hidden is None else ~hidden
+            key_padding_mask = key_padding_mask[:, None, None, :]
+        for given in (attn_mask, key_padding_mask):
+            if given is None:
+                continue
+            if given.dtype == torch.bool:
+                visible = ~given if visible is None else visible & ~given
+            else:
+                if (dtype := modes.autocast_dtype(given.device.type)) is not None:
+                    given = modes.cast(given, dtype)  # as torch's attention under autocast
+                bias = given if bias is None else bias + given
+        return visible, bias
 
     def _check_forward(
         self,
@@ -332,6 +340,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"attn_mask must have the shape {lengths} or {(batch * self.num_heads, *lengths)}, "
                 f"got {tuple(attn_mask.shape)}"
             )
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if mask is None or mask.dtype in (torch.bool, torch.float32, query.dtype):
+                continue
+            if not (mask.is_floating_point() and modes.autocast_enabled(query.device.type)):
+                raise TypeError(
+                    f"{name} must be boolean (True hides a key), or added to the scores and then "
+                    f"float32 or of query's dtype {query.dtype}; got {mask.dtype}"
+                )
         padding_shape = (lengths[1],) if query.dim() == 2 else (batch, lengths[1])
         if key_padding_mask is not None and key_padding_mask.shape != padding_shape:
             raise ValueError(

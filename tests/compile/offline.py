@@ -13,6 +13,7 @@ of records: kernel, configuration, registers, spilled bytes, shared memory, tens
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -27,18 +28,11 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 # Tensor-core instructions: mma.sync, wgmma, tcgen05.
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 def tool(name: str) -> str:
@@ -47,39 +41,31 @@ def tool(name: str) -> str:
     return str(path)
 
 
-def signature_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
-    """What tells one compiled kernel from another: types, constants, options."""
-    signature = dict(constants)
-    for name, value in zip(kernel.arg_names, args):
-        signature[name] = str(value.dtype) if isinstance(value, torch.Tensor) else type(value)
-    return signature
+@functools.cache
+def _binder(kernel: Any, architecture: int) -> tuple[Any, Any]:
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
-def source_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
-    """What a launch with these arguments would compile: types, constants, divisibility by 16."""
-    signature: dict[str, str] = {}
-    constexprs: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    values = dict(zip(kernel.arg_names, args)) | constants
-    for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constexprs[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialised and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs, attributes)
+def key_of(kernel: Any, architecture: int, args: tuple[Any, ...], constants: dict[str, Any]) -> str:
+    """What Triton finds a compiled kernel by: types, constants, what it specialises, options.
+
+    Asked of the code that a launch asks. A `meta` tensor has the address 0, thus aligned.
+    """
+    _, specialisation, options = _binder(kernel, architecture)[1](*args, **constants)
+    return f"{kernel.__name__} {compute_cache_key({}, specialisation, options)}"
 
 
-def measure(architecture: int, source: ASTSource, options: dict[str, int]) -> dict[str, Any]:
+def source_of(
+    kernel: Any, architecture: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[ASTSource, dict[str, Any]]:
+    """What a launch with these arguments would compile, and with which options."""
+    backend, bind = _binder(kernel, architecture)
+    options, *rest = kernel._pack_args(backend, constants, *bind(*args, **constants))
+    return ASTSource(kernel, *rest), options.__dict__
+
+
+def measure(architecture: int, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -110,7 +96,7 @@ def record(
     """(kernel, args, constants, configuration) of every different launch that the calls make."""
     from fastattn.ops.common import launch
 
-    launches: dict[tuple[Any, ...], Launch] = {}
+    launches: dict[str, Launch] = {}
     launch.architecture = lambda device: architecture
     launch.multiprocessors = lambda device: 132
     for configuration, call in configurations:
@@ -118,8 +104,8 @@ def record(
         def keep(
             kernel: Any, grid: Any, *args: Any, _c: Any = configuration, **constants: Any
         ) -> None:
-            same = kernel.__name__, *signature_of(kernel, args, constants).items()
-            launches.setdefault(same, (kernel, args, constants, _c))
+            key = key_of(kernel, architecture, args, constants)
+            launches.setdefault(key, (kernel, args, constants, _c))
 
         launch.launch = keep
         call()
@@ -129,9 +115,7 @@ def record(
 def _measured(job: tuple[str, int, int]) -> dict[str, Any]:
     op, architecture, index = job
     kernel, args, constants, configuration = record(architecture, GRIDS[op]())[index]
-    names = ("num_warps", "num_stages", "maxnreg")
-    options = {k: constants.pop(k) for k in names if k in constants}
-    result = measure(architecture, source_of(kernel, args, constants), options)
+    result = measure(architecture, *source_of(kernel, architecture, args, constants))
     return {"kernel": kernel.__name__, **configuration, "architecture": architecture, **result}
 
 
@@ -147,41 +131,107 @@ def main(op: str, architecture: int) -> None:
 # --- grids: op -> (configuration, call that launches it) ------------------------------------------
 
 
-def attention() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+def attention(
+    rows: list[tuple[torch.dtype, int, str]] | None = None,
+) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
     """Every row of the tile tables, with every switch on at least once."""
+    import fastattn.ops.attention.kv_cache
+    from fastattn.ops.attention import BlockMask
     from fastattn.ops.attention import triton as kernels
+    from fastattn.ops.attention.problem import check, check_varlen
 
-    rows: list[tuple[torch.dtype, int, bool, bool, bool]] = [
-        (torch.bfloat16, 64, True, False, False),
-        (torch.float16, 64, False, True, True),
-        (torch.bfloat16, 128, True, False, False),
-        (torch.bfloat16, 128, True, True, True),
-        (torch.float16, 256, True, False, False),
-        (torch.bfloat16, 256, False, True, False),
-        (torch.float32, 80, True, True, True),
-        (torch.float32, 256, True, False, False),
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    # What is loaded or computed for every score, all at once and alone where it is heavy.
+    features: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "causal": {"causal": True},
+        "window": {"causal": True, "window": (256, 0)},
+        "lengths": {"key_lengths": empty(2, dtype=torch.int32)},
+        "mask": {"mask": empty(2, 1, 1024, 1024, dtype=torch.bool)},
+        "bias": {"bias": empty(1, 8, 1024, 1024)},
+        "one row of bias": {"bias": empty(2, 1, 1, 1024), "key_lengths": empty(2, dtype=torch.int32)},
+        "softcap": {"softcap": 30.0, "causal": True},
+        "alibi": {"alibi_slopes": empty(8), "causal": True},
+        "dropout": {"dropout_p": 0.1, "causal": True},
+        "documents": {"document_ids": empty(2, 1024, dtype=torch.int32), "causal": True},
+        "blocks": {"block_mask": None},
+        "sink": {"sink": empty(8), "causal": True},
+        "packed": {"causal": True},
+        "everything": {
+            "causal": True, "window": (256, 0), "softcap": 30.0, "bias": empty(2, 8, 1024, 1024),
+            "mask": empty(2, 1, 1024, 1024, dtype=torch.bool), "alibi_slopes": empty(8),
+            "sink": empty(8), "document_ids": empty(2, 1024, dtype=torch.int32),
+            "dropout_p": 0.1, "key_lengths": empty(2, dtype=torch.int32),
+        },
+    }  # fmt: skip
+    rows = rows or [
+        *((torch.bfloat16, 128, name) for name in features),
+        *((torch.bfloat16, 64, name) for name in ("causal", "mask", "bias", "dropout")),
+        (torch.float16, 64, "plain"),
+        (torch.bfloat16, 256, "causal"),
+        (torch.bfloat16, 256, "bias"),
+        (torch.float16, 512, "causal"),
+        (torch.bfloat16, 512, "bias"),
+        (torch.float32, 80, "everything"),
+        (torch.float32, 128, "causal"),
+        (torch.float32, 256, "causal"),
+        (torch.float32, 512, "bias"),
     ]
-    for dtype, head_dim, causal, has_mask, has_lengths in rows:
-        q = torch.empty(2, 1024, 8, head_dim, dtype=dtype, device="meta")
-        k = torch.empty(2, 1024, 4, head_dim, dtype=dtype, device="meta")
-        mask = torch.empty(2, 1, 1024, 1024, dtype=torch.bool, device="meta") if has_mask else None
-        lengths = torch.empty(2, dtype=torch.int32, device="meta") if has_lengths else None
+    for dtype, head_dim, name in rows:
+        options = dict(features[name])
+        q = empty(2, 1024, 8, head_dim, dtype=dtype)
+        k = empty(2, 1024, 4, head_dim, dtype=dtype)
+        if name == "blocks":
+            mask = BlockMask.from_predicate(lambda b, h, i, j: i - j < 300, 1, 1, 1024, 1024)
+            mask.tensors = tuple(x.to("meta") for x in mask.tensors)
+            options["block_mask"] = mask
+        if name == "packed":
+            q, k = q.flatten(0, 1), k.flatten(0, 1)
+            starts = empty(3, dtype=torch.int32)
+            settings, extras = check_varlen(q, k, k, starts, starts, 1024, 1024, **options)
+        else:
+            settings, extras = check(q, k, k, **options)
+        if settings.dropout_p:
+            extras = extras._replace(dropout_seed=empty(1, dtype=torch.int64))
 
-        def call(q=q, k=k, mask=mask, lengths=lengths, causal=causal) -> None:  # type: ignore[no-untyped-def]
-            out, lse = kernels.forward(q, k, k, mask, lengths, causal, 0.1)
-            kernels.backward(out, lse, q, k, k, mask, lengths, out, lse, causal, 0.1)
-            one = None if mask is None else mask[:, :, :1]
-            kernels.forward(q[:, :1], k, k, one, lengths, causal, 0.1)
+        def call(q=q, k=k, extras=extras, settings=settings) -> None:  # type: ignore[no-untyped-def]
+            bias, sink = extras.bias is not None, extras.sink is not None
+            out, lse = kernels.forward(q, k, k, extras, settings)
+            kernels.backward(out, lse, out, lse, bias, sink, q, k, k, extras, settings)
+            if q.dim() == 4 and extras.mask is extras.bias is extras.q_documents is None:
+                kernels.forward(q[:, :1], k, k, extras, settings)
 
         yield (
             {
                 "dtype": str(dtype).removeprefix("torch."),
                 "head_dim": head_dim,
-                "causal": causal,
-                "mask": has_mask,
-                "key_lengths": has_lengths,
+                "features": name,
             },
             call,
+        )
+
+    for dtype, head_dim, paged in ((torch.bfloat16, 128, True), (torch.float16, 64, False)):
+        q = empty(2, 1, 8, head_dim, dtype=dtype)
+        k = empty(2, 1, 2, head_dim, dtype=dtype)
+        keys = empty(*((512, 16) if paged else (2, 4096)), 2, head_dim, dtype=dtype)
+        lengths, table = empty(2, dtype=torch.int32), empty(2, 256, dtype=torch.int32)
+        angles = empty(4096, head_dim // 2)
+
+        def step(q=q, k=k, keys=keys, lengths=lengths, paged=paged, t=table, angles=angles) -> None:  # type: ignore[no-untyped-def]
+            fastattn.ops.attention.kv_cache._run(
+                q, keys, keys, lengths, k, k, t if paged else None, None, None, angles, angles,
+                not paged, True, None, None, None, -1, 0, 0.1, 0.0, "triton",
+            )  # fmt: skip
+
+        yield (
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "head_dim": head_dim,
+                "features": "paged cache" if paged else "cache",
+            },
+            step,
         )
 
 

@@ -33,6 +33,11 @@ def _hidden(*shape: int) -> torch.Tensor:
     return mask
 
 
+def _added(*shape: int) -> torch.Tensor:
+    """A random additive mask that hides a few keys and leaves every row its first."""
+    return torch.randn(shape).bfloat16().float().masked_fill(_hidden(*shape), -torch.inf)
+
+
 def _causal(length: int) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool).triu(1)
 
@@ -71,7 +76,36 @@ MASKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
         "attn_mask": _hidden(BATCH * HEADS, q, k),
         "key_padding_mask": _hidden(BATCH, k),
     },
+    "additive 2-D": lambda q, k: {"attn_mask": _added(q, k)},
+    "additive 3-D": lambda q, k: {"attn_mask": _added(BATCH * HEADS, q, k)},
+    "additive padding": lambda q, k: {"key_padding_mask": _added(BATCH, k)},
+    "additive 2-D and padding": lambda q, k: {
+        "attn_mask": _added(q, k),
+        "key_padding_mask": _added(BATCH, k),
+    },
+    "additive 3-D and padding": lambda q, k: {
+        "attn_mask": _added(BATCH * HEADS, q, k),
+        "key_padding_mask": _added(BATCH, k),
+    },
 }
+
+
+def _of_dtype(masks: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Additive masks as torch wants them: in the inputs' dtype."""
+    return {
+        name: mask.to(dtype) if torch.is_tensor(mask) and mask.is_floating_point() else mask
+        for name, mask in masks.items()
+    }
+
+
+def _called(masks: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    """How a module is called with `masks`, in the dtype of its parameters."""
+
+    def call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        q, k, v = inputs if len(inputs) == 3 else inputs * 3
+        return module(q, k, v, need_weights=False, **_of_dtype(masks, q.dtype))[0]
+
+    return call
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,15 +121,16 @@ def test_cross_attention(
     ours, theirs = _pair(batch_first=batch_first, dtype=dtype)
     masks = MASKS[mask](QUERIES, KEYS)
     inputs = [_input(n, batch_first=batch_first).to(dtype) for n in (QUERIES, KEYS, KEYS)]
-    assert_module_close(
-        ours, theirs, *inputs, call=lambda m, q, k, v: m(q, k, v, need_weights=False, **masks)[0]
-    )
+    assert_module_close(ours, theirs, *inputs, call=_called(masks))
     assert len(op_calls) == 1, "ours must run on the fused op"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("mask", [*MASKS, "causal", "causal float", "causal and padding"])
+@pytest.mark.parametrize(
+    "mask",
+    [*MASKS, "causal", "causal float", "causal and padding", "causal float and float padding"],
+)
 def test_self_attention_through_forward(
     mask: str,
     batch_first: bool,
@@ -108,7 +143,13 @@ def test_self_attention_through_forward(
         masks = {"attn_mask": _causal(QUERIES), "is_causal": True}
     elif mask == "causal float":  # as torch.nn.Transformer makes it; the hint spares it
         masks = {
-            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES, dtype=dtype),
+            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
+            "is_causal": True,
+        }
+    elif mask == "causal float and float padding":  # as torch.nn.Transformer with padding has it
+        masks = {
+            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
+            "key_padding_mask": _added(BATCH, QUERIES),
             "is_causal": True,
         }
     elif mask == "causal and padding":
@@ -121,11 +162,54 @@ def test_self_attention_through_forward(
         masks = MASKS[mask](QUERIES, QUERIES)
     ours, theirs = _pair(batch_first=batch_first, dtype=dtype)
     x = _input(QUERIES, batch_first=batch_first).to(dtype)
-    assert_module_close(
-        ours, theirs, x, call=lambda m, x: m(x, x, x, need_weights=False, **masks)[0]
-    )
+    assert_module_close(ours, theirs, x, call=_called(masks))
     ((_, kwargs),) = op_calls
-    assert kwargs["causal"] == (mask in ("causal", "causal float"))
+    assert kwargs["causal"] == ("top_left" if mask in ("causal", "causal float") else False)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(QUERIES, KEYS), (KEYS, QUERIES)])
+def test_causal_over_different_lengths(
+    queries: int, keys: int, op_calls: list, assert_module_close: Callable[..., None]
+) -> None:
+    """torch's hint is aligned to the first key."""
+    ours, theirs = _pair(batch_first=True)
+    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    call = _called({"attn_mask": hidden, "is_causal": True})
+    inputs = [_input(n) for n in (queries, keys, keys)]
+    assert_module_close(ours, theirs, *inputs, call=call)
+    ((_, kwargs),) = op_calls
+    assert kwargs["mask"] is None
+
+
+def test_a_boolean_mask_with_an_additive_one(op_calls: list) -> None:
+    """Which torch deprecates, for it makes one additive mask of both; here none is expanded."""
+    ours, _ = _pair(batch_first=True)
+    x = _input(QUERIES)
+    added, hidden = _added(BATCH * HEADS, QUERIES, QUERIES), _hidden(BATCH, QUERIES)
+    found, _ = ours(x, x, x, attn_mask=added, key_padding_mask=hidden, need_weights=False)
+    as_added = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    expected, _ = ours(x, x, x, attn_mask=added, key_padding_mask=as_added, need_weights=False)
+    torch.testing.assert_close(found, expected)
+    (_, first), (_, second) = op_calls
+    assert first["mask"].shape == (BATCH, 1, 1, QUERIES)
+    assert first["bias"].shape == (BATCH, HEADS, QUERIES, QUERIES)
+    assert second["mask"] is None
+
+
+def test_the_gradient_of_an_additive_mask() -> None:
+    ours, theirs = _pair(batch_first=True, dtype=torch.float64)
+    x = _input(QUERIES).double()
+    masks = [
+        torch.randn(BATCH * HEADS, QUERIES, QUERIES, dtype=torch.float64),
+        torch.randn(BATCH, QUERIES, dtype=torch.float64),
+    ]
+    grads = []
+    for module in (ours, theirs):
+        attn_mask, padding = (m.clone().requires_grad_() for m in masks)
+        out, _ = module(x, x, x, padding, need_weights=False, attn_mask=attn_mask)
+        grads.append(torch.autograd.grad(out.square().sum(), (attn_mask, padding)))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -165,8 +249,10 @@ def test_key_that_is_value(
         {"attn_mask": _hidden(QUERIES, KEYS)},
         {"attn_mask": _hidden(HEADS, QUERIES, KEYS)},
         {"key_padding_mask": _hidden(KEYS)},
+        {"key_padding_mask": _added(KEYS)},
+        {"attn_mask": _added(HEADS, QUERIES, KEYS)},
     ],
-    ids=["no mask", "2-D", "3-D", "padding"],
+    ids=["no mask", "2-D", "3-D", "padding", "additive padding", "additive 3-D"],
 )
 def test_unbatched(
     masks: dict,
@@ -179,10 +265,7 @@ def test_unbatched(
     masks = {name: mask.to(device) for name, mask in masks.items()}
     query, key, value = (torch.randn(n, EMBED) for n in (QUERIES, KEYS, KEYS))
 
-    def call(m: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return m(q, k, v, need_weights=False, **masks)[0]
-
-    assert_module_close(ours, theirs, query, key, value, call=call)
+    assert_module_close(ours, theirs, query, key, value, call=_called(masks))
     assert len(op_calls) == 1
     assert ours(query, key, value, need_weights=False)[1] is None
 
@@ -222,11 +305,14 @@ def test_masks_reach_the_op_unexpanded(op_calls: list) -> None:
     assert shapes == [(BATCH, 1, 1, QUERIES), (1, 1, QUERIES, QUERIES)]
 
 
-def test_query_without_a_key_gives_the_bias_and_no_gradient() -> None:
+@pytest.mark.parametrize("additive", [False, True])
+def test_query_without_a_key_gives_the_bias_and_no_gradient(additive: bool) -> None:
     ours, _ = _pair(batch_first=True)
     x = _input(QUERIES).requires_grad_()
     padding = torch.zeros(BATCH, QUERIES, dtype=torch.bool)
     padding[1] = True
+    if additive:
+        padding = torch.zeros(BATCH, QUERIES).masked_fill(padding, -torch.inf)
     out, _ = ours(x, x, x, key_padding_mask=padding, need_weights=False)
     assert torch.equal(out[1], ours.out_proj.bias.expand(QUERIES, EMBED))
     (grad,) = torch.autograd.grad(out.sum(), x)
@@ -277,25 +363,6 @@ LEFT_TO_TORCH: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str
         lambda: {"need_weights": True, "attn_mask": _causal(QUERIES), "is_causal": True},
         "need_weights=True",
     ),
-    "additive mask": (
-        {},
-        lambda: {"attn_mask": torch.randn(QUERIES, QUERIES)},
-        "attn_mask is torch.float32",
-    ),
-    "additive padding": (
-        {},
-        lambda: {"key_padding_mask": torch.randn(BATCH, QUERIES)},
-        "key_padding_mask is torch.float32",
-    ),
-    "additive causal mask and padding": (
-        {},
-        lambda: {
-            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
-            "key_padding_mask": torch.zeros(BATCH, QUERIES),
-            "is_causal": True,
-        },
-        "key_padding_mask is torch.float32",
-    ),
     "add_bias_kv": ({"add_bias_kv": True}, dict, "add_bias_kv"),
     "add_zero_attn": ({"add_zero_attn": True}, dict, "add_zero_attn"),
 }
@@ -316,20 +383,6 @@ def test_left_to_torch(case: str, training: bool, op_calls: list) -> None:
         assert torch.equal(weights, expected_weights)
     else:
         assert weights is None
-    assert not op_calls
-
-
-def test_causal_over_different_lengths_is_left_to_torch(op_calls: list) -> None:
-    ours, theirs = _pair(batch_first=True)
-    query, key = _input(QUERIES), _input(KEYS)
-    arguments: dict[str, Any] = {
-        "attn_mask": torch.ones(QUERIES, KEYS, dtype=torch.bool).triu(1),
-        "is_causal": True,
-        "need_weights": False,
-    }
-    assert "aligned to the first key" in str(ours.why_torch(query, key, key, **arguments))
-    result, expected = (m(query, key, key, **arguments)[0] for m in (ours, theirs))
-    assert torch.equal(result, expected)
     assert not op_calls
 
 
@@ -357,16 +410,12 @@ def test_why_torch_is_none_where_the_op_runs() -> None:
 # --- compile, autocast, hooks --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", ["no mask", "3-D and padding"])
+@pytest.mark.parametrize("mask", ["no mask", "3-D and padding", "additive 3-D and padding"])
 def test_forward_compiles_without_a_graph_break(
     mask: str, assert_module_close: Callable[..., None]
 ) -> None:
     ours, theirs = _pair(batch_first=True)
-    masks = MASKS[mask](QUERIES, QUERIES)
-
-    def call(m: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return m(x, x, x, need_weights=False, **masks)[0]
-
+    call = _called(MASKS[mask](QUERIES, QUERIES))
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_module_close(ours, theirs, _input(QUERIES), call=compiled, call_theirs=call)
 
@@ -386,15 +435,17 @@ def test_self_attention_compiles_without_a_graph_break(
     )
 
 
-@pytest.mark.parametrize("way", ["forward", "self_attention"])
+@pytest.mark.parametrize("way", ["forward", "additive", "self_attention"])
 def test_autocast(way: str, device: str) -> None:
     ours, theirs = _pair(batch_first=True)
     x = _input(QUERIES).requires_grad_()
+    masks = {"attn_mask": _added(QUERIES, QUERIES).half()} if way == "additive" else {}
     with torch.autocast(device, torch.bfloat16):
-        expected, _ = theirs(x, x, x, need_weights=False)
-        result = (
-            ours(x, x, x, need_weights=False)[0] if way == "forward" else ours.self_attention(x)
-        )
+        expected, _ = theirs(x, x, x, need_weights=False, **masks)
+        if way == "self_attention":
+            result = ours.self_attention(x)
+        else:
+            result, _ = ours(x, x, x, need_weights=False, **masks)
     assert result.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(result, expected, rtol=0.02, atol=0.02)
     result.float().sum().backward()
@@ -568,7 +619,7 @@ def test_inside_torchs_encoder_layer(
             torch.testing.assert_close(ours(x, **masks), theirs(x, **masks))
     else:
         assert_module_close(ours, theirs, x, call=lambda m, x: m(x, **masks))
-        assert bool(op_calls) == (mask in ("no mask", "causal"))
+        assert len(op_calls) == 1
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
@@ -643,6 +694,16 @@ def test_forward_refuses(
     }
     with pytest.raises(ValueError, match=message):
         ours(_zeros(*query), _zeros(*key), _zeros(*value), need_weights=False, **masks)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_forward_refuses_masks_of_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    ours = MultiheadAttention(EMBED, HEADS, batch_first=True)
+    mask = _zeros(5, 5, dtype=dtype) if name == "attn_mask" else _zeros(3, 5, dtype=dtype)
+    x = _zeros(3, 5, EMBED)
+    with pytest.raises(TypeError, match=f"{name} must be boolean .* float32 .* got {dtype}"):
+        ours(x, x, x, need_weights=False, **{name: mask})
 
 
 def test_errors_name_the_layout_without_batch_first() -> None:

@@ -7,13 +7,15 @@ fastattn's own layout is the latter; both ways are transposed views, nothing is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-from fastattn.ops.attention import attention
+from fastattn.ops.attention import attention, attention_varlen
+from fastattn.ops.common import modes
 
 try:  # younger than transformers 5.0, and not public
     from transformers.utils.output_capturing import _active_collector
@@ -22,16 +24,10 @@ except ImportError:
 
 NAME = "fastattn"
 
-# Arguments of other implementations that change the result. (`sliding_window`, `cu_seq_lens_*` and
-# `is_causal` are looked at one by one; what is left changes nothing: `position_ids`, `use_cache`,
-# `deterministic`, `max_length_*`.)
+# Arguments of other implementations that change the result. (Those that are honoured are looked at
+# one by one; what is left changes nothing: `position_ids`, `use_cache`, `deterministic`.)
 _UNSUPPORTED = {
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "position_bias": "an additive bias",
     "head_mask": "a mask of heads",
-    "indices": "sparse attention by indices",
     "block_indices": "sparse attention by blocks",
     "cache": "a paged cache (continuous batching)",
 }
@@ -40,9 +36,25 @@ _UNSUPPORTED = {
 def register() -> None:
     """Make `attn_implementation="fastattn"` known to transformers. Harmless if repeated."""
     AttentionInterface.register(NAME, attention_forward)
-    # Boolean, or None where the module's own causality says it all; the mask has padding, packed
-    # sequences, sliding windows and static caches in it.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask of a layer, which has padding, packed sequences, windows and static caches in it.
+
+    Boolean, True where a key may be seen, or None where the module's own causality says it all;
+    but for two families:
+
+    - deepseek_v4 appends the scores of its compressed keys to the mask, in the mask's dtype, so
+      that it has to be an additive one;
+    - gemma4 may drop queries after the mask is made, which `None` could not tell.
+    """
+    model_type = getattr(kwargs.get("config"), "model_type", "")
+    if model_type.startswith("deepseek_v4"):
+        return eager_mask(*args, **kwargs)
+    if model_type.startswith("gemma4"):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
 
 
 def attention_forward(
@@ -54,23 +66,45 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | torch.Tensor | None = None,
+    max_length_k: int | torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for a module of transformers, with the conventions of its "sdpa".
 
-    Without a mask, more than one query and `is_causal` (default: the module's, else True), query i
-    sees the keys j <= i; a longer key is the empty rest of a static cache. With a mask, the mask
-    alone decides. A query that sees no key gives 0.
+    With a mask, the mask alone decides which keys a query sees: transformers has put windows and
+    packed sequences into it. Without one, and with more than one query and `is_causal` (default:
+    the module's, else True), query i sees the keys j <= i; a longer key is the empty rest of a
+    static cache. A query that sees no key gives 0.
 
     Args:
-        query: (batch, heads, seqlen_q, head_dim).
-        key, value: (batch, kv_heads, seqlen_k, head_dim); kv_heads divides heads.
-        attention_mask: boolean, broadcastable to (batch, heads, seqlen_q, seqlen_k), True where a
-            key may be seen.
+        query: (batch, heads, seqlen_q, head_dim); a batch of 1 broadcasts.
+        key, value: (batch, kv_heads, seqlen_k, head_dim); kv_heads divides heads, and the head_dim
+            of value may differ.
+        attention_mask: broadcastable to (batch, heads, seqlen_q, seqlen_k). Boolean, True where a
+            key may be seen, or floating-point, added to the scores.
         dropout: probability with which an attention weight is dropped.
         scaling: factor of the scores, default 1 / sqrt(head_dim).
-        kwargs: whatever else the module passes; arguments that would change the result and are not
-            supported (soft-capping, sinks, biases) must be None.
+        softcap: c for scores c tanh(s / c); None or 0 for none.
+        position_bias: (1 or batch, heads, seqlen_q, seqlen_k), added to the scores.
+        s_aux: (heads,), a logit per head that takes part in the softmax alone.
+        sinks: (batch, heads, seqlen_q, 1), the same per query.
+        indices: (batch, seqlen_q, n), the only keys that a query sees.
+        sliding_window: without a mask: keys of a distance from `sliding_window` on are not seen.
+        cu_seq_lens_q, cu_seq_lens_k: without a mask: (sequences + 1,), where the sequences begin
+            that are packed in the batch's rows, of at most `max_length_q` and `max_length_k`
+            tokens.
+        kwargs: whatever else the module passes. Arguments that would change the result must be
+            None.
 
     Returns:
         The output (batch, seqlen_q, heads, head_dim), and None for the attention weights, which
@@ -79,10 +113,42 @@ def attention_forward(
     Raises:
         ValueError: an argument that cannot be honoured; the message names it and the mend.
     """
+    _check(attention_mask, kwargs)
+    batch = max(query.shape[0], key.shape[0])
+    if query.shape[0] != batch:  # learned queries
+        query = query.expand(batch, -1, -1, -1)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    _check(attention_mask, seqlen_k, query.shape[0], kwargs)
+    options: dict[str, Any] = {
+        "softmax_scale": scaling,
+        "softcap": softcap or 0.0,
+        "sink": _as_float(s_aux, query),
+        "dropout_p": dropout,
+        "return_lse": sinks is not None,
+    }
+    if attention_mask is None and sliding_window is not None and seqlen_k > sliding_window:
+        # As transformers calls flash-attn: to both sides, and causality cuts off the right one.
+        options["window"] = (sliding_window - 1, sliding_window - 1)
+    if attention_mask is None and cu_seq_lens_q is not None and cu_seq_lens_q.numel() > batch + 1:
+        if position_bias is not None or indices is not None:
+            raise ValueError(
+                "cu_seq_lens_q packs sequences, of which position_bias and indices know nothing: "
+                "pass position_ids that start anew at each sequence instead, from which "
+                "transformers makes the attention_mask"
+            )
+        starts = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        lengths = max_length_q, max_length_k
+        options["causal"] = bool(is_causal)
+        return _packed(query, key, value, starts, lengths, sinks, options), None
+
+    mask, bias = attention_mask, position_bias
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        mask, bias = None, attention_mask if bias is None else bias + attention_mask
+    if indices is not None:
+        chosen = torch.zeros(batch, 1, seqlen_q, seqlen_k, dtype=torch.bool, device=query.device)
+        chosen.scatter_(-1, indices[:, None].long(), True)
+        mask = chosen if mask is None else mask & chosen
     # The length comes first, so that torch.compile sees a bool and not a symbol.
     causal = seqlen_q > 1 and attention_mask is None and is_causal
     if causal and seqlen_k != seqlen_q:
@@ -92,28 +158,70 @@ def attention_forward(
                 "not defined without an attention_mask"
             )
         key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
-    out = attention(
+        mask, bias = (x if x is None else x[..., :seqlen_q] for x in (mask, bias))
+    run: Callable[..., Any] = attention
+    result = run(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         causal=causal,
-        softmax_scale=scaling,
-        mask=attention_mask,
-        dropout_p=dropout,
+        bias=_as_float(bias, query),
+        mask=mask,
+        **options,
     )
-    assert isinstance(out, torch.Tensor)
-    return out, None
+    if sinks is None:
+        return result, None
+    out, lse = result
+    return _with_sinks(out, lse, sinks), None
 
 
-def _check(
-    attention_mask: torch.Tensor | None, seqlen_k: int, batch: int, kwargs: dict[str, Any]
-) -> None:
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: tuple[torch.Tensor, torch.Tensor],
+    lengths: tuple[int | torch.Tensor | None, int | torch.Tensor | None],
+    sinks: torch.Tensor | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Sequences that lie behind each other in the rows of the batch."""
+    rows = query.shape[0], query.shape[2]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    longest_q, longest_k = (None if n is None else int(n) for n in lengths)
+    run: Callable[..., Any] = attention_varlen
+    result = run(q, k, v, *starts, longest_q, longest_k, **options)
+    if sinks is None:
+        out: torch.Tensor = result.unflatten(0, rows)
+        return out
+    out, lse = result
+    return _with_sinks(out.unflatten(0, rows), lse.unflatten(1, rows).transpose(0, 1), sinks)
+
+
+def _as_float(x: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """A bias or sink in a dtype that the op takes: the query's, or float32."""
+    if x is None:
+        return None
+    dtype = modes.autocast_dtype(query.device.type) or query.dtype
+    return x if x.dtype in (dtype, torch.float32) else x.float()
+
+
+def _with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """`out` (batch, seqlen, heads, head_dim) with one more logit per query in its denominator.
+
+    sum exp(s) / (sum exp(s) + exp(sink)) = sigmoid(lse - sink), lse (batch, heads, seqlen).
+    """
+    kept = torch.sigmoid(lse - sinks.squeeze(-1)).mT.unsqueeze(-1)
+    return (out * kept).to(out.dtype)
+
+
+def _check(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raise for what would change the result and is not supported."""
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
+    if attention_mask is not None and not (
+        attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    ):
         raise ValueError(
-            f"attention_mask is {attention_mask.dtype}; fastattn takes boolean masks (True where a "
-            "key may be seen), no additive ones: pass `mask == 0` for a mask of zeros and "
-            "-infinity, or model.set_attn_implementation('sdpa')"
+            f"attention_mask is {attention_mask.dtype}; it must be boolean (True where a key may "
+            "be seen) or floating-point (added to the scores): pass `mask.bool()`"
         )
     for name, value in kwargs.items():
         if value is not None and name in _UNSUPPORTED:
@@ -125,20 +233,6 @@ def _check(
         raise ValueError(
             "output_attentions: fastattn never forms the attention weights; "
             "use model.set_attn_implementation('eager') to have them"
-        )
-    if attention_mask is not None:
-        return
-    window = kwargs.get("sliding_window")
-    if window is not None and seqlen_k > window:
-        raise ValueError(
-            f"sliding_window={window} without an attention_mask for {seqlen_k} keys: fastattn "
-            "takes the window from the mask that transformers makes; pass that mask"
-        )
-    lengths = kwargs.get("cu_seq_lens_q")
-    if lengths is not None and lengths.numel() > batch + 1:
-        raise ValueError(
-            f"cu_seq_lens_q packs {lengths.numel() - 1} sequences without an attention_mask: pass "
-            "position_ids that start anew at each sequence, from which transformers makes the mask"
         )
 
 

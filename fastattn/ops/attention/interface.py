@@ -1,4 +1,4 @@
-"""The public function of attention: describe the call, choose a backend, run it."""
+"""The public functions of attention: describe the call, choose a backend, run it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from fastattn import backends
 from fastattn.ops.attention import aten, reference, registration
 from fastattn.ops.attention import problem as _problem
+from fastattn.ops.attention.block_mask import BlockMask
+from fastattn.ops.attention.call import NONE, Extras
+from fastattn.ops.attention.problem import Causal, Documents
 from fastattn.ops.common import modes
 from fastattn.ops.common.plans import PlanCache
 
@@ -24,17 +27,36 @@ Outputs = tuple[torch.Tensor, torch.Tensor]
 _plans: PlanCache[tuple[_problem.AttentionProblem, Callable[..., Any]]] = PlanCache()
 
 
+def _metadata(x: Any) -> Any:
+    """What of a feature's tensors a plan depends on."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype, x.device, x.requires_grad
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_metadata, x))
+    if isinstance(x, BlockMask):
+        return x.block_size, x.tiles_k, x.offsets.shape, x.device
+    return x
+
+
 @overload
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = False,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
+    document_ids: Documents | None = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
+    fp32_precision: str = "ieee",
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> torch.Tensor: ...
@@ -46,11 +68,19 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = False,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
+    document_ids: Documents | None = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
+    fp32_precision: str = "ieee",
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> Outputs: ...
@@ -61,11 +91,19 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = False,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
+    document_ids: Documents | None = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
+    fp32_precision: str = "ieee",
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | Outputs:
@@ -74,40 +112,60 @@ def attention(
     In plain PyTorch, for q, k, v of shape (batch, heads, seqlen, head_dim):
 
         scores = softmax_scale * (q @ k.transpose(-2, -1))
+        scores = softcap * tanh(scores / softcap)                       # if softcap
+        scores = scores - alibi_slopes * |i + seqlen_k - seqlen_q - j|  # if alibi_slopes
+        scores = scores + bias                                          # if bias
         scores = scores.masked_fill(~visible, -inf)
-        out = scores.softmax(-1) @ v
-        lse = scores.logsumexp(-1)
+        weights = cat([scores, sink]).softmax(-1)[..., :seqlen_k]       # the sink takes a share
+        out = dropout(weights) @ v
+        lse = cat([scores, sink]).logsumexp(-1)
 
     The kernels compute it with the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
     tile by tile (FlashAttention, Dao et al. 2022, arXiv:2205.14135; FlashAttention-2, Dao 2023,
-    arXiv:2307.08691, for the loop order): memory is linear in the sequence length. The backward has
-    no atomics: the same inputs give the same bits.
+    arXiv:2307.08691, for the loop order): memory is linear in the sequence length, and tiles that
+    causality, window, lengths, documents or the block mask exclude are never visited. The backward
+    has no atomics: the same inputs give the same bits.
 
-    A query that sees no key has output 0, LSE -inf and zero gradients. Under autocast the inputs
-    are cast as F.scaled_dot_product_attention's are.
+    A query that sees no key has output 0, LSE -inf (with a sink: the sink) and zero gradient. Under
+    autocast the inputs are cast as F.scaled_dot_product_attention's are.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim); float16, bfloat16, float32 or float64. Any strides;
             the kernels read them without a copy where the last dimension is contiguous.
         k: (batch, seqlen_k, kv_heads, head_dim), kv_heads dividing heads: query head h reads
             key/value head h // (heads // kv_heads).
-        v: k's shape.
-        causal: query i sees the keys j <= i + seqlen_k - seqlen_q (aligned bottom-right, so that
-            the last query sees all keys).
+        v: (batch, seqlen_k, kv_heads, head_dim_v).
+        causal: True or "bottom_right": query i sees the keys j <= i + seqlen_k - seqlen_q, so that
+            the last query sees all keys. "top_left": it sees j <= i.
+        window: (left, right), with d the diagonal that `causal` names (bottom-right if it is
+            False): query i sees the keys i + d - left <= j <= i + d + right; -1 is no bound. Joined
+            with `causal` the right side ends at the diagonal.
         softmax_scale: factor of the scores, finite; default 1 / sqrt(head_dim).
-        mask: boolean, (batch or 1, heads or 1, seqlen_q or 1, seqlen_k), True where a key may be
-            seen; joined with the other restrictions by "and".
+        softcap: bound c of the scores, c * tanh(scores / c) (Gemma 2, arXiv:2408.00118); 0 is off.
+        bias: added to the scores; float32 or q's dtype, any shape that broadcasts to (batch, heads,
+            seqlen_q, seqlen_k). Its gradient is summed over the broadcast dimensions.
+        mask: boolean, any shape that broadcasts to (batch, heads, seqlen_q, seqlen_k), True where a
+            key may be seen; joined with the other restrictions by "and".
+        alibi_slopes: (heads,) or (batch, heads), float32: the slopes of ALiBi (Press et al. 2021,
+            arXiv:2108.12409).
+        sink: (heads,), float32 or q's dtype: a logit that takes part in the softmax without a value
+            (Xiao et al. 2023, arXiv:2309.17453; learnt as in gpt-oss). It has a gradient.
         key_lengths: (batch,), int32 or int64: keys j >= key_lengths[b] are padding. They may hold
-            NaN or Inf without effect on outputs and gradients. The causal diagonal stays that of
-            seqlen_k.
+            NaN or Inf without effect on outputs and gradients. The diagonal stays that of seqlen_k.
+        document_ids: (batch, seqlen), int32 or int64: queries see the keys of equal number alone.
+            Where seqlen_q and seqlen_k differ, a pair (numbers of q, numbers of k). Tiles are
+            skipped where documents lie behind each other, as packed ones do.
+        block_mask: which tiles of the scores exist; see `fastattn.BlockMask`. Not with `window`.
         dropout_p: probability with which a weight of the softmax is dropped, in [0, 1); the others
-            are scaled by 1 / (1 - dropout_p). Seeded by torch's generator.
+            are scaled by 1 / (1 - dropout_p). Seeded by torch's generator of the device.
+        fp32_precision: how the kernels multiply float32: "ieee", or "tf32x3", three products on the
+            tensor cores that together keep nearly float32's precision.
         return_lse: return the log-sum-exp of the scores too. Its gradient counts.
         backend: "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
-        out, (batch, seqlen_q, heads, head_dim) in q's dtype; with `return_lse` the pair (out, lse),
-        lse (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64 inputs).
+        out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; with `return_lse` the pair
+        (out, lse), lse (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -116,6 +174,13 @@ def attention(
     try:
         if (dtype := modes.autocast_dtype(q.device.type)) is not None:
             q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)
+        if (
+            bias is None and alibi_slopes is None and sink is None and document_ids is None
+            and block_mask is None
+        ):  # fmt: skip
+            rare = None
+        else:
+            rare = _metadata((bias, alibi_slopes, sink, document_ids, block_mask))
         if torch.compiler.is_compiling():
             key, plan = None, None
         else:
@@ -127,24 +192,141 @@ def attention(
                 key_lengths
                 if key_lengths is None
                 else (key_lengths.shape, key_lengths.dtype, key_lengths.device),
-                causal, softmax_scale, dropout_p, return_lse, backend,
-                torch.is_grad_enabled(), modes.transformed(), backends.state(),
+                causal, window, softmax_scale, softcap, dropout_p, fp32_precision, rare, return_lse,
+                backend, torch.is_grad_enabled(), modes.transformed(), backends.state(),
             )  # fmt: skip
             plan = _plans.get(key)
     except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
-        key, plan = None, None
+        key, plan, rare = None, None, "unknown"
     if plan is None:
         described = _problem.describe(
-            q, k, v, causal=causal, softmax_scale=softmax_scale, mask=mask, key_lengths=key_lengths,
-            dropout_p=dropout_p, return_lse=return_lse,
+            q, k, v, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
+            bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, key_lengths=key_lengths,
+            document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
+            fp32_precision=fp32_precision, return_lse=return_lse,
         )  # fmt: skip
         chosen = backends.select("attention", BACKENDS, described, backend)
-        plan = described, registration.entry(chosen, forced=backends.named(backend) is not None)
+        forced = backends.named(backend) is not None
+        plan = described, registration.entry(chosen, described, forced)
         if key is not None:
             _plans.put(key, plan)
     described, run = plan
-    out, lse = run(described, q, k, v, mask, key_lengths)
+    if rare is not None or mask is not None:
+        extras = _problem.gather(
+            q.dtype, mask, bias, alibi_slopes, sink, key_lengths, document_ids, block_mask
+        )
+    else:
+        extras = NONE if key_lengths is None else Extras(key_lengths=key_lengths)
+    out, lse = run(described, q, k, v, extras)
     return (out, cast(torch.Tensor, lse)) if return_lse else out
 
 
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+    **features: Any,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[True],
+    backend: str | None = None,
+    **features: Any,
+) -> Outputs: ...
+
+
+def attention_varlen(  # type: ignore[misc]  # the overloads leave the features open
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+    document_ids: Documents | None = None,
+    block_mask: BlockMask | None = None,
+    dropout_p: float = 0.0,
+    fp32_precision: str = "ieee",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | Outputs:
+    """`attention` on sequences of different lengths that lie packed behind each other.
+
+    Sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q and the keys
+    likewise; its result is that of `attention` on it alone. All that `attention` says of the
+    features holds with seqlen_q and seqlen_k being the sequence's own.
+
+    Args:
+        q: (total_q, heads, head_dim).
+        k, v: (total_k, kv_heads, head_dim) and (total_k, kv_heads, head_dim_v).
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32 or int64: starts of the sequences and the
+            end of the last one; 0 first, not decreasing.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length. None: read from
+            cu_seqlens, for which the host waits for a GPU.
+        seqused_q, seqused_k: (batch,), int32 or int64: how many of a sequence's tokens there are,
+            the first ones; the diagonal follows. What lies behind may hold NaN.
+        bias, mask: broadcast to (batch, heads, max_seqlen_q, max_seqlen_k), found by the positions
+            inside each sequence.
+        document_ids: (total,), or a pair of (total_q,) and (total_k,).
+        block_mask: made for max_seqlen_q and max_seqlen_k.
+        causal, window, softmax_scale, softcap, alibi_slopes, sink, dropout_p, fp32_precision,
+            return_lse, backend: as `attention`'s.
+
+    Returns:
+        out, (total_q, heads, head_dim_v), or with `return_lse` (out, lse), lse (heads, total_q).
+        Tokens that are in no sequence have out 0, LSE -inf and zero gradient.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. The contents of
+            cu_seqlens and seqused are checked on a CPU, and on a GPU, where that waits for the
+            device, if the environment variable FASTATTN_CHECK is 1. Unchecked, the kernels still
+            read nothing outside of the tensors.
+        fastattn.UnsupportedError: the backend that the user named cannot run the call.
+    """
+    if isinstance(q, torch.Tensor) and (dtype := modes.autocast_dtype(q.device.type)) is not None:
+        q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)
+    settings, extras = _problem.check_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=seqused_q,
+        seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale,
+        softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink,
+        document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
+        fp32_precision=fp32_precision,
+    )  # fmt: skip
+    described = _problem.of(q, k, v, extras, settings, return_lse=return_lse)
+    chosen = backends.select("attention_varlen", BACKENDS, described, backend)
+    run = registration.entry(chosen, described, backends.named(backend) is not None)
+    out, lse = run(described, q, k, v, extras)
+    return (out, lse) if return_lse else out
+
+
 backends.register(attention, _problem.describe, BACKENDS)
+backends.register(attention_varlen, _problem.describe_varlen, BACKENDS)

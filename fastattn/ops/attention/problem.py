@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
+from fastattn.ops.attention.block_mask import BlockMask
+from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
 from fastattn.ops.common import modes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LENGTH_DTYPES = (torch.int32, torch.int64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+FP32_PRECISIONS = ("ieee", "tf32x3")
+
+Causal = bool | Literal["bottom_right", "top_left"]
+Documents = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """Metadata of one call; `check()` has passed before a backend sees it."""
+    """Metadata of one call; the checks have passed before a backend sees it."""
 
-    q_shape: tuple[int, ...]  # (batch, seqlen_q, heads, head_dim)
-    k_shape: tuple[int, ...]  # (batch, seqlen_k, kv_heads, head_dim)
-    v_shape: tuple[int, ...]
+    batch: int
+    seqlen_q: int  # of a packed call: the longest
+    seqlen_k: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
     dtype: torch.dtype
     device: torch.device
-    causal: bool
-    softmax_scale: float
-    mask_shape: tuple[int, ...] | None
-    has_key_lengths: bool
-    dropout_p: float
+    settings: Settings
+    given: tuple[str, ...]  # names of the extras that are there
+    is_empty: bool
     return_lse: bool
     needs_grad: bool
+    needs_slope_grad: bool
     transformed: bool
-
-    @property
-    def batch(self) -> int:
-        return self.q_shape[0]
-
-    @property
-    def seqlen_q(self) -> int:
-        return self.q_shape[1]
-
-    @property
-    def heads(self) -> int:
-        return self.q_shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.q_shape[3]
-
-    @property
-    def seqlen_k(self) -> int:
-        return self.k_shape[1]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k_shape[2]
 
     @property
     def group_size(self) -> int:
@@ -61,22 +49,79 @@ class AttentionProblem:
         return self.heads // self.kv_heads
 
     @property
-    def is_empty(self) -> bool:
-        return 0 in self.q_shape or 0 in self.k_shape
+    def packed(self) -> bool:
+        """Sequences of different lengths behind each other, found by `cu_seqlens`."""
+        return "cu_seqlens_q" in self.given
+
+    @property
+    def bounded_left(self) -> bool:
+        return self.settings.window_left >= 0
+
+    @property
+    def bounded_right(self) -> bool:
+        return self.settings.window_right >= 0
+
+    @property
+    def dropout_p(self) -> float:
+        return self.settings.dropout_p
 
     def describe(self) -> str:
+        s = self.settings
+        side = {UNBOUNDED: "unbounded"}
+        left, right = (side.get(n, str(n)) for n in (s.window_left, s.window_right))
+        causal = s.window_right == 0 and s.window_left == UNBOUNDED
+        window = "causal" if causal else f"window ({left}, {right})"
+        corner = " from the top-left" if s.top_left else ""
         features = [
-            "causal" if self.causal else "",
-            f"mask {tuple(self.mask_shape)}" if self.mask_shape is not None else "",
-            "key_lengths" if self.has_key_lengths else "",
-            f"dropout_p={self.dropout_p}" if self.dropout_p else "",
+            window + corner if self.bounded_left or self.bounded_right else "",
+            f"softcap={s.softcap}" if s.softcap else "",
+            *(name for name in self.given if not name.startswith("cu_seqlens")),
+            f"dropout_p={s.dropout_p}" if s.dropout_p else "",
+            f"fp32_precision={s.fp32_precision}" if s.fp32_precision != "ieee" else "",
             "return_lse" if self.return_lse else "",
             "with gradients" if self.needs_grad else "",
             "under a torch.func transform or forward-mode AD" if self.transformed else "",
         ]
-        shapes = f"q {tuple(self.q_shape)}, k {tuple(self.k_shape)}"
+        q = f"({self.batch}, {self.seqlen_q}, {self.heads}, {self.head_dim})"
+        k = f"({self.batch}, {self.seqlen_k}, {self.kv_heads}, {self.head_dim})"
+        shapes = f"packed q {q}, k {k}" if self.packed else f"q {q}, k {k}"
+        if self.head_dim_v != self.head_dim:
+            shapes += f", head_dim {self.head_dim_v} of v"
         kind = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
         return ", ".join([shapes, kind, *filter(None, features)])
+
+
+def of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    settings: Settings,
+    *,
+    return_lse: bool,
+) -> AttentionProblem:
+    """The problem of a call whose arguments have been checked."""
+    cu_seqlens = extras.cu_seqlens_q
+    packed = cu_seqlens is not None
+    slopes = extras.alibi_slopes
+    return AttentionProblem(
+        batch=q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        seqlen_q=settings.max_seqlen_q if packed else q.shape[1],
+        seqlen_k=settings.max_seqlen_k if packed else k.shape[1],
+        heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        dtype=q.dtype,
+        device=q.device,
+        settings=settings,
+        given=tuple(name for name, x in zip(Extras._fields, extras) if x is not None),
+        is_empty=0 in q.shape or 0 in k.shape or 0 in v.shape,
+        return_lse=return_lse,
+        needs_grad=modes.needs_grad(q, k, v, extras.bias, extras.sink, slopes),
+        needs_slope_grad=slopes is not None and modes.needs_grad(slopes),
+        transformed=modes.transformed(),
+    )
 
 
 def describe(
@@ -84,51 +129,123 @@ def describe(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
-    mask: torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
     return_lse: bool = False,
+    **features: Any,
 ) -> AttentionProblem:
-    """The problem of a call. Raises TypeError or ValueError for every error of the caller."""
-    check(q, k, v, causal, softmax_scale, mask, key_lengths, dropout_p)
-    if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(q.shape[3])
-    return AttentionProblem(
-        q_shape=q.shape,
-        k_shape=k.shape,
-        v_shape=v.shape,
-        dtype=q.dtype,
-        device=q.device,
-        causal=causal,
-        softmax_scale=float(softmax_scale),
-        mask_shape=None if mask is None else mask.shape,
-        has_key_lengths=key_lengths is not None,
-        dropout_p=dropout_p,
-        return_lse=return_lse,
-        needs_grad=modes.needs_grad(q, k, v),
-        transformed=modes.transformed(),
-    )
+    """The problem of a call of `attention`. Raises for every error of the caller."""
+    settings, extras = check(q, k, v, **features)
+    return of(q, k, v, extras, settings, return_lse=return_lse)
+
+
+def describe_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *lengths: Any,
+    return_lse: bool = False,
+    **features: Any,
+) -> AttentionProblem:
+    """The problem of a call of `attention_varlen`. Raises for every error of the caller."""
+    settings, extras = check_varlen(q, k, v, *lengths, **features)
+    return of(q, k, v, extras, settings, return_lse=return_lse)
+
+
+# --- checks: the only place of the op that raises for what the caller got wrong -------------------
 
 
 def check(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    causal: bool,
-    softmax_scale: float | None,
-    mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    dropout_p: float,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    **features: Any,
+) -> tuple[Settings, Extras]:
+    """Settings and extras of a call of `attention`, whose dimensions are then known to fit."""
+    check_tensors(q, k, v, ("batch", "seqlen"), one_batch=True)
+    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+    documents = features.get("document_ids")
+    if documents is not None:
+        check_documents(documents, (batch, seqlen_q), (batch, seqlen_k), q.device)
+    settings, extras = _features(q, batch, seqlen_q, seqlen_k, **features)
+    if key_lengths is not None:
+        check_index("key_lengths", key_lengths, ("batch", batch), q.device)
+    return settings, extras._replace(key_lengths=key_lengths)
+
+
+def check_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    **features: Any,
+) -> tuple[Settings, Extras]:
+    """Settings and extras of a call of `attention_varlen`."""
+    check_tensors(q, k, v, ("total",))
+    longest = []
+    for side, cu, used, maximum, x in (
+        ("q", cu_seqlens_q, seqused_q, max_seqlen_q, q),
+        ("k", cu_seqlens_k, seqused_k, max_seqlen_k, k),
+    ):
+        check_index(f"cu_seqlens_{side}", cu, ("batch + 1", None), q.device)
+        if cu.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                "cu_seqlens_q and cu_seqlens_k must have one length, batch + 1; "
+                f"got {cu_seqlens_q.shape[0]} and {cu.shape[0]}"
+            )
+        if cu.shape[0] < 1:
+            raise ValueError(f"cu_seqlens_{side} must have batch + 1 elements; it is empty")
+        if used is not None:
+            check_index(f"seqused_{side}", used, ("batch", cu.shape[0] - 1), q.device)
+        if maximum is not None and (not isinstance(maximum, (int, torch.SymInt)) or maximum < 0):
+            raise ValueError(f"max_seqlen_{side} must be an int of at least 0; got {maximum!r}")
+        found = None
+        if values_are_checked(cu):
+            found = _check_cu_seqlens(side, cu, used, maximum, x.shape[0])
+        if maximum is None:
+            if found is None:
+                found = int(cu.diff().max()) if cu.shape[0] > 1 else 0
+            maximum = found
+        longest.append(maximum)
+    documents = features.get("document_ids")
+    if documents is not None:
+        check_documents(documents, (q.shape[0],), (k.shape[0],), q.device)
+    settings, extras = _features(q, cu_seqlens_q.shape[0] - 1, *longest, **features)
+    settings = settings._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1])
+    return settings, extras._replace(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+    )
+
+
+def check_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    leading: tuple[str, ...],
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    one_batch: bool = False,
 ) -> None:
-    """Raise for whatever the caller got wrong; the only place of the op that does."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    """Dimensions, dtypes and devices of q, k and v; their leading dimensions are called so.
+
+    `one_batch`: k and v have q's.
+    """
+    dims = (*leading, "heads", "head_dim")
+    together = f"{names[0]}, {names[1]} and {names[2]}"
+    for name, tensor in zip(names, (q, k, v)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-        if tensor.dim() != 4:
+        if tensor.dim() != len(dims):
             raise ValueError(
-                f"{name} must have 4 dimensions (batch, seqlen, heads, head_dim); "
+                f"{name} must have {len(dims)} dimensions ({', '.join(dims)}); "
                 f"got shape {tuple(tensor.shape)}"
             )
         if tensor.dtype not in DTYPES:
@@ -136,70 +253,319 @@ def check(
             raise TypeError(f"{name} must have one of the dtypes {accepted}; got {tensor.dtype}")
         if tensor.dtype != q.dtype:
             raise TypeError(
-                f"q, k and v must have one dtype; got q {q.dtype}, {name} {tensor.dtype}: "
+                f"{together} must have one dtype; got q {q.dtype}, {name} {tensor.dtype}: "
                 "cast them to the same"
             )
         if tensor.device != q.device:
             raise ValueError(
-                f"q, k and v must be on one device; got q on {q.device}, {name} on {tensor.device}"
+                f"{together} must be on one device; got q on {q.device}, {name} on {tensor.device}"
             )
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, kv_heads = k.shape[1], k.shape[2]
-    if k.shape[0] != batch:
-        raise ValueError(f"k must have q's batch size {batch}; got shape {tuple(k.shape)}")
-    if k.shape[3] != head_dim:
-        raise ValueError(f"k must have q's head_dim {head_dim}; got shape {tuple(k.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}; got {tuple(v.shape)}")
-    if head_dim == 0:
-        raise ValueError(f"head_dim must be at least 1; got q of shape {tuple(q.shape)}")
+    heads, head_dim = q.shape[-2:]
+    kv_heads = k.shape[-2]
+    if k.shape[-1] != head_dim:
+        raise ValueError(
+            f"{names[1]} must have q's head_dim {head_dim}; got shape {tuple(k.shape)}"
+        )
+    if one_batch and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's batch size {q.shape[0]}; got shape {tuple(k.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{names[2]} must have {names[1]}'s shape {tuple(k.shape)} but for its head_dim; "
+            f"got {tuple(v.shape)}"
+        )
+    if head_dim == 0 or v.shape[-1] == 0:
+        raise ValueError(
+            f"head_dim must be at least 1; got q of shape {tuple(q.shape)}, v {tuple(v.shape)}"
+        )
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
-            f"the heads of q must be a multiple of the heads of k and v; got {heads} and {kv_heads}"
+            f"the heads of q must be a multiple of the heads of {names[1]} and {names[2]}; "
+            f"got {heads} and {kv_heads}"
         )
-    if not isinstance(causal, bool):
-        raise TypeError(
-            f"causal must be True (bottom-right) or False; got {type(causal).__name__} {causal!r}"
-        )
-    if softmax_scale is not None:
-        if not isinstance(softmax_scale, (int, float)):
-            raise TypeError(f"softmax_scale must be a float; got {type(softmax_scale).__name__}")
-        # Not math.isfinite: under torch.compile(dynamic=True) a module's float is symbolic.
-        if not -math.inf < softmax_scale < math.inf:
-            raise ValueError(f"softmax_scale must be finite; got {softmax_scale}")
+
+
+def _features(
+    q: torch.Tensor,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+    document_ids: Documents | None = None,
+    block_mask: BlockMask | None = None,
+    dropout_p: float = 0.0,
+    fp32_precision: str = "ieee",
+) -> tuple[Settings, Extras]:
+    """What dense and packed calls share; `document_ids` are checked by the callers."""
+    heads = q.shape[-2]
+    full = (batch, heads, seqlen_q, seqlen_k)
+    left, right = check_window(causal, window)
+    check_number("softmax_scale", softmax_scale, none=True)
+    check_number("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be 0 (off) or positive; got {softcap}")
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float; got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1); got {dropout_p}")
+    if fp32_precision not in FP32_PRECISIONS:
+        accepted = " or ".join(map(repr, FP32_PRECISIONS))
+        raise ValueError(f"fp32_precision must be {accepted}; got {fp32_precision!r}")
     if mask is not None:
-        _check_mask(mask, (batch, heads, seqlen_q, seqlen_k), q.device)
-    if key_lengths is not None:
-        _check_key_lengths(key_lengths, batch, q.device)
+        _check_broadcastable("mask", mask, full, q.device)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean, True where a key may be seen; got {mask.dtype}")
+    if bias is not None:
+        _check_broadcastable("bias", bias, full, q.device)
+        _check_dtype("bias", bias, q.dtype)
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, batch, heads, q.device)
+    if sink is not None:
+        check_sink(sink, heads, q)
+    if block_mask is not None:
+        _check_block_mask(block_mask, window, full, q.device)
+    settings = Settings(
+        window_left=left,
+        window_right=right,
+        top_left=causal == "top_left",
+        softmax_scale=default_scale(softmax_scale, q),
+        softcap=float(softcap),
+        dropout_p=float(dropout_p),
+        fp32_precision=fp32_precision,
+        max_seqlen_q=0,
+        max_seqlen_k=0,
+        block_q=block_mask.block_size[0] if block_mask is not None else 0,
+        block_k=block_mask.block_size[1] if block_mask is not None else 0,
+    )
+    return settings, gather(q.dtype, mask, bias, alibi_slopes, sink, None, document_ids, block_mask)
 
 
-def _check_mask(mask: torch.Tensor, full: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"mask must be a torch.Tensor; got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True where a key may be seen; got {mask.dtype}")
-    if mask.device != device:
-        raise ValueError(f"mask must be on q's device {device}; got {mask.device}")
-    fits = mask.dim() == 4 and mask.shape[3] == full[3]
-    if not fits or any(mask.shape[i] not in (1, full[i]) for i in range(3)):
+def default_scale(softmax_scale: float | None, q: torch.Tensor) -> float:
+    return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+
+
+def gather(
+    dtype: torch.dtype,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    document_ids: Documents | None,
+    block_mask: BlockMask | None,
+) -> Extras:
+    """The tensors of a call in the one form that backends read. Nothing is checked."""
+    if alibi_slopes is not None:
+        alibi_slopes = torch.atleast_2d(alibi_slopes)
+        alibi_slopes = alibi_slopes.to(modes.at_least_float32(dtype))
+    if isinstance(document_ids, torch.Tensor):
+        document_ids = (document_ids, document_ids)
+    q_documents, k_documents = (None, None) if document_ids is None else document_ids
+    return Extras(
+        mask=None if mask is None else _four_dimensional(mask),
+        bias=None if bias is None else _four_dimensional(bias),
+        alibi_slopes=alibi_slopes,
+        sink=sink,
+        key_lengths=key_lengths,
+        q_documents=q_documents,
+        k_documents=k_documents,
+        blocks=None if block_mask is None else block_mask.tensors,
+    )
+
+
+def _four_dimensional(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def check_window(causal: Causal, window: tuple[int, int] | None) -> tuple[int, int]:
+    """(left, right) of the band that a query sees, -1 for no bound."""
+    if not isinstance(causal, bool) and causal not in ("bottom_right", "top_left"):
+        raise (TypeError if not isinstance(causal, str) else ValueError)(
+            "causal must be True (which is 'bottom_right'), 'bottom_right', 'top_left' or False; "
+            f"got {causal!r}"
+        )
+    left = right = UNBOUNDED
+    if window is not None:
+        sides = tuple(window) if isinstance(window, (tuple, list)) else ()
+        if len(sides) != 2 or any(
+            isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < UNBOUNDED
+            for n in sides
+        ):
+            raise ValueError(
+                "window must be (left, right), the keys seen on each side of the diagonal, each an "
+                f"int of at least 0, or -1 for no bound; got {window!r}"
+            )
+        left, right = sides
+    return left, 0 if causal else right
+
+
+def check_number(name: str, value: float | None, none: bool = False) -> None:
+    if value is None and none:
+        return
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float; got {type(value).__name__}")
+    # Not math.isfinite: under torch.compile(dynamic=True) a module's float is symbolic.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite; got {value}")
+
+
+def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on q's device {device}; got {tensor.device}")
+
+
+def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype not in (torch.float32, dtype):
+        raise TypeError(f"{name} must be float32 or have q's dtype {dtype}; got {tensor.dtype}")
+
+
+def _check_broadcastable(
+    name: str, tensor: torch.Tensor, full: tuple[int, ...], device: torch.device
+) -> None:
+    check_device(name, tensor, device)
+    fits = 1 <= tensor.dim() <= 4
+    if not fits or any(n not in (1, f) for n, f in zip(tensor.shape[::-1], full[::-1])):
         raise ValueError(
-            "mask must have the shape (batch or 1, heads or 1, seqlen_q or 1, seqlen_k) = "
-            f"{full}, 1 allowed in the first three; got {tuple(mask.shape)}"
+            f"{name} must broadcast to (batch, heads, seqlen_q, seqlen_k) = {tuple(full)}, "
+            f"every dimension whole, 1, or absent on the left; got {tuple(tensor.shape)}"
         )
 
 
-def _check_key_lengths(key_lengths: torch.Tensor, batch: int, device: torch.device) -> None:
-    if not isinstance(key_lengths, torch.Tensor):
-        raise TypeError(f"key_lengths must be a torch.Tensor; got {type(key_lengths).__name__}")
-    if key_lengths.dtype not in LENGTH_DTYPES:
-        raise TypeError(f"key_lengths must be int32 or int64; got {key_lengths.dtype}")
-    if key_lengths.device != device:
-        raise ValueError(f"key_lengths must be on q's device {device}; got {key_lengths.device}")
-    if tuple(key_lengths.shape) != (batch,):
+def check_slopes(slopes: torch.Tensor, batch: int, heads: int, device: torch.device) -> None:
+    check_device("alibi_slopes", slopes, device)
+    if not slopes.is_floating_point():
+        raise TypeError(f"alibi_slopes must be float32; got {slopes.dtype}")
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(
-            f"key_lengths must have the shape (batch,) = ({batch},); got {tuple(key_lengths.shape)}"
+            f"alibi_slopes must have the shape (heads,) = ({heads},) or (batch, heads) = "
+            f"({batch}, {heads}); got {tuple(slopes.shape)}"
         )
+
+
+def check_sink(sink: torch.Tensor, heads: int, q: torch.Tensor) -> None:
+    check_device("sink", sink, q.device)
+    _check_dtype("sink", sink, q.dtype)
+    if tuple(sink.shape) != (heads,):
+        raise ValueError(f"sink must have the shape (heads,) = ({heads},); got {tuple(sink.shape)}")
+
+
+def check_index(
+    name: str, tensor: torch.Tensor, length: tuple[str, int | None], device: torch.device
+) -> None:
+    """A vector of integers, of the named length."""
+    check_device(name, tensor, device)
+    if tensor.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name} must be int32 or int64; got {tensor.dtype}")
+    called, n = length
+    if tensor.dim() != 1 or (n is not None and tensor.shape[0] != n):
+        wanted = f"({called},)" if n is None else f"({called},) = ({n},)"
+        raise ValueError(f"{name} must have the shape {wanted}; got {tuple(tensor.shape)}")
+
+
+def check_documents(
+    documents: Documents, q_shape: tuple[int, ...], k_shape: tuple[int, ...], device: torch.device
+) -> None:
+    if isinstance(documents, torch.Tensor):
+        if q_shape != k_shape:
+            raise ValueError(
+                "document_ids must be a pair (ids of the queries, ids of the keys) where their "
+                f"lengths differ: queries {q_shape}, keys {k_shape}"
+            )
+        documents = (documents, documents)
+    if not isinstance(documents, (tuple, list)) or len(documents) != 2:
+        raise TypeError(
+            "document_ids must be a tensor or a pair of tensors (queries, keys); "
+            f"got {type(documents).__name__}"
+        )
+    for side, ids, shape in zip("qk", documents, (q_shape, k_shape)):
+        name = f"document_ids (of {side})"
+        check_device(name, ids, device)
+        if ids.dtype not in INDEX_DTYPES:
+            raise TypeError(f"{name} must be int32 or int64; got {ids.dtype}")
+        if tuple(ids.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} must have a number for every token, shape {tuple(shape)}; "
+                f"got {tuple(ids.shape)}"
+            )
+
+
+def _check_block_mask(
+    block_mask: BlockMask,
+    window: tuple[int, int] | None,
+    full: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask; got {type(block_mask).__name__}")
+    if window is not None:
+        raise ValueError(
+            "window and block_mask both say which tiles exist: give one, and put the window into "
+            "the block mask's predicate, e.g. lambda b, h, i, j: (i - j < left) & ..."
+        )
+    if block_mask.device != device:
+        raise ValueError(f"block_mask must be on q's device {device}; got {block_mask.device}")
+    batch, heads, seqlen_q, seqlen_k = full
+    b, h, rows = block_mask.offsets.shape
+    block_q, block_k = block_mask.block_size
+    fits = b in (1, batch) and h in (1, heads)
+    if not fits or (rows - 1, block_mask.tiles_k) != (
+        -(-seqlen_q // block_q),
+        -(-seqlen_k // block_k),
+    ):
+        raise ValueError(
+            f"block_mask must be made for (batch or 1, heads or 1, seqlen_q, seqlen_k) = {full}; "
+            f"it has batch {b}, heads {h} and {rows - 1} x {block_mask.tiles_k} tiles of "
+            f"{block_q} x {block_k}"
+        )
+
+
+def values_are_checked(tensor: torch.Tensor) -> bool:
+    """Whether the contents of an index tensor are looked at: on a GPU that waits for the device."""
+    if torch.compiler.is_compiling() or modes.transformed():
+        return False
+    if tensor.device.type == "cpu" and type(tensor) is torch.Tensor:
+        return True
+    return tensor.device.type == "cuda" and os.environ.get("FASTATTN_CHECK") == "1"
+
+
+def _check_cu_seqlens(
+    side: str, cu: torch.Tensor, used: torch.Tensor | None, maximum: int | None, total: int
+) -> int:
+    """The longest sequence; raises for contents that point outside of the tensor."""
+    name = f"cu_seqlens_{side}"
+    starts = cu.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
+    if starts[0] != 0:
+        raise ValueError(f"{name} must start at 0; it starts at {starts[0]}")
+    for b, n in enumerate(lengths):
+        if n < 0:
+            raise ValueError(
+                f"{name} must not decrease; it falls from {starts[b]} to {starts[b + 1]} at "
+                f"sequence {b}"
+            )
+    if starts[-1] > total:
+        raise ValueError(
+            f"{name} must end within the {total} tokens of {side}; it ends at {starts[-1]}"
+        )
+    if used is not None:
+        for b, (n, whole) in enumerate(zip(used.tolist(), lengths)):
+            if not 0 <= n <= whole:
+                raise ValueError(
+                    f"seqused_{side}[{b}] must lie in [0, {whole}], the length of its sequence; "
+                    f"got {n}"
+                )
+    longest = max(lengths, default=0)
+    if maximum is not None and maximum < longest:
+        raise ValueError(
+            f"max_seqlen_{side} must be at least the longest sequence, {longest}; got {maximum}"
+        )
+    return longest

@@ -8,7 +8,12 @@ a budget of 192 bytes of spilled registers a thread; the rows that spill at all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastattn.ops.attention.call import Extras, Settings
 
 
 @dataclass(frozen=True)
@@ -20,61 +25,101 @@ class Tile:
     warps: int
     stages: int
 
+    def within(self, block_q: int, block_k: int) -> Tile:
+        """This tile, or as much of it as a tile of a block mask (0: none) holds."""
+        if not block_q:
+            return self
+        return replace(self, block_m=min(self.block_m, block_q), block_n=min(self.block_n, block_k))
 
+
+MAX_BLOCK_N = 128
+
+PLAIN, FEATURED, CROWDED = MASKINGS = ("plain", "featured", "crowded")
 FORWARD = "forward"  # a query tile stays, key and value tiles stream
 DECODE = "decode"  # the forward, for so few queries that the time goes into reading keys and values
 KEYS = "keys"  # dK, dV: a key tile stays with two accumulators, query and dO tiles stream
 QUERIES = "queries"  # dQ: a query tile and its dO stay, key and value tiles stream
+BIAS = "bias"  # dbias: a tile of the scores stays, batches and heads stream
 
-# (kernel, chip, head_dim up to): (tile, tile with a mask). A mask takes registers of its own.
-# "hopper" stands for every chip with 227 KB of shared memory and warpgroup-wide matmuls;
-# "blackwell" (sm_100) has rows where its tensor memory's code takes more registers than Hopper's.
+# (kernel, chip, head_dim up to): (PLAIN, FEATURED, CROWDED). What a feature loads and computes for
+# every score takes registers of its own. "hopper" stands for every chip with 227 KB of shared
+# memory and warpgroup-wide matmuls; "blackwell" (sm_100) has rows where its tensor memory's code
+# takes more registers than Hopper's.
 _16_BIT = {
     # 8 warps of 16 rows each are two warpgroups; 3 stages of 16 KB tiles hide the loads.
-    (FORWARD, "hopper", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
-    # 32 KB of q and 2 x 64 KB of k and v; with a mask 32 bytes spill.
-    (FORWARD, "hopper", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+    (FORWARD, "hopper", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+    # 32 KB of q and 2 x 64 KB of k and v.
+    (FORWARD, "hopper", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
     # The accumulator alone takes 128 registers a thread: 64 keys would spill 112 bytes.
-    (FORWARD, "hopper", 256): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
-    (FORWARD, "blackwell", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-    (FORWARD, "ampere", 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3)),
-    (FORWARD, "ampere", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),  # 24 bytes spill
-    (FORWARD, "ampere", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (DECODE, "hopper", 64): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3)),
-    (DECODE, "hopper", 128): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
-    (DECODE, "hopper", 256): (Tile(16, 32, 4, 3), Tile(16, 32, 4, 3)),
-    (DECODE, "ampere", 64): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
-    (DECODE, "ampere", 128): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
-    (DECODE, "ampere", 256): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-    (KEYS, "hopper", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
-    # Two accumulators of 64 registers; causal spills 136 bytes, 64 keys would halve the reuse.
-    (KEYS, "hopper", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
-    (KEYS, "blackwell", 128): (Tile(32, 128, 8, 1), Tile(32, 64, 8, 1)),
-    (KEYS, "hopper", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (KEYS, "ampere", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),  # up to 40 bytes spill
-    (KEYS, "ampere", 128): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),  # 56 bytes spill with a mask
-    (KEYS, "ampere", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # 40 bytes spill with a mask
-    (QUERIES, "hopper", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (QUERIES, "hopper", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (QUERIES, "hopper", 256): (Tile(128, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (QUERIES, "ampere", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),  # 48 bytes with a mask
-    (QUERIES, "ampere", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    (QUERIES, "ampere", 256): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),  # 96 of 99 KB
+    (FORWARD, "hopper", 256): (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+    (FORWARD, "hopper", 512): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+    (FORWARD, "blackwell", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    (FORWARD, "ampere", 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+    (FORWARD, "ampere", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (FORWARD, "ampere", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (FORWARD, "ampere", 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (DECODE, "hopper", 64): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3), Tile(16, 64, 4, 2)),
+    (DECODE, "hopper", 128): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 2)),
+    (DECODE, "hopper", 256): (Tile(16, 32, 4, 3), Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+    (DECODE, "hopper", 512): (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    (DECODE, "ampere", 64): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
+    (DECODE, "ampere", 128): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
+    (DECODE, "ampere", 256): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+    (DECODE, "ampere", 512): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    (KEYS, "hopper", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
+    # Two accumulators of 64 registers; 64 keys would halve the reuse of what streams.
+    (KEYS, "hopper", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+    (KEYS, "hopper", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (KEYS, "hopper", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (KEYS, "blackwell", 128): (Tile(32, 128, 8, 1), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+    (KEYS, "ampere", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
+    (KEYS, "ampere", 128): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+    (KEYS, "ampere", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (KEYS, "ampere", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (QUERIES, "hopper", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (QUERIES, "hopper", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (QUERIES, "hopper", 256): (Tile(128, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (QUERIES, "hopper", 512): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+    (QUERIES, "ampere", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (QUERIES, "ampere", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+    (QUERIES, "ampere", 256): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (QUERIES, "ampere", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (BIAS, "hopper", 64): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
+    (BIAS, "hopper", 128): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
+    (BIAS, "hopper", 256): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 32, 8, 1)),
+    (BIAS, "hopper", 512): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (BIAS, "ampere", 64): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
+    (BIAS, "ampere", 128): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),
+    (BIAS, "ampere", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (BIAS, "ampere", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 # IEEE fp32 products run on the FMA units, whose operands Triton holds in registers: small tiles.
 _32_BIT = {
-    (FORWARD, 128): Tile(32, 32, 8, 1),
-    (FORWARD, 256): Tile(16, 16, 8, 1),
-    (DECODE, 128): Tile(16, 32, 8, 1),
-    (DECODE, 256): Tile(16, 16, 8, 1),
-    (KEYS, 128): Tile(32, 32, 8, 1),
-    (KEYS, 256): Tile(16, 16, 8, 1),
-    (QUERIES, 128): Tile(16, 32, 8, 1),
-    (QUERIES, 256): Tile(16, 16, 8, 1),
+    (FORWARD, 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (FORWARD, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (FORWARD, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (DECODE, 128): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (DECODE, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (DECODE, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (KEYS, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (KEYS, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (KEYS, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),  # spills 2 KB
+    (QUERIES, 128): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (QUERIES, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (QUERIES, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (BIAS, 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (BIAS, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (BIAS, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
 
-DECODE_QUERIES = 16  # up to which the forward takes the rows of DECODE
+# Query rows (queries times the heads that share a key head) up to which the forward takes the rows
+# of DECODE, packs those heads into one tile and splits the keys.
+DECODE_ROWS = 16
+
+# Keys of one split: its float32 result is then at most a hundredth of what it reads. A constant, so
+# that how a sequence is split, and with it every bit of its result, follows from its length alone.
+SPLIT_KEYS = 256
 
 
 def block_d(head_dim: int) -> int:
@@ -82,22 +127,84 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def masking(extras: Extras, settings: Settings) -> str:
+    """How much a score needs beside its position: PLAIN nothing, FEATURED one thing, CROWDED more.
+
+    A mask counts double, for its bytes are loaded one by one, each into a register of its own.
+    """
+    per_element = (
+        extras.mask, extras.mask, extras.bias, extras.alibi_slopes, extras.q_documents,
+        extras.blocks, extras.dropout_seed, settings.softcap or None,
+    )  # fmt: skip
+    return MASKINGS[min(2, sum(x is not None for x in per_element))]
+
+
 def tile(
-    kernel: str, architecture: int, bytes_per_element: int, head_dim: int, has_mask: bool
+    kernel: str, architecture: int, bytes_per_element: int, head_dim: int, masking: str
 ) -> Tile:
     """The row of the table.
 
     Args:
-        kernel: FORWARD, DECODE, KEYS or QUERIES.
+        kernel: FORWARD, DECODE, KEYS, QUERIES or BIAS.
         architecture: compute capability, e.g. 90.
         bytes_per_element: 2 or 4.
-        head_dim: up to 256.
-        has_mask: whether a mask tensor is read.
+        head_dim: the larger one of q's and v's, up to 512.
+        masking: PLAIN, FEATURED or CROWDED.
     """
+    if kernel in _overridden:
+        return _overridden[kernel]
+    key = row(kernel, architecture, bytes_per_element, head_dim)
+    table: dict[Any, tuple[Tile, Tile, Tile]] = _32_BIT if bytes_per_element == 4 else _16_BIT
+    return table[key][MASKINGS.index(masking)]
+
+
+_overridden: dict[str, Tile] = {}
+
+
+@contextmanager
+def overridden(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside, `kernel` takes `tile` whatever the table says: for `fastattn tune` and tests."""
+    before = _overridden.get(kernel)
+    _overridden[kernel] = tile
+    try:
+        yield
+    finally:
+        del _overridden[kernel]
+        if before is not None:
+            _overridden[kernel] = before
+
+
+def row(
+    kernel: str, architecture: int, bytes_per_element: int, head_dim: int
+) -> tuple[str | int, ...]:
+    """The key of the table's row that `tile` reads."""
     width = block_d(head_dim)
     if bytes_per_element == 4:
-        return _32_BIT[kernel, max(128, width)]
+        return kernel, max(128, width)
     chip = "hopper" if 90 <= architecture < 120 else "ampere"
     if 100 <= architecture < 120 and (kernel, "blackwell", width) in _16_BIT:
         chip = "blackwell"
-    return _16_BIT[kernel, chip, max(64, width)][has_mask]
+    return kernel, chip, max(64, width)
+
+
+def is_decode(seqlen_q: int, group_size: int) -> bool:
+    """Whether so few rows share a key head that the time goes into reading keys and values."""
+    return seqlen_q * group_size <= DECODE_ROWS
+
+
+def splits(
+    seqlen_k: int, programs: int, multiprocessors: int, wanted: int | None
+) -> tuple[int, int]:
+    """(parts of the keys, keys of a part) of a decode with `programs` programs before splitting.
+
+    Args:
+        wanted: None: parts of SPLIT_KEYS, whatever the batch is. 0: as many as fill the chip
+            twice. n: n parts.
+    """
+    most = max(1, -(-seqlen_k // SPLIT_KEYS))
+    if wanted is None:
+        return most, SPLIT_KEYS
+    parts = wanted or max(1, -(-2 * multiprocessors // max(1, programs)))
+    length = -(-max(1, seqlen_k) // min(parts, most if wanted == 0 else parts))
+    length = -(-length // MAX_BLOCK_N) * MAX_BLOCK_N
+    return max(1, -(-seqlen_k // length)), length

@@ -25,6 +25,11 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def transformed() -> bool:
     """Whether a torch.func transform (grad, jvp, vmap, ...) or forward-mode AD is active.
 

@@ -13,8 +13,6 @@ import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -25,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import fastattn
 from fastattn.integrations import huggingface
 from fastattn.integrations.huggingface import NAME, attention_forward, register
+from oracle import assert_close_to_reference
 
 SMALL = {
     "vocab_size": 97,
@@ -86,6 +85,11 @@ def test_as_sdpa_without_a_mask(
         torch.testing.assert_close(found, expected)
 
 
+def tensors_of(device: str, seqlen_q: int, seqlen_k: int) -> tuple[torch.Tensor, ...]:
+    """Query heads in groups of three."""
+    return tensors(device, seqlen_q, seqlen_k, kv_heads=2)
+
+
 def test_as_sdpa_with_a_mask(device: str) -> None:
     q, k, v = tensors(device, 5, 9, kv_heads=2)
     mask = torch.rand(2, 1, 5, 9, device=device) < 0.5
@@ -113,20 +117,213 @@ def test_dropout(device: str) -> None:
     assert found.std().item() > 0.1
 
 
+def formula(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float = 8**-0.5,
+    softcap: float = 0.0,
+    bias: torch.Tensor | float = 0.0,
+    seen: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a module of transformers computes in "eager": (batch, seqlen, heads, head_dim)."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    keys = scores.shape[-1]
+    if sink is not None:
+        scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
+    return (scores.softmax(-1)[..., :keys] @ v).transpose(1, 2)
+
+
+def distances(seqlen_q: int, seqlen_k: int, device: str) -> torch.Tensor:
+    """How far behind the query a key lies, the last ones being beside each other."""
+    rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=device)[:, None]
+    return rows - torch.arange(seqlen_k, device=device)
+
+
+class TestFeatures:
+    """Each argument against the formula, values and gradients, in float64."""
+
+    def check(
+        self, device: str, kwargs: Any, expected: Any, q_len: int = 7, k_len: int = 7
+    ) -> None:
+        """`expected(q, k, v)` is the formula; `kwargs` and it share tensors that want gradients."""
+        tensors = [x.double() for x in tensors_of(device, q_len, k_len)]
+        leaves = [x.requires_grad_() for x in (*tensors, *kwargs.pop("leaves", ()))]
+        mask = kwargs.pop("attention_mask", None)
+        causal = kwargs.pop("causal", False)
+        found, _ = attention_forward(module(3, causal), *tensors, mask, **kwargs)
+        wanted = expected(*tensors)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+        towards = torch.randn_like(wanted)
+        ours = torch.autograd.grad(found, leaves, towards)
+        theirs = torch.autograd.grad(wanted, leaves, towards)
+        for grad, wanted_grad in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(grad, wanted_grad, rtol=1e-6, atol=1e-8)
+
+    def test_softcap(self, device: str) -> None:
+        self.check(device, {"softcap": 0.5}, lambda *x: formula(*x, softcap=0.5))
+
+    def test_s_aux(self, device: str) -> None:
+        sink = torch.randn(6, dtype=torch.float64, device=device)
+        self.check(
+            device,
+            {"s_aux": sink, "leaves": [sink]},
+            lambda *x: formula(*x, sink=sink[:, None, None]),
+        )
+
+    def test_sinks_per_query(self, device: str) -> None:
+        sinks = torch.randn(2, 6, 7, 1, dtype=torch.float64, device=device)
+        self.check(device, {"sinks": sinks, "leaves": [sinks]}, lambda *x: formula(*x, sink=sinks))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_position_bias(self, causal: bool, device: str) -> None:
+        bias = torch.randn(1, 6, 7, 7, dtype=torch.float64, device=device)
+        seen = distances(7, 7, device) >= 0 if causal else None
+        self.check(
+            device,
+            {"position_bias": bias, "leaves": [bias], "causal": causal},
+            lambda *x: formula(*x, bias=bias, seen=seen),
+        )
+
+    def test_position_bias_and_masks(self, device: str) -> None:
+        bias = torch.randn(1, 6, 7, 7, dtype=torch.float64, device=device)
+        added = torch.randn(2, 1, 1, 7, dtype=torch.float64, device=device)
+        self.check(
+            device,
+            {"position_bias": bias, "attention_mask": added, "leaves": [bias, added]},
+            lambda *x: formula(*x, bias=bias + added),
+        )
+        seen = torch.rand(2, 1, 7, 7, device=device) < 0.6
+        seen[..., 0] = True
+        self.check(
+            device,
+            {"position_bias": bias, "attention_mask": seen, "leaves": [bias]},
+            lambda *x: formula(*x, bias=bias, seen=seen),
+        )
+
+    def test_position_bias_over_an_empty_static_cache(self, device: str) -> None:
+        bias = torch.randn(1, 6, 5, 9, dtype=torch.float64, device=device)
+        seen = torch.ones(5, 9, dtype=torch.bool, device=device).tril()
+        kwargs = {"position_bias": bias, "causal": True}
+        self.check(device, kwargs, lambda *x: formula(*x, bias=bias, seen=seen), 5, 9)
+
+    @pytest.mark.parametrize(
+        ("mask_dtype", "model_dtype"),
+        [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
+    )
+    def test_an_additive_mask_of_another_dtype(
+        self, mask_dtype: torch.dtype, model_dtype: torch.dtype, device: str
+    ) -> None:
+        q, k, v = (x.to(model_dtype) for x in tensors_of(device, 7, 7))
+        added = torch.randn(2, 1, 7, 7, device=device).to(mask_dtype)
+        found, _ = attention_forward(module(3), q, k, v, added)
+        expected = formula(q.double(), k.double(), v.double(), bias=added.double())
+        assert found.dtype == model_dtype
+        eager = formula(q, k, v, bias=added.to(model_dtype))
+        assert_close_to_reference(found, eager, expected)
+
+    def test_a_mask_of_the_least_number(self, device: str) -> None:
+        """transformers' additive masks hold it where a key is hidden."""
+        seen = torch.rand(2, 1, 7, 7, device=device) < 0.6
+        seen[..., 0] = True
+        least = torch.finfo(torch.float64).min
+        added = torch.zeros(seen.shape, dtype=torch.float64, device=device).masked_fill(
+            ~seen, least
+        )
+        self.check(device, {"attention_mask": added}, lambda *x: formula(*x, seen=seen))
+
+    @pytest.mark.parametrize(("q_len", "k_len"), [(7, 7), (1, 7), (3, 7)])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_sliding_window_without_a_mask(
+        self, causal: bool, q_len: int, k_len: int, device: str
+    ) -> None:
+        far = distances(q_len, k_len, device)
+        if causal and q_len == 3:  # the rest of a static cache is cut off
+            far = torch.nn.functional.pad(distances(3, 3, device), (0, 4), value=-1)
+        seen = far.abs() < 3
+        if causal:
+            seen &= far >= 0
+        self.check(
+            device, {"sliding_window": 3, "causal": causal},
+            lambda *x: formula(*x, seen=seen), q_len, k_len,
+        )  # fmt: skip
+
+    def test_a_mask_decides_over_windows_and_packing(self, device: str) -> None:
+        seen = torch.ones(2, 1, 7, 7, dtype=torch.bool, device=device)
+        kwargs = {
+            "attention_mask": seen, "causal": True, "sliding_window": 2,
+            "cu_seq_lens_q": torch.tensor([0, 1, 3, 14], device=device),
+        }  # fmt: skip
+        self.check(device, kwargs, lambda *x: formula(*x))
+
+    @pytest.mark.parametrize("given", ["q", "q and k", "all"])
+    @pytest.mark.parametrize("sinks", [False, True])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_packed_sequences(self, causal: bool, sinks: bool, given: str, device: str) -> None:
+        """Five sequences behind each other in two rows, one of them across both."""
+        starts = torch.tensor([0, 2, 5, 9, 13, 14], dtype=torch.int32, device=device)
+        kwargs: dict[str, Any] = {"cu_seq_lens_q": starts, "softcap": 2.0, "causal": causal}
+        if given != "q":
+            kwargs["cu_seq_lens_k"] = starts
+        if given == "all":
+            kwargs |= {"max_length_q": 4, "max_length_k": torch.tensor(4)}
+        sink = None
+        if sinks:
+            sink = torch.randn(2, 6, 7, 1, dtype=torch.float64, device=device)
+            kwargs |= {"sinks": sink, "leaves": [sink]}
+        ids = torch.bucketize(torch.arange(14, device=device), starts[1:], right=True)
+        seen = ids[:, None] == ids
+        if causal:
+            seen = seen.tril()
+
+        def expected(*rows: torch.Tensor) -> torch.Tensor:
+            one_row = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
+            flat = None if sink is None else sink.transpose(0, 1).flatten(1, 2)[None]
+            return formula(*one_row, softcap=2.0, seen=seen, sink=flat).unflatten(1, (2, 7))[0]
+
+        self.check(device, kwargs, expected)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_indices(self, masked: bool, device: str) -> None:
+        indices = torch.rand(2, 7, 7, device=device).argsort(-1)[..., :3].int()
+        indices[..., 0] = 0
+        seen = torch.zeros(2, 7, 7, dtype=torch.bool, device=device)
+        seen = seen.scatter(-1, indices.long(), True)[:, None]
+        seen &= distances(7, 7, device) >= 0
+        kwargs: dict[str, Any] = {"indices": indices, "causal": True}
+        if masked:
+            kwargs["attention_mask"] = distances(7, 7, device)[None, None] >= 0
+        self.check(device, kwargs, lambda *x: formula(*x, seen=seen))
+
+    def test_learned_queries(self, device: str) -> None:
+        q, k, v = (x.double() for x in tensors_of(device, 5, 7))
+        found, _ = attention_forward(module(3, False), q[:1], k, v, None)
+        torch.testing.assert_close(found, formula(q[:1], k, v))
+
+
 class TestWhatCannotBeHonoured:
     @pytest.mark.parametrize(
         ("kwargs", "match"),
         [
-            ({"softcap": 30.0}, r"softcap: fastattn does not support soft-capped scores"),
-            ({"s_aux": torch.zeros(6)}, r"s_aux: .* attention sinks"),
-            ({"sinks": torch.zeros(6)}, r"sinks: .* attention sinks"),
-            ({"position_bias": torch.zeros(1, 6, 7, 7)}, r"position_bias: .* an additive bias"),
             ({"head_mask": torch.ones(6)}, r"head_mask: .* a mask of heads"),
             ({"cache": object()}, r"cache: .* a paged cache"),
-            ({"indices": torch.zeros(1)}, r"indices: .* sparse attention"),
+            ({"block_indices": torch.zeros(1)}, r"block_indices: .* sparse attention by blocks"),
             ({"output_attentions": True}, r"output_attentions: fastattn never forms"),
-            ({"sliding_window": 6}, r"sliding_window=6 without an attention_mask for 7 keys"),
-            ({"cu_seq_lens_q": torch.tensor([0, 2, 5, 7])}, r"cu_seq_lens_q packs 3 sequences"),
+            (
+                {
+                    "cu_seq_lens_q": torch.tensor([0, 2, 5, 14]),
+                    "position_bias": torch.zeros(1, 6, 7, 7),
+                },
+                r"cu_seq_lens_q packs sequences, of which position_bias and indices know nothing",
+            ),
         ],
     )
     def test_arguments(self, device: str, kwargs: dict[str, Any], match: str) -> None:
@@ -139,14 +336,18 @@ class TestWhatCannotBeHonoured:
         expected, _ = attention_forward(module(), q, k, v, None)
         found, _ = attention_forward(
             module(), q, k, v, None, softcap=None, s_aux=None, output_attentions=False,
-            sliding_window=7, position_ids=torch.arange(7), cu_seq_lens_q=torch.tensor([0, 7]),
+            sliding_window=7, position_ids=torch.arange(7),
+            cu_seq_lens_q=torch.tensor([0, 7, 14]), head_mask=None, deterministic=True,
         )  # fmt: skip
         assert torch.equal(found, expected)
 
-    def test_additive_masks(self, device: str) -> None:
+    def test_integer_masks(self, device: str) -> None:
         q, k, v = tensors(device, 7, 7)
-        with pytest.raises(ValueError, match=r"attention_mask is torch\.float32; .* pass `mask =="):
-            attention_forward(module(), q, k, v, torch.zeros(2, 1, 7, 7, device=device))
+        with pytest.raises(
+            ValueError, match=r"attention_mask is torch\.int64; .* `mask\.bool\(\)`"
+        ):
+            mask = torch.ones(2, 1, 7, 7, dtype=torch.int64, device=device)
+            attention_forward(module(), q, k, v, mask)
 
     def test_more_queries_than_keys(self, device: str) -> None:
         q, k, v = tensors(device, 7, 5)
@@ -186,12 +387,6 @@ def test_other_families(
         for m in (ours, theirs)
     )
     assert torch.equal(generated, original)
-
-
-def test_a_family_that_needs_more_says_so(tokens: torch.Tensor, device: str) -> None:
-    ours = Gemma2ForCausalLM._from_config(Gemma2Config(**SMALL), attn_implementation=NAME)
-    with pytest.raises(ValueError, match="softcap: fastattn does not support"):
-        ours.to(device)(tokens)
 
 
 def test_gpt2_by_name(make_gpt2: Any, tokens: torch.Tensor) -> None:

@@ -11,12 +11,18 @@ import torch._dynamo.testing
 
 import fastattn
 from fastattn.backends import explanation_of
+from fastattn.ops.attention.call import Extras, Settings
 
 
 def tensors(**changes: Any) -> dict[str, Any]:
     q = torch.randn(2, 5, 4, 8)
     k = torch.randn(2, 7, 2, 8)
     return {"q": q, "k": k, "v": k.clone()} | changes
+
+
+BLOCK_MASK = fastattn.BlockMask.from_predicate(
+    lambda b, h, i, j: i >= j, 1, 1, 64, 64, block_size=16
+)
 
 
 @pytest.mark.parametrize(
@@ -32,15 +38,37 @@ def tensors(**changes: Any) -> dict[str, Any]:
         ({"v": torch.randn(2, 6, 2, 8)}, ValueError, r"v must have k's shape \(2, 7, 2, 8\)"),
         ({"k": torch.randn(2, 7, 3, 8), "v": torch.randn(2, 7, 3, 8)}, ValueError, "multiple .* got 4 and 3"),
         ({"k": torch.randn(2, 7, 0, 8), "v": torch.randn(2, 7, 0, 8)}, ValueError, "multiple .* got 4 and 0"),
-        ({"causal": "top"}, TypeError, "causal must be True"),
+        ({"causal": "top"}, ValueError, "causal must be True .* got 'top'"),
+        ({"causal": 1}, TypeError, "causal must be True .* got 1"),
+        ({"window": 5}, ValueError, r"window must be \(left, right\).* got 5"),
+        ({"window": (1, -2)}, ValueError, "window must be"),
+        ({"window": (1.0, 2)}, ValueError, "window must be"),
+        ({"softcap": -1.0}, ValueError, "softcap must be 0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
+        ({"bias": torch.zeros(2, 3, 5, 7)}, ValueError, r"bias must broadcast to .* \(2, 4, 5, 7\)"),
+        ({"bias": torch.zeros(1, 2, 4, 5, 7)}, ValueError, "bias must broadcast"),
+        ({"bias": torch.zeros(5, 7, dtype=torch.float64)}, TypeError, "bias must be float32 or have q's dtype"),
+        ({"bias": torch.zeros(5, 7, device="meta")}, ValueError, "bias must be on q's device cpu; got meta"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes must have the shape \(heads,\) = \(4,\)"),
+        ({"alibi_slopes": torch.ones(4).int()}, TypeError, "alibi_slopes must be float32"),
+        ({"sink": torch.ones(2)}, ValueError, r"sink must have the shape \(heads,\) = \(4,\)"),
+        ({"sink": torch.ones(4, dtype=torch.float64)}, TypeError, "sink must be float32 or have q's dtype"),
+        ({"document_ids": torch.zeros(2, 5).int()}, ValueError, "document_ids must be a pair"),
+        ({"document_ids": (torch.zeros(2, 5).int(), torch.zeros(2, 5).int())}, ValueError, r"document_ids \(of k\) must have a number for every token"),
+        ({"document_ids": (torch.zeros(2, 5), torch.zeros(2, 7))}, TypeError, "must be int32 or int64"),
+        ({"document_ids": 3}, TypeError, "document_ids must be a tensor or a pair"),
+        ({"block_mask": torch.zeros(2, 2)}, TypeError, "block_mask must be a BlockMask; got Tensor"),
+        ({"block_mask": BLOCK_MASK, "window": (1, 1)}, ValueError, "window and block_mask both say"),
+        ({"block_mask": BLOCK_MASK}, ValueError, "block_mask must be made for"),
+        ({"fp32_precision": "tf32"}, ValueError, "fp32_precision must be 'ieee' or 'tf32x3'; got 'tf32'"),
         ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite; got nan"),
         ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float; got str"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\); got 1.0"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in"),
         ({"mask": torch.zeros(2, 4, 5, 7)}, TypeError, "mask must be boolean"),
-        ({"mask": torch.zeros(5, 7, dtype=torch.bool)}, ValueError, "mask must have the shape"),
+        ({"mask": torch.zeros(6, 7, dtype=torch.bool)}, ValueError, "mask must broadcast to"),
         ({"mask": torch.zeros(2, 3, 5, 7, dtype=torch.bool)}, ValueError, r"= \(2, 4, 5, 7\)"),
-        ({"mask": torch.zeros(2, 4, 5, 1, dtype=torch.bool)}, ValueError, "mask must have the shape"),
+        ({"mask": torch.zeros(5, 7, dtype=torch.bool, device="meta")}, ValueError, "mask must be on q's device"),
         ({"key_lengths": torch.tensor([1.0, 2.0])}, TypeError, "key_lengths must be int32 or int64"),
         ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths must have the shape \(batch,\) = \(2,\)"),
         ({"key_lengths": [1, 2]}, TypeError, "key_lengths must be a torch.Tensor; got list"),
@@ -57,10 +85,11 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 
 
 def test_what_triton_declines(device: str) -> None:
-    q = torch.randn(1, 4, 1, 300)
+    q = torch.randn(1, 4, 1, 600)
+    slopes = torch.ones(4, device=device, requires_grad=True)
     for arguments, reason in [
-        ({"q": q, "k": q, "v": q}, "head_dim 300 is above 256"),
-        (tensors(softmax_scale=-1.0), "softmax_scale must be positive"),
+        ({"q": q, "k": q, "v": q}, "head_dim 600 is above 512"),
+        (tensors(alibi_slopes=slopes), "no gradient for alibi_slopes"),
         ({name: x.double() for name, x in tensors().items()}, "float64"),
     ]:
         q_, k_, v_ = (arguments.pop(name).to(device) for name in "qkv")
@@ -130,21 +159,103 @@ OPCHECKS = (
 )
 
 
-@pytest.mark.parametrize("masked", (False, True))
-def test_opcheck(masked: bool, device: str) -> None:
-    q = torch.randn(2, 5, 4, 8, device=device, requires_grad=True)
-    k = torch.randn(2, 7, 2, 8, device=device, requires_grad=True)
-    mask = torch.rand(2, 1, 5, 7, device=device) > 0.3 if masked else None
-    lengths = torch.tensor([7, 3], device=device) if masked else None
-    options = (True, 0.3, "triton", True)
-    arguments = (q, k, k.detach().clone().requires_grad_(), mask, lengths, *options)
+def registered(extras: Extras, **settings: Any) -> tuple[Any, ...]:
+    """What follows q, k and v in a call of the registered op."""
+    numbers = Settings(-1, 0, False, 0.3, 0.0, 0.0, "ieee", 0, 0, 0, 0)._replace(**settings)
+    return (*extras, *numbers, "triton", True)
+
+
+CALLS: dict[str, Any] = {
+    "plain": lambda: registered(Extras()),
+    "features": lambda: registered(
+        Extras(
+            mask=torch.rand(2, 1, 5, 7) > 0.3,
+            bias=torch.randn(1, 4, 5, 7, requires_grad=True),
+            alibi_slopes=torch.rand(1, 4),
+            sink=torch.randn(4, requires_grad=True),
+            key_lengths=torch.tensor([7, 3]),
+            q_documents=torch.randint(2, (2, 5)),
+            k_documents=torch.randint(2, (2, 7)),
+            dropout_seed=torch.tensor([5]),
+        ),
+        window_left=4, softcap=3.0, dropout_p=0.2,
+    ),
+    "blocks": lambda: registered(
+        Extras(blocks=fastattn.BlockMask.from_predicate(lambda b, h, i, j: i + j < 9, 1, 1, 5, 7, block_size=16).tensors),
+        block_q=16, block_k=16,
+    ),
+}  # fmt: skip
+
+
+def moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    def move(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.detach().to(device).requires_grad_(x.requires_grad)
+        return [move(y) for y in x] if isinstance(x, tuple) else x
+
+    return tuple(map(move, arguments))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str, device: str) -> None:
+    q = torch.randn(2, 5, 4, 8, requires_grad=True)
+    k, v = torch.randn(2, 7, 2, 8, requires_grad=True), torch.randn(2, 7, 2, 6, requires_grad=True)
+    arguments = moved((q, k, v, *CALLS[name]()), device)
     torch.library.opcheck(torch.ops.fastattn.attention.default, arguments, test_utils=OPCHECKS)
     out, lse = torch.ops.fastattn.attention(*arguments)
-    backward = (torch.randn_like(out), torch.randn_like(lse), *arguments[:5], out, lse, *options)
+    wanted = name == "features"
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, wanted, wanted, *arguments)
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default, backward, test_utils=OPCHECKS
     )
+
+
+def test_opcheck_packed(device: str) -> None:
+    q, k = torch.randn(9, 4, 8, requires_grad=True), torch.randn(12, 2, 8, requires_grad=True)
+    cu_q, cu_k = torch.tensor([0, 4, 9]), torch.tensor([0, 7, 12])
+    extras = Extras(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=torch.tensor([3, 5]))
+    call = registered(extras, max_seqlen_q=5, max_seqlen_k=7)
+    arguments = moved((q, k, k.detach().clone().requires_grad_(), *call), device)
+    torch.library.opcheck(torch.ops.fastattn.attention.default, arguments, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
+def test_compiles_with_features(backend: str, device: str) -> None:
+    """The gradient of a bias, a window, packed sequences: one graph for all lengths."""
+    torch._dynamo.reset()
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, k, bias=bias, window=(3, 2), backend=backend).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
+    counts = []
+    for seqlen_q, seqlen_k in ((6, 11), (9, 14), (13, 30)):
+        q = torch.randn(2, seqlen_q, 4, 8, device=device, requires_grad=True)
+        k = torch.randn(2, seqlen_k, 2, 8, device=device, requires_grad=True)
+        bias = torch.randn(4, seqlen_q, seqlen_k, device=device, requires_grad=True)
+        grads = torch.autograd.grad(compiled(q, k, bias), (q, k, bias))
+        expected = torch.autograd.grad(step(q, k, bias), (q, k, bias))
+        torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
+        counts.append(compilations.frame_count)
+    assert counts[0] > 0 and len(set(counts)) == 1
+
+
+@pytest.mark.parametrize("backend", (None, "triton"))
+def test_compiles_packed(backend: str | None, device: str) -> None:
+    torch._dynamo.reset()
+
+    def step(q: torch.Tensor, cu: torch.Tensor, longest: int) -> torch.Tensor:
+        return fastattn.attention_varlen(
+            q, q, q, cu, cu, longest, longest, causal=True, softcap=4.0, backend=backend
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((3, 4), (7, 1, 2)):
+        cu = torch.tensor([0, *lengths], device=device).cumsum(0)
+        q = torch.randn(sum(lengths), 2, 8, device=device)
+        torch.testing.assert_close(compiled(q, cu, max(lengths)), step(q, cu, max(lengths)))
 
 
 @pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
@@ -218,6 +329,66 @@ def test_kernels_refuse_transforms(device: str) -> None:
         torch.func.vmap(lambda x: fastattn.attention(x, q, q, backend="triton"))(q[None])
 
 
+FEATURES: dict[str, Any] = {
+    "softcap, alibi": lambda: {"softcap": 2.0, "alibi_slopes": torch.rand(2, dtype=torch.float64)},
+    "window": lambda: {"window": (1, 1)},
+    "top_left": lambda: {"causal": "top_left"},
+    "documents": lambda: {
+        "document_ids": (torch.tensor([[0, 1, 2]]), torch.tensor([[0, 0, 1, 1, 3]]))
+    },
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_derivatives_with_features(name: str) -> None:
+    """First, second and forward-mode derivatives by the default choice, bias and sink included."""
+    q = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 5, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
+    sink = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    options = FEATURES[name]()
+
+    def function(*x: torch.Tensor) -> Any:
+        q, k, v, bias, sink = x
+        return fastattn.attention(q, k, v, bias=bias, sink=sink, return_lse=True, **options)
+
+    leaves = (q, k, v, bias, sink)
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+    tangents = tuple(torch.randn_like(x) for x in leaves)
+    _, (tangent, _) = torch.func.jvp(function, tuple(x.detach() for x in leaves), tangents)
+    outputs = function(*leaves)[0]
+    cotangent = torch.randn_like(outputs)
+    grads = torch.autograd.grad(outputs, leaves, cotangent, materialize_grads=True)
+    expected = sum((g * t).sum() for g, t in zip(grads, tangents))
+    torch.testing.assert_close((tangent * cotangent).sum(), expected)
+
+
+def test_default_choice_has_a_second_derivative_in_float64() -> None:
+    q, k, v = (torch.randn(1, 4, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradgradcheck(lambda *x: fastattn.attention(*x, causal=True), (q, k, v))
+
+
+def test_derivatives_of_packed_sequences() -> None:
+    q, k, v = (torch.randn(n, 2, 3, dtype=torch.float64, requires_grad=True) for n in (5, 6, 6))
+    cu_q, cu_k = torch.tensor([0, 2, 5]), torch.tensor([0, 4, 6])
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention_varlen(q, k, v, cu_q, cu_k, 3, 4, causal=True)
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+    assert torch.autograd.gradgradcheck(function, (q, k, v))
+    tangents = tuple(torch.randn_like(x) for x in (q, k, v))
+    out, tangent = torch.func.jvp(function, (q.detach(), k.detach(), v.detach()), tangents)
+    grads = torch.autograd.grad(function(q, k, v), (q, k, v), out)
+    torch.testing.assert_close(
+        (tangent * out).sum(), sum((g * t).sum() for g, t in zip(grads, tangents))
+    )
+    batch = torch.stack([q.detach(), q.detach() * 2])
+    together = torch.func.vmap(lambda x: function(x, k.detach(), v.detach()))(batch)
+    torch.testing.assert_close(together[1], function(batch[1], k.detach(), v.detach()))
+
+
 def test_second_derivative_of_the_reference() -> None:
     q = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     k = torch.randn(1, 5, 1, 4, dtype=torch.float64, requires_grad=True)
@@ -247,6 +418,31 @@ def test_second_derivative_through_the_kernels(device: str) -> None:
 
     for ours, expected in zip(second("triton"), second("reference")):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivative_of_bias_and_sink_through_the_kernels(device: str) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8, device=device, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 5, 5, device=device, requires_grad=True)
+    sink = torch.randn(2, device=device, requires_grad=True)
+    leaves = (q, k, v, bias, sink)
+
+    def second(backend: str) -> tuple[torch.Tensor, ...]:
+        out, lse = fastattn.attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            sink=sink,
+            softcap=3.0,
+            window=(2, 0),
+            return_lse=True,
+            backend=backend,
+        )
+        grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    for ours, expected in zip(second("triton"), second("reference")):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_of_one_output_alone(device: str) -> None:

@@ -1,4 +1,10 @@
-"""The `triton` backend of attention: FlashAttention-2's loops, features as constexpr switches."""
+"""The `triton` backend of attention: FlashAttention-2's loops, features as compile-time switches.
+
+One family of kernels: `forward` (prefill, packed sequences, decoding on padded or paged caches) and
+`merge` behind it, `cache` before it, `backward` and `bias` for the gradients. `scores` is what they
+share: a feature is written there once. `launching` prepares their operands, `documents` the tiles
+to visit.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +12,12 @@ import torch
 
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.triton.backward import backward
+from fastattn.ops.attention.triton.cache import attention_with_kv_cache
 from fastattn.ops.attention.triton.forward import forward
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["attention_with_kv_cache", "backward", "forward", "unsupported"]
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -21,10 +28,8 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return "the Triton kernels compute in float32; float64 is for torch and reference"
     if problem.device.type == "cpu" and problem.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 dots wrong"
-    if problem.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {problem.head_dim} is above {MAX_HEAD_DIM}"
-    if problem.dropout_p:
-        return "the Triton kernels have no dropout"
-    if problem.softmax_scale <= 0:
-        return f"softmax_scale must be positive for the kernels, got {problem.softmax_scale}"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        return f"head_dim {max(problem.head_dim, problem.head_dim_v)} is above {MAX_HEAD_DIM}"
+    if problem.needs_slope_grad:
+        return "the kernels have no gradient for alibi_slopes"
     return None

@@ -1,11 +1,14 @@
-"""Attention backward, without atomics: three kernels, each output written by one program.
+"""Attention backward, without atomics: each output is written by one program.
 
-With p = exp(softmax_scale q k^T - lse) recomputed tile by tile,
+With s the scores of scores.py, p = exp(s - lse) recomputed tile by tile, and D the dropout (0 or
+1 / (1 - dropout_p) at each weight),
 
-    delta = rowsum(dO * out) - dlse                     (preprocess)
-    dV = p^T dO,   dS = p * (dO v^T - delta)
-    dK = softmax_scale dS^T q                           (by key tile, over its queries)
-    dQ = softmax_scale dS k                             (by query tile, over its keys)
+    delta = rowsum(dO * out) - dlse                     (preprocess; or rowsum(p * D dO v^T))
+    dV = (D p)^T dO,   dS = p * (D dO v^T - delta)
+    dbias = dS,        dsink = -sum exp(sink - lse) delta
+    dX = dS * (1 - tanh^2)                              (through the softcap)
+    dK = softmax_scale dX^T q                           (by key tile, over its queries)
+    dQ = softmax_scale dX k                             (by query tile, over its keys)
 
 (Dao 2023, arXiv:2307.08691, with the gradient of the LSE: dlse/ds = p.) Recomputing p in both loops
 costs seven products instead of the five of one loop with atomics, and buys equal bits in every run.
@@ -17,422 +20,831 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention import tiles
-from fastattn.ops.attention.triton.forward import LOG2_E, mask_bytes, mask_strides, readable
-from fastattn.ops.attention.triton.scores import hide, load_tile, store_tile
+from fastattn.ops.attention import dropout, tiles
+from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.triton import launching
+from fastattn.ops.attention.triton.bias import bias_gradient
+from fastattn.ops.attention.triton.documents import tile_ranges
+from fastattn.ops.attention.triton.scores import (
+    LOG2_E,
+    keep_tile,
+    key_range,
+    load_tile,
+    row_state,
+    score_tile,
+    sequence,
+    store_tile,
+)
 from fastattn.ops.common import launch
 
 LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
 
 
-@triton.jit(do_not_specialize=["heads", "seqlen_q"])
+@triton.jit(do_not_specialize=launching.SIZES)
 def _delta_kernel(
-    dout_ptr,  # (batch, seqlen_q, heads, head_dim)
+    dout_ptr,  # (batch, seqlen_q, heads, head_dim_v)
     out_ptr,
-    dlse_ptr,  # (batch, heads, seqlen_q), contiguous
+    dlse_ptr,  # (batch, heads, seqlen_q), contiguous, or None
     delta_ptr,  # (batch, heads, seqlen_q), contiguous
-    stride_db, stride_ds, stride_dh,
+    stride_db, stride_ds, stride_dh,  # in units of ALIGN elements
     stride_ob, stride_os, stride_oh,
     heads,
     seqlen_q,
+    tiles_m,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     first_row = tl.program_id(0) % tiles_m * BLOCK_M
     batch_head = tl.program_id(0) // tiles_m
     head = (batch_head % heads).to(tl.int64)
     batch = (batch_head // heads).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
-    limit = seqlen_q - first_row
-    dout_base = dout_ptr + batch * stride_db + head * stride_dh + first_row.to(tl.int64) * stride_ds
-    out_base = out_ptr + batch * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_os
-    dout = load_tile(dout_base, rows, stride_ds, limit, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    out = load_tile(out_base, rows, stride_os, limit, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    delta = tl.sum(dout * out, 1)
+    inside = rows < seqlen_q - first_row
+    first = first_row.to(tl.int64)
+    dout_base = dout_ptr + (batch * stride_db + head * stride_dh + first * stride_ds) * ALIGN
+    out_base = out_ptr + (batch * stride_ob + head * stride_oh + first * stride_os) * ALIGN
+    dout = load_tile(dout_base, rows * (stride_ds * ALIGN), inside, HEAD_DIM, BLOCK_D)
+    out = load_tile(out_base, rows * (stride_os * ALIGN), inside, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     line = batch_head.to(tl.int64) * seqlen_q + first_row + rows
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + line, mask=rows < limit, other=0.0)
-    tl.store(delta_ptr + line, delta, mask=rows < limit)
-
-
-@triton.jit
-def _row_state(lse_ptr, delta_ptr, line, rows, rows_left):
-    """(lse in base 2, delta) of a tile's rows; those past the end or without a key get p = 0."""
-    inside = rows < rows_left
-    lse = tl.load(lse_ptr + line + rows, mask=inside, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E_CONSTANT
-    return lse, tl.load(delta_ptr + line + rows, mask=inside, other=0.0)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + line, mask=inside, other=0.0)
+    tl.store(delta_ptr + line, delta, mask=inside)
 
 
 @triton.jit
 def _accumulate_keys(
     dk,  # (BLOCK_N, BLOCK_D)
-    dv,
+    dv,  # (BLOCK_N, BLOCK_DV)
     k,  # (BLOCK_N, BLOCK_D)
-    v,
-    q_base,
+    v,  # (BLOCK_N, BLOCK_DV)
+    q_base,  # at query 0
     dout_base,
     lse_ptr,
     delta_ptr,
-    line,  # offset of this (batch, head) in lse and delta
-    mask_base,  # at query 0 and the tile's first key
-    columns,  # (BLOCK_N,) keys inside the tile
-    start,
+    line,  # offset of query 0 in lse and delta
+    indices_ptr,  # lists of kept tiles, or None
+    partial_ptr,
+    patterns_ptr,
+    start,  # queries from start to end; with lists: places in them, times their subtiles
     end,
-    stride_q,
-    stride_dout,
-    stride_mask_q,
-    stride_mask_k,
-    seqlen_q,
-    keys_left,
-    diagonal,  # query 0 sees the tile's keys j <= diagonal
-    scale_log2,
+    j,  # (BLOCK_N, 1)
+    length_q,
+    key_limit,
+    low,
+    high,
+    shift,
+    mask_base,  # at query 0 and the tile's first key
+    bias_base,
+    slope,
+    q_documents_ptr,
+    k_documents,  # (BLOCK_N, 1)
+    pattern_column,  # (BLOCK_N, 1) columns inside a tile of the block mask
+    seed,
+    plane,
+    first_key,
+    threshold,
+    inverse_keep,
+    scale,
+    softcap,
+    strides,  # (q, dout, mask from query to query, mask from key to key, bias likewise)
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_MASK_Q: tl.constexpr,
+    BLOCK_MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BOUNDARY: tl.constexpr,
 ):
-    """Add the query tiles [start, end) to dk and dv of one key tile."""
+    """Add query tiles to dk and dv of one key tile."""
+    stride_q, stride_dout, stride_mq, stride_mk, stride_bq, stride_bk = strides
     rows = tl.arange(0, BLOCK_M)
-    for m in range(start, end, BLOCK_M):
+    columns = tl.arange(0, BLOCK_N)
+    step: tl.constexpr = 1 if indices_ptr is not None else BLOCK_M
+    for t in range(start, end, step):
+        m = t
+        pattern_rows = None
+        if indices_ptr is not None:
+            subtiles: tl.constexpr = BLOCK_MASK_Q // BLOCK_M
+            entry = t // subtiles
+            inner = t % subtiles * BLOCK_M
+            m = tl.load(indices_ptr + entry) * BLOCK_MASK_Q + inner
+            if patterns_ptr is not None:
+                number = tl.load(partial_ptr + entry).to(tl.int64)
+                pattern_rows = patterns_ptr + number * (BLOCK_MASK_Q * BLOCK_MASK_K)
+                pattern_rows += (inner + rows)[None, :] * BLOCK_MASK_K
         first = tl.cast(m, tl.int64)
-        limit = seqlen_q - m
-        q = load_tile(q_base + first * stride_q, rows, stride_q, limit, HEAD_DIM, BLOCK_D, True)
-        lse, delta = _row_state(lse_ptr, delta_ptr, line + m, rows, limit)
+        inside = rows < length_q - m
+        i = (m + rows)[None, :]
+        q = load_tile(q_base + first * stride_q, rows * stride_q, inside, HEAD_DIM, BLOCK_D)
+        lse, delta = row_state(lse_ptr, delta_ptr, line + m, rows, length_q - m)
+        mask_corner = None
+        if mask_base is not None:
+            mask_corner = mask_base + first * stride_mq
+        bias_corner = None
+        if bias_base is not None:
+            bias_corner = bias_base + first * stride_bq
+        q_documents = None
+        if q_documents_ptr is not None:
+            q_documents = tl.load(q_documents_ptr + m + rows, mask=inside, other=0)[None, :]
         # Keys by queries: p and ds are then left operands as they come, without a transposition.
-        scores = tl.dot(k, q.T, input_precision="ieee") * scale_log2
-        scores = hide(
-            scores, mask_base + first * stride_mask_q, rows[None, :], columns[:, None],
-            stride_mask_q, stride_mask_k, limit, keys_left, diagonal + m, CAUSAL, HAS_MASK,
-            BOUNDARY,
+        scores, slope_of_cap = score_tile(
+            tl.dot(k, q.T, input_precision=PRECISION), i, j, inside[None, :], key_limit, low, high,
+            shift, None, mask_corner, rows[None, :] * stride_mq, columns[:, None] * stride_mk,
+            bias_corner, rows[None, :] * stride_bq, columns[:, None] * stride_bk, slope,
+            q_documents, k_documents, pattern_rows, pattern_column, scale, softcap, BOUNDARY, True,
         )  # fmt: skip
         p = tl.exp2(scores - lse[None, :])
         dout = load_tile(
-            dout_base + first * stride_dout, rows, stride_dout, limit, HEAD_DIM, BLOCK_D, True
+            dout_base + first * stride_dout, rows * stride_dout, inside, HEAD_DIM_V, BLOCK_DV
         )
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dp = tl.dot(v, dout.T, input_precision="ieee")
+        dp = tl.dot(v, dout.T, input_precision=PRECISION)
+        if seed is not None:
+            keep = keep_tile(seed, plane, i, first_key, threshold, BLOCK_N, True)
+            dp = tl.where(keep, dp * inverse_keep, 0.0)
+            kept = tl.where(keep, p * inverse_keep, 0.0)
+        else:
+            kept = p
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        if softcap is not None:
+            ds *= slope_of_cap
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["kv_heads", "group_size", "seqlen_q", "seqlen_k"])
+@triton.jit(do_not_specialize=launching.SIZES)
 def _keys_kernel(
-    q_ptr,  # (batch, seqlen_q, heads, head_dim)
+    q_ptr,  # (batch, seqlen_q, heads, head_dim); packed: batch 1
     k_ptr,  # (batch, seqlen_k, kv_heads, head_dim)
     v_ptr,
-    dout_ptr,  # as q
-    lse_ptr,  # (batch, heads, seqlen_q), contiguous
+    dout_ptr,  # (batch, seqlen_q, heads, head_dim_v)
+    lse_ptr,  # (batch, heads, seqlen_q), contiguous; packed: (heads, total_q)
     delta_ptr,
-    mask_ptr,
-    key_lengths_ptr,
     dk_ptr,  # as k, contiguous
     dv_ptr,
-    stride_qb, stride_qs, stride_qh,
+    mask_ptr,
+    bias_ptr,
+    slopes_ptr,
+    key_lengths_ptr,
+    q_documents_ptr,
+    k_documents_ptr,
+    ranges_ptr,  # (batch, tiles_n, 2): queries that the documents leave
+    block_offsets_ptr,  # of the transposed block mask
+    block_indices_ptr,
+    block_partial_ptr,
+    block_patterns_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    seed_ptr,
+    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k, v and dout
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh,
-    stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_gb, stride_gs, stride_gh,  # of dk and dv
+    stride_lb, stride_lh,
+    stride_gb, stride_gs, stride_gh,  # of dk
+    stride_ob, stride_os, stride_oh,  # of dv
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mq, stride_mk,
+    stride_bb: tl.int64, stride_bh: tl.int64, stride_bq, stride_bk,
+    stride_slope,
+    stride_qd, stride_kd,
+    stride_block_b, stride_block_h,
     kv_heads,
     group_size,
     seqlen_q,
     seqlen_k,
+    tiles_n,
+    low,
+    high,
     softmax_scale,
-    scale_log2,
+    scale,
+    softcap,
+    threshold,
+    inverse_keep,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_KEY_LENGTHS: tl.constexpr,
+    BLOCK_MASK_Q: tl.constexpr,
+    BLOCK_MASK_K: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles_n = tl.cdiv(seqlen_k, BLOCK_N)
-    first_key = tl.program_id(0) % tiles_n * BLOCK_N
+    tile_n = tl.program_id(0) % tiles_n
     batch_head = tl.program_id(0) // tiles_n
     kv_head = (batch_head % kv_heads).to(tl.int64)
     batch = (batch_head // kv_heads).to(tl.int64)
-    columns = tl.arange(0, BLOCK_N)
-
-    key_limit = seqlen_k
-    if HAS_KEY_LENGTHS:
+    q_start, length_q = sequence(cu_seqlens_q_ptr, seqused_q_ptr, batch, seqlen_q)
+    k_start, length_k = sequence(cu_seqlens_k_ptr, seqused_k_ptr, batch, seqlen_k)
+    first_key = tile_n * BLOCK_N
+    if cu_seqlens_k_ptr is not None:
+        if first_key >= length_k:
+            return
+    shift = length_k - length_q
+    key_limit = length_k
+    if key_lengths_ptr is not None:
         key_limit = tl.minimum(key_limit, tl.load(key_lengths_ptr + batch).to(tl.int32))
-    keys_left = key_limit - first_key
-    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh + first_key.to(tl.int64) * stride_ks
-    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh + first_key.to(tl.int64) * stride_vs
-    k = load_tile(k_base, columns, stride_ks, keys_left, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_base, columns, stride_vs, keys_left, HEAD_DIM, BLOCK_D, True)
 
-    # Query tiles from the first that sees a key of this tile; below `whole` the diagonal crosses.
-    # Rows of padding keys are garbage that no other row sees; they are zeroed at the end.
-    diagonal = seqlen_k - seqlen_q - first_key
+    columns = tl.arange(0, BLOCK_N)
+    inside = columns < key_limit - first_key
+    token = k_start + first_key
+    ks = stride_ks * ALIGN
+    vs = stride_vs * ALIGN
+    k_base = k_ptr + (batch * stride_kb + kv_head * stride_kh) * ALIGN + token * ks
+    v_base = v_ptr + (batch * stride_vb + kv_head * stride_vh) * ALIGN + token * vs
+    k = load_tile(k_base, columns * ks, inside, HEAD_DIM, BLOCK_D)
+    v = load_tile(v_base, columns * vs, inside, HEAD_DIM_V, BLOCK_DV)
+    j = (first_key + columns)[:, None]
+    k_documents = None
+    if k_documents_ptr is not None:
+        k_documents = k_documents_ptr + batch * stride_kd + k_start
+
+    lowest = None
+    if low is not None:
+        lowest = low
+        if not TOP_LEFT:
+            lowest += shift
+    highest = None
+    if high is not None:
+        highest = high
+        if not TOP_LEFT:
+            highest += shift
+    # Queries from the first to the last that see a key of this tile; from `whole_start` to
+    # `whole_end` they see all of them. Rows of padding keys are garbage that no other row sees;
+    # they are zeroed at the end.
     start = 0
-    whole = 0
-    if CAUSAL:
-        start = tl.maximum(-diagonal, 0) // BLOCK_M * BLOCK_M
-        whole = tl.cdiv(tl.maximum(BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
-    end = seqlen_q
-    if keys_left <= 0:
+    whole_start = 0
+    end = length_q
+    if ranges_ptr is not None:
+        pair = ranges_ptr + (batch * tiles_n + tile_n) * 2
+        start = tl.load(pair)
+        end = tl.minimum(end, tl.load(pair + 1))
+    if key_limit <= first_key:
         end = 0
-    whole = tl.minimum(whole, end)
+    whole_end = end
+    if highest is not None:
+        start = tl.maximum(start, first_key - highest)
+        whole_start = first_key + BLOCK_N - 1 - highest
+    if lowest is not None:
+        end = tl.minimum(end, tl.minimum(first_key + BLOCK_N, key_limit) - lowest)
+        whole_end = tl.minimum(whole_end, first_key - lowest + 1)
+    first = tl.maximum(start, 0)
+    start = first // BLOCK_M * BLOCK_M
+    end = tl.where(first < end, end, start)
+    whole_end = tl.minimum(whole_end, end)
+    whole_start = tl.minimum(tl.cdiv(tl.maximum(whole_start, 0), BLOCK_M), tl.cdiv(end, BLOCK_M))
+    whole_start = tl.maximum(whole_start * BLOCK_M, start)
+    if low is not None:
+        whole_end = tl.maximum(whole_end, 0) // BLOCK_M * BLOCK_M
+    whole_end = tl.maximum(whole_end, whole_start)
 
+    strides = (
+        stride_qs * ALIGN, stride_ds * ALIGN, stride_mq, stride_mk, stride_bq, stride_bk,
+    )  # fmt: skip
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for g in range(group_size):
         head = kv_head * group_size + g
-        q_base = q_ptr + batch * stride_qb + head * stride_qh
-        dout_base = dout_ptr + batch * stride_db + head * stride_dh
-        line = (batch * kv_heads * group_size + head) * seqlen_q
-        mask_base = mask_ptr
-        if HAS_MASK:
-            mask_base += batch * stride_mb + head * stride_mh + first_key.to(tl.int64) * stride_mk
-        if CAUSAL:
+        heads = kv_heads * group_size
+        q_base = q_ptr + (batch * stride_qb + head * stride_qh) * ALIGN
+        q_base += q_start * stride_qs * ALIGN
+        dout_base = dout_ptr + (batch * stride_db + head * stride_dh) * ALIGN
+        dout_base += q_start * stride_ds * ALIGN
+        line = batch * stride_lb + head * stride_lh + q_start
+        mask_base = None
+        if mask_ptr is not None:
+            mask_base = mask_ptr + batch * stride_mb + head * stride_mh
+            mask_base += first_key.to(tl.int64) * stride_mk
+        bias_base = None
+        if bias_ptr is not None:
+            bias_base = bias_ptr + batch * stride_bb + head * stride_bh
+            bias_base += first_key.to(tl.int64) * stride_bk
+        slope = None
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E_CONSTANT
+        q_documents = None
+        if q_documents_ptr is not None:
+            q_documents = q_documents_ptr + batch * stride_qd + q_start
+        plane = None
+        if seed_ptr is not None:
+            plane = batch * heads + head
+        if block_offsets_ptr is not None:
+            lists = block_offsets_ptr + batch * stride_block_b + head * stride_block_h
+            lists += first_key // BLOCK_MASK_K
+            subtiles: tl.constexpr = BLOCK_MASK_Q // BLOCK_M
             dk, dv = _accumulate_keys(
-                dk, dv, k, v, q_base, dout_base, lse_ptr, delta_ptr, line, mask_base, columns,
-                start, whole, stride_qs, stride_ds, stride_mq, stride_mk, seqlen_q, keys_left,
-                diagonal, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, HAS_MASK, True,
+                dk, dv, k, v, q_base, dout_base, lse_ptr, delta_ptr, line, block_indices_ptr,
+                block_partial_ptr, block_patterns_ptr, tl.load(lists) * subtiles,
+                tl.load(lists + 1) * subtiles, j, length_q, key_limit, lowest, highest, shift,
+                mask_base, bias_base, slope, q_documents, k_documents, j % BLOCK_MASK_K, seed,
+                plane, first_key, threshold, inverse_keep, scale, softcap, strides, HEAD_DIM,
+                HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_MASK_Q, BLOCK_MASK_K,
+                PRECISION, True,
             )  # fmt: skip
-        dk, dv = _accumulate_keys(
-            dk, dv, k, v, q_base, dout_base, lse_ptr, delta_ptr, line, mask_base, columns,
-            whole, end, stride_qs, stride_ds, stride_mq, stride_mk, seqlen_q, keys_left,
-            diagonal, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, HAS_MASK, False,
-        )  # fmt: skip
+        else:
+            if high is not None:
+                dk, dv = _accumulate_keys(
+                    dk, dv, k, v, q_base, dout_base, lse_ptr, delta_ptr, line, None, None, None,
+                    start, whole_start, j, length_q, key_limit, lowest, highest, shift, mask_base,
+                    bias_base, slope, q_documents, k_documents, None, seed, plane, first_key,
+                    threshold, inverse_keep, scale, softcap, strides, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                    BLOCK_DV, BLOCK_M, BLOCK_N, 0, 0, PRECISION, True,
+                )  # fmt: skip
+            dk, dv = _accumulate_keys(
+                dk, dv, k, v, q_base, dout_base, lse_ptr, delta_ptr, line, None, None, None,
+                whole_start, whole_end, j, length_q, key_limit, lowest, highest, shift, mask_base,
+                bias_base, slope, q_documents, k_documents, None, seed, plane, first_key, threshold,
+                inverse_keep, scale, softcap, strides, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, 0, 0, PRECISION, False,
+            )  # fmt: skip
+            if low is not None:
+                dk, dv = _accumulate_keys(
+                    dk, dv, k, v, q_base, dout_base, lse_ptr, delta_ptr, line, None, None, None,
+                    whole_end, end, j, length_q, key_limit, lowest, highest, shift, mask_base,
+                    bias_base, slope, q_documents, k_documents, None, seed, plane, first_key,
+                    threshold, inverse_keep, scale, softcap, strides, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                    BLOCK_DV, BLOCK_M, BLOCK_N, 0, 0, PRECISION, True,
+                )  # fmt: skip
 
-    seen = (columns < keys_left)[:, None]
-    dk = tl.where(seen, dk * softmax_scale, 0.0)
-    dv = tl.where(seen, dv, 0.0)
-    offset = batch * stride_gb + kv_head * stride_gh + first_key.to(tl.int64) * stride_gs
-    rows_left = seqlen_k - first_key
-    store_tile(dk_ptr + offset, dk, columns, stride_gs, rows_left, HEAD_DIM, BLOCK_D)
-    store_tile(dv_ptr + offset, dv, columns, stride_gs, rows_left, HEAD_DIM, BLOCK_D)
+    dk = tl.where(inside[:, None], dk * softmax_scale, 0.0)
+    dv = tl.where(inside[:, None], dv, 0.0)
+    exists = columns < length_k - first_key
+    dk_base = dk_ptr + batch * stride_gb + kv_head * stride_gh + token * stride_gs
+    dv_base = dv_ptr + batch * stride_ob + kv_head * stride_oh + token * stride_os
+    store_tile(dk_base, dk, columns * stride_gs, exists, HEAD_DIM, BLOCK_D)
+    store_tile(dv_base, dv, columns * stride_os, exists, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit
 def _accumulate_queries(
     dq,  # (BLOCK_M, BLOCK_D)
-    q,  # (BLOCK_M, BLOCK_D)
-    dout,
+    q,
+    dout,  # (BLOCK_M, BLOCK_DV)
     lse,  # (BLOCK_M,)
     delta,
-    k_base,
+    k_base,  # at key 0
     v_base,
-    mask_base,  # at the tile's first query and key 0
-    rows,  # (BLOCK_M,) queries inside the tile
-    start,
+    indices_ptr,  # lists of kept tiles, or None
+    partial_ptr,
+    patterns_ptr,
+    start,  # keys from start to end; with lists: places in them, times their subtiles
     end,
-    stride_k,
-    stride_v,
-    stride_mask_q,
-    stride_mask_k,
-    rows_left,
+    i,  # (BLOCK_M, 1)
+    rows_inside,  # (BLOCK_M, 1)
     key_limit,
-    diagonal,  # the tile's first query sees the keys j <= diagonal
-    scale_log2,
+    low,
+    high,
+    shift,
+    mask_base,  # at the tile's first query and key 0
+    bias_base,
+    slope,
+    q_documents,
+    k_documents_ptr,
+    pattern_row,
+    seed,
+    plane,
+    threshold,
+    inverse_keep,
+    scale,
+    softcap,
+    strides,  # (k, v) from key to key, mask from query to query and key to key, bias likewise
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    BLOCK_MASK_Q: tl.constexpr,
+    BLOCK_MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
     BOUNDARY: tl.constexpr,
 ):
-    """Add the key tiles [start, end) to dq of one query tile."""
+    """Add key tiles to dq of one query tile; with ROW_SUMS to rowsum(p * D dO v^T), (BLOCK_M,)."""
+    stride_k, stride_v, stride_mq, stride_mk, stride_bq, stride_bk = strides
     columns = tl.arange(0, BLOCK_N)
-    for n in range(start, end, BLOCK_N):
+    rows = tl.arange(0, i.shape[0])[:, None]
+    step: tl.constexpr = 1 if indices_ptr is not None else BLOCK_N
+    for t in range(start, end, step):
+        n = t
+        pattern_rows = None
+        pattern_columns = None
+        if indices_ptr is not None:
+            subtiles: tl.constexpr = BLOCK_MASK_K // BLOCK_N
+            entry = t // subtiles
+            inner = t % subtiles * BLOCK_N
+            n = tl.load(indices_ptr + entry) * BLOCK_MASK_K + inner
+            if patterns_ptr is not None:
+                number = tl.load(partial_ptr + entry).to(tl.int64)
+                pattern_rows = patterns_ptr + number * (BLOCK_MASK_Q * BLOCK_MASK_K) + pattern_row
+                pattern_columns = inner + columns[None, :]
         first = tl.cast(n, tl.int64)
-        limit = key_limit - n
-        k_tile = k_base + first * stride_k
-        v_tile = v_base + first * stride_v
-        k = load_tile(k_tile, columns, stride_k, limit, HEAD_DIM, BLOCK_D, BOUNDARY)
-        v = load_tile(v_tile, columns, stride_v, limit, HEAD_DIM, BLOCK_D, BOUNDARY)
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
-        scores = hide(
-            scores, mask_base + first * stride_mask_k, rows[:, None], columns[None, :],
-            stride_mask_q, stride_mask_k, rows_left, limit, diagonal - n, CAUSAL, HAS_MASK,
-            BOUNDARY,
+        inside = None
+        if BOUNDARY:
+            inside = columns < key_limit - n
+        k = load_tile(k_base + first * stride_k, columns * stride_k, inside, HEAD_DIM, BLOCK_D)
+        v = load_tile(v_base + first * stride_v, columns * stride_v, inside, HEAD_DIM_V, BLOCK_DV)
+        mask_corner = None
+        if mask_base is not None:
+            mask_corner = mask_base + first * stride_mk
+        bias_corner = None
+        if bias_base is not None:
+            bias_corner = bias_base + first * stride_bk
+        scores, slope_of_cap = score_tile(
+            tl.dot(q, k.T, input_precision=PRECISION), i, (n + columns)[None, :], rows_inside,
+            key_limit, low, high, shift, None, mask_corner, rows * stride_mq,
+            columns[None, :] * stride_mk, bias_corner, rows * stride_bq,
+            columns[None, :] * stride_bk, slope, q_documents, k_documents_ptr, pattern_rows,
+            pattern_columns, scale, softcap, BOUNDARY, BOUNDARY,
         )  # fmt: skip
         p = tl.exp2(scores - lse[:, None])
-        dp = tl.dot(dout, v.T, input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dp = tl.dot(dout, v.T, input_precision=PRECISION)
+        if seed is not None:
+            keep = keep_tile(seed, plane, i, n, threshold, BLOCK_N, False)
+            dp = tl.where(keep, dp * inverse_keep, 0.0)
+        if ROW_SUMS:
+            dq += tl.sum(p * dp, 1)
+        else:
+            ds = p * (dp - delta[:, None])
+            if softcap is not None:
+                ds *= slope_of_cap
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "group_size", "seqlen_q", "seqlen_k"])
+@triton.jit(do_not_specialize=launching.SIZES)
 def _queries_kernel(
-    q_ptr,  # (batch, seqlen_q, heads, head_dim)
+    q_ptr,  # (batch, seqlen_q, heads, head_dim); packed: batch 1
     k_ptr,  # (batch, seqlen_k, kv_heads, head_dim)
     v_ptr,
-    dout_ptr,  # as q
-    lse_ptr,  # (batch, heads, seqlen_q), contiguous
+    dout_ptr,  # (batch, seqlen_q, heads, head_dim_v)
+    lse_ptr,  # (batch, heads, seqlen_q), contiguous; packed: (heads, total_q)
     delta_ptr,
+    dq_ptr,  # as q, contiguous; with ROW_SUMS as delta
     mask_ptr,
+    bias_ptr,
+    slopes_ptr,
     key_lengths_ptr,
-    dq_ptr,  # as q, contiguous
-    stride_qb, stride_qs, stride_qh,
+    q_documents_ptr,
+    k_documents_ptr,
+    ranges_ptr,  # (batch, tiles_m, 2): keys that the documents leave
+    block_offsets_ptr,
+    block_indices_ptr,
+    block_partial_ptr,
+    block_patterns_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    seed_ptr,
+    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k, v and dout
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh,
-    stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_lb, stride_lh,
     stride_gb, stride_gs, stride_gh,  # of dq
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mq, stride_mk,
+    stride_bb: tl.int64, stride_bh: tl.int64, stride_bq, stride_bk,
+    stride_slope,
+    stride_qd, stride_kd,
+    stride_block_b, stride_block_h,
     heads,
     group_size,
     seqlen_q,
     seqlen_k,
+    tiles_m,
+    low,
+    high,
     softmax_scale,
-    scale_log2,
+    scale,
+    softcap,
+    threshold,
+    inverse_keep,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_KEY_LENGTHS: tl.constexpr,
+    BLOCK_MASK_Q: tl.constexpr,
+    BLOCK_MASK_K: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
 ):  # fmt: skip
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     tile_m = tl.program_id(0) % tiles_m
-    if CAUSAL:
+    if high is not None:
         tile_m = tiles_m - 1 - tile_m
     batch_head = tl.program_id(0) // tiles_m
     head = (batch_head % heads).to(tl.int64)
     batch = (batch_head // heads).to(tl.int64)
+    kv_head = head // group_size
+    q_start, length_q = sequence(cu_seqlens_q_ptr, seqused_q_ptr, batch, seqlen_q)
+    k_start, length_k = sequence(cu_seqlens_k_ptr, seqused_k_ptr, batch, seqlen_k)
     first_row = tile_m * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    rows_left = seqlen_q - first_row
-    row64 = first_row.to(tl.int64)
-    q_base = q_ptr + batch * stride_qb + head * stride_qh + row64 * stride_qs
-    dout_base = dout_ptr + batch * stride_db + head * stride_dh + row64 * stride_ds
-    k_base = k_ptr + batch * stride_kb + (head // group_size) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_size) * stride_vh
-    mask_base = mask_ptr
-    if HAS_MASK:
-        mask_base += batch * stride_mb + head * stride_mh + row64 * stride_mq
-    q = load_tile(q_base, rows, stride_qs, rows_left, HEAD_DIM, BLOCK_D, True)
-    dout = load_tile(dout_base, rows, stride_ds, rows_left, HEAD_DIM, BLOCK_D, True)
-    line = batch_head.to(tl.int64) * seqlen_q + first_row
-    lse, delta = _row_state(lse_ptr, delta_ptr, line, rows, rows_left)
-
-    key_limit = seqlen_k
-    if HAS_KEY_LENGTHS:
+    if cu_seqlens_q_ptr is not None:
+        if first_row >= length_q:
+            return
+    shift = length_k - length_q
+    key_limit = length_k
+    if key_lengths_ptr is not None:
         key_limit = tl.minimum(key_limit, tl.load(key_lengths_ptr + batch).to(tl.int32))
-    diagonal = first_row + seqlen_k - seqlen_q
-    end = key_limit
-    whole = key_limit
-    if CAUSAL:
-        end = tl.minimum(end, diagonal + BLOCK_M)
-        whole = tl.minimum(whole, diagonal + 1)
-    whole = tl.maximum(whole, 0) // BLOCK_N * BLOCK_N
 
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq = _accumulate_queries(
-        dq, q, dout, lse, delta, k_base, v_base, mask_base, rows, 0, whole, stride_ks, stride_vs,
-        stride_mq, stride_mk, rows_left, key_limit, diagonal, scale_log2, HEAD_DIM, BLOCK_D,
-        BLOCK_N, CAUSAL, HAS_MASK, False,
+    rows = tl.arange(0, BLOCK_M)
+    inside = rows < length_q - first_row
+    token = q_start + first_row
+    qs = stride_qs * ALIGN
+    ds = stride_ds * ALIGN
+    q_base = q_ptr + (batch * stride_qb + head * stride_qh) * ALIGN + token * qs
+    dout_base = dout_ptr + (batch * stride_db + head * stride_dh) * ALIGN + token * ds
+    q = load_tile(q_base, rows * qs, inside, HEAD_DIM, BLOCK_D)
+    dout = load_tile(dout_base, rows * ds, inside, HEAD_DIM_V, BLOCK_DV)
+    line = batch * stride_lb + head * stride_lh + token
+    lse, delta = row_state(lse_ptr, delta_ptr, line, rows, length_q - first_row)
+    k_base = k_ptr + (batch * stride_kb + kv_head * stride_kh + k_start * stride_ks) * ALIGN
+    v_base = v_ptr + (batch * stride_vb + kv_head * stride_vh + k_start * stride_vs) * ALIGN
+
+    i = (first_row + rows)[:, None]
+    first = first_row.to(tl.int64)
+    mask_base = None
+    if mask_ptr is not None:
+        mask_base = mask_ptr + batch * stride_mb + head * stride_mh + first * stride_mq
+    bias_base = None
+    if bias_ptr is not None:
+        bias_base = bias_ptr + batch * stride_bb + head * stride_bh + first * stride_bq
+    slope = None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E_CONSTANT
+    q_documents = None
+    k_documents = None
+    if q_documents_ptr is not None:
+        ids = q_documents_ptr + batch * stride_qd + token + rows
+        q_documents = tl.load(ids, mask=inside, other=0)[:, None]
+        k_documents = k_documents_ptr + batch * stride_kd + k_start
+    seed = None
+    plane = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        plane = batch * heads + head
+
+    lowest = None
+    if low is not None:
+        lowest = low
+        if not TOP_LEFT:
+            lowest += shift
+    highest = None
+    if high is not None:
+        highest = high
+        if not TOP_LEFT:
+            highest += shift
+    strides = (
+        stride_ks * ALIGN, stride_vs * ALIGN, stride_mq, stride_mk, stride_bq, stride_bk,
     )  # fmt: skip
-    dq = _accumulate_queries(
-        dq, q, dout, lse, delta, k_base, v_base, mask_base, rows, whole, end, stride_ks, stride_vs,
-        stride_mq, stride_mk, rows_left, key_limit, diagonal, scale_log2, HEAD_DIM, BLOCK_D,
-        BLOCK_N, CAUSAL, HAS_MASK, True,
-    )  # fmt: skip
-    dq_base = dq_ptr + batch * stride_gb + head * stride_gh + row64 * stride_gs
-    store_tile(dq_base, dq * softmax_scale, rows, stride_gs, rows_left, HEAD_DIM, BLOCK_D)
+    if ROW_SUMS:
+        dq = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if block_offsets_ptr is not None:
+        lists = block_offsets_ptr + batch * stride_block_b + head * stride_block_h
+        lists += first_row // BLOCK_MASK_Q
+        subtiles: tl.constexpr = BLOCK_MASK_K // BLOCK_N
+        dq = _accumulate_queries(
+            dq, q, dout, lse, delta, k_base, v_base, block_indices_ptr, block_partial_ptr,
+            block_patterns_ptr, tl.load(lists) * subtiles, tl.load(lists + 1) * subtiles, i,
+            inside[:, None], key_limit, lowest, highest, shift, mask_base, bias_base, slope,
+            q_documents, k_documents, i % BLOCK_MASK_Q * BLOCK_MASK_K, seed, plane, threshold,
+            inverse_keep, scale, softcap, strides, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            BLOCK_MASK_Q, BLOCK_MASK_K, PRECISION, ROW_SUMS, True,
+        )  # fmt: skip
+    else:
+        begin = 0
+        end = key_limit
+        if ranges_ptr is not None:
+            pair = ranges_ptr + (batch * tiles_m + tile_m) * 2
+            begin = tl.load(pair)
+            end = tl.minimum(end, tl.load(pair + 1))
+        last_row = tl.minimum(first_row + BLOCK_M, length_q) - 1
+        start, whole_start, whole_end, end = key_range(
+            first_row, last_row, begin, end, lowest, highest, BLOCK_N, low is not None
+        )
+        if low is not None:
+            dq = _accumulate_queries(
+                dq, q, dout, lse, delta, k_base, v_base, None, None, None, start, whole_start, i,
+                inside[:, None], key_limit, lowest, highest, shift, mask_base, bias_base, slope,
+                q_documents, k_documents, None, seed, plane, threshold, inverse_keep, scale,
+                softcap, strides, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, 0, 0, PRECISION,
+                ROW_SUMS, True,
+            )  # fmt: skip
+        dq = _accumulate_queries(
+            dq, q, dout, lse, delta, k_base, v_base, None, None, None, whole_start, whole_end, i,
+            inside[:, None], key_limit, lowest, highest, shift, mask_base, bias_base, slope,
+            q_documents, k_documents, None, seed, plane, threshold, inverse_keep, scale, softcap,
+            strides, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, 0, 0, PRECISION, ROW_SUMS,
+            False,
+        )  # fmt: skip
+        dq = _accumulate_queries(
+            dq, q, dout, lse, delta, k_base, v_base, None, None, None, whole_end, end, i,
+            inside[:, None], key_limit, lowest, highest, shift, mask_base, bias_base, slope,
+            q_documents, k_documents, None, seed, plane, threshold, inverse_keep, scale, softcap,
+            strides, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, 0, 0, PRECISION, ROW_SUMS,
+            True,
+        )  # fmt: skip
+    if ROW_SUMS:
+        tl.store(dq_ptr + line + rows, dq, mask=inside)
+    else:
+        dq_base = dq_ptr + batch * stride_gb + head * stride_gh + token * stride_gs
+        store_tile(dq_base, dq * softmax_scale, rows * stride_gs, inside, HEAD_DIM, BLOCK_D)
 
 
 def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias_grad: bool,
+    sink_grad: bool,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), each shaped as its input and contiguous."""
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, kv_heads = k.shape[1], k.shape[2]
-    q, k, v, dout, out = (readable(x) for x in (q, k, v, dout, out))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    architecture, size = launch.architecture(q.device), q.element_size()
-    width = tiles.block_d(head_dim)
+    extras: Extras,
+    settings: Settings,
+) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv, dbias, dsink), each shaped as its input and contiguous.
 
+    dbias and dsink are empty where they are not wanted.
+    """
+    if extras.cu_seqlens_q is not None:  # no kernel writes tokens that are in no sequence
+        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+        dout, out = dout[None], out[None]
+    else:
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dout, out = launching.readable(dout), launching.readable(out)
+    x = launching.operands(q, k, v, extras, settings, dout, out)
+    lse = lse.contiguous()
+    architecture, size = launch.architecture(q.device), q.element_size()
+    width, masking = max(x.head_dim, x.head_dim_v), tiles.masking(extras, settings)
+
+    def features(ranges: torch.Tensor | None, transposed: bool) -> tuple[torch.Tensor | None, ...]:
+        mask, bias, slopes, _, *rest = launching.feature_pointers(x, extras)
+        return (
+            mask, bias, slopes, *rest, ranges,
+            *launching.block_pointers(extras, transposed=transposed),
+            *launching.sequence_pointers(extras), extras.dropout_seed,
+        )  # fmt: skip
+
+    strides = (*x.units(x.q), *x.units(x.k), *x.units(x.v), *x.units(dout))
+    strides += launching.lse_strides(x)
+    numbers = (
+        *launching.band(settings),
+        settings.softmax_scale,
+        launching.scale(settings),
+        settings.softcap or None,
+        dropout.threshold(settings.dropout_p),
+        1.0 / (1.0 - settings.dropout_p),
+    )
+    switches = {
+        **x.widths(),
+        "BLOCK_MASK_Q": settings.block_q,
+        "BLOCK_MASK_K": settings.block_k,
+        "TOP_LEFT": settings.top_left,
+        "PRECISION": settings.fp32_precision,
+    }
+    documents = extras.q_documents is not None
+
+    tile_q = tiles.tile(tiles.QUERIES, architecture, size, width, masking)
+    tile_q = tile_q.within(settings.block_q, settings.block_k)
+    tiles_m = triton.cdiv(x.longest_q, tile_q.block_m)
+    of_keys = None
+    if documents:
+        of_keys = tile_ranges(x, extras, tile_q.block_m, tiles_m, of_queries=True)
+
+    def by_queries(result: torch.Tensor, delta: torch.Tensor, row_sums: bool) -> None:
+        launch.launch(
+            _queries_kernel,
+            (tiles_m * x.heads * x.batch,),
+            x.q,
+            x.k,
+            x.v,
+            dout,
+            lse,
+            delta,
+            result,
+            *features(of_keys, False),
+            *strides,
+            *launching.token_strides(dq[None] if x.packed else dq, x.packed),
+            *launching.feature_strides(x, extras),
+            *launching.block_strides(extras, transposed=False),
+            x.heads,
+            x.heads // x.kv_heads,
+            x.seqlen_q,
+            x.seqlen_k,
+            tiles_m,
+            *numbers,
+            **switches,
+            ROW_SUMS=row_sums,
+            BLOCK_M=tile_q.block_m,
+            BLOCK_N=tile_q.block_n,
+            num_warps=tile_q.warps,
+            num_stages=tile_q.stages,
+        )
+
+    if bias_grad and size < 4:
+        # dS summed over many rows shows what rounding of `out` does to its row sum: take it anew.
+        delta = torch.zeros_like(lse)
+        by_queries(delta, delta, row_sums=True)
+        delta = delta if dlse is None else delta - dlse
+    else:
+        delta = _delta(x, dout, out, dlse)
+
+    tile = tiles.tile(tiles.KEYS, architecture, size, width, masking)
+    tile = tile.within(settings.block_q, settings.block_k)
+    tiles_n = triton.cdiv(x.longest_k, tile.block_n)
+    ranges = tile_ranges(x, extras, tile.block_n, tiles_n, of_queries=False) if documents else None
+    launch.launch(
+        _keys_kernel,
+        (tiles_n * x.kv_heads * x.batch,),
+        x.q,
+        x.k,
+        x.v,
+        dout,
+        lse,
+        delta,
+        dk,
+        dv,
+        *features(ranges, True),
+        *strides,
+        *launching.token_strides(dk[None] if x.packed else dk, x.packed),
+        *launching.token_strides(dv[None] if x.packed else dv, x.packed),
+        *launching.feature_strides(x, extras),
+        *launching.block_strides(extras, transposed=True),
+        x.kv_heads,
+        x.heads // x.kv_heads,
+        x.seqlen_q,
+        x.seqlen_k,
+        tiles_n,
+        *numbers,
+        **switches,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    by_queries(dq, delta, row_sums=False)
+    dbias = bias_gradient(x, dout, lse, delta, extras, settings) if bias_grad else q.new_empty((0,))
+    return dq, dk, dv, dbias, _sink_gradient(lse, delta, extras) if sink_grad else q.new_empty((0,))
+
+
+DELTA_ROWS = 32
+
+
+def _delta(
+    x: launching.Operands, dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None
+) -> torch.Tensor:
+    """rowsum(dout * out) - dlse, (batch, heads, seqlen_q); packed tokens as one sequence."""
+    batch, seqlen_q, heads, _ = dout.shape
+    delta = dout.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    tiles_m = triton.cdiv(seqlen_q, DELTA_ROWS)
     launch.launch(
         _delta_kernel,
-        (triton.cdiv(seqlen_q, 32) * heads * batch,),
+        (tiles_m * heads * batch,),
         dout,
         out,
-        delta if dlse is None else dlse.contiguous(),
+        None if dlse is None else dlse.contiguous(),
         delta,
-        *dout.stride()[:3],
-        *out.stride()[:3],
+        *x.units(dout),
+        *x.units(out),
         heads,
         seqlen_q,
-        HEAD_DIM=head_dim,
-        BLOCK_D=width,
-        BLOCK_M=32,
-        HAS_DLSE=dlse is not None,
+        tiles_m,
+        HEAD_DIM=x.head_dim_v,
+        BLOCK_D=tiles.block_d(x.head_dim_v),
+        BLOCK_M=DELTA_ROWS,
+        ALIGN=x.align,
         num_warps=4,
         num_stages=1,
     )
-    lengths = q if key_lengths is None else key_lengths
-    seen = mask_bytes(mask, q)
-    shared = (q, k, v, dout, lse.contiguous(), delta, seen, lengths)
-    strides = (
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *dout.stride()[:3],
-        *mask_strides(mask, seen),
-    )
-    sizes = (heads // kv_heads, seqlen_q, seqlen_k, softmax_scale, softmax_scale * LOG2_E)
-    switches = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": width,
-        "CAUSAL": causal,
-        "HAS_MASK": mask is not None,
-        "HAS_KEY_LENGTHS": key_lengths is not None,
-    }
-    tile = tiles.tile(tiles.KEYS, architecture, size, head_dim, mask is not None)
-    launch.launch(
-        _keys_kernel,
-        (triton.cdiv(seqlen_k, tile.block_n) * kv_heads * batch,),
-        *shared,
-        dk,
-        dv,
-        *strides,
-        *dk.stride()[:3],
-        kv_heads,
-        *sizes,
-        **switches,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    tile = tiles.tile(tiles.QUERIES, architecture, size, head_dim, mask is not None)
-    launch.launch(
-        _queries_kernel,
-        (triton.cdiv(seqlen_q, tile.block_m) * heads * batch,),
-        *shared,
-        dq,
-        *strides,
-        *dq.stride()[:3],
-        heads,
-        *sizes,
-        **switches,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    return dq, dk, dv
+    return delta
+
+
+def _sink_gradient(lse: torch.Tensor, delta: torch.Tensor, extras: Extras) -> torch.Tensor:
+    """-sum over rows of exp(sink - lse) delta: the sink's share of the softmax, without a value."""
+    sink = extras.sink
+    assert sink is not None
+    share = torch.exp(sink.float()[:, None] - lse)
+    # Rows of no sequence have LSE -inf, and what their delta is made of may be anything.
+    rows = torch.where(lse == float("-inf"), 0.0, share * delta.view(lse.shape))
+    summed = rows.sum(-1) if rows.dim() == 2 else rows.sum((0, 2))
+    return -summed.to(sink.dtype)

@@ -1,18 +1,22 @@
-"""Attention forward: one program per (query tile, head, batch).
+"""Attention forward: one program per (query tile, head, batch), and per part of the keys if split.
 
-    for each key tile:  s = softmax_scale log2(e) q k^T
+    for each key tile:  s = log2(e) (softmax_scale q k^T, capped, biased, hidden: scores.py)
                         m' = max(m, rowmax s);  p = 2^(s - m')
-                        l = l 2^(m - m') + rowsum p;  acc = acc 2^(m - m') + p v
+                        l = l 2^(m - m') + rowsum p;  acc = acc 2^(m - m') + dropout(p) v
     out = acc / l,  lse = (m + log2 l) ln 2
 
-(Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691.) Key tiles that every
-row of the query tile sees whole come first and carry no mask arithmetic; then the tiles that the
-causal diagonal or the key limit crosses. For 4 x 4 tiles, `.` without mask arithmetic, `/` with it:
+(Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691.) A sink is a first score
+without a value: m starts as the sink, l as 1. Key tiles that every row of the query tile sees whole
+carry no arithmetic of positions; the tiles that the band's edges or the key limit cross do. For
+4 x 4 tiles of a causal window, `.` without that arithmetic, `/` with it, `-` not visited:
 
-    / - - -        tiles past the diagonal (-) are not visited
+    / - - -
     . / - -
-    . . / -
-    . . . /
+    / . / -
+    - / . /
+
+A few queries (decoding) would leave most of a GPU idle: then the query heads that share a key head
+are rows of one tile, and the keys are split among programs, whose results `merge.py` joins.
 """
 
 from __future__ import annotations
@@ -21,53 +25,123 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention import tiles
-from fastattn.ops.attention.triton.scores import hide, load_tile, store_tile
+from fastattn.ops.attention import dropout, tiles
+from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.triton import launching
+from fastattn.ops.attention.triton.documents import tile_ranges
+from fastattn.ops.attention.triton.merge import merge
+from fastattn.ops.attention.triton.rotary import rotated
+from fastattn.ops.attention.triton.scores import (
+    LN_2,
+    LOG2_E,
+    keep_tile,
+    key_range,
+    load_tile,
+    score_tile,
+    sequence,
+    store_tile,
+)
 from fastattn.ops.common import launch
 
-LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
 
 
 @triton.jit
 def _attend(
-    acc,  # (BLOCK_M, BLOCK_D)
+    acc,  # (BLOCK_M, BLOCK_DV)
     total,  # (BLOCK_M,) l
     top,  # (BLOCK_M,) m
     q,  # (BLOCK_M, BLOCK_D)
-    k_base,
+    k_base,  # at key 0
     v_base,
-    mask_base,  # at the tile's first query and key 0
-    rows,  # (BLOCK_M,) queries inside the tile
-    start,
+    block_table_ptr,  # row of the sequence, or None
+    indices_ptr,  # lists of kept tiles, or None
+    partial_ptr,
+    patterns_ptr,
+    start,  # keys from start to end; with lists: places in them, times their subtiles
     end,
-    stride_k,
-    stride_v,
-    stride_mask_q,
-    stride_mask_k,
-    rows_left,
+    i,  # (BLOCK_M, 1)
+    rows_inside,  # (BLOCK_M, 1)
     key_limit,
-    diagonal,  # the tile's first query sees the keys j <= diagonal
-    scale_log2,
+    low,
+    high,
+    shift,
+    first_key,
+    mask_base,  # at the tile's first row and key 0
+    mask_rows,  # (BLOCK_M, 1) offsets from there
+    bias_base,
+    bias_rows,
+    slope,
+    q_documents,
+    k_documents_ptr,
+    pattern_row,  # (BLOCK_M, 1) rows inside a tile of the block mask, times its width
+    seed,
+    plane,
+    threshold,
+    scale,
+    softcap,
+    strides,  # (k, v, mask, bias) from key to key, (k, v) from page to page
+    page_size,
+    pages,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    BLOCK_MASK_Q: tl.constexpr,
+    BLOCK_MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BOUNDARY: tl.constexpr,
 ):
-    """Fold the key tiles [start, end) into the running softmax."""
-    columns = tl.arange(0, BLOCK_N)
-    for n in range(start, end, BLOCK_N):
-        first = tl.cast(n, tl.int64)
-        k = load_tile(
-            k_base + first * stride_k, columns, stride_k, key_limit - n, HEAD_DIM, BLOCK_D, BOUNDARY
-        )
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
-        scores = hide(
-            scores, mask_base + first * stride_mask_k, rows[:, None], columns[None, :],
-            stride_mask_q, stride_mask_k, rows_left, key_limit - n, diagonal - n, CAUSAL, HAS_MASK,
-            BOUNDARY,
+    """Fold key tiles into the running softmax."""
+    stride_k, stride_v, stride_mask, stride_bias, stride_k_page, stride_v_page = strides
+    local = tl.arange(0, BLOCK_N)
+    step: tl.constexpr = 1 if indices_ptr is not None else BLOCK_N
+    for t in range(start, end, step):
+        n = t
+        pattern_rows = None
+        pattern_columns = None
+        if indices_ptr is not None:
+            subtiles: tl.constexpr = BLOCK_MASK_K // BLOCK_N
+            entry = t // subtiles
+            inner = t % subtiles * BLOCK_N
+            n = tl.load(indices_ptr + entry) * BLOCK_MASK_K + inner
+            if patterns_ptr is not None:  # pattern 0 is all true, for tiles that are seen whole
+                number = tl.load(partial_ptr + entry).to(tl.int64)
+                pattern_rows = patterns_ptr + number * (BLOCK_MASK_Q * BLOCK_MASK_K) + pattern_row
+                pattern_columns = inner + local[None, :]
+        j = n + local
+        inside = None
+        if BOUNDARY:
+            inside = j < key_limit
+            if first_key is not None:
+                inside = inside & (j >= first_key)
+        if block_table_ptr is not None:
+            page = tl.load(block_table_ptr + j // page_size, mask=j < key_limit, other=0)
+            page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+            slot = j % page_size
+            k_tile = k_base
+            v_tile = v_base
+            k_offsets = page * stride_k_page + slot * stride_k
+            v_offsets = page * stride_v_page + slot * stride_v
+        else:
+            first = tl.cast(n, tl.int64)
+            k_tile = k_base + first * stride_k
+            v_tile = v_base + first * stride_v
+            k_offsets = local * stride_k
+            v_offsets = local * stride_v
+        mask_corner = None
+        if mask_base is not None:
+            mask_corner = mask_base + tl.cast(n, tl.int64) * stride_mask
+        bias_corner = None
+        if bias_base is not None:
+            bias_corner = bias_base + tl.cast(n, tl.int64) * stride_bias
+        k = load_tile(k_tile, k_offsets, inside, HEAD_DIM, BLOCK_D)
+        scores, _ = score_tile(
+            tl.dot(q, k.T, input_precision=PRECISION), i, j[None, :], rows_inside, key_limit, low,
+            high, shift, first_key, mask_corner, mask_rows, local[None, :] * stride_mask,
+            bias_corner, bias_rows, local[None, :] * stride_bias, slope, q_documents,
+            k_documents_ptr, pattern_rows, pattern_columns, scale, softcap, BOUNDARY, BOUNDARY,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen no key yet has the maximum -inf; -inf - -inf would be NaN.
@@ -76,172 +150,391 @@ def _attend(
         alpha = tl.exp2(top - harmless)
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = load_tile(
-            v_base + first * stride_v, columns, stride_v, key_limit - n, HEAD_DIM, BLOCK_D, BOUNDARY
-        )
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        if seed is not None:
+            keep = keep_tile(seed, plane, i, n, threshold, BLOCK_N, False)
+            p = tl.where(keep, p, 0.0)
+        v = load_tile(v_tile, v_offsets, inside, HEAD_DIM_V, BLOCK_DV)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["heads", "group_size", "seqlen_q", "seqlen_k"])
+@triton.jit(do_not_specialize=launching.SIZES)
 def _forward_kernel(
-    q_ptr,  # (batch, seqlen_q, heads, head_dim)
-    k_ptr,  # (batch, seqlen_k, kv_heads, head_dim)
+    q_ptr,  # (batch, seqlen_q, heads, head_dim); packed: batch 1
+    k_ptr,  # (batch, seqlen_k, kv_heads, head_dim); paged: (pages, page_size, ...)
     v_ptr,
-    mask_ptr,  # (batch, heads, seqlen_q, seqlen_k) by strides, uint8
-    key_lengths_ptr,  # (batch,)
-    out_ptr,  # as q, contiguous
-    lse_ptr,  # (batch, heads, seqlen_q), contiguous
-    stride_qb, stride_qs, stride_qh,
+    out_ptr,  # (batch, seqlen_q, heads, head_dim_v), contiguous
+    lse_ptr,  # (batch, heads, seqlen_q), contiguous; packed: (heads, total_q)
+    part_out_ptr,  # (splits, *out.shape), float32, contiguous, if SPLIT
+    part_lse_ptr,  # (splits, *lse.shape)
+    mask_ptr,  # uint8
+    bias_ptr,
+    slopes_ptr,
+    sink_ptr,
+    key_lengths_ptr,
+    q_documents_ptr,
+    k_documents_ptr,
+    ranges_ptr,  # (batch, tiles_m, 2): keys that the documents leave
+    block_offsets_ptr,
+    block_indices_ptr,
+    block_partial_ptr,
+    block_patterns_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    seed_ptr,
+    block_table_ptr,  # (batch, pages of a sequence)
+    cache_indices_ptr,  # (batch,)
+    cache_starts_ptr,  # (batch,)
+    rotary_cos_ptr,
+    rotary_sin_ptr,
+    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k and v
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
-    stride_mb, stride_mh, stride_mq, stride_mk,
     stride_ob, stride_os, stride_oh,
+    stride_lb, stride_lh,
+    stride_mb: tl.int64, stride_mh: tl.int64, stride_mq, stride_mk,
+    stride_bb: tl.int64, stride_bh: tl.int64, stride_bq, stride_bk,
+    stride_slope,  # from batch to batch
+    stride_qd, stride_kd,  # of the documents, from batch to batch
+    stride_block_b, stride_block_h,  # of block_offsets
+    stride_table,
+    part_out_stride: tl.int64,  # from split to split
+    part_lse_stride: tl.int64,
     heads,
     group_size,
-    seqlen_q,
+    seqlen_q,  # packed: total_q
     seqlen_k,
-    scale_log2,  # softmax_scale * log2(e)
+    tiles_m,
+    splits,
+    split_length,  # a multiple of BLOCK_N
+    page_size,
+    pages,  # or sequences of a padded cache
+    seqlen_new,  # keys that the call appended to the cache
+    rotary_half,
+    rotary_positions,
+    low,  # -left; None for no bound
+    high,  # right; None for no bound
+    scale,
+    softcap,
+    threshold,
+    inverse_keep,
     HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_KEY_LENGTHS: tl.constexpr,
+    BLOCK_MASK_Q: tl.constexpr,
+    BLOCK_MASK_K: tl.constexpr,
+    PACK: tl.constexpr,  # query heads that are rows of one tile
+    SPLIT: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    LENGTH_DIAGONAL: tl.constexpr,  # the diagonal follows key_lengths, as of a cache
+    ROTARY_INTERLEAVED: tl.constexpr,
+    ROTARY_ADVANCES: tl.constexpr,  # query i stands i after the first, else all at one position
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # One grid axis, for batch * heads may pass 65535. Neighbours share a head, so its keys stay in
     # the L2; under a causal mask the longest rows of tiles start first.
-    tiles_m = tl.cdiv(seqlen_q, BLOCK_M)
     program = tl.program_id(0)
+    split = 0
+    if SPLIT:
+        split = program % splits
+        program = program // splits
     tile_m = program % tiles_m
-    if CAUSAL:
+    if high is not None:
         tile_m = tiles_m - 1 - tile_m
-    batch_head = program // tiles_m
-    head = (batch_head % heads).to(tl.int64)
-    batch = (batch_head // heads).to(tl.int64)
+    head_tiles = heads // PACK
+    head = (program // tiles_m % head_tiles * PACK).to(tl.int64)
+    batch = (program // tiles_m // head_tiles).to(tl.int64)
+    kv_head = head // group_size
 
+    q_start, length_q = sequence(cu_seqlens_q_ptr, seqused_q_ptr, batch, seqlen_q)
+    k_start, key_limit = sequence(cu_seqlens_k_ptr, seqused_k_ptr, batch, seqlen_k)
     first_row = tile_m * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    rows_left = seqlen_q - first_row
-    q_base = q_ptr + batch * stride_qb + head * stride_qh + first_row.to(tl.int64) * stride_qs
-    k_base = k_ptr + batch * stride_kb + (head // group_size) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_size) * stride_vh
-    mask_base = mask_ptr
-    if HAS_MASK:
-        mask_base += batch * stride_mb + head * stride_mh + first_row.to(tl.int64) * stride_mq
-    q = load_tile(q_base, rows, stride_qs, rows_left, HEAD_DIM, BLOCK_D, True)
-
-    key_limit = seqlen_k
-    if HAS_KEY_LENGTHS:
+    if cu_seqlens_q_ptr is not None:
+        if first_row >= length_q * PACK:
+            return
+    length_k = key_limit
+    if key_lengths_ptr is not None:
         key_limit = tl.minimum(key_limit, tl.load(key_lengths_ptr + batch).to(tl.int32))
-    diagonal = first_row + seqlen_k - seqlen_q
-    end = key_limit
-    whole = key_limit  # keys below it are seen by every row of the tile
-    if CAUSAL:
-        end = tl.minimum(end, diagonal + BLOCK_M)
-        whole = tl.minimum(whole, diagonal + 1)
-    whole = tl.maximum(whole, 0) // BLOCK_N * BLOCK_N
+        if LENGTH_DIAGONAL:
+            length_k = key_limit
+    shift = length_k - length_q
+    if SPLIT:
+        if (split > 0) & (split * split_length >= key_limit):
+            return  # merge.py does not read it
+    cache = batch
+    if cache_indices_ptr is not None:
+        cache = tl.load(cache_indices_ptr + batch).to(tl.int64)
+        cache = tl.minimum(tl.maximum(cache, 0), pages - 1)
+    first_key = None
+    begin = 0
+    if cache_starts_ptr is not None:
+        first_key = tl.load(cache_starts_ptr + batch).to(tl.int32)
+        begin = tl.maximum(first_key, 0)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    # Rows of the tile: PACK heads of each query. Positions inside the sequence, offsets in q.
+    local = tl.arange(0, BLOCK_M)
+    row = first_row + local
+    rows_inside = row < length_q * PACK
+    query = row // PACK
+    group = row % PACK
+    qs = stride_qs * ALIGN
+    q_base = q_ptr + batch * stride_qb * ALIGN + head * stride_qh * ALIGN + q_start * qs
+    if PACK == 1:
+        q_base += first_row.to(tl.int64) * qs
+        q_offsets = local * qs
+    else:
+        q_offsets = query.to(tl.int64) * qs + group.to(tl.int64) * stride_qh * ALIGN
+    q = load_tile(q_base, q_offsets, rows_inside, HEAD_DIM, BLOCK_D)
+    if rotary_cos_ptr is not None:
+        position = tl.maximum(length_k - seqlen_new, 0) + query * ROTARY_ADVANCES
+        q = rotated(
+            q, q_base, q_offsets, rows_inside, position, rotary_cos_ptr, rotary_sin_ptr,
+            rotary_half, rotary_positions, ROTARY_INTERLEAVED, BLOCK_D,
+        )  # fmt: skip
+    k_base = k_ptr + kv_head * stride_kh * ALIGN
+    v_base = v_ptr + kv_head * stride_vh * ALIGN
+    table = None
+    if block_table_ptr is not None:
+        table = block_table_ptr + batch * stride_table
+    else:
+        k_base += cache * stride_kb * ALIGN + k_start * stride_ks * ALIGN
+        v_base += cache * stride_vb * ALIGN + k_start * stride_vs * ALIGN
+
+    i = query[:, None]
+    head_of_row = head
+    if PACK > 1:
+        head_of_row = (head + group)[:, None]
+    # Offsets of the rows from the tile's first one: 32-bit, but for heads in one tile.
+    if PACK == 1:
+        place = local[:, None]
+        token = first_row.to(tl.int64)
+    else:
+        place = i.to(tl.int64)
+        token = tl.cast(0, tl.int64)
+    mask_base = None
+    mask_rows = None
+    if mask_ptr is not None:
+        mask_base = mask_ptr + batch * stride_mb + head * stride_mh + token * stride_mq
+        mask_rows = place * stride_mq + group[:, None] * stride_mh
+    bias_base = None
+    bias_rows = None
+    if bias_ptr is not None:
+        bias_base = bias_ptr + batch * stride_bb + head * stride_bh + token * stride_bq
+        bias_rows = place * stride_bq + group[:, None] * stride_bh
+    slope = None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + batch * stride_slope + head_of_row) * LOG2_E_CONSTANT
+    q_documents = None
+    k_documents = None
+    if q_documents_ptr is not None:
+        ids = q_documents_ptr + batch * stride_qd + q_start + query
+        q_documents = tl.load(ids, mask=rows_inside, other=0)[:, None]
+        k_documents = k_documents_ptr + batch * stride_kd + k_start
+    seed = None
+    plane = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        plane = batch * heads + head_of_row
+
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    acc, total, top = _attend(
-        acc, total, top, q, k_base, v_base, mask_base, rows, 0, whole, stride_ks, stride_vs,
-        stride_mq, stride_mk, rows_left, key_limit, diagonal, scale_log2, HEAD_DIM, BLOCK_D,
-        BLOCK_N, CAUSAL, HAS_MASK, False,
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if sink_ptr is not None:
+        if split == 0:
+            total += 1.0
+            sink = tl.load(sink_ptr + head + group).to(tl.float32)
+            top = sink * LOG2_E_CONSTANT
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+
+    end = key_limit
+    if ranges_ptr is not None:
+        pair = ranges_ptr + (batch * tiles_m + tile_m) * 2
+        begin = tl.maximum(begin, tl.load(pair))
+        end = tl.minimum(end, tl.load(pair + 1))
+    if SPLIT:
+        begin = tl.maximum(begin, split * split_length)
+        end = tl.minimum(end, (split + 1) * split_length)
+    lowest = None
+    if low is not None:
+        lowest = low
+        if not TOP_LEFT:
+            lowest += shift
+    highest = None
+    if high is not None:
+        highest = high
+        if not TOP_LEFT:
+            highest += shift
+    strides = (
+        stride_ks * ALIGN, stride_vs * ALIGN, stride_mk, stride_bk,
+        tl.cast(stride_kb, tl.int64) * ALIGN, tl.cast(stride_vb, tl.int64) * ALIGN,
     )  # fmt: skip
-    acc, total, top = _attend(
-        acc, total, top, q, k_base, v_base, mask_base, rows, whole, end, stride_ks, stride_vs,
-        stride_mq, stride_mk, rows_left, key_limit, diagonal, scale_log2, HEAD_DIM, BLOCK_D,
-        BLOCK_N, CAUSAL, HAS_MASK, True,
-    )  # fmt: skip
+    if block_offsets_ptr is not None:
+        lists = block_offsets_ptr + batch * stride_block_b + head * stride_block_h
+        lists += first_row // BLOCK_MASK_Q
+        subtiles: tl.constexpr = BLOCK_MASK_K // BLOCK_N
+        acc, total, top = _attend(
+            acc, total, top, q, k_base, v_base, table, block_indices_ptr, block_partial_ptr,
+            block_patterns_ptr, tl.load(lists) * subtiles, tl.load(lists + 1) * subtiles, i,
+            rows_inside[:, None], key_limit, lowest, highest, shift, first_key, mask_base,
+            mask_rows, bias_base, bias_rows, slope, q_documents, k_documents,
+            i % BLOCK_MASK_Q * BLOCK_MASK_K, seed, plane, threshold, scale, softcap, strides,
+            page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCK_MASK_Q,
+            BLOCK_MASK_K, PRECISION, True,
+        )  # fmt: skip
+    else:
+        last_row = tl.minimum(first_row + BLOCK_M, length_q * PACK) - 1
+        left_edge: tl.constexpr = low is not None or cache_starts_ptr is not None
+        start, whole_start, whole_end, end = key_range(
+            first_row // PACK, last_row // PACK, begin, end, lowest, highest, BLOCK_N, left_edge
+        )
+        if left_edge:
+            acc, total, top = _attend(
+                acc, total, top, q, k_base, v_base, table, None, None, None, start, whole_start, i,
+                rows_inside[:, None], key_limit, lowest, highest, shift, first_key, mask_base,
+                mask_rows, bias_base, bias_rows, slope, q_documents, k_documents, None, seed, plane,
+                threshold, scale, softcap, strides, page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                BLOCK_DV, BLOCK_N, 0, 0, PRECISION, True,
+            )  # fmt: skip
+        acc, total, top = _attend(
+            acc, total, top, q, k_base, v_base, table, None, None, None, whole_start, whole_end, i,
+            rows_inside[:, None], key_limit, lowest, highest, shift, first_key, mask_base,
+            mask_rows, bias_base, bias_rows, slope, q_documents, k_documents, None, seed, plane,
+            threshold, scale, softcap, strides, page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_N, 0, 0, PRECISION, False,
+        )  # fmt: skip
+        acc, total, top = _attend(
+            acc, total, top, q, k_base, v_base, table, None, None, None, whole_end, end, i,
+            rows_inside[:, None], key_limit, lowest, highest, shift, first_key, mask_base,
+            mask_rows, bias_base, bias_rows, slope, q_documents, k_documents, None, seed, plane,
+            threshold, scale, softcap, strides, page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_N, 0, 0, PRECISION, True,
+        )  # fmt: skip
 
     # A row without a key has top -inf and total 0, made 1: out 0, lse -inf.
     total = tl.where(total == 0.0, 1.0, total)
-    out = acc / total[:, None]
+    acc = acc / total[:, None]
+    if seed_ptr is not None:
+        acc *= inverse_keep
     lse = (top + tl.log2(total)) * LN_2
-    out_base = out_ptr + batch * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_os
-    store_tile(out_base, out, rows, stride_os, rows_left, HEAD_DIM, BLOCK_D)
-    lse_base = lse_ptr + batch_head.to(tl.int64) * seqlen_q + first_row
-    tl.store(lse_base + rows, lse, mask=rows < rows_left)
+    token = q_start + query
+    out_offsets = batch * stride_ob + token * stride_os + (head + group) * stride_oh
+    lse_offsets = batch * stride_lb + (head + group) * stride_lh + token
+    if SPLIT:
+        if splits > 1:
+            part = tl.cast(split, tl.int64)
+            part_base = part_out_ptr + part * part_out_stride
+            store_tile(part_base, acc, out_offsets, rows_inside, HEAD_DIM_V, BLOCK_DV)
+            tl.store(part_lse_ptr + part * part_lse_stride + lse_offsets, lse, mask=rows_inside)
+        else:
+            store_tile(out_ptr, acc, out_offsets, rows_inside, HEAD_DIM_V, BLOCK_DV)
+            tl.store(lse_ptr + lse_offsets, lse, mask=rows_inside)
+    else:
+        store_tile(out_ptr, acc, out_offsets, rows_inside, HEAD_DIM_V, BLOCK_DV)
+        tl.store(lse_ptr + lse_offsets, lse, mask=rows_inside)
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    causal: bool,
-    softmax_scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out as q, lse (batch, heads, seqlen_q) in float32."""
-    batch, seqlen_q, heads, head_dim = q.shape
-    q, k, v = readable(q), readable(k), readable(v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    seen = mask_bytes(mask, q)
-    architecture = launch.architecture(q.device)
-    kernel = tiles.DECODE if seqlen_q <= tiles.DECODE_QUERIES else tiles.FORWARD
-    tile = tiles.tile(kernel, architecture, q.element_size(), head_dim, mask is not None)
+    """(out, lse) of a registered call; lse float32."""
+    return attend(launching.operands(q, k, v, extras, settings), extras, settings)
+
+
+def attend(
+    x: launching.Operands,
+    extras: Extras,
+    settings: Settings,
+    cache: launching.Cache = launching.NO_CACHE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose tile and split, launch, merge. `cache` has what a cache's keys are found by."""
+    out, lse = launching.outputs(x)
+    few = tiles.is_decode(x.longest_q, x.heads // x.kv_heads)
+    # Heads of one tile must agree on the tiles to visit.
+    few = few and extras.blocks is None and not x.packed
+    pack = x.heads // x.kv_heads if few else 1
+    architecture = launch.architecture(x.q.device)
+    tile = tiles.tile(
+        tiles.DECODE if few else tiles.FORWARD, architecture, x.q.element_size(),
+        max(x.head_dim, x.head_dim_v), tiles.masking(extras, settings),
+    ).within(settings.block_q, settings.block_k)  # fmt: skip
+    tiles_m = triton.cdiv(x.longest_q * pack, tile.block_m)
+    programs = tiles_m * (x.heads // pack) * x.batch
+    splits, split_length = 1, tiles.SPLIT_KEYS
+    if few:
+        splits, split_length = tiles.splits(
+            x.longest_k, programs, launch.multiprocessors(x.q.device), cache.num_splits
+        )
+    part_out, part_lse = launching.parts(out, lse, splits)
+    ranges = None
+    if extras.q_documents is not None:
+        ranges = tile_ranges(x, extras, tile.block_m, tiles_m, of_queries=True)
     launch.launch(
         _forward_kernel,
-        (triton.cdiv(seqlen_q, tile.block_m) * heads * batch,),
-        q,
-        k,
-        v,
-        seen,
-        q if key_lengths is None else key_lengths,
+        (programs * splits,),
+        x.q,
+        x.k,
+        x.v,
         out,
         lse,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *mask_strides(mask, seen),
-        *out.stride()[:3],
-        heads,
-        heads // k.shape[2],
-        seqlen_q,
-        k.shape[1],
-        softmax_scale * LOG2_E,
-        HEAD_DIM=head_dim,
-        BLOCK_D=tiles.block_d(head_dim),
+        part_out,
+        part_lse,
+        *launching.feature_pointers(x, extras),
+        ranges,
+        *launching.block_pointers(extras, transposed=False),
+        *launching.sequence_pointers(extras),
+        extras.dropout_seed,
+        cache.block_table,
+        cache.indices,
+        cache.starts,
+        cache.rotary_cos,
+        cache.rotary_sin,
+        *x.units(x.q),
+        *x.units(x.k),
+        *x.units(x.v),
+        *launching.token_strides(out[None] if x.packed else out, x.packed),
+        *launching.lse_strides(x),
+        *launching.feature_strides(x, extras),
+        *launching.block_strides(extras, transposed=False),
+        0 if cache.block_table is None else cache.block_table.stride(0),
+        out.numel(),
+        lse.numel(),
+        x.heads,
+        x.heads // x.kv_heads,
+        x.seqlen_q,
+        x.seqlen_k,
+        tiles_m,
+        splits,
+        split_length,
+        x.k.shape[1],
+        x.k.shape[0],
+        cache.seqlen_new,
+        *launching.rotary_sizes(cache),
+        *launching.band(settings),
+        launching.scale(settings),
+        settings.softcap or None,
+        dropout.threshold(settings.dropout_p),
+        1.0 / (1.0 - settings.dropout_p),
+        **x.widths(),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        CAUSAL=causal,
-        HAS_MASK=mask is not None,
-        HAS_KEY_LENGTHS=key_lengths is not None,
+        BLOCK_MASK_Q=settings.block_q,
+        BLOCK_MASK_K=settings.block_k,
+        PACK=pack,
+        SPLIT=few,
+        TOP_LEFT=settings.top_left,
+        LENGTH_DIAGONAL=cache.used,
+        ROTARY_INTERLEAVED=cache.rotary_interleaved,
+        ROTARY_ADVANCES=cache.rotary_advances,
+        PRECISION=settings.fp32_precision,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    if splits > 1:
+        merge(part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, split_length)
     return out, lse
-
-
-# Offsets inside a tile are 32-bit, and a tile has at most 128 rows (tiles.py).
-MAX_ROW_STRIDE = 2**31 // 128 - 1
-
-
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself where the kernels can read it, else a copy.
-
-    They read any strides but a strided last dimension and tokens 2^24 elements apart.
-    """
-    return x if x.stride(-1) == 1 and x.stride(1) <= MAX_ROW_STRIDE else x.contiguous()
-
-
-def mask_bytes(mask: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
-    """The mask as bytes, in place if it can be; any tensor stands in for none, for none is read."""
-    if mask is None:
-        return stand_in
-    return (mask if max(mask.stride()[2:]) <= MAX_ROW_STRIDE else mask.contiguous()).view(
-        torch.uint8
-    )
-
-
-def mask_strides(mask: torch.Tensor | None, seen: torch.Tensor) -> tuple[int, ...]:
-    """Strides by which the mask's bytes read as (batch, heads, seqlen_q, seqlen_k)."""
-    if mask is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if n == 1 else stride for n, stride in zip(seen.shape, seen.stride()))

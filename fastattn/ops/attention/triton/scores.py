@@ -1,76 +1,245 @@
-"""What forward and both backward kernels share: tiles of memory, and which keys a row sees."""
+"""What forward and backward kernels share: tiles of memory, the scores of a tile, its dropout.
+
+An optional tensor that a call does not have arrives in a kernel as None, and the code for it is not
+compiled. Positions i of queries and j of keys count inside the sequence, and come as a column and a
+row: (BLOCK_M, 1) and (1, BLOCK_N) where tiles are queries by keys, the other way round where they
+are keys by queries. Every helper works for both.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+LOG2_E = 1.4426950408889634
+LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def load_tile(
-    base,  # first element of the tile's first row
-    rows,  # (ROWS,) row numbers inside the tile
-    stride,  # between rows, in elements
-    row_limit,  # rows at or past it read as zero; ignored unless CHECK_ROWS
+    base,
+    offsets,  # (ROWS,) of the rows, in elements
+    inside,  # (ROWS,) rows that exist, the others read as zero; None if all do
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
 ):
     """A (ROWS, BLOCK_D) tile; columns past HEAD_DIM read as zero."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = base + rows[:, None] * stride + columns[None, :]
-    if CHECK_ROWS:
-        inside = (rows < row_limit)[:, None]
+    pointers = base + (offsets[:, None] + columns[None, :])
+    if inside is not None:
+        exists = inside[:, None]
         if HEAD_DIM != BLOCK_D:
-            inside = inside & (columns < HEAD_DIM)[None, :]
-        return tl.load(pointers, mask=inside, other=0.0)
-    if HEAD_DIM != BLOCK_D:
-        return tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(pointers)
+            exists = exists & (columns < HEAD_DIM)[None, :]
+        tile = tl.load(pointers, mask=exists, other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        tile = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
 def store_tile(
     base,
     tile,  # (ROWS, BLOCK_D), cast to the pointer's type
-    rows,
-    stride,
-    row_limit,
+    offsets,
+    inside,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK_D)
-    inside = (rows < row_limit)[:, None] & (columns < HEAD_DIM)[None, :]
-    pointers = base + rows[:, None] * stride + columns[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+    exists = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    pointers = base + (offsets[:, None] + columns[None, :])
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def hide(
-    scores,  # (BLOCK_M, BLOCK_N), or transposed
-    mask_base,  # the mask's element of the tile's first query and first key
-    i,  # query numbers inside the tile, (BLOCK_M, 1), or transposed
-    j,  # key numbers inside the tile, (1, BLOCK_N), or transposed
-    stride_mask_q,
-    stride_mask_k,
-    rows_left,  # queries from the tile's first to the end
-    keys_left,  # keys from the tile's first to the padding
-    diagonal,  # the first query of the tile sees its keys j <= diagonal
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    BOUNDARY: tl.constexpr,
-):
-    """`scores` with -inf where the key may not be seen.
+def sequence(cu_seqlens_ptr, seqused_ptr, batch, seqlen):
+    """(first token, tokens) of a sequence; `seqlen` is that of a padded tensor, or a packed total.
 
-    Tiles inside the causal triangle and the key limit (not BOUNDARY) see all but the mask.
+    Contents that point outside of the tensor are cut to it: nothing is read there.
     """
+    start = tl.cast(0, tl.int64)
+    length = seqlen
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + batch).to(tl.int64)
+        start = tl.minimum(tl.maximum(start, 0), seqlen)
+        stop = tl.load(cu_seqlens_ptr + batch + 1).to(tl.int64)
+        length = (tl.minimum(tl.maximum(stop, start), seqlen) - start).to(tl.int32)
+    if seqused_ptr is not None:
+        used = tl.load(seqused_ptr + batch).to(tl.int32)
+        length = tl.minimum(length, tl.maximum(used, 0))
+    return start, length
+
+
+# tanh(x) for |x| < 0.625 as x + x^3 P(x^2), P fitted to a relative error of 5e-9.
+_TANH_0 = tl.constexpr(-0.33333278)
+_TANH_1 = tl.constexpr(0.13331331)
+_TANH_2 = tl.constexpr(-0.05373001)
+_TANH_3 = tl.constexpr(0.02060618)
+_TANH_4 = tl.constexpr(-0.00566697)
+
+
+@triton.jit
+def tanh(x):
+    """To float32's precision also near zero, where 1 - 2 / (e^2x + 1) cancels."""
+    square = x * x
+    p = square * _TANH_4 + _TANH_3
+    p = p * square + _TANH_2
+    p = p * square + _TANH_1
+    p = p * square + _TANH_0
+    near = x + x * square * p
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E_CONSTANT)) + 1.0)
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def score_tile(
+    products,  # q k^T of the tile
+    i,  # query positions
+    j,  # key positions
+    rows_inside,  # queries that exist, like i
+    key_limit,  # keys from here on are padding
+    low,  # query i sees the keys j >= i + low; None for no bound
+    high,  # query i sees the keys j <= i + high; None for no bound
+    shift,  # of the diagonal, seqlen_k - seqlen_q, for ALiBi
+    first_key,  # keys before it are hidden; None for none
+    mask_corner,  # pointer to the mask at the tile's first query and key; or None, as all below
+    mask_rows,  # offsets of its rows from there, like i
+    mask_columns,  # and of its columns, like j
+    bias_corner,
+    bias_rows,
+    bias_columns,
+    slope,  # of ALiBi, times log2(e), like i or a scalar
+    q_documents,  # like i
+    k_documents_ptr,  # at key 0
+    pattern_rows,  # pointers to rows of a tile of the block mask's patterns, like i
+    pattern_columns,  # columns of that tile, like j
+    scale,  # softmax_scale, times log2(e) if there is no softcap
+    softcap,  # None for none
+    BOUNDARY: tl.constexpr,
+    CHECK_KEYS: tl.constexpr,  # keys of the tile may be padding
+):
+    """(scores in units of log2(e), the softcap's derivative if there is one); -inf where unseen.
+
+    Tiles inside the band and the key limit (not BOUNDARY) need no comparison of positions.
+    """
+    slope_of_cap = products  # of no meaning without a softcap
+    if softcap is not None:
+        saturation = tanh(products * (scale / softcap))
+        scores = saturation * (softcap * LOG2_E_CONSTANT)
+        slope_of_cap = 1.0 - saturation * saturation
+    else:
+        scores = products * scale
+    if slope is not None:
+        scores -= slope * tl.abs(i + shift - j).to(tl.float32)
+    exists = rows_inside
+    if CHECK_KEYS:
+        exists = rows_inside & (j < key_limit)
+    if bias_corner is not None:
+        bias = tl.load(bias_corner + (bias_rows + bias_columns), mask=exists, other=0.0)
+        bias = bias.to(tl.float32)
+        scaled = bias * LOG2_E_CONSTANT
+        # A finite bias stays finite: masks made of the smallest float32 hide, but not a whole row.
+        scaled = tl.where((scaled == float("-inf")) & (bias != float("-inf")), -3.4e38, scaled)
+        scores += scaled
     if BOUNDARY:
-        seen = j < keys_left
-        if CAUSAL:
-            seen = seen & (j <= i + diagonal)
+        seen = j < key_limit
+        if high is not None:
+            seen = seen & (j <= i + high)
+        if low is not None:
+            seen = seen & (j >= i + low)
+        if first_key is not None:
+            seen = seen & (j >= first_key)
         scores = tl.where(seen, scores, float("-inf"))
-    if HAS_MASK:
-        pointers = mask_base + (i * stride_mask_q + j * stride_mask_k)
-        seen = tl.load(pointers, mask=(i < rows_left) & (j < keys_left), other=0)
-        scores = tl.where(seen != 0, scores, float("-inf"))
-    return scores
+    if mask_corner is not None:
+        allowed = tl.load(mask_corner + (mask_rows + mask_columns), mask=exists, other=0)
+        scores = tl.where(allowed != 0, scores, float("-inf"))
+    if q_documents is not None:
+        k_documents = tl.load(k_documents_ptr + j, mask=j < key_limit, other=0)
+        scores = tl.where(q_documents == k_documents, scores, float("-inf"))
+    if pattern_rows is not None:
+        allowed = tl.load(pattern_rows + pattern_columns)
+        scores = tl.where(allowed != 0, scores, float("-inf"))
+    return scores, slope_of_cap
+
+
+@triton.jit
+def row_state(lse_ptr, delta_ptr, line, rows, rows_left):
+    """(lse in base 2, delta) of a tile's rows; those past the end or without a key get p = 0."""
+    inside = rows < rows_left
+    lse = tl.load(lse_ptr + line + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + line + rows, mask=inside, other=0.0)
+    blind = lse == float("-inf")  # its delta may be infinite, as the gradient of such an LSE is
+    return tl.where(blind, float("inf"), lse) * LOG2_E_CONSTANT, tl.where(blind, 0.0, delta)
+
+
+@triton.jit
+def keep_tile(
+    seed,  # int64
+    plane,  # batch * heads + head, like i or a scalar
+    i,
+    first_key,  # of the tile, a multiple of 4
+    threshold,  # of dropout.threshold
+    BLOCK_N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,  # the tile is keys by queries
+):
+    """Which weights of a tile dropout keeps; `ops/attention/dropout.py` says by what rule."""
+    quads = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+    if KEYS_FIRST:
+        quads = quads[:, None]
+    else:
+        quads = quads[None, :]
+    zero = (i + quads) * 0
+    row = (zero + i).to(tl.uint32)
+    quad = (zero + quads).to(tl.uint32)
+    planes = (zero + plane).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, row, quad, planes, zero.to(tl.uint32))
+    # (..., 2, 2) with word 2 a + b at [a, b], then next to each other along the keys.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if KEYS_FIRST:
+        words = tl.permute(words, (0, 2, 3, 1))
+        words = tl.reshape(words, (BLOCK_N, words.shape[3]))
+    else:
+        words = tl.reshape(words, (words.shape[0], BLOCK_N))
+    return words.to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def key_range(
+    first_row,  # the first query of a tile
+    last_row,  # the last one
+    begin,  # no key before it
+    end,  # and none from it on
+    low,
+    high,
+    BLOCK_N: tl.constexpr,
+    LEFT_EDGE: tl.constexpr,  # positions hide keys on the left: a band's, or those before `begin`
+):
+    """(start, whole_start, whole_end, end): key tiles that a query tile has to visit.
+
+    Every query of the tile sees all keys of the tiles from whole_start to whole_end; the band's
+    edges and the key limit cross the tiles around them only. Without LEFT_EDGE, `begin` is where
+    documents or a split begin, and whole_start is start.
+    """
+    whole_start = begin
+    whole_end = end
+    if high is not None:
+        end = tl.minimum(end, last_row + high + 1)
+        whole_end = tl.minimum(whole_end, first_row + high + 1)
+    if low is not None:
+        begin = tl.maximum(begin, first_row + low)
+        whole_start = tl.maximum(whole_start, last_row + low)
+    begin = tl.maximum(begin, 0)
+    start = begin // BLOCK_N * BLOCK_N
+    end = tl.where(begin < end, end, start)
+    if LEFT_EDGE:
+        whole_start = tl.cdiv(tl.maximum(whole_start, 0), BLOCK_N)
+        whole_start = tl.minimum(whole_start, tl.cdiv(end, BLOCK_N))
+        whole_start = tl.maximum(whole_start * BLOCK_N, start)
+    else:
+        whole_start = start
+    whole_end = tl.maximum(tl.maximum(whole_end, 0) // BLOCK_N * BLOCK_N, whole_start)
+    return start, whole_start, whole_end, end

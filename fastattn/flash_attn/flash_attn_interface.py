@@ -1,0 +1,326 @@
+"""flash-attn 2.8's functions: its names, signatures and return values; fastattn's ops behind them.
+
+Causal masks and windows are aligned bottom-right, as flash-attn has had them since 2.1. With
+seqlen_q = 2 and seqlen_k = 5, and with 5 and 2, causal=True shows (1) and hides (0):
+
+    1 1 1 1 0        0 0
+    1 1 1 1 1        0 0
+                     0 0
+                     1 0
+                     1 1
+
+What differs from flash-attn 2.8:
+
+- More runs: every device, dtype and head_dim that `fastattn.attention` takes, v with a head_dim of
+  its own, softcap together with dropout, gradients through `softmax_lse` (flash-attn drops them),
+  pages of any size, int64 where flash-attn wants int32.
+- `deterministic` has no effect: every backward is deterministic.
+- S_dmask, the third result with return_attn_probs=True, is None: the probabilities are never
+  formed. flash-attn has them for its tests alone, and not without dropout.
+- `softmax_lse` is the LSE of the documented scores in two cases where flash-attn's is not: a query
+  that sees no key has -inf (flash-attn: inf, or -inf where it splits the keys), and with ALiBi and
+  causal=True no constant of the row is missing from it.
+- An unbounded side of a window is unbounded for any lengths (flash-attn's reaches seqlen_k keys
+  from the diagonal: on the right too few for the first queries where seqlen_q > seqlen_k + 1).
+
+Arguments that all functions share:
+
+    dropout_p: probability with which a weight of the softmax is dropped.
+    softmax_scale: factor of the scores; default 1 / sqrt(head_dim).
+    window_size: (left, right): query i sees the keys from i + seqlen_k - seqlen_q - left to
+        i + seqlen_k - seqlen_q + right; a negative side is unbounded.
+    softcap: scores become softcap * tanh(score / softcap); 0 or less: they stay as they are.
+    alibi_slopes: (heads,) or (batch, heads), float32: scores get
+        -slope * |i + seqlen_k - seqlen_q - j|.
+    return_attn_probs: return (out, softmax_lse, None) instead of out; softmax_lse is float32,
+        (batch, heads, seqlen_q), or (heads, total_q) of the varlen functions.
+
+Errors are those of the ops underneath (TypeError, ValueError, fastattn.UnsupportedError), under
+their names of the arguments.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastattn.flash_attn.pages import gathered
+from fastattn.ops.attention import attention, attention_varlen, attention_with_kv_cache
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of q, (batch, seqlen_q, heads, head_dim), to k and v, (batch, seqlen_k, kv_heads,
+    head_dim); kv_heads divides heads. Returns out, shaped as q, or with `return_attn_probs` the
+    triple of the module's text, which has the other arguments too.
+    """
+    features = _features(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    )
+    return _returned(attention(q, k, v, **features), return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` with k and v in one tensor, (batch, seqlen_k, 2, kv_heads, head_dim)."""
+    k, v = _unpacked("kv", kv, "(batch, seqlen, 2, kv_heads, head_dim)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` with q, k and v in one tensor, (batch, seqlen, 3, heads, head_dim)."""
+    q, k, v = _unpacked("qkv", qkv, "(batch, seqlen, 3, heads, head_dim)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> Any:
+    """Attention of packed sequences: `cu_seqlens_q` and `cu_seqlens_k`, (batch + 1,), say where
+    each begins in q, (total_q, heads, head_dim), and in k and v, (total_k, kv_heads, head_dim).
+    Returns out, shaped as q, or with `return_attn_probs` the triple of the module's text.
+
+    With `block_table`, (batch, max_pages), k and v are pages, (pages, page_size, kv_heads,
+    head_dim): row b names the pages of sequence b, of which the first
+    cu_seqlens_k[b + 1] - cu_seqlens_k[b] tokens count. The pages are gathered into
+    (batch, max_seqlen_k, ...) first, a copy of that size; `flash_attn_with_kvcache` reads pages in
+    place.
+    """
+    seqused_k = None
+    if block_table is not None:
+        k, v, cu_seqlens_k, max_seqlen_k, seqused_k = gathered(
+            k, v, block_table, cu_seqlens_k, max_seqlen_k
+        )
+    features = _features(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    )
+    outputs = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        seqused_k=seqused_k, **features,
+    )  # fmt: skip
+    return _returned(outputs, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` with k and v in one tensor, (total_k, 2, kv_heads, head_dim)."""
+    k, v = _unpacked("kv", kv, "(total, 2, kv_heads, head_dim)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` with q, k and v in one tensor, (total, 3, heads, head_dim)."""
+    q, k, v = _unpacked("qkv", qkv, "(total, 3, heads, head_dim)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention of new queries to a cache of keys and values, which may grow by the same call.
+
+    As flash-attn's it has no gradient: it runs without grad mode, whatever requires grad.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim).
+        k_cache, v_cache: (cache_batch, capacity, kv_heads, head_dim), or with `block_table`
+            (pages, page_size, kv_heads, head_dim).
+        k, v: (batch, seqlen_new, kv_heads, head_dim), written into the caches, in place, behind
+            their first `cache_seqlens` tokens, before the attention. They need `cache_seqlens`.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotate k at cache_seqlens + t, and q at
+            cache_seqlens + i, or all of q at cache_seqlens with neither causal nor a window. They
+            need k and v.
+        cache_seqlens: (batch,), how many tokens of the cache count before the call; an int is that
+            many for every sequence, None the whole capacity.
+        cache_batch_idx: (batch,), the row of the cache that belongs to each sequence; not with
+            `block_table`.
+        cache_leftpad: (batch,), the first token of each sequence that counts.
+        block_table: (batch, max_pages), the pages of each sequence.
+        rotary_interleaved: True rotates the pairs (2c, 2c + 1), False (c, c + rotary_dim / 2).
+        num_splits: parts into which the keys are cut and worked on at the same time; 0: as the
+            device's occupancy wants it.
+        return_softmax_lse: return (out, softmax_lse).
+
+    The diagonal of causal and windows is aligned bottom-right on the length after appending. The
+    other arguments, and what differs from flash-attn, are in the module's text.
+
+    Raises:
+        ValueError: k without cache_seqlens; and as the op underneath.
+    """
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError(
+                "k is written behind the first cache_seqlens tokens of the cache: give "
+                "cache_seqlens, an int or (batch,), with k; 0 for an empty cache"
+            )
+        cache_seqlens = k_cache.shape[1]
+        if block_table is not None:
+            cache_seqlens *= block_table.shape[1]
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    with torch.no_grad():
+        return attention_with_kv_cache(
+            q, k_cache, v_cache, cache_seqlens, k=k, v=v,
+            block_table=block_table, cache_indices=cache_batch_idx, cache_starts=cache_leftpad,
+            rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
+            causal=causal, window=_window(window_size), softmax_scale=softmax_scale,
+            softcap=_softcap(softcap), alibi_slopes=alibi_slopes, num_splits=num_splits,
+            return_lse=return_softmax_lse,
+        )  # fmt: skip
+
+
+def _features(
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    return_attn_probs: bool,
+) -> dict[str, Any]:
+    """The shared arguments under our names."""
+    return {
+        "causal": causal,
+        "window": _window(window_size),
+        "softmax_scale": softmax_scale,
+        "softcap": _softcap(softcap),
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "return_lse": return_attn_probs,
+    }
+
+
+def _window(window_size: Sequence[int]) -> tuple[int, int] | None:
+    """Our window, None where both sides are unbounded: flash-attn says so by any negative."""
+    try:
+        left, right = (max(operator.index(side), -1) for side in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "window_size must be two integers, (left, right), negative for an unbounded side; "
+            f"got {window_size!r}"
+        ) from None
+    return None if left == right == -1 else (left, right)
+
+
+def _softcap(softcap: float) -> float:
+    return 0.0 if isinstance(softcap, (int, float)) and softcap < 0.0 else softcap
+
+
+def _returned(outputs: Any, return_attn_probs: bool) -> Any:
+    """out, or (out, softmax_lse, S_dmask)."""
+    return (*outputs, None) if return_attn_probs else outputs
+
+
+def _unpacked(name: str, packed: torch.Tensor, layout: str) -> tuple[torch.Tensor, ...]:
+    """Views of the tensors in `packed`; the number in the third dimension from the end of `layout`
+    says how many there are.
+    """
+    dimensions = layout.strip("()").split(", ")
+    if packed.dim() != len(dimensions) or packed.shape[-3] != int(dimensions[-3]):
+        raise ValueError(f"{name} must be {layout}; got {tuple(packed.shape)}")
+    return packed.unbind(-3)

@@ -1,0 +1,53 @@
+"""A call of attention in the form in which it travels: what backends and the registered op take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+UNBOUNDED = -1  # of a side of the window
+
+
+class Extras(NamedTuple):
+    """The tensors of a call besides q, k and v. `None` is a feature that is not used.
+
+    Broadcast dimensions have size 1. In a packed call (`cu_seqlens_q` is given) batch is the number
+    of sequences, and seqlen_q, seqlen_k are the longest ones.
+    """
+
+    mask: torch.Tensor | None = None  # (batch|1, heads|1, seqlen_q|1, seqlen_k|1), boolean
+    bias: torch.Tensor | None = None  # (batch|1, heads|1, seqlen_q|1, seqlen_k|1)
+    alibi_slopes: torch.Tensor | None = None  # (batch|1, heads), float32
+    sink: torch.Tensor | None = None  # (heads,)
+    key_lengths: torch.Tensor | None = None  # (batch,)
+    q_documents: torch.Tensor | None = None  # (batch, seqlen_q); packed: (total_q,)
+    k_documents: torch.Tensor | None = None  # (batch, seqlen_k); packed: (total_k,)
+    blocks: tuple[torch.Tensor, ...] | None = None  # BlockMask.tensors
+    cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,)
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None  # (batch,)
+    seqused_k: torch.Tensor | None = None
+    dropout_seed: torch.Tensor | None = None  # (1,), int64
+
+
+NONE = Extras()
+
+
+class Settings(NamedTuple):
+    """The numbers of a call; query i sees the keys i + d - left <= j <= i + d + right.
+
+    d is seqlen_k - seqlen_q, or 0 if `top_left`.
+    """
+
+    window_left: int  # UNBOUNDED for no bound
+    window_right: int  # 0 if causal
+    top_left: bool
+    softmax_scale: float
+    softcap: float  # 0.0 for none
+    dropout_p: float
+    fp32_precision: str  # "ieee" or "tf32x3"
+    max_seqlen_q: int  # of a packed call, else 0
+    max_seqlen_k: int
+    block_q: int  # tile of the block mask, else 0
+    block_k: int

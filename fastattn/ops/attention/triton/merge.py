@@ -1,0 +1,106 @@
+"""Join the results of splits of the keys, each with its LSE, to the whole's."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastattn.ops.attention.triton.scores import LN_2, LOG2_E
+from fastattn.ops.common import launch
+
+LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
+BLOCK_S = 8  # splits in flight
+WARPS = 4
+
+
+@triton.jit(
+    do_not_specialize=["stride_part", "stride_lse", "heads", "seqlen_q", "seqlen_k", "split_length"]
+)
+def _merge_kernel(
+    part_ptr,  # (splits, batch, seqlen_q, heads, head_dim), float32, contiguous
+    part_lse_ptr,  # (splits, batch, heads, seqlen_q), contiguous
+    out_ptr,  # (batch, seqlen_q, heads, head_dim), contiguous
+    lse_ptr,
+    key_lengths_ptr,  # (batch,), or None
+    stride_part: tl.int64,
+    stride_lse: tl.int64,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    split_length,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program for each row: out = sum_s w_s out_s with w_s = exp(lse_s - lse)."""
+    row = tl.program_id(0).to(tl.int64)  # of (batch, seqlen_q, heads)
+    head = row % heads
+    query = row // heads % seqlen_q
+    batch = row // heads // seqlen_q
+    line = (batch * heads + head) * seqlen_q + query
+    length = seqlen_k
+    if key_lengths_ptr is not None:
+        length = tl.minimum(length, tl.load(key_lengths_ptr + batch).to(tl.int32))
+    splits = tl.maximum(tl.cdiv(length, split_length), 1)  # those that hold keys of this sequence
+    columns = tl.arange(0, BLOCK_D)
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        there = split < splits
+        split = split.to(tl.int64)
+        lse = tl.load(part_lse_ptr + split * stride_lse + line, mask=there, other=float("-inf"))
+        lse *= LOG2_E_CONSTANT
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        harmless = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - harmless)
+        old = tl.exp2(top - harmless)
+        pointers = part_ptr + (split * stride_part + row * HEAD_DIM)[:, None] + columns[None, :]
+        exists = there[:, None] & (columns < HEAD_DIM)[None, :]
+        part = tl.load(pointers, mask=exists, other=0.0)
+        acc = acc * old + tl.sum(part * weight[:, None], 0)
+        total = total * old + tl.sum(weight, 0)
+        top = new_top
+    total = tl.where(total == 0.0, 1.0, total)
+    out = acc / total
+    tl.store(
+        out_ptr + row * HEAD_DIM + columns,
+        out.to(out_ptr.dtype.element_ty),
+        mask=columns < HEAD_DIM,
+    )
+    tl.store(lse_ptr + line, (top + tl.log2(total)) * LN_2)
+
+
+def merge(
+    part_out: torch.Tensor,
+    part_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    seqlen_k: int,
+    split_length: int,
+) -> None:
+    """Write out and lse; split s has the keys from s * split_length on."""
+    batch, seqlen_q, heads, head_dim = out.shape
+    launch.launch(
+        _merge_kernel,
+        (batch * seqlen_q * heads,),
+        part_out,
+        part_lse,
+        out,
+        lse,
+        key_lengths,
+        out.numel(),
+        lse.numel(),
+        heads,
+        seqlen_q,
+        seqlen_k,
+        split_length,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_S=BLOCK_S,
+        num_warps=WARPS,
+        num_stages=1,
+    )

@@ -1,0 +1,148 @@
+"""Equal bits: of repeated calls, of a sequence alone and within any batch, of dropout's choice."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from ops.attention.cases import BACKENDS, Case, Problem, call
+
+import fastattn
+from fastattn.ops.attention import dropout, tiles
+
+REPEATED = {
+    "dense": Case(40, 70, heads=4, kv_heads=2, causal=True, bias=(1, 0, 1, 0), seed=1),
+    "packed": Case(packed=((20, 33), (35, 10)), window=(9, 4), alibi="heads", bias=(1, 0, 1, 0)),
+    "dropout": Case(30, 40, dropout_p=0.3, causal=True),
+}
+
+
+def bits(case: Case, problem: Problem, backend: str) -> list[torch.Tensor]:
+    """Output, LSE where it has a gradient, and all gradients."""
+    leaves = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
+    torch.manual_seed(case.seed)
+    with_lse = backend != "torch"
+    result = call(case, problem, backend, leaves, return_lse=with_lse)
+    outputs = result if with_lse else (result,)
+    torch.autograd.backward(outputs, (problem.dout, problem.dlse)[: len(outputs)])
+    return [*outputs, *(x.grad for x in leaves.values())]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", REPEATED)
+def test_fifty_runs_give_the_same_bits(name: str, backend: str, device: str) -> None:
+    case = dataclasses.replace(REPEATED[name], device=device)
+    if backend == "triton" and device == "cpu":  # interpreted: seconds, not minutes
+        case = dataclasses.replace(case, heads=2, kv_heads=1, head_dim=8)
+    problem = case.draw()
+    first = bits(case, problem, backend)
+    for _ in range(50):
+        assert all(map(torch.equal, first, bits(case, problem, backend)))
+
+
+# The reduction order of a row follows from its own lengths and the table of tiles alone.
+INVARIANT = {
+    "dense": Case(40, 90, batch=3, heads=4, kv_heads=2, causal=True),
+    "decoding": Case(1, 150, batch=4, lengths=True),
+    "features": Case(
+        33, 70, batch=3, window=(20, 3), softcap=5.0, bias=(0, 0, 0, 0), alibi="batch"
+    ),
+}
+
+
+def part(x: Any, b: int, batch: int) -> Any:
+    """Sequence b of a tensor of the whole batch; what all share stays."""
+    return x[b : b + 1] if isinstance(x, torch.Tensor) and x.shape[0] == batch else x
+
+
+@pytest.mark.parametrize("backend", ("triton",))
+@pytest.mark.parametrize("name", INVARIANT)
+def test_a_sequence_alone_and_within_a_batch(name: str, backend: str, device: str) -> None:
+    case = dataclasses.replace(INVARIANT[name], device=device)
+    problem = case.draw()
+    whole = bits(case, problem, backend)
+    for b in range(case.batch):
+        alone = Problem(
+            {name: part(x, b, case.batch) for name, x in problem.tensors.items()},
+            {name: part(x, b, case.batch) for name, x in problem.options.items()},
+            dout=problem.dout[b : b + 1],
+            dlse=problem.dlse[b : b + 1],
+        )
+        assert all(map(torch.equal, (x[b : b + 1] for x in whole), bits(case, alone, backend)))
+
+
+@pytest.mark.parametrize("backend", ("triton",))
+@pytest.mark.parametrize("others", [((40, 40), (128, 128)), ((1, 200),), ((0, 0), (3, 3), (5, 0))])
+def test_a_packed_sequence_alone_and_among_others(
+    others: tuple[tuple[int, int], ...], backend: str, device: str
+) -> None:
+    """Neither the neighbours, nor the longest one, nor its place in the tensor change its bits."""
+    mine = 33, 70
+    options = {"causal": True, "heads": 4, "kv_heads": 2, "device": device, "sink": True}
+    alone = Case(packed=(mine,), **options)
+    expected_problem = alone.draw()
+    expected = bits(alone, expected_problem, backend)
+    for place in (0, len(others)):
+        case = Case(packed=(*others[:place], mine, *others[place:]), **options)
+        problem = case.draw()
+        rows, columns = (problem.places(side)[place] for side in "qk")
+        for name in ("q", "k", "v"):
+            x, its = problem.tensors[name], expected_problem.tensors[name]
+            x[rows if name == "q" else columns] = its
+        problem.tensors["sink"] = expected_problem.tensors["sink"]
+        problem.dout[rows] = expected_problem.dout
+        problem.dlse[:, rows] = expected_problem.dlse
+        out, lse, dq, dk, dv, _ = bits(case, problem, backend)
+        ours = [out[rows], lse[:, rows], dq[rows], dk[columns], dv[columns]]
+        assert all(map(torch.equal, ours, expected))
+
+
+def test_a_packed_sequence_has_the_bits_of_a_dense_one(device: str) -> None:
+    dense = Case(33, 70, batch=1, device=device, window=(30, 4))
+    problem = dense.draw()
+    packed = Case(packed=((33, 70),), device=device, window=(30, 4))
+    same = packed.draw()
+    same.tensors = {name: x[0] for name, x in problem.tensors.items()}
+    same.dout, same.dlse = problem.dout[0], problem.dlse[0]
+    expected = [x[0] for x in bits(dense, problem, "triton")]
+    assert all(map(torch.equal, bits(packed, same, "triton"), expected))
+
+
+def test_dropout_is_the_same_for_all_tile_sizes(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed decides, not how a kernel cuts the matrix: its weights, and so its gradients, agree."""
+    case = Case(50, 70, dropout_p=0.5, device=device)
+    problem = case.draw()
+    problem.tensors["v"] = torch.eye(70, device=device)[None, :, None].expand(2, 70, 2, 70)
+    problem.dout = torch.ones(2, 50, 2, 70, device=device)
+    torch.manual_seed(case.seed)
+    seed = dropout.draw_seed(torch.device(device))
+    kept = dropout.keep(seed, 0.5, 2, 2, 50, 70).transpose(1, 2)
+    results = {}
+    for side in (16, 32, 64):
+        monkeypatch.setattr(tiles, "tile", lambda *a, n=side, **k: tiles.Tile(n, n, 4, 1))
+        results[side] = bits(case, problem, "triton")
+        assert torch.equal(results[side][0] != 0, kept)
+    for other in (32, 64):
+        for a, b in zip(results[16], results[other]):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_follows_torchs_generator(backend: str, device: str) -> None:
+    """The same seed gives the same bits, the next call others."""
+    q, k = torch.randn(2, 30, 2, 16, device=device), torch.randn(2, 40, 2, 16, device=device)
+
+    def run() -> torch.Tensor:
+        return fastattn.attention(q, k, k, dropout_p=0.5, backend=backend)
+
+    torch.manual_seed(7)
+    first, second = run(), run()
+    torch.manual_seed(7)
+    assert torch.equal(first, run()) and torch.equal(second, run())
+    assert not torch.equal(first, second)
+    torch.manual_seed(8)
+    assert not torch.equal(first, run())

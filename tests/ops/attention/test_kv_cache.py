@@ -1,0 +1,488 @@
+"""Attention on a key-value cache, on every backend against float64, and merging partial results."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import attention_with_kv_cache, merge_attention_states
+from oracle import assert_close_to_reference
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """x (seqlen, heads, head_dim) by cos and sin (seqlen, rotary_dim / 2), as complex numbers."""
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).mT
+    angle = torch.complex(cos, sin)[:, None]
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * angle)
+    turned = pairs.flatten(-2) if interleaved else pairs.mT.flatten(-2)
+    return torch.cat([turned, rest], -1)
+
+
+def formula(call: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, a sequence at a time, in `dtype`."""
+    q, k_cache, v_cache = (call[name].to(dtype) for name in ("q", "k_cache", "v_cache"))
+    lengths = call["cache_lengths"].tolist()
+    causal, window = call.get("causal", True), call.get("window") or (-1, -1)
+    outs, lses = [], []
+    for b, n in enumerate(lengths):
+        if call.get("block_table") is not None:
+            pages = call["block_table"][b].long()
+            keys, values = k_cache[pages].flatten(0, 1), v_cache[pages].flatten(0, 1)
+        else:
+            row = b if call.get("cache_indices") is None else int(call["cache_indices"][b])
+            keys, values = k_cache[row], v_cache[row]
+        keys, values, queries = keys[:n], values[:n], q[b]
+        if call.get("k") is not None:
+            new = call["k"][b].to(dtype)
+            if call.get("rotary_cos") is not None:
+                cos, sin = call["rotary_cos"].to(dtype), call["rotary_sin"].to(dtype)
+                inter = call.get("rotary_interleaved", False)
+                place = n + torch.arange(len(new))
+                new = (
+                    rotate(new.double(), cos[place].double(), sin[place].double(), inter)
+                    .to(call["k"].dtype)
+                    .to(dtype)
+                )
+                banded = causal or window != (-1, -1)
+                place = n + torch.arange(len(queries)) * int(banded)
+                queries = (
+                    rotate(queries.double(), cos[place].double(), sin[place].double(), inter)
+                    .to(call["q"].dtype)
+                    .to(dtype)
+                )
+            keys, values = torch.cat([keys, new]), torch.cat([values, call["v"][b].to(dtype)])
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        scale = call.get("softmax_scale") or 1 / math.sqrt(q.shape[-1])
+        scores = torch.einsum("ihd,jhd->hij", queries, keys) * scale
+        if call.get("softcap"):
+            scores = call["softcap"] * torch.tanh(scores / call["softcap"])
+        i, j = torch.arange(len(queries))[:, None], torch.arange(len(keys))
+        distance = j - (i + len(keys) - len(queries))
+        if call.get("alibi_slopes") is not None:
+            scores = scores - call["alibi_slopes"].to(dtype)[:, None, None] * distance.abs()
+        left, right = window[0], 0 if causal else window[1]
+        hidden = torch.zeros(len(queries), len(keys), dtype=torch.bool)
+        if right >= 0:
+            hidden |= distance > right
+        if left >= 0:
+            hidden |= distance < -left
+        if call.get("cache_starts") is not None:
+            hidden |= j < call["cache_starts"][b]
+        scores = scores.masked_fill(hidden, -math.inf)
+        if call.get("sink") is not None:
+            sink = call["sink"].to(dtype)[:, None, None].expand(-1, len(queries), 1)
+            scores = torch.cat([scores, sink], -1)
+            values = torch.cat(
+                [
+                    values,
+                    torch.zeros_like(
+                        values[:1]
+                        if len(values)
+                        else call["v_cache"][0, :1].to(dtype).repeat_interleave(group, 1)
+                    ),
+                ]
+            )
+        lse = (
+            scores.logsumexp(-1)
+            if scores.shape[-1]
+            else scores.new_full(scores.shape[:-1], -math.inf)
+        )
+        weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+        outs.append(torch.einsum("hij,jhd->ihd", weights, values))
+        lses.append(lse)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def draw(seed: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """A call with features drawn from the seed; unused slots hold NaN."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(kind)
+
+    def maybe(chance: float = 0.4) -> bool:
+        return rng.random() < chance
+
+    batch, kv_heads, group = rng.choice((1, 3)), rng.choice((1, 2)), rng.choice((1, 3, 4))
+    head_dim = rng.choice((16, 40, 64))
+    head_dim_v = rng.choice((head_dim, 24))
+    seqlen_q, capacity = rng.choice((1, 1, 2, 7, 33)), rng.choice((1, 60, 130, 600))
+    new = rng.choice((0, 1, seqlen_q)) if capacity > 33 else 0
+    call: dict[str, Any] = {"q": normal(batch, seqlen_q, kv_heads * group, head_dim)}
+    page = rng.choice((None, None, 1, 7, 16, 50))
+    rows = batch
+    if page is not None:
+        each = -(-capacity // page)
+        capacity = each * page
+        rows = each * batch + 2
+        table = torch.randperm(rows, generator=g)[: each * batch].view(batch, each)
+        call["block_table"] = table.to(rng.choice((torch.int32, torch.int64)))
+    elif maybe():
+        rows = batch + 2
+        call["cache_indices"] = torch.randperm(rows, generator=g)[:batch]
+    slots = capacity if page is None else page
+    call["k_cache"] = normal(rows, slots, kv_heads, head_dim)
+    call["v_cache"] = normal(rows, slots, kv_heads, head_dim_v)
+    lengths = torch.randint(0, capacity - new + 1, (batch,), generator=g)
+    call["cache_lengths"] = lengths
+    if new:
+        call["k"], call["v"] = (
+            normal(batch, new, kv_heads, head_dim),
+            normal(batch, new, kv_heads, head_dim_v),
+        )
+        if maybe(0.6):
+            angles = torch.rand(capacity + 40, rng.choice((4, 8)), generator=g) * 6
+            call["rotary_cos"], call["rotary_sin"] = angles.cos(), angles.sin()
+            call["rotary_interleaved"] = maybe()
+    if maybe():
+        call["cache_starts"] = torch.randint(0, 50, (batch,), generator=g)
+    call["causal"] = maybe(0.6)
+    if maybe(0.3):
+        call["window"] = rng.choice(((20, 5), (0, -1), (-1, 3)))
+    if maybe(0.3):
+        call["softcap"] = 3.0
+    if maybe(0.3):
+        call["alibi_slopes"] = torch.rand(kv_heads * group, generator=g)
+    if maybe(0.3):
+        call["sink"] = normal(kv_heads * group, kind=torch.float32)
+    call["num_splits"] = rng.choice((None, None, 0, 3))
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+
+
+def poisoned(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with NaN in every slot of the cache that no sequence uses yet."""
+    call = dict(call)
+    used = torch.zeros(call["k_cache"].shape[:2], dtype=torch.bool)
+    starts = call.get("cache_starts")
+    for b, n in enumerate(call["cache_lengths"].tolist()):
+        for j in range(0 if starts is None else min(int(starts[b]), n), n):
+            if call.get("block_table") is not None:
+                size = call["k_cache"].shape[1]
+                used[int(call["block_table"][b, j // size]), j % size] = True
+            else:
+                row = b if call.get("cache_indices") is None else int(call["cache_indices"][b])
+                used[row, j] = True
+    hidden = ~used[:, :, None, None].to(call["k_cache"].device)
+    for name in ("k_cache", "v_cache"):
+        call[name] = call[name].masked_fill(hidden, math.nan)
+    return call
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(40))
+def test_against_float64(seed: int, backend: str, device: str) -> None:
+    dtype = (torch.float32, torch.float16)[seed % 2]
+    call = draw(seed, dtype, device)
+    cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    exact, eager = (
+        formula(cpu, torch.float64),
+        formula(cpu, dtype if seed % 2 == 0 else torch.float32),
+    )
+    eager = eager[0].to(dtype), eager[1]
+    mine = poisoned(call)
+    try:
+        out, lse = attention_with_kv_cache(**mine, return_lse=True, backend=backend)
+    except fastattn.UnsupportedError as error:
+        if backend != "torch":
+            raise
+        assert any(
+            w in str(error) for w in ("softcap", "sink", "head_dim of q", "cache", "CPU alone")
+        )
+        return
+    factors = {"max_factor": 3.0, "rms_factor": 2.0} if call.get("softcap") else {}
+    ulps = 16 if backend == "torch" else 4
+    if dtype == torch.float16:  # eager above is float32: what is left is the rounding of the output
+        factors = {"max_factor": 3.0, "rms_factor": 2.0}
+        ulps = 16
+    assert_close_to_reference(out, eager[0], exact[0], name="out", ulps=ulps, **factors)
+    if (
+        backend == "torch"
+    ):  # ATen computes exponentials on the CPU to 20 bits, and sums float16 ones
+        ulps = 512 if dtype == torch.float16 else 32
+    assert_close_to_reference(lse, eager[1], exact[1], name="lse", ulps=ulps, **factors)
+    _check_appended(call, mine)
+
+
+def _check_appended(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """The new keys and values are where they belong, and nothing else has changed."""
+    if before.get("k") is None:
+        return
+    untouched = torch.ones(before["k_cache"].shape[:2], dtype=torch.bool)
+    for b, n in enumerate(before["cache_lengths"].tolist()):
+        for t in range(before["k"].shape[1]):
+            if before.get("block_table") is not None:
+                size = before["k_cache"].shape[1]
+                place = int(before["block_table"][b, (n + t) // size]), (n + t) % size
+            else:
+                row = b if before.get("cache_indices") is None else int(before["cache_indices"][b])
+                place = row, n + t
+            untouched[place] = False
+            assert torch.equal(after["v_cache"][place], before["v"][b, t])
+            expected = before["k"][b, t].cpu()
+            if before.get("rotary_cos") is not None:
+                cos, sin = (
+                    before[name][n + t].double().cpu()[None]
+                    for name in ("rotary_cos", "rotary_sin")
+                )
+                expected = rotate(expected.double()[None], cos, sin, before["rotary_interleaved"])[
+                    0
+                ]
+            torch.testing.assert_close(
+                after["k_cache"][place].double().cpu(), expected.double(), rtol=1e-3, atol=1e-3
+            )
+    poison = poisoned(before)
+    for name in ("k_cache", "v_cache"):
+        same = (after[name] == poison[name]) | (after[name].isnan() & poison[name].isnan())
+        assert same.flatten(2).all(-1).cpu()[untouched].all()
+
+
+@pytest.mark.parametrize("num_splits", (None, 1, 5))
+def test_alone_and_in_a_batch(num_splits: int | None, device: str) -> None:
+    """The same bits, whatever else is in the batch; unless the splits are chosen for the batch."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(5, 1, 4, 32, generator=g).to(device)
+    k, v = torch.randn(2, 5, 700, 2, 32, generator=g).to(device)
+    lengths = torch.tensor([700, 3, 0, 257, 512], device=device)
+    options: dict[str, Any] = {"num_splits": num_splits, "return_lse": True, "backend": "triton"}
+    out, lse = attention_with_kv_cache(q, k, v, lengths, **options)
+    for b in range(5):
+        one = slice(b, b + 1)
+        alone = attention_with_kv_cache(q[one], k[one], v[one], lengths[one], **options)
+        assert torch.equal(alone[0], out[one]) and torch.equal(alone[1], lse[one])
+
+
+def test_splits_do_not_change_the_result(device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 4, 32, generator=g).to(device)
+    k, v = torch.randn(2, 2, 900, 1, 32, generator=g).to(device)
+    lengths = torch.tensor([900, 450], device=device)
+    whole = attention_with_kv_cache(q, k, v, lengths, num_splits=1, backend="triton")
+    for num_splits in (None, 0, 2, 7, 100):
+        parts = attention_with_kv_cache(q, k, v, lengths, num_splits=num_splits, backend="triton")
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_decoding_equals_prefill(device: str) -> None:
+    """Token by token with an empty cache at first, against causal attention on all of them."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 9, 4, 16, generator=g).to(device)
+    k, v = torch.randn(2, 2, 9, 2, 16, generator=g).to(device)
+    k_cache, v_cache = torch.full((2, 2, 12, 2, 16), math.nan, device=device)
+    steps = []
+    for t in range(9):
+        now = slice(t, t + 1)
+        lengths = torch.full((2,), t, device=device)
+        steps.append(
+            attention_with_kv_cache(q[:, now], k_cache, v_cache, lengths, k=k[:, now], v=v[:, now])
+        )
+    torch.testing.assert_close(
+        torch.cat(steps, 1), fastattn.attention(q, k, v, causal=True), rtol=1e-5, atol=1e-5
+    )
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    call = {
+        "q": torch.randn(2, 1, 4, 16),
+        "k_cache": torch.randn(2, 10, 2, 16),
+        "v_cache": torch.randn(2, 10, 2, 16),
+        "cache_lengths": torch.tensor([3, 9]),
+    }
+    return call | changes
+
+
+NEW = torch.randn(2, 1, 2, 16)
+PAGES = {"k_cache": torch.randn(6, 4, 2, 16), "v_cache": torch.randn(6, 4, 2, 16)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.randn(2, 4, 16)}, ValueError, r"q must have 4 dimensions"),
+        ({"k_cache": torch.randn(2, 10, 2, 8)}, ValueError, "k_cache must have q's head_dim 16"),
+        ({"v_cache": torch.randn(2, 9, 2, 16)}, ValueError, "v_cache must have k_cache's shape"),
+        ({"k_cache": torch.randn(2, 10, 2, 16).half()}, TypeError, "q, k_cache and v_cache must have one dtype"),
+        ({"k_cache": torch.randn(3, 10, 2, 16), "v_cache": torch.randn(3, 10, 2, 16)}, ValueError, "batch size 2 in dimension 0; got 3: give cache_indices"),
+        ({"k_cache": torch.randn(2, 10, 16, 2).mT}, ValueError, "contiguous in its last dimension"),
+        ({"cache_lengths": torch.tensor([1.0, 2.0])}, TypeError, "cache_lengths must be int32 or int64"),
+        ({"cache_lengths": torch.tensor([1, 2, 3])}, ValueError, r"cache_lengths must have the shape \(batch,\) = \(2,\)"),
+        ({"cache_lengths": torch.tensor([3, 11])}, ValueError, r"cache_lengths\[1\] must lie in \[0, 10\]"),
+        ({"cache_lengths": torch.tensor([-1, 3])}, ValueError, r"cache_lengths\[0\] must lie in"),
+        ({"cache_lengths": torch.tensor([3, 10]), "k": NEW, "v": NEW}, ValueError, r"must lie in \[0, 9\].* 1 are appended"),
+        ({"k": NEW}, ValueError, "give both or neither"),
+        ({"k": NEW, "v": torch.randn(2, 2, 2, 16)}, ValueError, "v must have the shape"),
+        ({"k": NEW.double(), "v": NEW.double()}, TypeError, "k must have the cache's dtype"),
+        ({"cache_indices": torch.tensor([0, 2])}, ValueError, r"cache_indices must lie in \[0, 2\).*got 2"),
+        ({"cache_indices": torch.tensor([0, 1]), "block_table": torch.zeros(2, 3, dtype=torch.int32)}, ValueError, "give one"),
+        (PAGES | {"block_table": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, r"\(batch, pages of a sequence\) = \(2, ...\)"),
+        (PAGES | {"block_table": torch.zeros(2, 3)}, TypeError, "block_table must be int32 or int64"),
+        (PAGES | {"block_table": torch.tensor([[0, 1, 2], [3, 4, 6]])}, ValueError, r"block_table\[1\] must hold pages in \[0, 6\).*got 6"),
+        ({"rotary_cos": torch.ones(10, 4)}, ValueError, "give both or neither"),
+        ({"rotary_cos": torch.ones(10, 4), "rotary_sin": torch.ones(10, 4)}, ValueError, "give k and v, or rotate q"),
+        ({"rotary_cos": torch.ones(10, 9), "rotary_sin": torch.ones(10, 9), "k": NEW, "v": NEW}, ValueError, "rotary_dim at most head_dim 16"),
+        ({"rotary_cos": torch.ones(4, 4), "rotary_sin": torch.ones(4, 4), "k": NEW, "v": NEW}, ValueError, "must reach position 9; they have 4"),
+        ({"causal": "top_left"}, ValueError, "no top-left diagonal"),
+        ({"window": (1, -2)}, ValueError, "window must be"),
+        ({"softcap": -1.0}, ValueError, "softcap must be 0"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes must have the shape \(heads,\) = \(4,\)"),
+        ({"sink": torch.ones(2)}, ValueError, r"sink must have the shape \(heads,\) = \(4,\)"),
+        ({"num_splits": -1}, ValueError, "num_splits must be None"),
+        ({"q": torch.randn(2, 1, 4, 16, requires_grad=True)}, ValueError, "inference .* torch.no_grad"),
+        ({"q": torch.randn(2, 1, 4, 16, device="meta")}, ValueError, "q, k_cache and v_cache must be on one device"),
+    ],
+)  # fmt: skip
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention_with_kv_cache(**arguments(**changes))
+
+
+def test_unchecked_contents_touch_nothing_outside(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """What a GPU does with wrong contents, unchecked: no fault, nothing written out of place."""
+    from fastattn.ops.attention import problem
+
+    monkeypatch.setattr(problem, "values_are_checked", lambda tensor: False)
+    call = arguments(k=NEW, v=NEW, cache_lengths=torch.tensor([10, -4]))
+    paged = arguments(**PAGES, k=NEW, v=NEW, block_table=torch.tensor([[0, 99, 2], [-7, 1, 3]]))
+    for c in (call, paged, arguments(cache_indices=torch.tensor([7, -1]))):
+        c = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in c.items()}
+        before = c["k_cache"].clone()
+        for backend in ("triton", "reference"):
+            out = attention_with_kv_cache(**c, backend=backend)
+            assert out.shape == c["q"].shape
+        if c.get("block_table") is None:
+            assert torch.equal(c["k_cache"], before)
+
+
+def test_opcheck_and_compile(device: str) -> None:
+    call = {
+        k: v.to(device) if isinstance(v, torch.Tensor) else v
+        for k, v in arguments(k=NEW, v=NEW).items()
+    }
+    call["cache_lengths"] = torch.tensor([3, 8], device=device)
+    positional = (
+        call["q"], call["k_cache"], call["v_cache"], call["cache_lengths"], call["k"], call["v"], None, None, None,
+        None, None, False, True, None, None, None, -1, 0, 0.25, 0.0, "triton",
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.fastattn.attention_with_kv_cache.default, positional,
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+    def step(
+        q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, n: torch.Tensor
+    ) -> torch.Tensor:
+        return attention_with_kv_cache(
+            q, k_cache, v_cache, n, k=call["k"], v=call["v"], backend="triton"
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    caches = [[x.clone() for x in (call["k_cache"], call["v_cache"])] for _ in range(2)]
+    out = compiled(call["q"], *caches[0], call["cache_lengths"])
+    torch.testing.assert_close(out, step(call["q"], *caches[1], call["cache_lengths"]))
+    for ours, theirs in zip(*caches):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+def test_captured_by_a_cuda_graph() -> None:
+    """One capture serves every length, with pages and appending."""
+    q = torch.randn(3, 1, 8, 64, device="cuda", dtype=torch.float16)
+    k, v = torch.randn(2, 3, 1, 2, 64, device="cuda", dtype=torch.float16)
+    k_cache, v_cache = torch.randn(2, 60, 16, 2, 64, device="cuda", dtype=torch.float16)
+    table = torch.randperm(60, device="cuda").view(3, 20).int()
+    lengths = torch.tensor([1, 2, 3], device="cuda", dtype=torch.int32)
+
+    def step(k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        return attention_with_kv_cache(q, k_cache, v_cache, lengths, k=k, v=v, block_table=table)
+
+    copies = k_cache.clone(), v_cache.clone()
+    step(*copies)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(k_cache, v_cache)
+    for start in (1, 100, 300):
+        lengths.copy_(torch.tensor([0, 1, 2], device="cuda") + start)
+        copies = k_cache.clone(), v_cache.clone()
+        graph.replay()
+        torch.testing.assert_close(out, step(*copies))
+        assert torch.equal(k_cache, copies[0]) and torch.equal(v_cache, copies[1])
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.float64))
+def test_merge_is_attention_on_all_keys(dtype: torch.dtype) -> None:
+    q = torch.randn(2, 6, 4, 16).to(dtype)
+    k, v = torch.randn(2, 2, 30, 2, 16).to(dtype)
+    mask = torch.rand(2, 1, 6, 30) > 0.4
+    mask[:, :, 0] = False  # a row without a key
+    mask[:, :, 1, :10] = False  # a part without a key
+
+    def part(keys: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return fastattn.attention(
+            q, k[:, keys], v[:, keys], mask=mask[..., keys], return_lse=True, backend="reference"
+        )
+
+    parts = [part(slice(a, b)) for a, b in ((0, 10), (10, 11), (11, 30))]
+    out, lse = merge_attention_states([p[0] for p in parts], [p[1] for p in parts])
+    exact = fastattn.attention(
+        q.double(), k.double(), v.double(), mask=mask, return_lse=True, backend="reference"
+    )
+    eager = fastattn.attention(q, k, v, mask=mask, return_lse=True, backend="reference")
+    assert out.dtype == dtype
+    assert_close_to_reference(out, eager[0], exact[0], ulps=8, name="out")
+    assert_close_to_reference(lse, eager[1], exact[1], ulps=8, name="lse")
+    stacked = merge_attention_states(*(torch.stack(x) for x in zip(*parts)))
+    assert torch.equal(stacked[0], out) and torch.equal(stacked[1], lse)
+
+
+def test_merge_has_the_gradient_of_the_whole() -> None:
+    """Also through the LSEs, and where a part has no key."""
+    q, k, v = (torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def merged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(5, 5, dtype=torch.bool).tril()
+        pairs = [
+            fastattn.attention(q, k[:, s], v[:, s], mask=seen[:, s], return_lse=True)
+            for s in (slice(0, 2), slice(2, 5))
+        ]
+        out, lse = merge_attention_states([p[0] for p in pairs], [p[1] for p in pairs])
+        return out.square().sum() + lse.square().sum()
+
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+        return out.square().sum() + lse.square().sum()
+
+    for ours, expected in zip(
+        torch.autograd.grad(merged(q, k, v), (q, k, v)),
+        torch.autograd.grad(whole(q, k, v), (q, k, v)),
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_merge_errors() -> None:
+    out, lse = torch.randn(3, 2, 5, 4, 8), torch.randn(3, 2, 4, 5)
+    for bad, error, message in [
+        ((out, lse[:2]), ValueError, "3 outs of shape .* got 2"),
+        ((out, lse.mT), ValueError, "need as many lses of shape"),
+        (([], []), TypeError, "at least one tensor"),
+        (([out[0], out[1, :1]], list(lse[:2])), ValueError, "the parts of out must have one shape"),
+        ((out[0, 0], lse[0, 0]), ValueError, "each out must have the shape"),
+        ((out.int(), lse), TypeError, "floating point"),
+    ]:
+        with pytest.raises(error, match=message):
+            merge_attention_states(*bad)
