@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import attention
+import attention_features
 import ceilings
 import ffn
 import gpt
@@ -44,12 +45,14 @@ def compiled_cells(device: str) -> Iterable[Any]:
 # In order of value: what does not fit into the time is at the end.
 PARTS = {
     "ceilings": Part(ceilings.cells, 20),
-    "attention": Part(attention.cells, 90),
+    "attention": Part(attention.cells, 70),
+    "decode": Part(attention_features.decode_cells, 15),
+    "attention features": Part(attention_features.feature_cells, 40),
     "layer_norm": Part(layer_norm.cells, 35),
     "ffn": Part(ffn.cells, 25),
     "gpt training": Part(gpt.training_cells, 60),
     "gpt generation": Part(gpt.generation_cells, 60),
-    "compiled": Part(compiled_cells, 120),
+    "compiled": Part(compiled_cells, 80),
 }
 
 

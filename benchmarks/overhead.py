@@ -60,8 +60,11 @@ class Case:
 
 def attention_case() -> Case:
     from fastattn.ops.attention import triton as kernels
+    from fastattn.ops.attention.call import Extras, Settings
 
     registered = torch.ops.fastattn.attention
+    # No extras; causal, nothing else, by the Triton kernels.
+    call = (*Extras(), *Settings(-1, 0, False, 0.25, 0.0, 0.0, "ieee", 0, 0, 0, 0), "triton", True)
     sdpa = F.scaled_dot_product_attention
 
     def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ def attention_case() -> Case:
         inputs=tuple(torch.randn(1, 8, 2, 16) for _ in range(3)),
         ours=lambda q, k, v: fastattn.attention(q, k, v, causal=True),
         bare=bare,
-        registered=lambda q, k, v: registered(q, k, v, None, None, True, 0.25, "triton", True),
+        registered=lambda q, k, v: registered(q, k, v, *call),
         kernels=kernels,
         # The same tensors read as (batch, heads, seqlen, head_dim): other numbers, but the cost of
         # the call for a caller who has that layout anyway.

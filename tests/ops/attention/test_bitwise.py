@@ -35,7 +35,7 @@ def bits(case: Case, problem: Problem, backend: str) -> list[torch.Tensor]:
 def test_fifty_runs_give_the_same_bits(name: str, backend: str, device: str) -> None:
     case = dataclasses.replace(REPEATED[name], device=device)
     if backend == "triton" and device == "cpu":  # interpreted: seconds, not minutes
-        case = dataclasses.replace(case, heads=2, kv_heads=1, head_dim=8)
+        case = dataclasses.replace(case, batch=1, heads=2, kv_heads=1, head_dim=8)
     problem = case.draw()
     first = bits(case, problem, backend)
     for _ in range(50):

@@ -14,10 +14,12 @@ from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.triton.backward import backward
 from fastattn.ops.attention.triton.cache import attention_with_kv_cache
 from fastattn.ops.attention.triton.forward import forward
+from fastattn.ops.common import launch
 
 __all__ = ["attention_with_kv_cache", "backward", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 512
+SMALL = (86, 87, 89, 120, 121)  # chips with 99 KB of shared memory a block
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -32,4 +34,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return f"head_dim {max(problem.head_dim, problem.head_dim_v)} is above {MAX_HEAD_DIM}"
     if problem.needs_slope_grad:
         return "the kernels have no gradient for alibi_slopes"
+    wide = problem.dtype == torch.float32 and max(problem.head_dim, problem.head_dim_v) > 256
+    if wide and launch.architecture(problem.device) in SMALL:
+        return "float32 with a head_dim above 256 takes more shared memory than this GPU has"
     return None
