@@ -37,8 +37,6 @@ from fastattn.ops.attention.triton.scores import (
 )
 from fastattn.ops.common import launch
 
-LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
-
 
 @triton.jit(do_not_specialize=launching.SIZES)
 def _delta_kernel(
@@ -334,7 +332,7 @@ def _keys_kernel(
             bias_base += first_key.to(tl.int64) * stride_bk
         slope = None
         if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E_CONSTANT
+            slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E
         q_documents = None
         if q_documents_ptr is not None:
             q_documents = q_documents_ptr + batch * stride_qd + q_start
@@ -587,7 +585,7 @@ def _queries_kernel(
         bias_base = bias_ptr + batch * stride_bb + head * stride_bh + first * stride_bq
     slope = None
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E_CONSTANT
+        slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E
     q_documents = None
     k_documents = None
     if q_documents_ptr is not None:

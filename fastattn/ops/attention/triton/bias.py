@@ -25,8 +25,6 @@ from fastattn.ops.attention.triton.scores import (
 )
 from fastattn.ops.common import launch
 
-LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
-
 
 @triton.jit(do_not_specialize=[*launching.SIZES, "shared_batches", "shared_heads"])
 def _bias_kernel(
@@ -157,7 +155,7 @@ def _bias_kernel(
         bias_corner += first_key.to(tl.int64) * stride_bk
         slope = None
         if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E_CONSTANT
+            slope = tl.load(slopes_ptr + batch * stride_slope + head) * LOG2_E
         q_documents = None
         k_documents = None
         if q_documents_ptr is not None:

@@ -43,8 +43,6 @@ from fastattn.ops.attention.triton.scores import (
 )
 from fastattn.ops.common import launch
 
-LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
-
 
 @triton.jit
 def _attend(
@@ -330,7 +328,7 @@ def _forward_kernel(
         bias_rows = place * stride_bq + group[:, None] * stride_bh
     slope = None
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + batch * stride_slope + head_of_row) * LOG2_E_CONSTANT
+        slope = tl.load(slopes_ptr + batch * stride_slope + head_of_row) * LOG2_E
     q_documents = None
     k_documents = None
     if q_documents_ptr is not None:
@@ -349,7 +347,7 @@ def _forward_kernel(
         if split == 0:
             total += 1.0
             sink = tl.load(sink_ptr + head + group).to(tl.float32)
-            top = sink * LOG2_E_CONSTANT
+            top = sink * LOG2_E
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
 
     end = key_limit

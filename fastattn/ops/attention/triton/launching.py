@@ -251,7 +251,7 @@ def band(settings: Settings) -> tuple[int | None, int | None]:
 
 def scale(settings: Settings) -> float:
     """What q k^T is multiplied with: to base 2, unless a softcap comes first."""
-    return settings.softmax_scale * (1.0 if settings.softcap else LOG2_E)
+    return settings.softmax_scale * (1.0 if settings.softcap else LOG2_E.value)
 
 
 def rotary_sizes(cache: Cache) -> tuple[int, int]:

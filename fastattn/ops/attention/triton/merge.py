@@ -9,7 +9,6 @@ import triton.language as tl
 from fastattn.ops.attention.triton.scores import LN_2, LOG2_E
 from fastattn.ops.common import launch
 
-LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
 BLOCK_S = 8  # splits in flight
 WARPS = 4
 
@@ -52,7 +51,7 @@ def _merge_kernel(
         there = split < splits
         split = split.to(tl.int64)
         lse = tl.load(part_lse_ptr + split * stride_lse + line, mask=there, other=float("-inf"))
-        lse *= LOG2_E_CONSTANT
+        lse *= LOG2_E
         new_top = tl.maximum(top, tl.max(lse, 0))
         harmless = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(lse - harmless)

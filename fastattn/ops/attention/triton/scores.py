@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
-LOG2_E_CONSTANT = tl.constexpr(LOG2_E)
+LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -91,7 +90,7 @@ def tanh(x):
     p = p * square + _TANH_0
     near = x + x * square * p
     size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E_CONSTANT)) + 1.0)
+    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E)) + 1.0)
     return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
 
 
@@ -129,7 +128,7 @@ def score_tile(
     slope_of_cap = products  # of no meaning without a softcap
     if softcap is not None:
         saturation = tanh(products * (scale / softcap))
-        scores = saturation * (softcap * LOG2_E_CONSTANT)
+        scores = saturation * (softcap * LOG2_E)
         slope_of_cap = 1.0 - saturation * saturation
     else:
         scores = products * scale
@@ -141,7 +140,7 @@ def score_tile(
     if bias_corner is not None:
         bias = tl.load(bias_corner + (bias_rows + bias_columns), mask=exists, other=0.0)
         bias = bias.to(tl.float32)
-        scaled = bias * LOG2_E_CONSTANT
+        scaled = bias * LOG2_E
         # A finite bias stays finite: masks made of the smallest float32 hide, but not a whole row.
         scaled = tl.where((scaled == float("-inf")) & (bias != float("-inf")), -3.4e38, scaled)
         scores += scaled
@@ -173,7 +172,7 @@ def row_state(lse_ptr, delta_ptr, line, rows, rows_left):
     lse = tl.load(lse_ptr + line + rows, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + line + rows, mask=inside, other=0.0)
     blind = lse == float("-inf")  # its delta may be infinite, as the gradient of such an LSE is
-    return tl.where(blind, float("inf"), lse) * LOG2_E_CONSTANT, tl.where(blind, 0.0, delta)
+    return tl.where(blind, float("inf"), lse) * LOG2_E, tl.where(blind, 0.0, delta)
 
 
 @triton.jit
