@@ -1,6 +1,7 @@
 """flash-attn 2.8's functions on fastattn's ops: write `fastattn.flash_attn` for `flash_attn`.
 
-`flash_attn_interface` says what differs; `bert_padding` has the padding helpers.
+`flash_attn_interface` says what differs; `bert_padding` has the padding helpers. `__version__` is
+that of flash-attn's interface, which its users compare.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from fastattn.flash_attn.flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+
+__version__ = "2.8.3"
 
 __all__ = [
     "flash_attn_func",

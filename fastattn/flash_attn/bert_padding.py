@@ -18,9 +18,13 @@ def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
 def index_put_first_axis(
     values: torch.Tensor, indices: torch.Tensor, first_axis_dim: int
 ) -> torch.Tensor:
-    """(first_axis_dim, ...): values, (n, ...), in the rows `indices`, (n,), and zeros elsewhere."""
+    """(first_axis_dim, ...): values, (n, ...), in the rows `indices`, and zeros elsewhere.
+
+    As in output[indices] = values, indices are (n,) integers, negative ones counted from the end,
+    or (first_axis_dim,) booleans of which n are True.
+    """
     zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
-    return zeros.index_copy(0, indices, values)
+    return zeros.index_put((indices,), values)
 
 
 def index_first_axis_residual(
@@ -94,7 +98,10 @@ def unpad_input_for_concatenated_sequences(
 def pad_input(
     hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int
 ) -> torch.Tensor:
-    """Undo `unpad_input`: (total, ...) back to (batch, seqlen, ...), with zeros for the padding."""
+    """Undo `unpad_input`: (total, ...) back to (batch, seqlen, ...), with zeros for the padding.
+
+    `indices` as in `index_put_first_axis`, of the flattened (batch * seqlen).
+    """
     return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(
         0, (batch, seqlen)
     )

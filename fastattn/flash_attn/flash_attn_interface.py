@@ -14,6 +14,8 @@ What differs from flash-attn 2.8:
 - More runs: every device, dtype and head_dim that `fastattn.attention` takes, v with a head_dim of
   its own, softcap together with dropout, gradients through `softmax_lse` (flash-attn drops them),
   pages of any size, int64 where flash-attn wants int32.
+- Under autocast the inputs are cast, by `flash_attn_with_kvcache` to the cache's dtype, by the
+  others to autocast's. (flash-attn keeps their dtype, which must be one.)
 - `deterministic` has no effect: every backward is deterministic.
 - S_dmask, the third result with return_attn_probs=True, is None: the probabilities are never
   formed. flash-attn has them for its tests alone, and not without dropout.
@@ -35,12 +37,16 @@ Arguments that all functions share:
     return_attn_probs: return (out, softmax_lse, None) instead of out; softmax_lse is float32,
         (batch, heads, seqlen_q), or (heads, total_q) of the varlen functions.
 
+Numbers and flags may be Python's, numpy's, or tensors with one element; of a tensor on a GPU the
+host waits for the value.
+
 Errors are those of the ops underneath (TypeError, ValueError, fastattn.UnsupportedError), under
 their names of the arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -141,6 +147,8 @@ def flash_attn_varlen_func(
     (batch, max_seqlen_k, ...) first, a copy of that size; `flash_attn_with_kvcache` reads pages in
     place.
     """
+    max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k)
     seqused_k = None
     if block_table is not None:
         k, v, cu_seqlens_k, max_seqlen_k, seqused_k = gathered(
@@ -229,7 +237,8 @@ def flash_attn_with_kvcache(
     Args:
         q: (batch, seqlen_q, heads, head_dim).
         k_cache, v_cache: (cache_batch, capacity, kv_heads, head_dim), or with `block_table`
-            (pages, page_size, kv_heads, head_dim).
+            (pages, page_size, kv_heads, head_dim). With neither that nor `cache_batch_idx` the
+            first `batch` rows count.
         k, v: (batch, seqlen_new, kv_heads, head_dim), written into the caches, in place, behind
             their first `cache_seqlens` tokens, before the attention. They need `cache_seqlens`.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotate k at cache_seqlens + t, and q at
@@ -261,15 +270,20 @@ def flash_attn_with_kvcache(
         cache_seqlens = k_cache.shape[1]
         if block_table is not None:
             cache_seqlens *= block_table.shape[1]
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    batch = q.shape[0]
+    if not isinstance(cache_seqlens, torch.Tensor) or not cache_seqlens.dim():
+        filled = _integer("cache_seqlens", cache_seqlens)
+        cache_seqlens = torch.full((batch,), filled, dtype=torch.int32, device=q.device)
+    if block_table is None and cache_batch_idx is None and k_cache.shape[0] > batch:
+        k_cache, v_cache = k_cache[:batch], v_cache[:batch]
     with torch.no_grad():
         return attention_with_kv_cache(
             q, k_cache, v_cache, cache_seqlens, k=k, v=v,
             block_table=block_table, cache_indices=cache_batch_idx, cache_starts=cache_leftpad,
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
-            causal=causal, window=_window(window_size), softmax_scale=softmax_scale,
-            softcap=_softcap(softcap), alibi_slopes=alibi_slopes, num_splits=num_splits,
+            causal=_flag("causal", causal), window=_window(window_size),
+            softmax_scale=_number("softmax_scale", softmax_scale), softcap=_softcap(softcap),
+            alibi_slopes=alibi_slopes, num_splits=_integer("num_splits", num_splits),
             return_lse=return_softmax_lse,
         )  # fmt: skip
 
@@ -285,12 +299,12 @@ def _features(
 ) -> dict[str, Any]:
     """The shared arguments under our names."""
     return {
-        "causal": causal,
+        "causal": _flag("causal", causal),
         "window": _window(window_size),
-        "softmax_scale": softmax_scale,
+        "softmax_scale": _number("softmax_scale", softmax_scale),
         "softcap": _softcap(softcap),
         "alibi_slopes": alibi_slopes,
-        "dropout_p": dropout_p,
+        "dropout_p": _number("dropout_p", dropout_p),
         "return_lse": return_attn_probs,
     }
 
@@ -308,7 +322,36 @@ def _window(window_size: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _softcap(softcap: float) -> float:
+    softcap = _number("softcap", softcap)
     return 0.0 if isinstance(softcap, (int, float)) and softcap < 0.0 else softcap
+
+
+def _integer(name: str, value: Any) -> Any:
+    """An int of numpy's integers and of tensors with one; ints, symbolic ones and None stay."""
+    if value is None or isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an integer; got {value!r}") from None
+
+
+def _number(name: str, value: Any) -> Any:
+    """A float of numpy's numbers and of tensors with one; other numbers and None stay."""
+    if value is None or isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    if hasattr(value, "__float__"):  # a string has none, though float takes it
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return float(value)
+    raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    """A bool of whatever is true or false, but not of a word: "top_left" would be true."""
+    if not isinstance(value, str):
+        with contextlib.suppress(ValueError, RuntimeError):
+            return bool(value)
+    raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
 def _returned(outputs: Any, return_attn_probs: bool) -> Any:

@@ -36,7 +36,8 @@ def gathered(
 
     Raises:
         ValueError: a shape does not fit; or, where contents are checked (on a CPU; on a GPU with
-            FASTATTN_CHECK=1), block_table names a page that is not there or has too few.
+            FASTATTN_CHECK=1), block_table names a page that is not there or has too few. Unchecked,
+            the nearest page is read instead.
         TypeError: block_table or cu_seqlens_k holds no integers.
     """
     if k.dim() != 4 or v.shape[:-1] != k.shape[:-1]:
@@ -56,7 +57,7 @@ def gathered(
             f"block_table must be (batch, max_pages), batch = {batch} by cu_seqlens_k; "
             f"got {tuple(block_table.shape)}"
         )
-    table = block_table[:, : -(-max_seqlen_k // page_size)]
+    table = block_table[:, : -(-max_seqlen_k // page_size) if pages and page_size else 0]
     columns = table.shape[1]
     room = columns * page_size
     first = torch.arange(columns, device=table.device) * page_size
@@ -71,6 +72,7 @@ def gathered(
             raise ValueError(
                 f"block_table must name pages of k, 0 to {pages - 1}; got {strangers[0]}"
             )
+    table = table.clamp(0, max(pages - 1, 0))
     k, v = (x[table].flatten(0, 2) for x in (k, v))
     starts = torch.arange(batch + 1, device=table.device) * room
     return k, v, starts, room, seqused_k

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastattn.integrations.sdpa_flash import register
 from fastattn.ops.attention import attention
-from fastattn.ops.attention.problem import DTYPES
+from fastattn.ops.attention.problem import DTYPES, Causal
 from fastattn.ops.common import modes
 
 __all__ = ["override_sdpa", "register", "scaled_dot_product_attention"]
@@ -59,7 +61,8 @@ def scaled_dot_product_attention(
             broadcast, the heads too unless `enable_gqa`.
         attn_mask: broadcastable to (..., heads, seqlen_q, seqlen_k), with two dimensions or more.
             Boolean, True where a key may be seen; or float32 or query's dtype, added to the scores,
-            with a gradient.
+            with a gradient; or `torch.nn.attention.bias.causal_upper_left` or `causal_lower_right`
+            of (seqlen_q, seqlen_k).
         dropout_p: probability with which a weight is dropped, in [0, 1]. It applies whenever it is
             not 0: pass 0 in evaluation.
         is_causal: query i sees the keys j <= i, whatever the lengths (`fastattn.attention`'s
@@ -84,32 +87,62 @@ def scaled_dot_product_attention(
 def override_sdpa() -> Iterator[None]:
     """Let `torch.nn.functional.scaled_dot_product_attention` run on fastattn inside the block.
 
-    The attribute of `torch.nn.functional` is replaced, process-wide, and restored at the end, by an
-    exception too; blocks nest. So code that looks the function up when it calls is reached
+    The attribute of `torch.nn.functional` is replaced, process-wide, from the first such block to
+    be entered to the last one to be left, in whatever order and in whatever threads, by an
+    exception too. So code that looks the function up when it calls is reached
     (`F.scaled_dot_product_attention(...)`, which is how torch's own modules, transformers and
     diffusers call it); a module that did `from torch.nn.functional import
     scaled_dot_product_attention` beforehand keeps the original, and so does what `torch.compile`
-    has compiled before.
+    has compiled before. What others put into the attribute meanwhile is left there, and called;
+    if it calls what it found there, that is fastattn inside the blocks, and torch afterwards.
 
     A call that fastattn does not take goes to the original as it is: nested tensors and other
     subclasses of Tensor, dtypes that are not floating point of 16, 32 or 64 bits, a mask with
     `is_causal`, and whatever `scaled_dot_product_attention` refuses, so that wrong arguments meet
-    torch's own errors. The choice of `torch.nn.attention.sdpa_kernel` has no say in the other ones.
+    torch's own errors. A subclass may ask whether it is torch's attribute that was called, so that
+    the original is back in its place during such a call: other threads run on it for that time.
+    The choice of `torch.nn.attention.sdpa_kernel` has no say in the other calls.
     """
-    with _in_torch(_rerouted):
-        yield
-
-
-@contextlib.contextmanager
-def _in_torch(function: Any) -> Iterator[None]:
-    """`function` in the place of torch.nn.functional.scaled_dot_product_attention."""
-    functional: Any = F
-    outer = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = function
+    _standing.change(blocks=1)
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = outer
+        _standing.change(blocks=-1)
+
+
+class _Standing:
+    """Which function stands in torch.nn.functional: a matter of counts, not of who came last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.blocks = 0  # of override_sdpa that are open
+        self.lent = 0  # calls under way that need the original in its place
+        self.active = False  # blocks > 0, for calls to read
+        self.before: Any = _ORIGINAL  # what stood there when the first block was entered
+        self.placed: Any = _ORIGINAL  # what we put there last
+
+    def change(self, *, blocks: int = 0, lent: int = 0) -> None:
+        # torch.compile, tracing a block, knows no locks, and guards what it reads here.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else self.lock:
+            self._change(blocks, lent)
+
+    def _change(self, blocks: int, lent: int) -> None:
+        functional: Any = F
+        found = functional.scaled_dot_product_attention
+        if self.blocks == 0 and blocks > 0:
+            self.placed = found
+            if found is not _rerouted:  # which others may have put back
+                self.before = found
+        self.blocks += blocks
+        self.lent += lent
+        self.active = self.blocks > 0
+        if found is self.placed:
+            inside = _ORIGINAL if self.lent else _rerouted
+            self.placed = inside if self.active else self.before
+            functional.scaled_dot_product_attention = self.placed
+
+
+_standing = _Standing()
 
 
 def _rerouted(
@@ -122,16 +155,30 @@ def _rerouted(
     **options: Any,
 ) -> Tensor:
     """What stands in torch.nn.functional during `override_sdpa`."""
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if not all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_nested for x in given):
-        # A subclass finds its way by comparing the function that was called with torch's attribute.
-        with _in_torch(_ORIGINAL):
-            return _ORIGINAL(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    try:
-        call = _translate(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    except (TypeError, ValueError):  # from the checks of metadata alone; nothing has run
+    plain = _are_plain(query, key, value)
+    ours = plain and (type(attn_mask) is CausalBias or _are_plain(attn_mask))
+    if ours and _standing.active:
+        try:
+            call = _translate(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        except (TypeError, ValueError):  # from the checks of metadata alone; nothing has run
+            pass
+        else:
+            return _run(call)
+    if plain and _are_plain(attn_mask):
         return _ORIGINAL(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    return _run(call)
+    # A subclass may compare the function that was called with torch's attribute.
+    _standing.change(lent=1)
+    try:
+        return _ORIGINAL(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    finally:
+        _standing.change(lent=-1)
+
+
+def _are_plain(*tensors: Any) -> bool:
+    """Whether these are Tensors as such, or none."""
+    return all(
+        x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_nested) for x in tensors
+    )
 
 
 # --- the translation ----------------------------------------------------------------------------
@@ -146,7 +193,7 @@ class _Call(NamedTuple):
     mask: Tensor | None
     bias: Tensor | None
     dropout_p: float
-    is_causal: bool
+    causal: Causal
     scale: float | None
     leading: tuple[int, ...]  # the dimensions that became the batch
     has_heads: bool
@@ -161,7 +208,7 @@ def _run(call: _Call) -> Tensor:
         call.q,
         call.k,
         v,
-        causal="top_left" if call.is_causal else False,
+        causal=call.causal,
         softmax_scale=call.scale,
         bias=call.bias,
         mask=call.mask,
@@ -190,12 +237,23 @@ def _translate(
     for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not isinstance(x, Tensor) and not (x is None and name == "attn_mask"):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+        if x is not None and x.is_nested:
+            raise TypeError(
+                f"{name} is a nested tensor: use fastattn.attention_varlen(q, k, v, cu_seqlens_q, "
+                "cu_seqlens_k) on its values, or torch.nn.functional.scaled_dot_product_attention"
+            )
+    corner = None
+    if isinstance(attn_mask, CausalBias):
+        corner, attn_mask = attn_mask, None
     if (dtype := modes.autocast_dtype(query.device.type)) is not None:  # the mask too, as in torch
         query, key, value = (modes.cast(x, dtype) for x in (query, key, value))
         attn_mask = None if attn_mask is None else modes.cast(attn_mask, dtype)
     if scale is not None and not isinstance(scale, (int, float)):
         scale = float(scale)  # a tensor of one element, a number of numpy
     _check(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    causal: Causal = "top_left" if is_causal else False
+    if corner is not None:
+        causal = _causality(corner, query, key, is_causal)
     leading = _leading(query, key, value)
     heads, kv_heads = _heads(query, key, value, enable_gqa)
     rank = max(query.dim(), key.dim(), value.dim())
@@ -214,11 +272,24 @@ def _translate(
         mask=mask,
         bias=bias,
         dropout_p=dropout_p,
-        is_causal=is_causal,
+        causal=causal,
         scale=scale,
         leading=leading,
         has_heads=rank > 2,
     )
+
+
+def _causality(bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> Causal:
+    """What torch's object for a causal mask means to `attention`."""
+    if is_causal:
+        raise ValueError("attn_mask is a causal bias already: leave is_causal False")
+    size, lengths = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if size != lengths:
+        raise ValueError(
+            f"attn_mask is a causal bias of {size}; it must have the lengths of query and key, "
+            f"{lengths}"
+        )
+    return "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
 
 
 def _leading(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:

@@ -100,6 +100,29 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(there_and_back, x)
 
 
+PLACES = {
+    "int64": torch.tensor([4, 0, 3]),
+    "int32": torch.tensor([4, 0, 3], dtype=torch.int32),
+    "from the end": torch.tensor([-2, 0, -3]),
+    "booleans": torch.tensor([1, 0, 0, 1, 1, 0], dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_every_kind_of_index(name: str, device: str) -> None:
+    """What `output[indices] = values`, which is flash-attn's line, takes."""
+    values = torch.randn(3, 2, device=device, requires_grad=True)
+    indices = PLACES[name].to(device)
+    expected = torch.zeros(6, 2, device=device)
+    expected[indices] = values.detach()
+    rows = bert_padding.index_put_first_axis(values, indices, 6)
+    assert torch.equal(rows, expected)
+    assert torch.equal(bert_padding.pad_input(values, indices, 2, 3), expected.view(2, 3, 2))
+    weights = torch.randn_like(rows)
+    (dvalues,) = torch.autograd.grad(rows, values, weights)
+    assert torch.equal(dvalues, weights[indices])
+
+
 def test_repeated_rows_add_their_gradients() -> None:
     x = torch.randn(3, 2, requires_grad=True)
     rows = bert_padding.index_first_axis(x, torch.tensor([2, 0, 2]))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,13 @@ def test_the_names_are_where_flash_attn_has_them() -> None:
     assert sorted(flash_attn.__all__) == sorted(SIGNATURES)
     for name in SIGNATURES:
         assert getattr(flash_attn_interface, name) is getattr(flash_attn, name)
+
+
+def test_the_version_is_that_of_the_interface() -> None:
+    """`from flash_attn import __version__` decides in other libraries what they call."""
+    from fastattn.flash_attn import __version__
+
+    assert __version__ == "2.8.3"
 
 
 # --- the definition, and what is held to it -------------------------------------------------------
@@ -257,9 +265,17 @@ SIX = [name for name in SIGNATURES if name != "flash_attn_with_kvcache"]
 
 
 def through(
-    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    integer: Callable[[int], Any] = int,
+    **options: Any,
 ) -> torch.Tensor | Tensors:
-    """The result of the function of that name, with out and LSE as flash_attn_func has them."""
+    """The result of the function of that name, with out and LSE as flash_attn_func has them.
+
+    `integer` makes what max_seqlen is given as.
+    """
     varlen = "varlen" in name
     batch, seqlen_q, heads, head_dim = q.shape
     lengths = []
@@ -267,7 +283,8 @@ def through(
         cu_q, cu_k = (
             torch.arange(batch + 1, dtype=torch.int32, device=q.device) * x.shape[1] for x in (q, k)
         )
-        lengths = [cu_q, seqlen_q] if "qkv" in name else [cu_q, cu_k, seqlen_q, k.shape[1]]
+        longest = integer(seqlen_q), integer(k.shape[1])
+        lengths = [cu_q, longest[0]] if "qkv" in name else [cu_q, cu_k, *longest]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if "qkvpacked" in name:
         tensors = [torch.stack([q, k, v], -3)]
@@ -358,6 +375,74 @@ def test_dropout(name: str, device: str) -> None:
     torch.testing.assert_close(dv.sum(), out.sum(), rtol=1e-4, atol=0.0)
 
 
+# kind -> (an integer, a number, a flag) as callers have them
+KINDS: dict[str, tuple[Callable[[int], Any], Callable[[float], Any], Callable[[bool], Any]]] = {
+    "Python": (int, float, int),
+    "numpy": (np.int64, np.float32, np.bool_),
+    "numpy arrays": (np.array, np.array, np.array),
+    "tensors": (torch.tensor, torch.tensor, torch.tensor),
+    "int32 tensors": (lambda n: torch.tensor([n, 0], dtype=torch.int32).max(), torch.tensor, int),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SIX)
+def test_numbers_of_every_kind(name: str, kind: str, device: str) -> None:
+    tensors, _ = draw(device, seqlens=(8, 8))
+    integer, number, flag = KINDS[kind]
+
+    def run(integer: Any, number: Any, flag: Any) -> Any:
+        torch.manual_seed(0)
+        options = {
+            "dropout_p": number(0.25),
+            "softmax_scale": number(0.5),
+            "causal": flag(True),
+            "window_size": (integer(5), integer(-1)),
+            "softcap": number(2.0),
+            "return_attn_probs": flag(True),
+        }
+        return through(name, *tensors, integer=integer, **options)
+
+    ours, expected = run(integer, number, flag), run(int, float, bool)
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+    for causal in (None, 0, flag(False)):
+        out = through(name, *tensors, causal=causal, softcap=number(-1.0))
+        assert torch.equal(out, through(name, *tensors))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"causal": "top_left"}, "causal must be True or False; got 'top_left'"),
+        ({"causal": torch.ones(2)}, "causal must be True or False; got tensor"),
+        ({"softmax_scale": "1"}, "softmax_scale must be a number; got '1'"),
+        ({"softcap": torch.ones(2)}, "softcap must be a number; got tensor"),
+        ({"dropout_p": [0.5]}, r"dropout_p must be a number; got \[0.5\]"),
+        ({"max_seqlen_q": 5.0}, "max_seqlen_q must be an integer; got 5.0"),
+        ({"max_seqlen_k": torch.tensor(5.0)}, "max_seqlen_k must be an integer; got tensor"),
+        ({"max_seqlen_k": torch.tensor([5, 5])}, "max_seqlen_k must be an integer; got tensor"),
+    ],
+)
+def test_numbers_that_are_none(change: dict[str, Any], message: str) -> None:
+    x, cu = torch.randn(5, 2, 8), torch.tensor([0, 5])
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 5, "max_seqlen_k": 5}
+    with pytest.raises(TypeError, match=message):
+        flash_attn.flash_attn_varlen_func(x, x, x, **(lengths | change))
+
+
+def test_packed_as_transformers_calls(device: str) -> None:
+    """Its lengths of samples packed in a row, found from their positions, are tensors."""
+    utils = pytest.importorskip("transformers.modeling_flash_attention_utils")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=device)
+    (cu_q, cu_k), (max_q, max_k) = utils.prepare_fa_kwargs_from_position_ids(positions)
+    x = torch.randn(7, 4, 16, device=device)
+    out = flash_attn.flash_attn_varlen_func(
+        x, x, x, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k
+    )
+    alone = [flash_attn.flash_attn_func(*(part[None],) * 3)[0] for part in x.split([3, 4])]
+    torch.testing.assert_close(out, torch.cat(alone))
+
+
 def test_gradient_of_packed_tensors_is_packed(device: str) -> None:
     (q, k, v), _ = draw(device)
     qkv = torch.stack([q, k, v], 2).requires_grad_()
@@ -400,6 +485,24 @@ def test_compiles_without_a_graph_break(device: str) -> None:
     exact = formula(q.double(), k.double(), v.double(), **options)[0]
     eager = formula(q, k, v, **options)[0]
     assert_close_to_reference(compiled(q, k, v, **options), eager, exact)
+
+
+def test_varlen_compiles_for_all_lengths(device: str) -> None:
+    """Symbolic lengths stay so: one graph, whatever the sequences are."""
+    torch._dynamo.reset()
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(
+        flash_attn.flash_attn_varlen_func, backend=compilations, fullgraph=True, dynamic=True
+    )
+    counts = []
+    for lengths in ((3, 4), (5, 7), (9, 2)):
+        cu = cumulative(lengths, device)
+        x = torch.randn(sum(lengths), 2, 8, device=device)
+        arguments = x, x, x, cu, cu, max(lengths), max(lengths)
+        expected = flash_attn.flash_attn_varlen_func(*arguments)
+        torch.testing.assert_close(compiled(*arguments), expected)
+        counts.append(compilations.frame_count)
+    assert len(set(counts)) == 1
 
 
 # --- varlen ---------------------------------------------------------------------------------------
@@ -535,6 +638,35 @@ def test_wrong_pages(change: dict[str, Any], message: str) -> None:
         arguments[name] = torch.randn(arguments[name])
     with pytest.raises((TypeError, ValueError), match=message):
         flash_attn.flash_attn_varlen_func(**arguments)
+
+
+@pytest.mark.parametrize("pages", (5, 0))
+def test_unchecked_pages_are_cut_to_those_that_there_are(
+    pages: int, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """As on a GPU, where a gather from outside would end the process."""
+    from fastattn.flash_attn import pages as module
+    from fastattn.ops.attention import problem
+
+    for x in (module, problem):
+        monkeypatch.setattr(x, "values_are_checked", lambda tensor: False)
+    cu = torch.tensor([0, 6, 10], device=device)
+    q = torch.randn(10, 4, 8, device=device)
+    k, v = torch.randn(2, pages, 4, 4, 8, device=device)
+    outs = []
+    for table in ([[99, -7], [2**31 - 1, 0]], [[4, 0], [4, 0]]):
+        table = torch.tensor(table, dtype=torch.int32, device=device)
+        outs.append(flash_attn.flash_attn_varlen_func(q, k, v, cu, cu, 6, 6, block_table=table))
+    assert torch.equal(*outs) and outs[0].isfinite().all()
+    assert pages or (outs[0] == 0).all()
+
+
+def test_varlen_without_a_page(device: str) -> None:
+    cu, table = torch.tensor([0, 0, 0], device=device), torch.zeros(2, 3, device=device).int()
+    k = torch.randn(0, 4, 4, 8, device=device)
+    q, cu_q = torch.randn(10, 4, 8, device=device), torch.tensor([0, 6, 10], device=device)
+    out = flash_attn.flash_attn_varlen_func(q, k, k, cu_q, cu, 6, 6, block_table=table)
+    assert (out == 0).all()
 
 
 # --- a cache --------------------------------------------------------------------------------------
@@ -774,6 +906,46 @@ def test_kvcache_runs_where_a_gradient_is_wanted(device: str) -> None:
     assert torch.is_grad_enabled() and not out.requires_grad and out.grad_fn is None
     with torch.no_grad():
         assert_close_to_reference(out, cache.plain(torch.float32)[0], expected)
+
+
+@pytest.mark.parametrize("new", (0, 2))
+def test_kvcache_of_more_rows_than_sequences(new: int, device: str) -> None:
+    """Without cache_batch_idx the first rows count; the others stay as they are."""
+    cache = Cache(device, torch.float32, seqlen_q=2, new=new, causal=True)
+    more = torch.full((2, *cache.k_cache.shape[1:]), NAN, device=device)
+    alone = cache.k_cache.clone(), cache.v_cache.clone()
+    expected = flash_attn.flash_attn_with_kvcache(cache.q, *alone, **cache.passed)
+    cache.k_cache, cache.v_cache = (torch.cat([x, more]) for x in (cache.k_cache, cache.v_cache))
+    assert torch.equal(cache.run(), expected)
+    same = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+    for ours, its in zip((cache.k_cache, cache.v_cache), alone):
+        torch.testing.assert_close(ours, torch.cat([its, more]), **same)
+    cache.k_cache, cache.v_cache = cache.k_cache[:1], cache.v_cache[:1]
+    with pytest.raises(ValueError, match="k_cache must have q's batch size 3"):
+        cache.run()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+def test_kvcache_under_autocast(dtype: torch.dtype, device: str) -> None:
+    """flash-attn takes no part in it: tensors of one dtype give what they give outside."""
+    cache = Cache(device, dtype, seqlen_q=2, new=2, causal=True)
+    expected = cache.run(return_softmax_lse=True)
+    with torch.autocast(device, torch.bfloat16):
+        out, lse = cache.run(return_softmax_lse=True)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kvcache_numbers_of_every_kind(kind: str, device: str) -> None:
+    integer, number, flag = KINDS[kind]
+    cache = Cache(device, torch.float32, filled=(11, 11, 11), said="int", seqlen_q=2)
+    expected = cache.run(causal=True, softmax_scale=0.5, softcap=2.0, num_splits=2)
+    cache.passed["cache_seqlens"] = integer(11)
+    out = cache.run(
+        causal=flag(True), softmax_scale=number(0.5), softcap=number(2.0), num_splits=integer(2)
+    )
+    assert torch.equal(out, expected)
 
 
 def test_kvcache_new_keys_need_their_place() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -19,9 +20,10 @@ OPTIONAL = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib")
 
 
 def python(code: str, *options: str) -> str:
-    """What `code` prints in a fresh interpreter that sees this tree."""
+    """What `code` prints in a fresh interpreter that sees this tree, and keeps its bytecode."""
     command = [sys.executable, *options, "-c", code]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -56,17 +58,19 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_import_is_cheap() -> None:
+    """A small part of what torch's takes, and nothing heavy is loaded."""
     code = (
-        "import sys, time, torch; before = set(sys.modules); start = time.process_time();"
-        "import fastattn; print(1e3 * (time.process_time() - start));"
+        "import sys, time; start = time.process_time();"
+        "import torch; middle = time.process_time(); before = set(sys.modules);"
+        "import fastattn; print((time.process_time() - middle) / (middle - start));"
         "print(*(set(sys.modules) - before))"
     )
-    milliseconds, loaded = python(code).splitlines()
+    share, loaded = python(code).splitlines()
     heavy = {"triton", "setuptools", *OPTIONAL}
     assert not heavy & {name.split(".")[0] for name in loaded.split()}
-    # Processor time and up to three tries: other processes of the test run share the cores.
-    tries = (float(python(code).splitlines()[0]) for _ in range(2))
-    assert any(cost < 50.0 for cost in itertools.chain([float(milliseconds)], tries))
+    # The first run compiled what had changed; then processor time, as the cores are shared.
+    tries = (float(python(code).splitlines()[0]) for _ in range(3))
+    assert any(share < 0.04 for share in itertools.chain([float(share)], tries))
 
 
 def test_works_without_triton_and_without_the_extras() -> None:

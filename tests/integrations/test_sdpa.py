@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -380,6 +381,141 @@ def test_override_reroutes_and_restores(device: str, op_calls: list[Arguments]) 
     assert len(op_calls) == 3
 
 
+def is_overridden(op_calls: list[Arguments]) -> bool:
+    before = len(op_calls)
+    F.scaled_dot_product_attention(Q, K, K)
+    return len(op_calls) > before
+
+
+def test_override_ends_in_any_order(op_calls: list[Arguments]) -> None:
+    first, second = override_sdpa(), override_sdpa()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_overridden(op_calls)
+    second.__exit__(None, None, None)
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+    def blocks() -> Iterator[None]:
+        with override_sdpa():
+            yield
+
+    first_block, second_block = blocks(), blocks()
+    next(first_block)
+    next(second_block)
+    del first_block
+    assert is_overridden(op_calls)
+    del second_block
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_override_in_threads(op_calls: list[Arguments]) -> None:
+    """One thread leaves its block in the middle of the other's."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with override_sdpa():
+            entered.set()
+            assert leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(10)
+    with override_sdpa():
+        leave.set()
+        thread.join()
+        assert is_overridden(op_calls)
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_many_threads_enter_and_leave() -> None:
+    wrong: list[Any] = []
+
+    def work(seed: int) -> None:
+        for i in range(200):
+            with override_sdpa():
+                if (seed + i) % 3 == 0:  # which has the original put back for a moment
+                    F.scaled_dot_product_attention(Q.as_subclass(Subclass), K, K)
+                elif F.scaled_dot_product_attention not in (ORIGINAL, sdpa._rerouted):
+                    wrong.append(F.scaled_dot_product_attention)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_what_others_put_there_stays(
+    op_calls: list[Arguments], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", ORIGINAL)  # put back in any case
+    theirs: list[Any] = []
+
+    def patch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        theirs.append(args)
+        return found(*args, **kwargs)
+
+    with override_sdpa():
+        found = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = patch
+        with override_sdpa():
+            assert is_overridden(op_calls)  # by way of the patch
+        assert F.scaled_dot_product_attention is patch
+    assert F.scaled_dot_product_attention is patch
+    assert not is_overridden(op_calls)
+    assert len(theirs) == 2
+    F.scaled_dot_product_attention = found  # as its owner takes it away
+    assert not is_overridden(op_calls)
+    with override_sdpa():
+        assert is_overridden(op_calls)
+    assert not is_overridden(op_calls)
+
+
+def test_a_patch_from_before_comes_back(
+    op_calls: list[Arguments], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return ORIGINAL(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", patch)
+    with override_sdpa():
+        assert is_overridden(op_calls)
+    assert F.scaled_dot_product_attention is patch
+
+
+def test_a_block_inside_of_what_is_compiled(device: str, op_calls: list[Arguments]) -> None:
+    q, k, v = torch.randn(3, 2, 4, 6, 8, device=device)
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with override_sdpa():
+            return F.scaled_dot_product_attention(q, k, v)
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), ORIGINAL(q, k, v))
+    assert F.scaled_dot_product_attention is ORIGINAL
+    with override_sdpa():
+        assert is_overridden(op_calls)
+
+
+class Asks(torch.Tensor):
+    """A subclass that asks whether it is torch's attribute that was called."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return "asked"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_override_lets_subclasses_ask(op_calls: list[Arguments]) -> None:
+    with override_sdpa():
+        assert F.scaled_dot_product_attention(Q.as_subclass(Asks), K, K) == "asked"
+        assert is_overridden(op_calls)
+
+
 def test_override_reaches_torchs_modules(device: str, op_calls: list[Arguments]) -> None:
     attention = torch.nn.MultiheadAttention(16, 4, batch_first=True).to(device)
     x = torch.randn(2, 5, 16, device=device)
@@ -391,19 +527,43 @@ def test_override_reaches_torchs_modules(device: str, op_calls: list[Arguments])
     assert len(op_calls) == 1
 
 
+# (seqlen_q, seqlen_k): a query that sees nothing is undefined in torch, so no more queries than keys
+@pytest.mark.parametrize("lengths", [(6, 6), (5, 7), (1, 7)])
 @pytest.mark.parametrize("corner", ["causal_upper_left", "causal_lower_right"])
-def test_override_leaves_torchs_causal_biases(
-    corner: str, device: str, op_calls: list[Arguments]
+def test_torchs_causal_biases(
+    corner: str, lengths: tuple[int, int], device: str, op_calls: list[Arguments]
 ) -> None:
-    """A subclass that asks whether it is F.scaled_dot_product_attention that was called."""
-    q, k, v = (torch.randn(3, 2, n, 8, device=device) for n in (5, 7, 7))
-    mask = getattr(torch.nn.attention.bias, corner)(5, 7)
-    expected = ORIGINAL(q, k, v, mask)
-    with override_sdpa():
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v, mask), expected)
-        assert not op_calls
-        F.scaled_dot_product_attention(q, k, v)
-    assert len(op_calls) == 1
+    seqlen_q, seqlen_k = lengths
+    tensors = doubles(device, (3, 2, seqlen_q, 8), *[(3, 2, seqlen_k, 8)] * 2)
+    bias = getattr(torch.nn.attention.bias, corner)(*lengths)
+    theirs = run(ORIGINAL, tensors, {"attn_mask": bias._materialize(torch.device(device))})
+
+    def overridden(*given: torch.Tensor) -> torch.Tensor:
+        with override_sdpa():
+            return F.scaled_dot_product_attention(*given, bias)
+
+    for function in (lambda *given: scaled_dot_product_attention(*given, bias), overridden):
+        ours = run(function, tensors, {})
+        for name, expected in theirs.items():
+            torch.testing.assert_close(ours[name], expected, rtol=1e-10, atol=1e-12)
+    causal = "top_left" if corner == "causal_upper_left" else "bottom_right"
+    assert [(call["causal"], call["mask"]) for call in op_calls] == [(causal, None)] * 2
+
+
+def test_a_causal_bias_that_does_not_fit(op_calls: list[Arguments]) -> None:
+    bias = torch.nn.attention.bias.causal_lower_right(3, 7)
+    message = r"attn_mask is a causal bias of \(3, 7\); .* the lengths of query and key, \(5, 7\)"
+    with pytest.raises(ValueError, match=message):
+        scaled_dot_product_attention(Q, K, K, bias)
+    fitting = torch.nn.attention.bias.causal_lower_right(5, 7)
+    with pytest.raises(ValueError, match="a causal bias already: leave is_causal False"):
+        scaled_dot_product_attention(Q, K, K, fitting, is_causal=True)
+    with override_sdpa():  # torch's own errors, found by comparing what was called
+        with pytest.raises(RuntimeError, match="must match the size"):
+            F.scaled_dot_product_attention(Q, K, K, bias)
+        with pytest.raises(ValueError, match="CausalBias should not be used with causal=True"):
+            F.scaled_dot_product_attention(Q, K, K, fitting, is_causal=True)
+    assert not op_calls
 
 
 class Subclass(torch.Tensor):
@@ -447,6 +607,16 @@ def test_override_leaves_nested_tensors(layout: torch.layout, op_calls: list[Arg
     for ours, theirs in zip(found.unbind(), expected.unbind(), strict=True):
         assert torch.equal(ours, theirs)
     assert not op_calls
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.randn(4, n, 8) for n in (3, 3)], layout=layout)
+    mend = r"attention_varlen\(.*\) on its values, or torch\.nn\.functional\.scaled_dot_product"
+    for name, given in (("query", (x, x, x)), ("value", (Q, K, x)), ("attn_mask", (Q, K, K, x))):
+        with pytest.raises(TypeError, match=f"{name} is a nested tensor: use .*{mend}"):
+            scaled_dot_product_attention(*given)
 
 
 def test_override_leaves_wrong_arguments_to_torchs_errors() -> None:

@@ -26,7 +26,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
         f'{transformers.__version__}: pip install "fastattn[hf]"'
     )
 
-from fastattn.integrations.huggingface.attention import NAME, attention_forward, register
+from fastattn.integrations.huggingface.attention import attention_forward, register
+from fastattn.integrations.huggingface.dispatch import NAME
 
 register()
 

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
 
+from fastattn.integrations.huggingface import dispatch
+from fastattn.integrations.huggingface.dispatch import NAME
 from fastattn.ops.attention import attention, attention_varlen
 from fastattn.ops.common import modes
 
@@ -22,10 +25,8 @@ try:  # younger than transformers 5.0, and not public
 except ImportError:
     _active_collector = None
 
-NAME = "fastattn"
-
 # Arguments of other implementations that change the result. (Those that are honoured are looked at
-# one by one; what is left changes nothing: `position_ids`, `use_cache`, `deterministic`.)
+# one by one; what is left changes nothing: `use_cache`, `deterministic`, `sliding_window`.)
 _UNSUPPORTED = {
     "head_mask": "a mask of heads",
     "block_indices": "sparse attention by blocks",
@@ -33,28 +34,58 @@ _UNSUPPORTED = {
 }
 
 
+# Set on a mask that `make_mask` made without padding, and on position_ids once they are read.
+_UNPADDED = "fastattn_unpadded"
+_READ = "fastattn_sequences"
+
+
 def register() -> None:
     """Make `attn_implementation="fastattn"` known to transformers. Harmless if repeated."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
+    dispatch.refuse_when_chosen()
 
 
 def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The mask of a layer, which has padding, packed sequences, windows and static caches in it.
 
-    Boolean, True where a key may be seen, or None where the module's own causality says it all;
-    but for two families:
+    Boolean, True where a key may be seen, or None where the module's own causality says it all.
+    But a mask as that of "eager", which is added to the scores, and is never None:
 
-    - deepseek_v4 appends the scores of its compressed keys to the mask, in the mask's dtype, so
-      that it has to be an additive one;
-    - gemma4 may drop queries after the mask is made, which `None` could not tell.
+    - for the families that count on it (`fastattn.integrations.huggingface.dispatch`);
+    - for deepseek_v4, which appends the scores of its compressed keys, in the mask's dtype.
+
+    And gemma4 may drop queries after the mask is made, which `None` could not tell.
+
+    Raises:
+        ValueError: the family does not dispatch; the message names it and the mend.
     """
-    model_type = getattr(kwargs.get("config"), "model_type", "")
-    if model_type.startswith("deepseek_v4"):
-        return eager_mask(*args, **kwargs)
+    config = kwargs.get("config")
+    model_type = getattr(config, "model_type", None) or ""
+    boolean = config is None or dispatch.takes_boolean_masks(type(config))
     if model_type.startswith("gemma4"):
         kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **kwargs)
+    elif model_type.startswith("deepseek_v4"):
+        boolean = False
+    if not boolean:
+        kwargs["allow_is_bidirectional_skip"] = False
+    mask = (sdpa_mask if boolean else eager_mask)(*args, **kwargs)
+    if mask is not None and _is_unpadded(**kwargs):
+        setattr(mask, _UNPADDED, True)
+    return mask
+
+
+def _is_unpadded(
+    attention_mask: torch.Tensor | None = None, q_length: int = 0, kv_length: int = 0, **_: Any
+) -> bool:
+    """Whether no token is padding, as far as position_ids are of interest and that can be read.
+
+    The positions of padding are made up (0, mostly), and would pass for sequences that begin.
+    """
+    if attention_mask is None:
+        return True
+    of_interest = q_length == kv_length and q_length > 1 and not is_tracing(attention_mask)
+    return of_interest and bool(attention_mask.all())
 
 
 def attention_forward(
@@ -72,7 +103,7 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
-    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | torch.Tensor | None = None,
@@ -81,10 +112,18 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention for a module of transformers, with the conventions of its "sdpa".
 
-    With a mask, the mask alone decides which keys a query sees: transformers has put windows and
-    packed sequences into it. Without one, and with more than one query and `is_causal` (default:
-    the module's, else True), query i sees the keys j <= i; a longer key is the empty rest of a
-    static cache. A query that sees no key gives 0.
+    With a mask, the mask decides which keys a query sees: transformers has put causality and
+    windows into it. Without one, and with more than one query and `is_causal` (default: the
+    module's, else True), query i sees the keys j <= i; a longer key is the empty rest of a static
+    cache. A query that sees no key gives 0.
+
+    Packed sequences are kept apart whatever the mask, in the families too whose masks do not know
+    of them: by `cu_seq_lens_q`, or else by `position_ids` that restart. (ModernBERT, DistilBERT and
+    others hand no position_ids to their layers, and need the former.)
+
+    `sliding_window`, which is for flash-attn, is ignored as "eager" and "sdpa" ignore it: every
+    family that has a window asks for masks with it, and leaves them out where it does not bind;
+    some (OLMoE, DeepSeek-OCR-2) pass one to layers that they mean to have none.
 
     Args:
         query: (batch, heads, seqlen_q, head_dim); a batch of 1 broadcasts.
@@ -99,10 +138,13 @@ def attention_forward(
         s_aux: (heads,), a logit per head that takes part in the softmax alone.
         sinks: (batch, heads, seqlen_q, 1), the same per query.
         indices: (batch, seqlen_q, n), the only keys that a query sees.
-        sliding_window: without a mask: keys of a distance from `sliding_window` on are not seen.
-        cu_seq_lens_q, cu_seq_lens_k: without a mask: (sequences + 1,), where the sequences begin
-            that are packed in the batch's rows, of at most `max_length_q` and `max_length_k`
-            tokens.
+        position_ids: (batch, seqlen), with as many keys as queries: wherever a row is at its least
+            value again, a sequence begins, as transformers' flash attention has it; a row of one
+            value says nothing. Not where there is padding, nor a mask that the user made.
+        cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), where the sequences begin that are packed in
+            the batch's rows, of at most `max_length_q` and `max_length_k` tokens; default of k:
+            those of q. Tokens behind the last one see nothing and give 0. With a mask, indices or
+            a position_bias, which are of rows, a sequence ends with its row at the latest.
         kwargs: whatever else the module passes. Arguments that would change the result must be
             None.
 
@@ -120,6 +162,8 @@ def attention_forward(
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if getattr(module, "packed_by_mask_alone", False):  # it stands in for one with "sdpa"
+        position_ids = cu_seq_lens_q = None
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "softcap": softcap or 0.0,
@@ -127,16 +171,8 @@ def attention_forward(
         "dropout_p": dropout,
         "return_lse": sinks is not None,
     }
-    if attention_mask is None and sliding_window is not None and seqlen_k > sliding_window:
-        # As transformers calls flash-attn: to both sides, and causality cuts off the right one.
-        options["window"] = (sliding_window - 1, sliding_window - 1)
-    if attention_mask is None and cu_seq_lens_q is not None and cu_seq_lens_q.numel() > batch + 1:
-        if position_bias is not None or indices is not None:
-            raise ValueError(
-                "cu_seq_lens_q packs sequences, of which position_bias and indices know nothing: "
-                "pass position_ids that start anew at each sequence instead, from which "
-                "transformers makes the attention_mask"
-            )
+    of_rows = attention_mask is not None or position_bias is not None or indices is not None
+    if cu_seq_lens_q is not None and not of_rows:
         starts = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         lengths = max_length_q, max_length_k
         options["causal"] = bool(is_causal)
@@ -159,6 +195,14 @@ def attention_forward(
             )
         key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
         mask, bias = (x if x is None else x[..., :seqlen_q] for x in (mask, bias))
+    if cu_seq_lens_q is not None:
+        ends_q = cu_seq_lens_q[1:]
+        ends_k = ends_q if cu_seq_lens_k is None else cu_seq_lens_k[1:]
+        # Keys behind the last sequence are of one that no query is of.
+        ends_k = torch.cat([ends_k, ends_k[-1:]])
+        options["document_ids"] = _documents(query, ends_q), _documents(key, ends_k)
+    elif attention_mask is None or getattr(attention_mask, _UNPADDED, False):
+        options["document_ids"] = _restarts(position_ids, query, key)
     run: Callable[..., Any] = attention
     result = run(
         query.transpose(1, 2),
@@ -173,6 +217,49 @@ def attention_forward(
         return result, None
     out, lse = result
     return _with_sinks(out, lse, sinks), None
+
+
+def _documents(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The number of each token's sequence, (batch, seqlen), for x (batch, heads, seqlen, ...)."""
+    batch, _, seqlen, _ = x.shape
+    tokens = torch.arange(batch * seqlen, dtype=ends.dtype, device=ends.device)
+    return torch.bucketize(tokens, ends, right=True).view(batch, seqlen)
+
+
+def _restarts(
+    position_ids: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
+    """The number of each token's sequence, (batch, seqlen); None if there is one, or no telling.
+
+    For that the positions are read, so that the usual sequence keeps to the usual path: once per
+    forward, the answer staying on them for the other layers. Where they cannot be read (while
+    torch.compile or a CUDA graph records) the numbers are made and stay on the device.
+    """
+    batch, _, seqlen, _ = query.shape
+    if (
+        position_ids is None
+        or seqlen == 1
+        or key.shape[2] != seqlen
+        or position_ids.shape != (batch, seqlen)  # (1, seqlen) is how models count by themselves
+    ):
+        return None
+    if is_tracing(position_ids) or position_ids.is_meta:
+        return _numbers(position_ids)
+    # Their owner may write into them, which an inference tensor does not tell.
+    version = None if position_ids.is_inference() else position_ids._version
+    read_at, numbers = getattr(position_ids, _READ, (None, None))
+    if version is None or version != read_at:
+        numbers = _numbers(position_ids)
+        if int(numbers.amax()) <= 1:
+            numbers = None
+        setattr(position_ids, _READ, (version, numbers))
+    return numbers
+
+
+def _numbers(position_ids: torch.Tensor) -> torch.Tensor:
+    """Counts, along each row of positions, how often they were at their least value."""
+    numbers = (position_ids == position_ids.amin(-1, keepdim=True)).cumsum(-1)
+    return numbers * (numbers[:, -1:] < position_ids.shape[1])  # but not if they never left it
 
 
 def _packed(

@@ -9,7 +9,7 @@ from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
 from fastattn.backends import explanation_of
-from fastattn.integrations.huggingface.attention import NAME
+from fastattn.integrations.huggingface.dispatch import NAME
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.swap import Recogniser
 from fastattn.nn.plain import is_plain
@@ -49,6 +49,8 @@ class AttentionSwap(torch.nn.Module):
     The view stands in for "sdpa" alone. After `model.set_attn_implementation("eager")` the module
     does what it is told and runs the original.
     """
+
+    packed_by_mask_alone = True  # as "sdpa": see `attention_forward`
 
     @property
     def config(self) -> Any:

@@ -30,6 +30,9 @@ _SDPA = F.scaled_dot_product_attention
 # Rows of one mask: 512 rows of a 16k context are 8 MB, and large enough for ATen's own blocking.
 CHUNK = 512
 
+# The smallest factor of scores that ATen's kernels, in float32, do not take for zero.
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 def unsupported(problem: AttentionProblem) -> str | None:
     if problem.transformed:
@@ -199,18 +202,19 @@ def _masked(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Queries `rows` on keys `columns` under a mask; a row that sees no key gives 0 and LSE -inf.
 
-    On the CPU ATen gives 0 as well, with zero gradients. Its other kernels, and its LSE, differ:
-    they are shown a key there, and the row is overwritten afterwards.
+    On the CPU ATen gives 0 as well. Its other kernels, and its LSE, differ: they are shown a key
+    there. The row is overwritten for its gradient too, which may arrive infinite.
     """
     mask = _added(problem, extras, q, rows, columns)
     blind = None
-    if mask is not None and (problem.device.type != "cpu" or problem.return_lse):
+    shown = problem.device.type != "cpu" or problem.return_lse
+    if mask is not None and (shown or problem.needs_grad):
         if mask.dtype == torch.bool:
             blind = ~mask.any(-1, keepdim=True)  # (B|1, H|1, rows|1, 1)
-            mask = mask | blind
+            mask = mask | blind if shown else mask
         else:
-            blind = (mask == float("-inf")).all(-1, keepdim=True)
-            mask = mask.masked_fill(blind, 0.0)
+            blind = mask.detach().amax(-1, keepdim=True) == float("-inf")
+            mask = mask.masked_fill(blind, 0.0) if shown else mask
     out, lse = _sdpa(problem, q, k, v, attn_mask=mask)
     if blind is not None:
         out = out.masked_fill(blind.transpose(1, 2), 0.0)
@@ -260,7 +264,7 @@ def _packed(
             lses.append(lse[:, i:end])
     result = torch.cat([*parts, out[end:]])
     if problem.needs_grad and not result.requires_grad:  # no sequence has a key
-        result = result + zeros_of(q, k, v).to(q.dtype)
+        result = result + zeros_of(q, k, v, extras.bias, extras.alibi_slopes).to(q.dtype)
     return result, torch.cat([*lses, lse[:, end:]], 1) if problem.return_lse else None
 
 
@@ -327,6 +331,8 @@ def _sdpa(
     scale = problem.settings.softmax_scale
     if scale < 0:  # ATen's kernel for the CPU scales its causal -inf too
         q, scale = -q, -scale
+    if scale < SMALLEST:
+        q, scale = q * scale, 1.0
     if not problem.return_lse:
         out = _SDPA(
             q,

@@ -18,6 +18,7 @@ class BlockMask:
 
     Attributes:
         block_size: (block_q, block_k), powers of two from 16.
+        seqlens: (seqlen_q, seqlen_k) that it was made for; None if it was made of lists.
         offsets: (batch or 1, heads or 1, tiles_q + 1), int32, tiles_q = ceil(seqlen_q / block_q).
         indices: (kept,), int32, ascending within a row of tiles.
         partial: (kept,), int32, 0 for a tile that is seen whole.
@@ -35,6 +36,7 @@ class BlockMask:
         *,
         partial: torch.Tensor | None = None,
         patterns: torch.Tensor | None = None,
+        seqlens: tuple[int, int] | None = None,
     ) -> None:
         """From lists of kept tiles. Waits for the device: make one mask for many calls.
 
@@ -43,13 +45,16 @@ class BlockMask:
                 to tiles that are seen whole.
             block_size: (block_q, block_k), or one number for both.
             tiles_k: columns of tiles, ceil(seqlen_k / block_k).
+            seqlens: (seqlen_q, seqlen_k) that the patterns are for; None: any with these tiles.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
         self.block_size = _block_size(block_size)
         self.tiles_k = tiles_k
-        offsets, indices = offsets.to(torch.int32), indices.to(torch.int32)
+        self.seqlens = seqlens
+        offsets = offsets.to(torch.int32).contiguous()
+        indices = indices.to(torch.int32).contiguous()
         if offsets.dim() != 3:
             raise ValueError(
                 "offsets must have the shape (batch or 1, heads or 1, tiles_q + 1); "
@@ -80,7 +85,7 @@ class BlockMask:
                 f"indices must lie in [0, {tiles_k}), the columns of tiles; "
                 f"got {int(indices.min())} to {int(indices.max())}"
             )
-        partial = partial.to(torch.int32)
+        partial, patterns = partial.to(torch.int32).contiguous(), patterns.contiguous()
         in_range = (partial >= 0) & (partial < len(patterns))
         if partial.shape != indices.shape or not in_range.all():
             raise ValueError(
@@ -88,6 +93,10 @@ class BlockMask:
                 f"{len(patterns)} patterns; got {tuple(partial.shape)}"
             )
         kept, number = _grid(offsets, indices, partial, tiles_k)
+        if int(kept.sum()) != int(offsets.diff(dim=-1).sum()) or not _ascending(offsets, indices):
+            raise ValueError(
+                "indices must ascend within each row of tiles, each tile once: sort them"
+            )
         transposed = _lists(kept.transpose(-1, -2), number.transpose(-1, -2))
         self.tensors = (offsets, indices, partial, patterns, *transposed)
 
@@ -142,6 +151,7 @@ class BlockMask:
                 f"batch={batch}, heads={heads}, seqlen_q={seqlen_q}, seqlen_k={seqlen_k}"
             )
         tiles_q, tiles_k = -(-seqlen_q // block_q), -(-seqlen_k // block_k)
+        seqlens = seqlen_q, seqlen_k
         b = torch.arange(batch, device=device)[:, None, None, None]
         h = torch.arange(heads, device=device)[:, None, None]
         j = torch.arange(tiles_k * block_k, device=device)
@@ -162,7 +172,7 @@ class BlockMask:
         if not tiles_q:
             nothing = torch.zeros(shape, dtype=torch.bool, device=device)
             offsets, indices, _ = _lists(nothing, nothing.long())
-            return cls(offsets, indices, (block_q, block_k), tiles_k)
+            return cls(offsets, indices, (block_q, block_k), tiles_k, seqlens=seqlens)
         is_kept, is_whole = torch.stack(kept, 2), torch.stack(whole, 2)
         # Numbered in the order in which they were collected: by row of tiles first.
         is_partial = (is_kept & ~is_whole).permute(2, 0, 1, 3)
@@ -174,7 +184,10 @@ class BlockMask:
             number[is_partial] = 1 + same_as
             table = torch.cat([table, different])
         offsets, indices, partial = _lists(is_kept, number.permute(1, 2, 0, 3))
-        return cls(offsets, indices, (block_q, block_k), tiles_k, partial=partial, patterns=table)
+        return cls(
+            offsets, indices, (block_q, block_k), tiles_k, partial=partial, patterns=table,
+            seqlens=seqlens,
+        )  # fmt: skip
 
     def to_dense(self, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
         """The mask as (batch or 1, heads or 1, seqlen_q, seqlen_k), boolean."""
@@ -199,6 +212,16 @@ def dense(
     j = torch.arange(seqlen_k, device=offsets.device)
     seen = kept[:, :, i // block_q, j // block_k]
     return seen & patterns[number[:, :, i // block_q, j // block_k], i % block_q, j % block_k]
+
+
+def _ascending(offsets: torch.Tensor, indices: torch.Tensor) -> bool:
+    """Whether each index is above the one before it, but for the first ones of the rows."""
+    if indices.numel() < 2:
+        return True
+    place = torch.arange(1, indices.numel(), device=indices.device)
+    listed = (place >= offsets.min()) & (place < offsets.max())
+    first = torch.isin(place, offsets)
+    return bool(((indices.diff() > 0) | first | ~listed).all())
 
 
 def _block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:

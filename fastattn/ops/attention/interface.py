@@ -13,13 +13,15 @@ from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import NONE, Extras
 from fastattn.ops.attention.problem import Causal, Documents
-from fastattn.ops.common import modes
+from fastattn.ops.common import modes, slower
 from fastattn.ops.common.plans import PlanCache
 
-BACKENDS = (
-    *registration.KERNELS,
-    backends.Backend("torch", lambda: aten),
-    backends.Backend("reference", lambda: reference),
+BACKENDS = slower.consulted(
+    (
+        *registration.KERNELS,
+        backends.Backend("torch", lambda: aten),
+        backends.Backend("reference", lambda: reference),
+    )
 )
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -34,8 +36,15 @@ def _metadata(x: Any) -> Any:
     if isinstance(x, (tuple, list)):
         return tuple(map(_metadata, x))
     if isinstance(x, BlockMask):
-        return x.block_size, x.tiles_k, x.offsets.shape, x.device
+        return x.block_size, x.tiles_k, x.seqlens, x.offsets.shape, x.device
     return x
+
+
+def _as_added(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A bias or sink under autocast: float32 stays, which is more precise."""
+    if not isinstance(x, torch.Tensor) or x.dtype == torch.float32:
+        return x
+    return modes.cast(x, dtype)
 
 
 @overload
@@ -174,6 +183,7 @@ def attention(
     try:
         if (dtype := modes.autocast_dtype(q.device.type)) is not None:
             q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)
+            bias, sink = _as_added(bias, dtype), _as_added(sink, dtype)
         if (
             bias is None and alibi_slopes is None and sink is None and document_ids is None
             and block_mask is None
@@ -314,6 +324,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
     """
     if isinstance(q, torch.Tensor) and (dtype := modes.autocast_dtype(q.device.type)) is not None:
         q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)
+        bias, sink = _as_added(bias, dtype), _as_added(sink, dtype)
     settings, extras = _problem.check_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=seqused_q,
         seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale,

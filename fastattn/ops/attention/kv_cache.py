@@ -43,7 +43,9 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """Keys that a sequence can have."""
+        """Keys that a sequence can have: none if there is no page, or no row."""
+        if not self.k.shape[0]:
+            return 0
         pages = 1 if self.block_table is None else self.block_table.shape[1]
         return pages * self.k.shape[1]
 
@@ -135,6 +137,9 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
     key head rows of one tile. All that varies from step to step is read on the device, so that a
     captured CUDA graph serves every length.
 
+    Under autocast q, k and v are cast to the cache's dtype, not to autocast's: the cache, which is
+    written in place, cannot be.
+
     Args:
         q: (batch, seqlen_q, heads, head_dim).
         k_cache, v_cache: (cache_batch, capacity, kv_heads, head_dim) and (..., head_dim_v), in q's
@@ -150,7 +155,8 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), floating point: rotate the first
             rotary_dim columns (Su et al. 2021, arXiv:2104.09864) of new key t by position
             cache_lengths + t, and of query i by cache_lengths + i (if neither `causal` nor `window`
-            is given, of all queries by cache_lengths). They need k and v.
+            is given, of all queries by cache_lengths), so they must reach the last of these
+            positions. They need k and v.
         rotary_interleaved: pairs are columns (2c, 2c + 1), else (c, c + rotary_dim / 2).
         causal, window, softmax_scale, softcap, alibi_slopes, sink: as `attention`'s, the diagonal
             and the distances following n; "top_left" is not taken.
@@ -160,8 +166,8 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
         backend: "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
-        out, (batch, seqlen_q, heads, head_dim_v), or with `return_lse` the pair (out, lse), lse
-        (batch, heads, seqlen_q), float32.
+        out, (batch, seqlen_q, heads, head_dim_v), in the cache's dtype, or with `return_lse` the
+        pair (out, lse), lse (batch, heads, seqlen_q), float32; float64 of float64.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or wants a gradient; the message says so.
@@ -170,9 +176,9 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
             Unchecked, the kernels still touch nothing outside of the tensors.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    if isinstance(q, torch.Tensor) and (dtype := modes.autocast_dtype(q.device.type)) is not None:
-        q = modes.cast(q, dtype)
-        k, v = (x if x is None else modes.cast(x, dtype) for x in (k, v))
+    autocast = isinstance(q, torch.Tensor) and modes.autocast_enabled(q.device.type)
+    if autocast:
+        q, k, v = (_as_cached(x, k_cache) for x in (q, k, v))
     described, extras, cache = _described(
         q, k_cache, v_cache, cache_lengths, k=k, v=v, block_table=block_table,
         cache_indices=cache_indices, cache_starts=cache_starts, rotary_cos=rotary_cos,
@@ -181,8 +187,19 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
         num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
     chosen = backends.select("attention_with_kv_cache", BACKENDS, described, backend)
-    out, lse = chosen.module.attention_with_kv_cache(described.attention, q, extras, cache)
+    run = chosen.module.attention_with_kv_cache
+    if autocast:  # what had to be cast is, and ATen's functions inside are to compute in that dtype
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = run(described.attention, q, extras, cache)
+    else:
+        out, lse = run(described.attention, q, extras, cache)
     return (out, lse) if return_lse else out
+
+
+def _as_cached(x: Any, cache: Any) -> Any:
+    """x in the cache's dtype, as autocast casts; what is no tensor is left to the checks."""
+    tensors = isinstance(x, torch.Tensor) and isinstance(cache, torch.Tensor)
+    return modes.cast(x, cache.dtype) if tensors and cache.dtype in _problem.DTYPES else x
 
 
 # --- checks -------------------------------------------------------------------------------------
@@ -265,7 +282,8 @@ def _described(
             "num_splits must be None (parts of 256 keys), 0 (as many as fill the GPU) or a "
             f"positive int; got {num_splits!r}"
         )
-    if modes.needs_grad(q, k_cache, v_cache, k, v, alibi_slopes, sink):
+    inputs = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes, sink
+    if modes.needs_grad(*inputs):
         raise ValueError(
             "attention_with_kv_cache is for inference and has no gradient, but an input requires "
             "one: call it under torch.no_grad(), or use attention with k and v as they are"
@@ -299,7 +317,7 @@ def _described(
         num_splits=num_splits,
     )
     if _problem.values_are_checked(cache_lengths):
-        _check_contents(cache)
+        _check_contents(cache, q.shape[1])
     extras = _problem.gather(q.dtype, None, None, alibi_slopes, sink, None, None, None)
     described = _problem.of(q, k_cache, v_cache, extras, settings, return_lse=return_lse)
     named = {
@@ -367,7 +385,7 @@ def _check_rotary(
             raise ValueError(f"{name} must have at least one position")
 
 
-def _check_contents(cache: Cache) -> None:
+def _check_contents(cache: Cache, seqlen_q: int) -> None:
     """Raise for index tensors that point outside of the cache."""
     new, capacity = cache.seqlen_new, cache.capacity
     lengths = cache.lengths.tolist()
@@ -396,8 +414,9 @@ def _check_contents(cache: Cache) -> None:
                 f"got {wrong[0]}"
             )
     if cache.rotary_cos is not None:
-        last = max(lengths, default=0) + max(new, 1) - 1
-        if last >= cache.rotary_cos.shape[0]:
+        turned = max(new, seqlen_q if cache.rotary_advances else min(seqlen_q, 1))
+        last = max(lengths, default=0) + turned - 1
+        if lengths and turned and last >= cache.rotary_cos.shape[0]:
             raise ValueError(
                 f"rotary_cos and rotary_sin must reach position {last}; they have "
                 f"{cache.rotary_cos.shape[0]}"
@@ -432,7 +451,7 @@ def rotate(
 
 def _appended(cache: Cache) -> torch.Tensor:
     """Write the new keys and values into the cache; the lengths afterwards."""
-    lengths = cache.lengths.long()
+    lengths = cache.lengths.long().clamp(max=cache.capacity)
     if cache.new_k is None or cache.new_v is None:
         return lengths
     positions = lengths[:, None] + torch.arange(cache.seqlen_new, device=lengths.device)

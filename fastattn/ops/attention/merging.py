@@ -18,13 +18,13 @@ def merge_attention_states(
 
     With `return_lse=True` each part's call gives its pair; how the keys were divided (a cache and
     new keys, chunks on several devices) does not matter. Differentiable, also through the LSEs. A
-    part in which a query sees no key (LSE -inf) has no weight; if that holds for all of them the
-    result is 0 with LSE -inf. (Rabe and Staats 2021, arXiv:2112.05682.)
+    part in which a query sees no key (LSE -inf) has no weight, whatever stands in its out; if that
+    holds for all of them the result is 0 with LSE -inf. (Rabe and Staats 2021, arXiv:2112.05682.)
 
     Args:
         out: n tensors (batch, seqlen_q, heads, head_dim), or packed (total_q, heads, head_dim), of
             one shape and dtype; or one tensor with the parts stacked in dimension 0.
-        lse: n tensors (batch, heads, seqlen_q), or (heads, total_q), float32; likewise.
+        lse: n tensors (batch, heads, seqlen_q), or (heads, total_q), floating point; likewise.
 
     Returns:
         (out, lse) in the shapes and dtypes of one part.
@@ -52,7 +52,10 @@ def merge_attention_states(
     precision = modes.at_least_float32(outs.dtype)
     top = lses.detach().amax(0)
     top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = torch.exp(lses - top)
+    # Zeros, not only weights of 0: 0 * NaN would reach the result, or the gradients.
+    unseen = lses == float("-inf")
+    weights = torch.exp(lses - top).masked_fill(unseen, 0.0)
+    outs = outs.masked_fill(unseen.transpose(-1, -2).unsqueeze(-1), 0.0)
     total = weights.sum(0)
     nothing = total == 0.0
     total = total.masked_fill(nothing, 1.0)

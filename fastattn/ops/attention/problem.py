@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import torch
 
 from fastattn.ops.attention.block_mask import BlockMask
@@ -42,6 +44,23 @@ class AttentionProblem:
     needs_grad: bool
     needs_slope_grad: bool
     transformed: bool
+
+    @property
+    def op(self) -> str:
+        return "attention"
+
+    @property
+    def elements(self) -> int | None:
+        """The problem's size where backends are compared (ops/common/slower.py).
+
+        The multiplications of q k^T, q's elements times seqlen_k; None for whatever is more than
+        causal attention, which is not compared.
+        """
+        s = self.settings
+        more = self.given or self.return_lse or self.bounded_left or s.window_right > 0
+        if more or s.softcap or s.dropout_p or s.fp32_precision != "ieee":
+            return None
+        return self.batch * self.seqlen_q * self.heads * self.head_dim * self.seqlen_k
 
     @property
     def group_size(self) -> int:
@@ -277,10 +296,10 @@ def check_tensors(
         raise ValueError(
             f"head_dim must be at least 1; got q of shape {tuple(q.shape)}, v {tuple(v.shape)}"
         )
-    if kv_heads == 0 or heads % kv_heads != 0:
+    if heads == 0 or kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
-            f"the heads of q must be a multiple of the heads of {names[1]} and {names[2]}; "
-            f"got {heads} and {kv_heads}"
+            f"the heads of q must be at least 1 and a multiple of the heads of {names[1]} and "
+            f"{names[2]}; got {heads} and {kv_heads}"
         )
 
 
@@ -300,7 +319,7 @@ def _features(
     sink: torch.Tensor | None = None,
     document_ids: Documents | None = None,
     block_mask: BlockMask | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: Any = 0.0,
     fp32_precision: str = "ieee",
 ) -> tuple[Settings, Extras]:
     """What dense and packed calls share; `document_ids` are checked by the callers."""
@@ -311,8 +330,7 @@ def _features(
     check_number("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap must be 0 (off) or positive; got {softcap}")
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a float; got {type(dropout_p).__name__}")
+    check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1); got {dropout_p}")
     if fp32_precision not in FP32_PRECISIONS:
@@ -334,7 +352,7 @@ def _features(
     settings = Settings(
         window_left=left,
         window_right=right,
-        top_left=causal == "top_left",
+        top_left=isinstance(causal, str) and causal == "top_left",
         softmax_scale=default_scale(softmax_scale, q),
         softcap=float(softcap),
         dropout_p=float(dropout_p),
@@ -386,33 +404,36 @@ def _four_dimensional(x: torch.Tensor) -> torch.Tensor:
 
 def check_window(causal: Causal, window: tuple[int, int] | None) -> tuple[int, int]:
     """(left, right) of the band that a query sees, -1 for no bound."""
-    if not isinstance(causal, bool) and causal not in ("bottom_right", "top_left"):
-        raise (TypeError if not isinstance(causal, str) else ValueError)(
+    given: Any = causal  # whatever equals True is True: a number of numpy too
+    flag = isinstance(given, (numbers.Integral, numpy.bool_))
+    if given not in ((True, False) if flag else ("bottom_right", "top_left")):
+        raise (TypeError if not isinstance(given, str) else ValueError)(
             "causal must be True (which is 'bottom_right'), 'bottom_right', 'top_left' or False; "
             f"got {causal!r}"
         )
-    left = right = UNBOUNDED
+    left: Any = UNBOUNDED
+    right: Any = UNBOUNDED
     if window is not None:
-        sides = tuple(window) if isinstance(window, (tuple, list)) else ()
+        sides: tuple[Any, ...] = tuple(window) if isinstance(window, (tuple, list)) else ()
         if len(sides) != 2 or any(
-            isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < UNBOUNDED
-            for n in sides
+            not isinstance(n, (numbers.Integral, torch.SymInt)) or n < UNBOUNDED for n in sides
         ):
             raise ValueError(
                 "window must be (left, right), the keys seen on each side of the diagonal, each an "
                 f"int of at least 0, or -1 for no bound; got {window!r}"
             )
-        left, right = sides
+        left, right = (n if isinstance(n, torch.SymInt) else int(n) for n in sides)
     return left, 0 if causal else right
 
 
-def check_number(name: str, value: float | None, none: bool = False) -> None:
+def check_number(name: str, value: Any, none: bool = False) -> None:
     if value is None and none:
         return
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float, numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a float; got {type(value).__name__}")
     # Not math.isfinite: under torch.compile(dynamic=True) a module's float is symbolic.
-    if not -math.inf < value < math.inf:
+    number: Any = value
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be finite; got {value}")
 
 
@@ -525,6 +546,11 @@ def _check_block_mask(
             f"block_mask must be made for (batch or 1, heads or 1, seqlen_q, seqlen_k) = {full}; "
             f"it has batch {b}, heads {h} and {rows - 1} x {block_mask.tiles_k} tiles of "
             f"{block_q} x {block_k}"
+        )
+    if block_mask.seqlens not in (None, (seqlen_q, seqlen_k)):
+        raise ValueError(
+            f"block_mask was made for (seqlen_q, seqlen_k) = {block_mask.seqlens}; this call has "
+            f"{(seqlen_q, seqlen_k)}: make one for these lengths"
         )
 
 

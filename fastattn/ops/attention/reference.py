@@ -108,6 +108,7 @@ def _dense(
     top = q.new_full((*q.shape[:-1], 1), float("-inf"))
     if problem.seqlen_k:
         top = scores.detach().amax(-1, keepdim=True)
+    unseen = top == float("-inf")
     sink = None if extras.sink is None else extras.sink.to(q.dtype)[:, None, None]
     if sink is not None:
         top = torch.maximum(top, sink.detach())
@@ -127,25 +128,29 @@ def _dense(
         )
         p = p * kept / (1.0 - settings.dropout_p)
     lse = (top + total.log()).masked_fill(blind, float("-inf")).squeeze(-1)
-    return (p @ v).transpose(1, 2), lse
+    # 0 there already, but so that p^T dO takes no gradient from such a row: it may be infinite.
+    out = (p @ v).masked_fill(unseen, 0.0)
+    return out.transpose(1, 2), lse
 
 
 def _packed(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad, compute, pack. Without a loop over sequences, so that the lengths stay on the device."""
-    assert extras.cu_seqlens_q is not None and extras.cu_seqlens_k is not None
-    q_tokens, q_lengths = _tokens(
-        extras.cu_seqlens_q, extras.seqused_q, problem.seqlen_q, q.shape[0]
-    )
+    cu_seqlens = extras.cu_seqlens_q
+    assert cu_seqlens is not None and extras.cu_seqlens_k is not None
+    q_tokens, q_lengths = _tokens(cu_seqlens, extras.seqused_q, problem.seqlen_q, q.shape[0])
     k_tokens, k_lengths = _tokens(
         extras.cu_seqlens_k, extras.seqused_k, problem.seqlen_k, k.shape[0]
     )
     if not (problem.batch and problem.seqlen_q and q.shape[0]):  # no token is in a sequence
-        out = zeros_of(q, k, v).expand(*q.shape[:2], v.shape[2])
+        given = extras.bias, extras.sink, extras.alibi_slopes
+        out = zeros_of(q, k, v, *given).to(q.dtype).expand(*q.shape[:2], v.shape[2])
         return out, q.new_full(q.shape[1::-1], float("-inf"))
     if not k.shape[0]:  # so that there is something to index, hidden as padding
         k, v = k.new_zeros(1, *k.shape[1:]) + k.sum(), v.new_zeros(1, *v.shape[1:]) + v.sum()
+        if extras.k_documents is not None:
+            extras = extras._replace(k_documents=extras.k_documents.new_zeros(1))
     q_padding = ~within(q_lengths, problem.seqlen_q)[:, :, None, None]
     k_padding = ~within(k_lengths, problem.seqlen_k)[:, :, None, None]
     padded = extras._replace(
@@ -162,7 +167,7 @@ def _packed(
         shift=(k_lengths - q_lengths)[:, None, None, None],
     )
     token = torch.arange(q.shape[0], device=q.device)
-    starts = extras.cu_seqlens_q.long()
+    starts = cu_seqlens.long()
     sequence = torch.searchsorted(starts[1:].contiguous(), token, right=True)
     sequence = sequence.clamp(max=problem.batch - 1)
     place = token - starts[sequence]
@@ -173,10 +178,11 @@ def _packed(
     return out, lse.transpose(0, 1)
 
 
-def zeros_of(*tensors: torch.Tensor) -> torch.Tensor:
+def zeros_of(*tensors: torch.Tensor | None) -> torch.Tensor:
     """A zero that is a function of the tensors, with gradient zero, even where they hold NaN."""
-    everywhere = torch.ones((), dtype=torch.bool, device=tensors[0].device)
-    return torch.stack([x.masked_fill(everywhere, 0.0).sum() for x in tensors]).sum()
+    given = [x for x in tensors if x is not None]
+    everywhere = torch.ones((), dtype=torch.bool, device=given[0].device)
+    return torch.stack([x.double().masked_fill(everywhere, 0.0).sum() for x in given]).sum()
 
 
 def _tokens(

@@ -7,6 +7,7 @@ backward stays on it too, else the backward chooses anew.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -159,11 +160,32 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 def _backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, forced = _split(call)
-    problem = _problem.of(q, k, v, extras, settings, return_lse=True)
-    kernel = backends.select("attention", KERNELS, problem, backend if forced else None)
-    return kernel.module.backward(
+    return _backward_kernel(q, k, v, extras, settings, backend if forced else None).backward(
         dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, extras, settings
     )
+
+
+def _backward_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    settings: Settings,
+    forced: str | None,
+) -> ModuleType:
+    """The backend of the backward: the one that was forced on the forward, else the first able one.
+
+    What is named or transformed around the call of `backward` is about other calls.
+    """
+    problem = _problem.of(q, k, v, extras, settings, return_lse=True)
+    problem = dataclasses.replace(problem, transformed=False)
+    reasons = {}
+    for backend in KERNELS:
+        if forced in (None, backend.name):
+            if (reason := backend.unsupported(problem)) is None:
+                return backend.module
+            reasons[backend.name] = reason
+    raise backends.UnsupportedError(f"the backward of {problem.describe()}: {reasons}")
 
 
 def _backward_fake(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]

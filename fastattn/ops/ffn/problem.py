@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,18 @@ class FFNProblem:
     autocast: bool
     needs_grad: bool
     transformed: bool
+
+    @property
+    def op(self) -> str:
+        return "ffn"
+
+    @property
+    def elements(self) -> int | None:
+        """The problem's size where backends are compared (ops/common/slower.py).
+
+        The multiplications of the first product; None with `recompute`, which is not compared.
+        """
+        return None if self.recompute else math.prod(self.x_shape) * self.hidden
 
     @property
     def in_features(self) -> int:

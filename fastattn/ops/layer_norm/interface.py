@@ -8,15 +8,17 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import modes
+from fastattn.ops.common import modes, slower
 from fastattn.ops.common.plans import PlanCache
 from fastattn.ops.layer_norm import aten, reference, registration
 from fastattn.ops.layer_norm import problem as _problem
 
-BACKENDS = (
-    *registration.KERNELS,
-    backends.Backend("torch", lambda: aten),
-    backends.Backend("reference", lambda: reference),
+BACKENDS = slower.consulted(
+    (
+        *registration.KERNELS,
+        backends.Backend("torch", lambda: aten),
+        backends.Backend("reference", lambda: reference),
+    )
 )
 
 _plans: PlanCache[tuple[_problem.NormProblem, Callable[..., Any]]] = PlanCache()
@@ -116,19 +118,26 @@ def _normalise(
         else:
             device = x.device
             key = (
-                (x.shape, x.dtype, device, eps, center, backend),
-                None if weight is None else (weight.shape, weight.dtype, weight.device),
-                None if bias is None else (bias.shape, bias.dtype, bias.device),
-                None if residual is None else (residual.shape, residual.dtype, residual.device),
-                (modes.autocast_enabled(device.type), modes.transformed(), backends.state()),
-            )
+                x.shape, x.dtype, device, eps, center, backend,
+                weight if weight is None else weight.shape,
+                weight if weight is None else weight.dtype,
+                weight if weight is None else weight.device,
+                bias if bias is None else bias.shape,
+                bias if bias is None else bias.dtype,
+                bias if bias is None else bias.device,
+                residual
+                if residual is None
+                else (residual.shape, residual.dtype, residual.device),
+                modes.autocast_enabled(device.type), modes.transformed(), backends.state(),
+            )  # fmt: skip
             plan = _plans.get(key)
     except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
         key, plan = None, None
     if plan is None:
         described = _problem.describe(x, weight, bias, eps, residual, center=center)
         chosen = backends.select(described.op, BACKENDS, described, backend)
-        plan = described, registration.entry(chosen, forced=backends.named(backend) is not None)
+        forced = backends.named(backend) is not None
+        plan = described, registration.entry(chosen, described, forced)
         if key is not None:
             _plans.put(key, plan)
     described, run = plan

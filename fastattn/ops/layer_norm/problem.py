@@ -33,6 +33,16 @@ class NormProblem:
         return "layer_norm" if self.center else "rms_norm"
 
     @property
+    def elements(self) -> int:
+        """The problem's size where backends are compared (ops/common/slower.py): x's elements."""
+        return math.prod(self.shape)
+
+    @property
+    def needs_grad(self) -> None:
+        """Not known: a plan serves calls with and without gradients."""
+        return None
+
+    @property
     def hidden(self) -> int:
         return self.shape[-1]
 

@@ -47,9 +47,11 @@ _library.define(
 )
 
 
-def entry(backend: backends.Backend, forced: bool) -> Callable[..., Any]:
+def entry(backend: backends.Backend, problem: NormProblem, forced: bool) -> Callable[..., Any]:
     """What runs a call on `backend`: f(problem, x, weight, bias, residual) -> (out, stream)."""
-    if backend.name in ("torch", "reference"):
+    if backend.name == "torch":
+        return backend.module.entry(problem)
+    if backend.name == "reference":
         return backend.module.normalise
     return functools.partial(_through_registered_op, backend.name, forced)
 

@@ -23,6 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import fastattn
 from fastattn.integrations import huggingface
 from fastattn.integrations.huggingface import NAME, attention_forward, register
+from fastattn.integrations.huggingface import attention as face
+from fastattn.integrations.huggingface.attention import make_mask
 from oracle import assert_close_to_reference
 
 SMALL = {
@@ -128,18 +130,24 @@ def formula(
     seen: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a module of transformers computes in "eager": (batch, seqlen, heads, head_dim)."""
+    """What a module of transformers computes in "eager": (batch, seqlen, heads, head_dim).
+
+    But 0 for a query that sees nothing.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + bias
     if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     keys = scores.shape[-1]
     if sink is not None:
         scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
-    return (scores.softmax(-1)[..., :keys] @ v).transpose(1, 2)
+    weights = scores.softmax(-1)[..., :keys]
+    if seen is not None:
+        weights = weights * seen
+    return (weights @ v).transpose(1, 2)
 
 
 def distances(seqlen_q: int, seqlen_k: int, device: str) -> torch.Tensor:
@@ -240,29 +248,60 @@ class TestFeatures:
         )
         self.check(device, {"attention_mask": added}, lambda *x: formula(*x, seen=seen))
 
-    @pytest.mark.parametrize(("q_len", "k_len"), [(7, 7), (1, 7), (3, 7)])
-    @pytest.mark.parametrize("causal", [False, True])
-    def test_sliding_window_without_a_mask(
-        self, causal: bool, q_len: int, k_len: int, device: str
-    ) -> None:
-        far = distances(q_len, k_len, device)
-        if causal and q_len == 3:  # the rest of a static cache is cut off
-            far = torch.nn.functional.pad(distances(3, 3, device), (0, 4), value=-1)
-        seen = far.abs() < 3
-        if causal:
-            seen &= far >= 0
-        self.check(
-            device, {"sliding_window": 3, "causal": causal},
-            lambda *x: formula(*x, seen=seen), q_len, k_len,
-        )  # fmt: skip
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_a_window_comes_by_the_mask_alone(self, masked: bool, device: str) -> None:
+        """As in "eager" and "sdpa": OLMoE passes one to layers that have none."""
+        seen = distances(7, 7, device) >= 0
+        kwargs: dict[str, Any] = {"sliding_window": 2, "causal": True}
+        if masked:
+            seen &= distances(7, 7, device) < 4
+            kwargs["attention_mask"] = seen[None, None]
+        self.check(device, kwargs, lambda *x: formula(*x, seen=seen))
 
-    def test_a_mask_decides_over_windows_and_packing(self, device: str) -> None:
-        seen = torch.ones(2, 1, 7, 7, dtype=torch.bool, device=device)
-        kwargs = {
-            "attention_mask": seen, "causal": True, "sliding_window": 2,
-            "cu_seq_lens_q": torch.tensor([0, 1, 3, 14], device=device),
-        }  # fmt: skip
-        self.check(device, kwargs, lambda *x: formula(*x))
+    @pytest.mark.parametrize("additive", [False, True])
+    @pytest.mark.parametrize("given", ["q", "q and k"])
+    def test_packed_sequences_under_a_mask_that_does_not_know_of_them(
+        self, given: str, additive: bool, device: str
+    ) -> None:
+        """GPT-OSS and ModernBERT make their masks without position_ids."""
+        starts = torch.tensor([0, 3, 7, 7, 12], dtype=torch.int32, device=device)
+        ids = torch.bucketize(torch.arange(14, device=device), starts[1:], right=True).view(2, 7)
+        seen = (distances(7, 7, device) >= 0) & (distances(7, 7, device) < 3)
+        mask = seen.expand(2, 1, 7, 7)
+        packed = seen & (ids[:, :, None] == ids[:, None])[:, None]
+        packed[1, :, 5:] = False  # behind the last sequence
+        kwargs: dict[str, Any] = {"cu_seq_lens_q": starts, "attention_mask": mask, "causal": True}
+        if given != "q":
+            kwargs["cu_seq_lens_k"] = starts
+        if additive:
+            kwargs["attention_mask"] = torch.zeros_like(mask, dtype=torch.float64).masked_fill(
+                ~mask, torch.finfo(torch.float64).min
+            )
+        self.check(device, kwargs, lambda *x: formula(*x, seen=packed))
+
+    def test_packed_sequences_and_a_position_bias(self, device: str) -> None:
+        starts = torch.tensor([0, 7, 10, 14], dtype=torch.int32, device=device)
+        ids = torch.bucketize(torch.arange(14, device=device), starts[1:], right=True).view(2, 7)
+        seen = (ids[:, :, None] == ids[:, None])[:, None] & (distances(7, 7, device) >= 0)
+        bias = torch.randn(1, 6, 7, 7, dtype=torch.float64, device=device)
+        self.check(
+            device,
+            {"cu_seq_lens_q": starts, "position_bias": bias, "leaves": [bias], "causal": True},
+            lambda *x: formula(*x, bias=bias, seen=seen),
+        )
+
+    @pytest.mark.parametrize("ends", [[7], [3, 14], [10]])
+    def test_few_packed_sequences(self, ends: list[int], device: str) -> None:
+        """No more than rows: not the rows themselves, but what cu_seq_lens_q says."""
+        starts = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+        ids = torch.bucketize(torch.arange(14, device=device), starts[1:], right=True)
+        seen = (ids[:, None] == ids) & (ids < len(ends))
+
+        def expected(*rows: torch.Tensor) -> torch.Tensor:
+            one_row = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
+            return formula(*one_row, seen=seen).unflatten(1, (2, 7))[0]
+
+        self.check(device, {"cu_seq_lens_q": starts}, expected)
 
     @pytest.mark.parametrize("given", ["q", "q and k", "all"])
     @pytest.mark.parametrize("sinks", [False, True])
@@ -309,6 +348,113 @@ class TestFeatures:
         torch.testing.assert_close(found, formula(q[:1], k, v))
 
 
+class TestPositionsThatRestart:
+    """Packed sequences whose positions say where they begin."""
+
+    ROWS = ((0, 1, 2, 3, 0, 1, 2), (4, 5, 0, 0, 1, 2, 0))  # the second begins inside of a text
+    NUMBERS = ((1, 1, 1, 1, 2, 2, 2), (0, 0, 1, 2, 2, 2, 3))
+
+    def rows(self, device: str, offset: int = 0) -> torch.Tensor:
+        return torch.tensor(self.ROWS, device=device) + offset
+
+    def packed(self, device: str) -> torch.Tensor:
+        ids = torch.tensor(self.NUMBERS, device=device)
+        return (ids[:, :, None] == ids[:, None])[:, None]
+
+    def run(
+        self, device: str, positions: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        q, k, v = (x.double() for x in tensors_of(device, 7, 7))
+        found, _ = attention_forward(module(3), q, k, v, mask, position_ids=positions, **kwargs)
+        return found, (q, k, v)
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("offset", [0, 2])  # RoBERTa counts from 2
+    def test_without_a_mask(self, causal: bool, offset: int, device: str) -> None:
+        found, qkv = self.run(device, self.rows(device, offset), is_causal=causal)
+        seen = self.packed(device)
+        if causal:
+            seen &= distances(7, 7, device) >= 0
+        torch.testing.assert_close(found, formula(*qkv, seen=seen))
+
+    @pytest.mark.parametrize("padding", [None, "none", "a hole"])
+    def test_with_our_mask(self, padding: str | None, device: str) -> None:
+        """Padding is counted as 0, inside of a text too: then the positions say nothing."""
+        given = None if padding is None else torch.ones(2, 7, dtype=torch.bool, device=device)
+        if padding == "a hole":
+            given[0, 4] = False
+        mask = make_mask(
+            batch_size=2, q_length=7, kv_length=7, attention_mask=given, device=device,
+            allow_is_causal_skip=False,
+        )  # fmt: skip
+        assert mask is not None
+        found, qkv = self.run(device, self.rows(device), mask)
+        seen = mask if padding == "a hole" else mask & self.packed(device)
+        torch.testing.assert_close(found, formula(*qkv, seen=seen))
+
+    def test_with_a_mask_of_the_user(self, device: str) -> None:
+        """Branches of one prefix restart, and see it."""
+        mask = (distances(7, 7, device) >= 0).expand(2, 1, 7, 7)
+        found, qkv = self.run(device, self.rows(device), mask)
+        torch.testing.assert_close(found, formula(*qkv, seen=mask))
+
+    @pytest.mark.parametrize(
+        "positions",
+        [
+            torch.arange(7).expand(2, 7),
+            torch.tensor([0, 1, 2, 5, 6, 9, 10]).expand(2, 7),  # jumps
+            torch.tensor([0, 1, 1, 1, 1, 2, 3]).expand(2, 7),  # an image at one position
+            torch.zeros(2, 7, dtype=torch.int64),  # no positions
+            torch.tensor([ROWS[0]]),  # not of this batch
+            torch.tensor(ROWS[0]),
+            torch.tensor(ROWS).expand(3, 2, 7),  # rotary of images: time, height, width
+        ],
+        ids=["one sequence", "jumps", "image", "constant", "one row", "flat", "three axes"],
+    )
+    def test_no_packing(self, positions: torch.Tensor, device: str) -> None:
+        found, qkv = self.run(device, positions.to(device))
+        torch.testing.assert_close(found, formula(*qkv, seen=distances(7, 7, device) >= 0))
+
+    def test_not_behind_a_cache(self, device: str) -> None:
+        q, k, v = tensors_of(device, 3, 7)
+        mask = distances(3, 7, device)[None, None] >= 0
+        positions = torch.tensor([[5, 0, 1]], device=device).expand(2, 3)
+        found, _ = attention_forward(module(3), q, k, v, mask, position_ids=positions)
+        torch.testing.assert_close(found, formula(q, k, v, seen=mask))
+
+    @pytest.mark.parametrize("inference", [False, True])
+    def test_read_once(self, inference: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A GPU is waited for in the first layer alone, and when their owner has changed them."""
+        reads: list[torch.Tensor] = []
+
+        def spy(positions: torch.Tensor) -> torch.Tensor:
+            reads.append(positions)
+            return original(positions)
+
+        original = face._numbers
+        monkeypatch.setattr(face, "_numbers", spy)
+        with torch.inference_mode(inference):
+            positions = self.rows(device)
+            for _ in range(3):
+                self.run(device, positions)
+            assert len(reads) == (3 if inference else 1)
+            positions.copy_(torch.arange(7, device=device))
+            found, qkv = self.run(device, positions)
+        torch.testing.assert_close(found, formula(*qkv, seen=distances(7, 7, device) >= 0))
+
+    def test_compiled(self, device: str) -> None:
+        host = torch.nn.Module()
+        function = torch.compile(
+            lambda q, k, v, ids: attention_forward(host, q, k, v, None, position_ids=ids)[0],
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        qkv = tensors_of(device, 7, 7)
+        for positions in (self.rows(device), torch.arange(7, device=device).expand(2, 7)):
+            expected, _ = attention_forward(module(3), *qkv, None, position_ids=positions)
+            torch.testing.assert_close(function(*qkv, positions), expected)
+
+
 class TestWhatCannotBeHonoured:
     @pytest.mark.parametrize(
         ("kwargs", "match"),
@@ -317,13 +463,6 @@ class TestWhatCannotBeHonoured:
             ({"cache": object()}, r"cache: .* a paged cache"),
             ({"block_indices": torch.zeros(1)}, r"block_indices: .* sparse attention by blocks"),
             ({"output_attentions": True}, r"output_attentions: fastattn never forms"),
-            (
-                {
-                    "cu_seq_lens_q": torch.tensor([0, 2, 5, 14]),
-                    "position_bias": torch.zeros(1, 6, 7, 7),
-                },
-                r"cu_seq_lens_q packs sequences, of which position_bias and indices know nothing",
-            ),
         ],
     )
     def test_arguments(self, device: str, kwargs: dict[str, Any], match: str) -> None:
@@ -336,10 +475,13 @@ class TestWhatCannotBeHonoured:
         expected, _ = attention_forward(module(), q, k, v, None)
         found, _ = attention_forward(
             module(), q, k, v, None, softcap=None, s_aux=None, output_attentions=False,
-            sliding_window=7, position_ids=torch.arange(7),
-            cu_seq_lens_q=torch.tensor([0, 7, 14]), head_mask=None, deterministic=True,
+            sliding_window=7, position_ids=torch.arange(7, device=device)[None].expand(2, -1),
+            head_mask=None, deterministic=True,
         )  # fmt: skip
         assert torch.equal(found, expected)
+        rows = torch.tensor([0, 7, 14], device=device)
+        found, _ = attention_forward(module(), q, k, v, None, cu_seq_lens_q=rows)
+        torch.testing.assert_close(found, expected)
 
     def test_integer_masks(self, device: str) -> None:
         q, k, v = tensors(device, 7, 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -51,6 +52,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, set[str]]] = {
               {k: v for k, v in DECODER.items() if k != "head_dim"}, LEFT, set()),
     "mistral": ("MistralForCausalLM", "MistralConfig",
                 {**DECODER, "sliding_window": 6}, LEFT, set()),
+    # names a window to layers that have none
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig",
+              {**{k: v for k, v in DECODER.items() if k != "head_dim"}, "num_experts": 4,
+               "num_experts_per_tok": 2, "sliding_window": 6}, "whole", set()),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config",
                {**DECODER, "sliding_window": 6, "attn_logit_softcapping": 0.5}, LEFT, {"softcap"}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig",
@@ -96,6 +101,19 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, set[str]]] = {
                    {**ENCODER, "local_attention": 8, "global_attn_every_n_layers": 2,
                     "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "cls_token_id": 0,
                     "sep_token_id": 0}, RIGHT, set()),
+    "opt": ("OPTForCausalLM", "OPTConfig",
+            {"vocab_size": 97, "hidden_size": 48, "ffn_dim": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 6, "max_position_embeddings": 64, "word_embed_proj_dim": 48},
+            LEFT, set()),
+    # dispatch, and count on the masks of "eager": no module says whether it is causal
+    "splinter": ("SplinterModel", "SplinterConfig", ENCODER, "whole", set()),
+    "pegasus_x": ("PegasusXForConditionalGeneration", "PegasusXConfig",
+                  {**SPEECH, "vocab_size": 97, "num_global_tokens": 4, "block_size": 4,
+                   "max_position_embeddings": 64}, ENCODED, {"bias"}),
+    # the decoder dispatches, the encoder adds the mask to its own scores
+    "bigbird_pegasus": ("BigBirdPegasusForConditionalGeneration", "BigBirdPegasusConfig",
+                        {**SPEECH, "vocab_size": 97, "attention_type": "original_full",
+                         "max_position_embeddings": 64}, ENCODED, {"bias"}),
     "vit": ("ViTModel", "ViTConfig",
             {**{k: v for k, v in ENCODER.items() if k not in ("vocab_size",
                                                               "max_position_embeddings")},
@@ -119,6 +137,8 @@ def inputs_of(kind: str, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor],
         padding[0, :5] = 0
         if kind != LEFT:
             padding = padding.flip(1)
+    if kind == "whole":
+        return {"input_ids": tokens}, everything
     if kind in (LEFT, RIGHT):
         return {"input_ids": tokens, "attention_mask": padding}, padding.bool()
     if kind == "packed":
@@ -187,6 +207,57 @@ def test_as_eager(
     for name, grad in expected_grads.items():
         floor = 1e-4 * grad.abs().max() + 1e-6 * scale
         assert (found_grads[name] - grad).abs().max() <= floor, name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        *itertools.product(("llama", "gpt_oss"), ("position_ids", "cu_seq_lens", "both")),
+        *itertools.product(("opt", "bert"), ("position_ids", "both")),  # add them to embeddings
+        ("modernbert", "cu_seq_lens"),  # its layers are not given position_ids
+    ],
+)
+def test_packed_sequences_are_kept_apart(
+    family: str, given: str, tokens: torch.Tensor, device: str
+) -> None:
+    """Each as it is alone. gpt_oss and the last three tell their masks nothing of position_ids."""
+    lengths, row = (9, 12), tokens[:1]
+    packed: dict[str, Any] = {}
+    if given != "cu_seq_lens":
+        packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    if given != "position_ids":
+        starts = torch.tensor([0, 9, 21], dtype=torch.int32, device=device)
+        packed |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+        packed |= {"max_length_q": 12, "max_length_k": 12}
+    alone, model = make(family, "eager", device), make(family, NAME, device)
+
+    def result(model: torch.nn.Module, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        out = model(ids, **kwargs)
+        return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+    expected = torch.cat([result(alone, part) for part in row.split(lengths, 1)], 1)
+    found = result(model, row, **packed)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    if (family, given) == ("gpt_oss", "position_ids"):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = result(compiled, row, use_cache=False, **packed)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_padding_inside_of_a_text(family: str, tokens: torch.Tensor, device: str) -> None:
+    """As after a first turn that was padded on the right: its positions are no restart."""
+    mask = torch.ones_like(tokens)
+    mask[0, 7:9] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    found, expected = (
+        make(family, name, device)(tokens, attention_mask=mask, position_ids=positions).logits
+        for name in (NAME, "eager")
+    )
+    worst = (found - expected)[mask.bool()].abs().max()
+    assert worst <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore")

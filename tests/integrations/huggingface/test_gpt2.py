@@ -211,6 +211,20 @@ class TestNumbers:
             alone = model(tokens[:1, part], use_cache=False).last_hidden_state
             torch.testing.assert_close(packed[:, part], alone, rtol=1e-4, atol=1e-4)
 
+    def test_packed_sequences_that_sdpa_overlooks(
+        self, make_gpt2: Any, tokens: torch.Tensor
+    ) -> None:
+        """With a cache it makes no mask of position_ids, and cu_seq_lens it never reads."""
+        model = make_gpt2()
+        places = torch.cat([torch.arange(9), torch.arange(12)])[None].to(tokens)
+        starts = torch.tensor([0, 9, 21], dtype=torch.int32, device=tokens.device)
+        for given in ({"position_ids": places}, {"cu_seq_lens_q": starts, "use_cache": False}):
+            expected = model(tokens[:1], **given).logits
+            ours = copy.deepcopy(model)
+            fastattn.accelerate(ours)
+            found = ours(tokens[:1], **given).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
     def test_cross_attention(self, make_gpt2: Any, tokens: torch.Tensor) -> None:
         model = make_gpt2(GPT2Model, add_cross_attention=True)
         encoded = torch.randn(3, 9, 48, device=tokens.device, dtype=torch.float64)

@@ -322,6 +322,44 @@ def test_offsets_beyond_2_31(tmp_path: Path) -> None:
     assert torch.equal(packed, dense[0])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a file stands behind the tensor: CPU only")
+def test_offsets_of_a_cache_beyond_2_31(tmp_path: Path) -> None:
+    """130 tokens almost 2^24 elements apart, as far as no copy is made: new keys, and a page.
+
+    They begin where an offset that wraps still lands in the sparse file.
+    """
+    stride, tokens = 2**24 - 1, 130
+    size = 2**31 + stride * tokens
+    path = tmp_path / "storage"
+    with path.open("wb") as file:
+        file.truncate(2 * size)
+    storage = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
+    far = storage.as_strided((1, tokens, 1, 16), (0, stride, 16, 1), 2**31)
+    near, q = normal(1, tokens, 1, 16).half(), normal(1, 1, 2, 16, seed=1).half()
+    far.copy_(near)
+    lengths, nothing = torch.tensor([tokens]), torch.tensor([0])
+    options: dict[str, Any] = {
+        "rotary_cos": torch.rand(tokens, 4),
+        "rotary_sin": torch.rand(tokens, 4),
+    }
+
+    caches = torch.full((2, 2, 1, tokens, 1, 16), 7.0).half()
+    outs = [
+        fastattn.attention_with_kv_cache(
+            q, *caches[n], nothing, k=new, v=new, **options, backend="triton"
+        )
+        for n, new in enumerate((far, near))
+    ]
+    assert torch.equal(*caches) and torch.equal(*outs)
+
+    table = torch.tensor([[0]])
+    outs = [
+        fastattn.attention_with_kv_cache(q, x, x, lengths, block_table=table, backend="triton")
+        for x in (far, near)
+    ]
+    assert torch.equal(*outs)
+
+
 # --- strides --------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ BLOCK_MASK = fastattn.BlockMask.from_predicate(
         ({"k": torch.randn(2, 7, 3, 8), "v": torch.randn(2, 7, 3, 8)}, ValueError, "multiple .* got 4 and 3"),
         ({"k": torch.randn(2, 7, 0, 8), "v": torch.randn(2, 7, 0, 8)}, ValueError, "multiple .* got 4 and 0"),
         ({"causal": "top"}, ValueError, "causal must be True .* got 'top'"),
-        ({"causal": 1}, TypeError, "causal must be True .* got 1"),
+        ({"causal": 2}, TypeError, "causal must be True .* got 2"),
         ({"window": 5}, ValueError, r"window must be \(left, right\).* got 5"),
         ({"window": (1, -2)}, ValueError, "window must be"),
         ({"window": (1.0, 2)}, ValueError, "window must be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -332,7 +333,11 @@ PAGES = {"k_cache": torch.randn(6, 4, 2, 16), "v_cache": torch.randn(6, 4, 2, 16
         ({"rotary_cos": torch.ones(10, 4), "rotary_sin": torch.ones(10, 4)}, ValueError, "give k and v, or rotate q"),
         ({"rotary_cos": torch.ones(10, 9), "rotary_sin": torch.ones(10, 9), "k": NEW, "v": NEW}, ValueError, "rotary_dim at most head_dim 16"),
         ({"rotary_cos": torch.ones(4, 4), "rotary_sin": torch.ones(4, 4), "k": NEW, "v": NEW}, ValueError, "must reach position 9; they have 4"),
+        ({"q": torch.randn(2, 4, 4, 16), "rotary_cos": torch.ones(12, 4), "rotary_sin": torch.ones(12, 4), "k": NEW, "v": NEW}, ValueError, "must reach position 12; they have 12"),  # of the last query
+        ({"rotary_cos": torch.ones(10, 4, requires_grad=True), "rotary_sin": torch.ones(10, 4), "k": NEW, "v": NEW}, ValueError, "inference .* torch.no_grad"),
+        ({"rotary_cos": torch.ones(10, 4), "rotary_sin": torch.ones(10, 4, requires_grad=True), "k": NEW, "v": NEW}, ValueError, "inference .* torch.no_grad"),
         ({"causal": "top_left"}, ValueError, "no top-left diagonal"),
+        (PAGES | {"k_cache": torch.randn(0, 4, 2, 16), "v_cache": torch.randn(0, 4, 2, 16), "block_table": torch.zeros(2, 3).int()}, ValueError, r"cache_lengths\[0\] must lie in \[0, 0\].* 0 keys"),
         ({"window": (1, -2)}, ValueError, "window must be"),
         ({"softcap": -1.0}, ValueError, "softcap must be 0"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes must have the shape \(heads,\) = \(4,\)"),
@@ -347,23 +352,171 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
         attention_with_kv_cache(**arguments(**changes))
 
 
-def test_unchecked_contents_touch_nothing_outside(
-    monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    """What a GPU does with wrong contents, unchecked: no fault, nothing written out of place."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotary_tables_that_are_just_long_enough(backend: str, device: str) -> None:
+    """The last of 4 queries stands at 12; without causality all stand at 9, as the new key does."""
+    for causal, positions in ((True, 13), (False, 10)):
+        angles = torch.rand(20, 4) * 6
+        call = arguments(q=torch.randn(2, 4, 4, 16), k=NEW, v=NEW, causal=causal)
+        outs = []
+        for n in (20, positions):
+            tables = {"rotary_cos": angles[:n].cos(), "rotary_sin": angles[:n].sin()}
+            outs.append(attention_with_kv_cache(**moved(call | tables, device), backend=backend))
+        assert torch.equal(*outs)
+
+
+# --- contents that nobody checks ------------------------------------------------------------------
+
+
+def moved(call: dict[str, Any], device: str) -> dict[str, Any]:
+    """Copies on the device."""
+    return {k: v.clone().to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; in the interpreter an access outside of a launch's tensors raises."""
     from fastattn.ops.attention import problem
+    from fastattn.ops.common import launch
 
     monkeypatch.setattr(problem, "values_are_checked", lambda tensor: False)
-    call = arguments(k=NEW, v=NEW, cache_lengths=torch.tensor([10, -4]))
-    paged = arguments(**PAGES, k=NEW, v=NEW, block_table=torch.tensor([[0, 99, 2], [-7, 1, 3]]))
-    for c in (call, paged, arguments(cache_indices=torch.tensor([7, -1]))):
-        c = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in c.items()}
-        before = c["k_cache"].clone()
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    extents: list[tuple[int, int]] = []
+    original = launch.launch
+
+    def launched(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.numel()]
+        extents[:] = [
+            (x.data_ptr(), x.data_ptr() + x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))))
+            for x in tensors
+        ]  # fmt: skip
+        original(kernel, grid, *args, **constants)
+
+    def checked(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
+        def method(self: Any, pointers: Any, *args: Any) -> Any:
+            touched = pointers.data[args[mask_at].data]
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            inside = touched != touched
+            for start, end in extents:
+                inside |= (touched >= start) & (touched + size <= end)
+            assert inside.all(), f"{(~inside).sum()} of {touched.size} elements lie outside"
+            return access(self, pointers, *args)
+
+        return method
+
+    monkeypatch.setattr(launch, "launch", launched)
+    for name, mask_at in (("create_masked_load", 0), ("create_masked_store", 1)):
+        access = getattr(InterpreterBuilder, name)
+        monkeypatch.setattr(InterpreterBuilder, name, checked(access, mask_at))
+
+
+APPENDED = {"k": NEW, "v": NEW}
+TURNED = APPENDED | {"rotary_cos": torch.rand(3, 4), "rotary_sin": torch.rand(3, 4)}
+LARGE = 2**31 - 1
+CONTENTS: dict[str, dict[str, Any]] = {
+    "no room and negative": APPENDED | {"cache_lengths": torch.tensor([10, -4])},
+    "pages that are not there": PAGES | APPENDED | {"block_table": torch.tensor([[0, 99, 2], [-7, 1, 3]])},
+    "pages of 64 bits": PAGES | APPENDED | {"block_table": torch.tensor([[2**40, -(2**40), 2**31]] * 2)},
+    "rows that are not there": {"cache_indices": torch.tensor([7, -1])},
+    # The largest length, plus one, is the smallest, and minus one the largest again.
+    "lengths, rotary": TURNED | {"cache_lengths": torch.tensor([LARGE, -LARGE - 1], dtype=torch.int32), "q": torch.randn(2, 4, 4, 16)},
+    "lengths, splits": {"cache_lengths": torch.tensor([LARGE, -LARGE - 1]), "num_splits": 3, "k_cache": torch.randn(2, 300, 2, 16), "v_cache": torch.randn(2, 300, 2, 16)},
+    "lengths of 64 bits, rotary": TURNED | {"cache_lengths": torch.tensor([2**31 + 7, 2**40]), "q": torch.randn(2, 4, 4, 16)},
+    "the largest lengths of 64 bits": APPENDED | {"cache_lengths": torch.tensor([2**63 - 1, -(2**63)])},
+    "starts": {"cache_starts": torch.tensor([LARGE, -LARGE - 1]), "window": (3, 0), "q": torch.randn(2, 4, 4, 16)},
+    "starts of 64 bits": {"cache_starts": torch.tensor([2**40, -(2**40)])},
+    "no page": {"k_cache": torch.randn(0, 4, 2, 16), "v_cache": torch.randn(0, 4, 2, 16), "block_table": torch.zeros(2, 3).int()},
+    "no page to append to": APPENDED | {"k_cache": torch.randn(0, 4, 2, 16), "v_cache": torch.randn(0, 4, 2, 16), "block_table": torch.zeros(2, 3).int()},
+    "no row": {"k_cache": torch.randn(0, 10, 2, 16), "v_cache": torch.randn(0, 10, 2, 16), "cache_indices": torch.tensor([0, 0])},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", CONTENTS)
+def test_unchecked_contents_touch_nothing_outside(name: str, device: str) -> None:
+    """What a GPU does with wrong contents, unchecked: no fault, nothing written out of place."""
+    for backend in ("triton", "reference"):
+        call = moved(arguments(**CONTENTS[name]), device)
+        before = call["k_cache"].clone()
+        out, lse = attention_with_kv_cache(**call, return_lse=True, backend=backend)
+        assert out.shape == call["q"].shape and out.isfinite().all() and not lse.isnan().any()
+        if (
+            call.get("block_table") is None
+        ):  # else the nearest page stands for one that is not there
+            assert torch.equal(call["k_cache"], before)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unchecked_lengths_are_cut_to_the_cache(device: str) -> None:
+    """Beyond 2^31 as well: all of the keys are seen, or none."""
+    for dtype, wrong in ((torch.int32, (LARGE, -LARGE - 1)), (torch.int64, (2**40, -(2**40)))):
+        right = moved(arguments(cache_lengths=torch.tensor([10, 0])), device)
+        call = right | {"cache_lengths": torch.tensor(wrong, dtype=dtype, device=device)}
         for backend in ("triton", "reference"):
-            out = attention_with_kv_cache(**c, backend=backend)
-            assert out.shape == c["q"].shape
-        if c.get("block_table") is None:
-            assert torch.equal(c["k_cache"], before)
+            ours = attention_with_kv_cache(**call, return_lse=True, backend=backend)
+            expected = attention_with_kv_cache(**right, return_lse=True, backend=backend)
+            assert all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.parametrize("backend", ("triton", "reference", None))
+@pytest.mark.parametrize("found_by", ("block_table", "cache_indices"))
+def test_an_empty_pool(found_by: str, backend: str | None, device: str) -> None:
+    """Before the first page is there, no sequence has a key."""
+    places = {"block_table": torch.zeros(2, 3).int(), "cache_indices": torch.zeros(0).int()}
+    batch = 2 if found_by == "block_table" else 0
+    call = arguments(
+        q=torch.randn(batch, 1, 4, 16),
+        k_cache=torch.randn(0, 4, 2, 16),
+        v_cache=torch.randn(0, 4, 2, 16),
+        cache_lengths=torch.zeros(batch).int(),
+        **{found_by: places[found_by]},
+    )
+    out, lse = attention_with_kv_cache(**moved(call, device), return_lse=True, backend=backend)
+    assert out.shape == (batch, 1, 4, 16) and (out == 0).all() and (lse == -math.inf).all()
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("cast", (False, True), ids=("one dtype", "q, k, v are float32"))
+def test_autocast(cast: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+    """The cache's dtype counts: the same bits as outside with q, k and v in it, and its LSE."""
+    if backend == "triton" and (
+        dtype == torch.float64 or (dtype, device) == (torch.bfloat16, "cpu")
+    ):
+        pytest.skip("no float64; Triton's interpreter multiplies no bfloat16")
+    call = moved(arguments(k=NEW, v=NEW, cache_lengths=torch.tensor([3, 8])), device)
+    cached = {name: call[name].to(dtype) for name in ("q", "k", "v", "k_cache", "v_cache")}
+    outside = moved(call | cached, device)
+    inside = moved(call | cached, device)
+    if cast:
+        inside |= {name: call[name] for name in ("q", "k", "v")}
+    options: dict[str, Any] = {"return_lse": True, "backend": backend}
+    expected = attention_with_kv_cache(**outside, **options)
+    with torch.autocast(device, torch.bfloat16):
+        out, lse = attention_with_kv_cache(**inside, **options)
+    assert out.dtype == dtype and lse.dtype == expected[1].dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(inside[name], outside[name])
+
+
+def test_autocast_compiles(device: str) -> None:
+    def step(q: torch.Tensor, k_cache: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return attention_with_kv_cache(q, k_cache, k_cache, n, backend="triton")
+
+    torch._dynamo.reset()
+    call = moved(arguments(), device)
+    given = call["q"], call["k_cache"].half(), call["cache_lengths"]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
+    assert compiled.dtype == torch.float16 and torch.equal(compiled, step(*given))
 
 
 def test_opcheck_and_compile(device: str) -> None:
@@ -472,6 +625,67 @@ def test_merge_has_the_gradient_of_the_whole() -> None:
         torch.autograd.grad(whole(q, k, v), (q, k, v)),
     ):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_merge_leaves_out_what_has_no_weight(value: float) -> None:
+    """A part with LSE -inf may hold anything: result and gradients are those without it."""
+    g = torch.Generator().manual_seed(0)
+    out = torch.randn(3, 2, 5, 4, 8, generator=g, dtype=torch.float64)
+    lse = torch.randn(3, 2, 4, 5, generator=g, dtype=torch.float64)
+    lse[1] = -math.inf
+    lse[:, :, :, 0] = -math.inf  # a row without a key in any part
+    spoilt = out.masked_fill((lse == -math.inf).mT[..., None], value)
+
+    def merged(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The results and their gradients; into the row without a key an infinite one arrives."""
+        leaves = out.clone().requires_grad_(), lse.clone().requires_grad_()
+        results = merge_attention_states(*leaves)
+        g = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in results]
+        cotangents[0][:, 0] = cotangents[1][:, :, 0] = math.inf
+        return *results, *torch.autograd.grad(results, leaves, cotangents)
+
+    ours, expected = merged(spoilt, lse), merged(out[[0, 2]], lse[[0, 2]])
+    for name, x, y in zip(("out", "lse", "dout", "dlse"), ours, expected):
+        if name.startswith("d"):
+            assert (x[1] == 0).all()
+            x = x[[0, 2]]
+        assert torch.equal(x, y), name
+    for x in (ours[0][:, 0], ours[2][:, :, 0], ours[3][:, :, :, 0]):
+        assert (x == 0).all()
+    assert (ours[1][:, :, 0] == -math.inf).all()
+
+
+def test_merge_derivatives_where_a_part_has_no_key() -> None:
+    out = torch.randn(3, 1, 2, 1, 2, dtype=torch.float64)
+    lse = torch.randn(3, 1, 1, 2, dtype=torch.float64)
+    lse[1, ..., 0] = -math.inf
+    out[1, :, 0] = math.nan
+    hidden = lse == -math.inf
+
+    def function(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return merge_attention_states(
+            out.masked_fill(hidden.mT[..., None], math.nan), lse.masked_fill(hidden, -math.inf)
+        )
+
+    leaves = out.nan_to_num().requires_grad_(), lse.masked_fill(hidden, 0.0).requires_grad_()
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_merge_kernel_leaves_out_what_has_no_weight(device: str) -> None:
+    """A row that sees no key of a split may have made 0 * NaN there."""
+    from fastattn.ops.attention.triton.merge import merge
+
+    part, part_lse = torch.randn(3, 1, 2, 4, 16), torch.randn(3, 1, 4, 2)
+    part_lse[1] = -math.inf
+    part_lse[:, :, :, 0] = -math.inf
+    expected = merge_attention_states(part, part_lse)
+    part = part.masked_fill((part_lse == -math.inf).mT[..., None], math.nan)
+    out, lse = torch.empty(1, 2, 4, 16, device=device), torch.empty(1, 4, 2, device=device)
+    merge(part.to(device), part_lse.to(device), out, lse, None, 700, 0, 256)
+    torch.testing.assert_close((out.cpu(), lse.cpu()), expected)
 
 
 def test_merge_errors() -> None:

@@ -10,6 +10,13 @@ from fastattn.ops.common import linear as module
 from fastattn.ops.common.linear import linear
 from oracle import assert_close_to_reference
 
+
+@pytest.fixture(autouse=True)
+def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor on which our paths are the faster ones."""
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
+
+
 # (in, out): many groups; one group size alone (29 * 67); none (a prime); more inputs than the
 # limit for several rows; than the one for one row; too few weights.
 SIZES = [(256, 512), (64, 1943), (64, 1949), (2304, 64), (4352, 32), (16, 32)]
@@ -72,6 +79,16 @@ def test_the_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             assert calls
     calls.clear()
     linear(torch.randn(1, 256), weight)  # gradients may be wanted
+    assert calls
+
+
+def test_elsewhere_it_is_f_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor whose own routine is fast."""
+    calls = []
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(module.F, "linear", lambda *args: calls.append(1))
+    with torch.no_grad():
+        linear(torch.randn(1, 256), torch.randn(512, 256))
     assert calls
 
 

@@ -27,6 +27,7 @@ from fastattn.ops.attention.triton.bias import bias_gradient
 from fastattn.ops.attention.triton.documents import tile_ranges
 from fastattn.ops.attention.triton.scores import (
     LOG2_E,
+    held,
     keep_tile,
     key_range,
     load_tile,
@@ -120,6 +121,13 @@ def _accumulate_keys(
     BOUNDARY: tl.constexpr,
 ):
     """Add query tiles to dk and dv of one key tile."""
+    HIDES: tl.constexpr = (
+        BOUNDARY
+        or indices_ptr is not None
+        or mask_base is not None
+        or bias_base is not None
+        or q_documents_ptr is not None
+    )
     stride_q, stride_dout, stride_mq, stride_mk, stride_bq, stride_bk = strides
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -158,6 +166,8 @@ def _accumulate_keys(
             q_documents, k_documents, pattern_rows, pattern_column, scale, softcap, BOUNDARY, True,
         )  # fmt: skip
         p = tl.exp2(scores - lse[None, :])
+        if HIDES:  # a row that sees no key: whatever gradient arrives, p = 0 takes none of it
+            inside = inside & (lse < float("inf"))
         dout = load_tile(
             dout_base + first * stride_dout, rows * stride_dout, inside, HEAD_DIM_V, BLOCK_DV
         )
@@ -251,7 +261,7 @@ def _keys_kernel(
     shift = length_k - length_q
     key_limit = length_k
     if key_lengths_ptr is not None:
-        key_limit = tl.minimum(key_limit, tl.load(key_lengths_ptr + batch).to(tl.int32))
+        key_limit = held(key_lengths_ptr, batch, key_limit, 0)
 
     columns = tl.arange(0, BLOCK_N)
     inside = columns < key_limit - first_key
@@ -559,7 +569,7 @@ def _queries_kernel(
     shift = length_k - length_q
     key_limit = length_k
     if key_lengths_ptr is not None:
-        key_limit = tl.minimum(key_limit, tl.load(key_lengths_ptr + batch).to(tl.int32))
+        key_limit = held(key_lengths_ptr, batch, key_limit, 0)
 
     rows = tl.arange(0, BLOCK_M)
     inside = rows < length_q - first_row
@@ -569,9 +579,10 @@ def _queries_kernel(
     q_base = q_ptr + (batch * stride_qb + head * stride_qh) * ALIGN + token * qs
     dout_base = dout_ptr + (batch * stride_db + head * stride_dh) * ALIGN + token * ds
     q = load_tile(q_base, rows * qs, inside, HEAD_DIM, BLOCK_D)
-    dout = load_tile(dout_base, rows * ds, inside, HEAD_DIM_V, BLOCK_DV)
     line = batch * stride_lb + head * stride_lh + token
     lse, delta = row_state(lse_ptr, delta_ptr, line, rows, length_q - first_row)
+    seen = lse < float("inf")  # of rows that see no key no gradient is taken, whatever arrives
+    dout = load_tile(dout_base, rows * ds, inside & seen, HEAD_DIM_V, BLOCK_DV)
     k_base = k_ptr + (batch * stride_kb + kv_head * stride_kh + k_start * stride_ks) * ALIGN
     v_base = v_ptr + (batch * stride_vb + kv_head * stride_vh + k_start * stride_vs) * ALIGN
 
@@ -684,6 +695,7 @@ def backward(
 
     dbias and dsink are empty where they are not wanted.
     """
+    extras = launching.dense(extras)
     if extras.cu_seqlens_q is not None:  # no kernel writes tokens that are in no sequence
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
         dout, out = dout[None], out[None]

@@ -17,6 +17,7 @@ from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.triton import launching
 from fastattn.ops.attention.triton.scores import (
     LOG2_E,
+    held,
     keep_tile,
     load_tile,
     row_state,
@@ -116,7 +117,7 @@ def _bias_kernel(
         shift = length_k - length_q
         key_limit = length_k
         if key_lengths_ptr is not None:
-            key_limit = tl.minimum(key_limit, tl.load(key_lengths_ptr + batch).to(tl.int32))
+            key_limit = held(key_lengths_ptr, batch, key_limit, 0)
         lowest = None
         if low is not None:
             lowest = low
@@ -185,7 +186,8 @@ def _bias_kernel(
             scores = tl.where(kept, scores, float("-inf"))
         p = tl.exp2(scores - lse[:, None])
         v = load_tile(v_base, columns * vs, exists, HEAD_DIM_V, BLOCK_DV)
-        dout = load_tile(dout_base, rows * ds_, there, HEAD_DIM_V, BLOCK_DV)
+        seen = there & (lse < float("inf"))  # of other rows no gradient is taken, whatever arrives
+        dout = load_tile(dout_base, rows * ds_, seen, HEAD_DIM_V, BLOCK_DV)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
         if seed_ptr is not None:
             plane = batch * heads + head

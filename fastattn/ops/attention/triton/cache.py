@@ -47,11 +47,11 @@ def _append_kernel(
     ROTARY_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """One program writes the heads of one token. What has no room in the cache is not written."""
-    token = tl.program_id(0) % seqlen_new
+    token = (tl.program_id(0) % seqlen_new).to(tl.int64)
     batch = (tl.program_id(0) // seqlen_new).to(tl.int64)
-    position = tl.load(lengths_ptr + batch).to(tl.int32) + token
+    position = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int64), capacity) + token
     place = batch
-    slot = position.to(tl.int64)
+    slot = position
     if block_table_ptr is not None:
         known = tl.minimum(tl.maximum(slot, 0), capacity - 1)
         entry = block_table_ptr + batch * stride_table + known // page_size
@@ -74,7 +74,7 @@ def _append_kernel(
         )
         if rotary_cos_ptr is not None:
             k = rotated(
-                k, k_base, k_offsets, inside, tl.maximum(position, 0) + tl.zeros_like(head),
+                k, k_base, k_offsets, inside, position + tl.zeros_like(head),
                 rotary_cos_ptr, rotary_sin_ptr, rotary_half, rotary_positions, ROTARY_INTERLEAVED,
                 BLOCK_D,
             )  # fmt: skip
@@ -158,7 +158,6 @@ def attention_with_kv_cache(
     lengths = call.lengths.contiguous()
     if call.new_k is not None and call.new_v is not None and call.seqlen_new * call.capacity:
         _append(call.k, call.v, call.new_k, call.new_v, lengths, call.capacity, cache)
-        lengths = lengths + call.seqlen_new
-    extras = extras._replace(key_lengths=lengths)
+    extras = extras._replace(key_lengths=lengths)  # the kernels add cache.seqlen_new
     operands = launching.operands(q, call.k, call.v, extras, settings, capacity=call.capacity)
     return attend(operands, extras, settings, cache)

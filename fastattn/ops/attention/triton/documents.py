@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.triton import launching
-from fastattn.ops.attention.triton.scores import sequence
+from fastattn.ops.attention.triton.scores import held, sequence
 from fastattn.ops.common import launch
 
 CHUNK = 1024
@@ -42,8 +42,7 @@ def _ranges_kernel(
     start, length = sequence(own_cu_ptr, own_used_ptr, batch, own_seqlen)
     other_start, other_length = sequence(other_cu_ptr, other_used_ptr, batch, other_seqlen)
     if other_lengths_ptr is not None:
-        limit = tl.load(other_lengths_ptr + batch).to(tl.int32)
-        other_length = tl.minimum(other_length, limit)
+        other_length = held(other_lengths_ptr, batch, other_length, 0)
     place = tile * BLOCK + tl.arange(0, BLOCK)
     pointers = own_ptr + batch * own_stride + start + place
     largest: tl.constexpr = 2**63 - 1
@@ -79,8 +78,8 @@ def tile_ranges(
         _ranges_kernel,
         (x.batch * tiles,),
         ranges,
-        own.contiguous(),
-        other.contiguous(),
+        own,
+        other,
         own_cu,
         other_cu,
         own_used,

@@ -34,6 +34,7 @@ from fastattn.ops.attention.triton.rotary import rotated
 from fastattn.ops.attention.triton.scores import (
     LN_2,
     LOG2_E,
+    held,
     keep_tile,
     key_range,
     load_tile,
@@ -78,7 +79,7 @@ def _attend(
     threshold,
     scale,
     softcap,
-    strides,  # (k, v, mask, bias) from key to key, (k, v) from page to page
+    strides,  # (k, v, mask, bias) from key to key, (k, v) from page to page; k, v in units of ALIGN
     page_size,
     pages,
     HEAD_DIM: tl.constexpr,
@@ -88,7 +89,9 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_MASK_Q: tl.constexpr,
     BLOCK_MASK_K: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALE_POSITIVE: tl.constexpr,
     BOUNDARY: tl.constexpr,
 ):
     """Fold key tiles into the running softmax."""
@@ -117,17 +120,18 @@ def _attend(
         if block_table_ptr is not None:
             page = tl.load(block_table_ptr + j // page_size, mask=j < key_limit, other=0)
             page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
-            slot = j % page_size
+            slot = (j % page_size).to(tl.int64)
             k_tile = k_base
             v_tile = v_base
-            k_offsets = page * stride_k_page + slot * stride_k
-            v_offsets = page * stride_v_page + slot * stride_v
+            # Both products are of 32-bit numbers, to 64 bits: one instruction each.
+            k_offsets = (page * stride_k_page.to(tl.int64) + slot * stride_k) * ALIGN
+            v_offsets = (page * stride_v_page.to(tl.int64) + slot * stride_v) * ALIGN
         else:
             first = tl.cast(n, tl.int64)
-            k_tile = k_base + first * stride_k
-            v_tile = v_base + first * stride_v
-            k_offsets = local * stride_k
-            v_offsets = local * stride_v
+            k_tile = k_base + first * (stride_k * ALIGN)
+            v_tile = v_base + first * (stride_v * ALIGN)
+            k_offsets = local * (stride_k * ALIGN)
+            v_offsets = local * (stride_v * ALIGN)
         mask_corner = None
         if mask_base is not None:
             mask_corner = mask_base + tl.cast(n, tl.int64) * stride_mask
@@ -135,13 +139,23 @@ def _attend(
         if bias_base is not None:
             bias_corner = bias_base + tl.cast(n, tl.int64) * stride_bias
         k = load_tile(k_tile, k_offsets, inside, HEAD_DIM, BLOCK_D)
+        # Where scores are nothing but scaled products, the maximum is taken before scaling, which
+        # then costs nothing: it is one instruction with the subtraction of the maximum.
+        SCALED_LAST: tl.constexpr = (
+            SCALE_POSITIVE and softcap is None and slope is None and bias_base is None
+        )
+        unit = None if SCALED_LAST else scale
         scores, _ = score_tile(
             tl.dot(q, k.T, input_precision=PRECISION), i, j[None, :], rows_inside, key_limit, low,
             high, shift, first_key, mask_corner, mask_rows, local[None, :] * stride_mask,
             bias_corner, bias_rows, local[None, :] * stride_bias, slope, q_documents,
-            k_documents_ptr, pattern_rows, pattern_columns, scale, softcap, BOUNDARY, BOUNDARY,
+            k_documents_ptr, pattern_rows, pattern_columns, unit, softcap, BOUNDARY, BOUNDARY,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        highest = tl.max(scores, 1)
+        if SCALED_LAST:
+            highest *= scale
+            scores *= scale
+        new_top = tl.maximum(top, highest)
         # A row that has seen no key yet has the maximum -inf; -inf - -inf would be NaN.
         harmless = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores - harmless[:, None])
@@ -170,7 +184,7 @@ def _forward_kernel(
     bias_ptr,
     slopes_ptr,
     sink_ptr,
-    key_lengths_ptr,
+    key_lengths_ptr,  # (batch,) without seqlen_new
     q_documents_ptr,
     k_documents_ptr,
     ranges_ptr,  # (batch, tiles_m, 2): keys that the documents leave
@@ -235,6 +249,7 @@ def _forward_kernel(
     ROTARY_ADVANCES: tl.constexpr,  # query i stands i after the first, else all at one position
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALE_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     # One grid axis, for batch * heads may pass 65535. Neighbours share a head, so its keys stay in
     # the L2; under a causal mask the longest rows of tiles start first.
@@ -259,7 +274,7 @@ def _forward_kernel(
             return
     length_k = key_limit
     if key_lengths_ptr is not None:
-        key_limit = tl.minimum(key_limit, tl.load(key_lengths_ptr + batch).to(tl.int32))
+        key_limit = held(key_lengths_ptr, batch, key_limit, seqlen_new)
         if LENGTH_DIAGONAL:
             length_k = key_limit
     shift = length_k - length_q
@@ -273,8 +288,9 @@ def _forward_kernel(
     first_key = None
     begin = 0
     if cache_starts_ptr is not None:
-        first_key = tl.load(cache_starts_ptr + batch).to(tl.int32)
-        begin = tl.maximum(first_key, 0)
+        first_key = tl.maximum(tl.load(cache_starts_ptr + batch).to(tl.int64), 0)
+        first_key = tl.minimum(first_key, key_limit).to(tl.int32)
+        begin = first_key
 
     # Rows of the tile: PACK heads of each query. Positions inside the sequence, offsets in q.
     local = tl.arange(0, BLOCK_M)
@@ -368,10 +384,7 @@ def _forward_kernel(
         highest = high
         if not TOP_LEFT:
             highest += shift
-    strides = (
-        stride_ks * ALIGN, stride_vs * ALIGN, stride_mk, stride_bk,
-        tl.cast(stride_kb, tl.int64) * ALIGN, tl.cast(stride_vb, tl.int64) * ALIGN,
-    )  # fmt: skip
+    strides = (stride_ks, stride_vs, stride_mk, stride_bk, stride_kb, stride_vb)
     if block_offsets_ptr is not None:
         lists = block_offsets_ptr + batch * stride_block_b + head * stride_block_h
         lists += first_row // BLOCK_MASK_Q
@@ -383,7 +396,7 @@ def _forward_kernel(
             mask_rows, bias_base, bias_rows, slope, q_documents, k_documents,
             i % BLOCK_MASK_Q * BLOCK_MASK_K, seed, plane, threshold, scale, softcap, strides,
             page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCK_MASK_Q,
-            BLOCK_MASK_K, PRECISION, True,
+            BLOCK_MASK_K, ALIGN, PRECISION, SCALE_POSITIVE, True,
         )  # fmt: skip
     else:
         last_row = tl.minimum(first_row + BLOCK_M, length_q * PACK) - 1
@@ -397,21 +410,21 @@ def _forward_kernel(
                 rows_inside[:, None], key_limit, lowest, highest, shift, first_key, mask_base,
                 mask_rows, bias_base, bias_rows, slope, q_documents, k_documents, None, seed, plane,
                 threshold, scale, softcap, strides, page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-                BLOCK_DV, BLOCK_N, 0, 0, PRECISION, True,
+                BLOCK_DV, BLOCK_N, 0, 0, ALIGN, PRECISION, SCALE_POSITIVE, True,
             )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q, k_base, v_base, table, None, None, None, whole_start, whole_end, i,
             rows_inside[:, None], key_limit, lowest, highest, shift, first_key, mask_base,
             mask_rows, bias_base, bias_rows, slope, q_documents, k_documents, None, seed, plane,
             threshold, scale, softcap, strides, page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_N, 0, 0, PRECISION, False,
+            BLOCK_DV, BLOCK_N, 0, 0, ALIGN, PRECISION, SCALE_POSITIVE, False,
         )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q, k_base, v_base, table, None, None, None, whole_end, end, i,
             rows_inside[:, None], key_limit, lowest, highest, shift, first_key, mask_base,
             mask_rows, bias_base, bias_rows, slope, q_documents, k_documents, None, seed, plane,
             threshold, scale, softcap, strides, page_size, pages, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_N, 0, 0, PRECISION, True,
+            BLOCK_DV, BLOCK_N, 0, 0, ALIGN, PRECISION, SCALE_POSITIVE, True,
         )  # fmt: skip
 
     # A row without a key has top -inf and total 0, made 1: out 0, lse -inf.
@@ -451,6 +464,7 @@ def attend(
     cache: launching.Cache = launching.NO_CACHE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose tile and split, launch, merge. `cache` has what a cache's keys are found by."""
+    extras = launching.dense(extras)
     out, lse = launching.outputs(x)
     few = tiles.is_decode(x.longest_q, x.heads // x.kv_heads)
     # Heads of one tile must agree on the tiles to visit.
@@ -530,9 +544,13 @@ def attend(
         ROTARY_INTERLEAVED=cache.rotary_interleaved,
         ROTARY_ADVANCES=cache.rotary_advances,
         PRECISION=settings.fp32_precision,
+        SCALE_POSITIVE=launching.scale(settings) > launching.LEAST_SCALE,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     if splits > 1:
-        merge(part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, split_length)
+        merge(
+            part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, cache.seqlen_new,
+            split_length,
+        )  # fmt: skip
     return out, lse

@@ -177,17 +177,30 @@ def lse_strides(x: Operands) -> tuple[int, int]:
     return (0 if x.packed else x.heads * x.seqlen_q), x.seqlen_q
 
 
+# What the kernels read as if it were contiguous.
+_DENSE = (
+    "alibi_slopes", "sink", "key_lengths", "q_documents", "k_documents", "cu_seqlens_q",
+    "cu_seqlens_k", "seqused_q", "seqused_k",
+)  # fmt: skip
+
+
+def dense(extras: Extras) -> Extras:
+    """The extras with every vector contiguous; mask and bias keep their strides."""
+    given = ((name, getattr(extras, name)) for name in _DENSE)
+    return extras._replace(**{name: x.contiguous() for name, x in given if x is not None})
+
+
 def feature_pointers(x: Operands, extras: Extras) -> tuple[torch.Tensor | None, ...]:
     """mask, bias, slopes, sink, key_lengths, q_documents, k_documents."""
     mask = None if extras.mask is None else _near(extras.mask).view(torch.uint8)
-    documents = extras.q_documents, extras.k_documents
     return (
         mask,
         None if extras.bias is None else _near(extras.bias),
-        None if extras.alibi_slopes is None else extras.alibi_slopes.contiguous(),
-        None if extras.sink is None else extras.sink.contiguous(),
-        None if extras.key_lengths is None else extras.key_lengths.contiguous(),
-        *(None if ids is None else ids.contiguous() for ids in documents),
+        extras.alibi_slopes,
+        extras.sink,
+        extras.key_lengths,
+        extras.q_documents,
+        extras.k_documents,
     )
 
 
@@ -198,8 +211,7 @@ def _near(x: torch.Tensor) -> torch.Tensor:
 
 def sequence_pointers(extras: Extras) -> tuple[torch.Tensor | None, ...]:
     """cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k."""
-    lengths = extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k
-    return tuple(None if x is None else x.contiguous() for x in lengths)
+    return extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k
 
 
 def feature_strides(x: Operands, extras: Extras) -> tuple[int, ...]:
@@ -247,6 +259,10 @@ def band(settings: Settings) -> tuple[int | None, int | None]:
     """(low, high): query i sees the keys from i + d + low to i + d + high, None for no bound."""
     left, right = (min(n, MAX_WINDOW) for n in (settings.window_left, settings.window_right))
     return (None if left < 0 else -left), (None if right < 0 else right)
+
+
+# Below, a scale may be zero in float32, and zero times -inf is NaN.
+LEAST_SCALE = 1e-37
 
 
 def scale(settings: Settings) -> float:

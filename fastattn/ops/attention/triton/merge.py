@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention.triton.scores import LN_2, LOG2_E
+from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, held
 from fastattn.ops.common import launch
 
 BLOCK_S = 8  # splits in flight
@@ -14,19 +14,21 @@ WARPS = 4
 
 
 @triton.jit(
-    do_not_specialize=["stride_part", "stride_lse", "heads", "seqlen_q", "seqlen_k", "split_length"]
-)
+    do_not_specialize=["stride_part", "stride_lse", "heads", "seqlen_q", "seqlen_k", "seqlen_new",
+                       "split_length"]
+)  # fmt: skip
 def _merge_kernel(
     part_ptr,  # (splits, batch, seqlen_q, heads, head_dim), float32, contiguous
     part_lse_ptr,  # (splits, batch, heads, seqlen_q), contiguous
     out_ptr,  # (batch, seqlen_q, heads, head_dim), contiguous
     lse_ptr,
-    key_lengths_ptr,  # (batch,), or None
+    key_lengths_ptr,  # (batch,) without seqlen_new, or None
     stride_part: tl.int64,
     stride_lse: tl.int64,
     heads,
     seqlen_q,
     seqlen_k,
+    seqlen_new,
     split_length,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -40,7 +42,7 @@ def _merge_kernel(
     line = (batch * heads + head) * seqlen_q + query
     length = seqlen_k
     if key_lengths_ptr is not None:
-        length = tl.minimum(length, tl.load(key_lengths_ptr + batch).to(tl.int32))
+        length = held(key_lengths_ptr, batch, seqlen_k, seqlen_new)
     splits = tl.maximum(tl.cdiv(length, split_length), 1)  # those that hold keys of this sequence
     columns = tl.arange(0, BLOCK_D)
     top = tl.full((), float("-inf"), tl.float32)
@@ -57,7 +59,8 @@ def _merge_kernel(
         weight = tl.exp2(lse - harmless)
         old = tl.exp2(top - harmless)
         pointers = part_ptr + (split * stride_part + row * HEAD_DIM)[:, None] + columns[None, :]
-        exists = there[:, None] & (columns < HEAD_DIM)[None, :]
+        # A split in which the row sees no key has no weight, and may hold 0 * NaN.
+        exists = (lse != float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
         part = tl.load(pointers, mask=exists, other=0.0)
         acc = acc * old + tl.sum(part * weight[:, None], 0)
         total = total * old + tl.sum(weight, 0)
@@ -79,6 +82,7 @@ def merge(
     lse: torch.Tensor,
     key_lengths: torch.Tensor | None,
     seqlen_k: int,
+    seqlen_new: int,
     split_length: int,
 ) -> None:
     """Write out and lse; split s has the keys from s * split_length on."""
@@ -96,6 +100,7 @@ def merge(
         heads,
         seqlen_q,
         seqlen_k,
+        seqlen_new,
         split_length,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),

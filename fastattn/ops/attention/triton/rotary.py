@@ -12,7 +12,7 @@ def rotated(
     base,
     offsets,  # (ROWS,) of the rows, in elements
     inside,  # (ROWS,) rows that exist
-    positions,  # (ROWS,), cut to the tables
+    positions,  # (ROWS,); those outside of the tables are cut to them
     cos_ptr,  # (rotary_positions, rotary_half), contiguous
     sin_ptr,
     rotary_half,
@@ -32,7 +32,7 @@ def rotated(
         sign = tl.where(columns < rotary_half, -1.0, 1.0)
     exists = inside[:, None] & (columns < 2 * rotary_half)[None, :]
     other = tl.load(base + (offsets[:, None] + partner[None, :]), mask=exists, other=0.0)
-    row = tl.minimum(positions, rotary_positions - 1).to(tl.int64)
+    row = tl.maximum(tl.minimum(positions, rotary_positions - 1), 0).to(tl.int64)
     angle = row[:, None] * rotary_half + pair[None, :]
     cos = tl.load(cos_ptr + angle, mask=exists, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=exists, other=0.0).to(tl.float32)

@@ -54,6 +54,16 @@ def store_tile(
 
 
 @triton.jit
+def held(lengths_ptr, batch, most, seqlen_new):
+    """Tokens of a sequence, of which `seqlen_new` are not in `lengths` yet: from 0 to `most`.
+
+    Counted in 64 bits, so that wrong contents are cut to the tensor before they can wrap.
+    """
+    before = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int64), most)
+    return tl.minimum(tl.maximum(before + seqlen_new, 0), most).to(tl.int32)
+
+
+@triton.jit
 def sequence(cu_seqlens_ptr, seqused_ptr, batch, seqlen):
     """(first token, tokens) of a sequence; `seqlen` is that of a padded tensor, or a packed total.
 
@@ -67,8 +77,7 @@ def sequence(cu_seqlens_ptr, seqused_ptr, batch, seqlen):
         stop = tl.load(cu_seqlens_ptr + batch + 1).to(tl.int64)
         length = (tl.minimum(tl.maximum(stop, start), seqlen) - start).to(tl.int32)
     if seqused_ptr is not None:
-        used = tl.load(seqused_ptr + batch).to(tl.int32)
-        length = tl.minimum(length, tl.maximum(used, 0))
+        length = held(seqused_ptr, batch, length, 0)
     return start, length
 
 
@@ -116,7 +125,7 @@ def score_tile(
     k_documents_ptr,  # at key 0
     pattern_rows,  # pointers to rows of a tile of the block mask's patterns, like i
     pattern_columns,  # columns of that tile, like j
-    scale,  # softmax_scale, times log2(e) if there is no softcap
+    scale,  # softmax_scale, times log2(e) if there is no softcap; None for 1
     softcap,  # None for none
     BOUNDARY: tl.constexpr,
     CHECK_KEYS: tl.constexpr,  # keys of the tile may be padding
@@ -131,7 +140,7 @@ def score_tile(
         scores = saturation * (softcap * LOG2_E)
         slope_of_cap = 1.0 - saturation * saturation
     else:
-        scores = products * scale
+        scores = products if scale is None else products * scale
     if slope is not None:
         scores -= slope * tl.abs(i + shift - j).to(tl.float32)
     exists = rows_inside

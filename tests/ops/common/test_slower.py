@@ -1,0 +1,219 @@
+"""The table of what is slower: it moves the automatic choice, and nothing else."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import backends
+from fastattn.backends import explanation_of
+from fastattn.ops.attention import interface as attention_interface
+from fastattn.ops.attention.problem import describe as describe_attention
+from fastattn.ops.common import slower
+from fastattn.ops.common.plans import PlanCache
+from fastattn.ops.common.slower import Key, Slower
+from fastattn.ops.ffn import interface as ffn_interface
+from fastattn.ops.ffn.problem import describe as describe_ffn
+from fastattn.ops.layer_norm import interface as norm_interface
+from fastattn.ops.layer_norm.problem import describe_layer_norm, describe_rms_norm
+
+DATE = "2026-11-26"
+INTERFACES = (attention_interface, ffn_interface, norm_interface)
+
+Plant = Callable[..., None]
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Puts a row of the `torch` backend on a CPU into a table of its own."""
+    monkeypatch.setattr(slower, "TABLE", {})
+    for interface in INTERFACES:
+        monkeypatch.setattr(interface, "_plans", PlanCache())
+
+    def put(op: str, *, grad: bool | None = None, device: str = "cpu", **limits: int) -> None:
+        key = Key(op, "torch", "float32", grad, device)
+        slower.TABLE[key] = Slower("reference", DATE, **limits)
+
+    return put
+
+
+def ffn_inputs(grad: bool = False) -> tuple[torch.Tensor, ...]:
+    """12 x 8 multiplications."""
+    shapes = ((3, 4), (8, 4), (8,), (4, 8), (4,))
+    return tuple(torch.randn(shape, requires_grad=grad) for shape in shapes)
+
+
+def qkv(grad: bool = False) -> tuple[torch.Tensor, ...]:
+    """2 * 5 * 3 * 8 * 7 = 1680 multiplications."""
+    shapes = ((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8))
+    return tuple(torch.randn(shape, requires_grad=grad) for shape in shapes)
+
+
+def test_rows_name_what_there_is() -> None:
+    """Of the real table: a key that nothing has would never be found."""
+    for key, row in slower.TABLE.items():
+        of = Key(*key)
+        assert of.op in ("attention", "ffn", "layer_norm", "rms_norm")
+        assert {of.backend, row.than} <= set(backends.NAMES)
+        assert isinstance(getattr(torch, of.dtype), torch.dtype)
+        assert (of.needs_grad is None) == of.op.endswith("norm")
+        assert row.below > 0 or row.above is not None
+        datetime.date.fromisoformat(row.date)
+
+
+def test_the_automatic_choice_declines_and_explain_says_why(plant: Plant) -> None:
+    x = torch.randn(3, 7)
+    assert explanation_of(fastattn.layer_norm, x).backend == "torch"
+    plant("layer_norm", below=22)
+    explanation = explanation_of(fastattn.layer_norm, x)
+    assert explanation.backend == "reference"
+    reason = f"slower than reference below 22 elements (cpu, {DATE})"
+    assert explanation.reasons["torch"] == reason
+    assert reason in str(explanation)
+
+
+@pytest.mark.parametrize(
+    ("rows", "limits", "backend"),
+    [
+        (2, {"below": 22}, "reference"),
+        (3, {"below": 21}, "torch"),  # its 21 elements are not below
+        (4, {"below": 22}, "torch"),
+        (3, {"above": 21}, "torch"),
+        (4, {"above": 21}, "reference"),
+        (1, {"below": 8, "above": 21}, "reference"),
+        (2, {"below": 8, "above": 21}, "torch"),
+        (4, {"below": 8, "above": 21}, "reference"),
+    ],
+)
+def test_limits(rows: int, limits: dict[str, int], backend: str, plant: Plant) -> None:
+    plant("layer_norm", **limits)
+    assert explanation_of(fastattn.layer_norm, torch.randn(rows, 7)).backend == backend
+
+
+def test_the_call_runs_what_explain_says(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for module in (norm_interface.aten, norm_interface.reference):
+        spied = module.normalise
+
+        def spy(*inputs: Any, module: Any = module, spied: Any = spied) -> Any:
+            ran.append(module.__name__.rpartition(".")[2])
+            return spied(*inputs)
+
+        monkeypatch.setattr(module, "normalise", spy)
+    plant("rms_norm", below=22)
+    x = torch.randn(3, 7)
+    fastattn.rms_norm(x)
+    fastattn.rms_norm(x)
+    fastattn.rms_norm(x, backend="torch")
+    with fastattn.use_backend("torch"):
+        fastattn.rms_norm(x)
+    fastattn.layer_norm(x)
+    assert ran == ["reference", "reference", "aten", "aten", "aten"]
+
+
+def test_a_forced_backend_does_not_decline(plant: Plant) -> None:
+    plant("layer_norm", below=22)
+    x = torch.randn(3, 7)
+    assert explanation_of(fastattn.layer_norm, x, backend="torch").backend == "torch"
+    with fastattn.use_backend("torch"):
+        assert explanation_of(fastattn.layer_norm, x).backend == "torch"
+
+
+def test_other_devices_dtypes_and_ops_are_not_meant(plant: Plant) -> None:
+    plant("layer_norm", below=22)
+    plant("rms_norm", below=22, device="NVIDIA H200")
+    x = torch.randn(3, 7)
+    assert explanation_of(fastattn.layer_norm, x.bfloat16()).backend == "torch"
+    assert explanation_of(fastattn.rms_norm, x).backend == "torch"
+    assert explanation_of(fastattn.ffn, *ffn_inputs()).backend == "torch"
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("op", ["ffn", "attention"])
+def test_with_and_without_gradients_are_two_measurements(
+    op: str, wanted: bool, plant: Plant
+) -> None:
+    plant(op, grad=wanted, below=10_000)
+    inputs = ffn_inputs if op == "ffn" else qkv
+    for grad in (False, True):
+        backend = explanation_of(getattr(fastattn, op), *inputs(grad)).backend
+        assert backend == ("reference" if grad == wanted else "torch")
+
+
+def test_sizes() -> None:
+    x = torch.randn(3, 7)
+    assert describe_layer_norm(x).elements == describe_rms_norm(x).elements == 21
+    assert describe_ffn(*ffn_inputs()).elements == 96
+    assert describe_ffn(*ffn_inputs(), recompute=True).elements is None
+    assert describe_attention(*qkv()).elements == 1680
+    assert describe_attention(*qkv(), causal=True).elements == 1680
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"window": (3, 0)},
+        {"window": (-1, 2)},
+        {"softcap": 3.0},
+        {"dropout_p": 0.1},
+        {"fp32_precision": "tf32x3"},
+        {"return_lse": True},
+        {"alibi_slopes": torch.ones(3)},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_is_not_measured_has_no_size(more: dict[str, Any], plant: Plant) -> None:
+    plant("attention", grad=False, below=10_000)
+    assert describe_attention(*qkv(), **more).elements is None
+    for reason in explanation_of(fastattn.attention, *qkv(), **more).reasons.values():
+        assert "slower" not in (reason or "")
+
+
+def test_compiled_graphs_know_no_size(plant: Plant) -> None:
+    """One graph for both sides of the limit, and it holds ATen's op."""
+    plant("layer_norm", below=30)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fastattn.layer_norm, backend=keep, dynamic=True, fullgraph=True)
+    for rows in (3, 5):
+        x = torch.randn(rows, 7)
+        torch.testing.assert_close(compiled(x), torch.layer_norm(x, (7,)))
+    assert len(graphs) == 1
+    assert "torch.layer_norm(" in graphs[0].code
+
+
+def test_the_backward_of_a_kernel_does_not_ask() -> None:
+    """It follows a forward that has kept its own things: there must be a kernel for it."""
+    for interface in INTERFACES:
+        assert all(kernel.slower is None for kernel in interface.registration.KERNELS)
+        assert all(backend.slower is not None for backend in interface.BACKENDS)
+
+
+def test_names_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slower.devices(torch.device("cpu")) == ("cpu",)
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert slower.devices(cuda) == ()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert slower.devices(cuda) == ("NVIDIA H200", "sm_90")
+
+
+def test_the_more_precise_name_counts(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slower, "devices", lambda device: ("NVIDIA H200", "sm_90"))
+    problem = describe_layer_norm(torch.randn(3, 7))
+    plant("layer_norm", device="sm_90", below=22)
+    assert slower.declined("torch", problem) is not None
+    plant("layer_norm", device="NVIDIA H200", below=3)
+    assert slower.declined("torch", problem) is None
