@@ -5,6 +5,7 @@ VENV        ?= .venv
 JOBS        ?= auto#     processes of pytest
 DEMO_ARGS   ?=
 PYTEST_ARGS ?=
+GPU_ARGS    ?=
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,7 +15,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-b
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format gpu-check clean FORCE
+.PHONY: help demo test lint format gpu-check gpu-bench gpu-tune clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,10 +38,19 @@ lint: $(DEV) ## set up the linters too, then ruff, mypy and import-linter
 format: $(DEV) ## let ruff format and mend the code
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
-gpu-check: ## on a machine with an NVIDIA GPU: test and time the kernels, results to OUT=folder; installs nothing
-	@test -n '$(OUT)' || { echo "gpu-check needs a folder for its results: make gpu-check OUT=folder"; exit 2; }
-	@echo "== benchmarks/gpu_check.py with $(PYTHON)"
-	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu_check.py --out '$(OUT)'
+# The targets for a machine with an NVIDIA GPU install nothing and take no network: $(PYTHON) has torch.
+ON_GPU = @test -n '$(OUT)' || { echo "$@ needs a folder for its results: make $@ OUT=folder"; exit 2; }; \
+	mkdir -p '$(OUT)'; echo "== $@ with $(PYTHON)"; \
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+
+gpu-check: ## on an NVIDIA GPU: tests, then all benchmarks (quick), 9 minutes, results to OUT=folder
+	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' $(GPU_ARGS)
+
+gpu-bench: ## the full benchmarks, 9 minutes of them; again goes on; GPU_ARGS="--subjects decode"
+	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' --preset full --tests $(GPU_ARGS)
+
+gpu-tune: ## search the tile tables, 9 minutes, print the rows to change; GPU_ARGS="--kernel keys"
+	$(ON_GPU) -m fastattn tune --budget 500 --json '$(OUT)/tune.json' $(GPU_ARGS)
 
 clean: ## remove $(VENV), builds and caches
 	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

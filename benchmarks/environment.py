@@ -11,54 +11,83 @@ from pathlib import Path
 
 import torch
 from checkout import ROOT
+from schema import Cuda, Environment
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
-GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "temperature.gpu")
+PACKAGES = (
+    "torch", "triton", "transformers", "tokenizers", "numpy", "flash-attn", "flash-attn-3",
+    "flash-attn-4", "xformers", "liger-kernel", "quack-kernels", "nvidia-cudnn-frontend",
+)  # fmt: skip
+GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit")
+ROW_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 
 
-def environment(device: str, *, commit: str | None = None) -> dict[str, object]:
-    """Device, driver, versions, threads, commit and date, as plain data.
+def environment(device: str, *, commit: str | None = None) -> Environment:
+    """Device, driver, versions, threads, commit and date.
 
     Args:
         device: "cpu" or "cuda".
         commit: the commit measured, where the checkout itself cannot tell.
     """
-    measured = commit or _git("rev-parse", "HEAD")
+    measured = commit or _git("rev-parse", "HEAD") or ""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": measured,
-        "modified": None if commit or not measured else bool(_git("status", "--porcelain")),
+        "modified": commit is None and bool(_git("status", "--porcelain", "--", ".", *UNMEASURED)),
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "processors": os.cpu_count(),
+        "processors": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "affinity": sorted(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
         "cuda": _cuda() if device == "cuda" else None,
     }
 
 
-def _cuda() -> dict[str, object]:
+# What a run itself, or the report on it, writes into the checkout.
+UNMEASURED = (":!benchmarks/results", ":!docs", ":!*.md")
+
+
+def _cuda() -> Cuda:
     properties = torch.cuda.get_device_properties()
     return {
-        "toolkit": torch.version.cuda,
+        "toolkit": torch.version.cuda or "",
         "cudnn": torch.backends.cudnn.version(),
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "nvidia_smi": _nvidia_smi(),
+        "sdpa_order": _sdpa_order(),
+        "busy": others(),
+        "nvidia_smi": nvidia_smi(GPU_FIELDS),
     }
 
 
-def _nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks and power as the driver's tool reports them; None where there is no tool."""
-    query = f"--query-gpu={','.join(GPU_FIELDS)}"
-    index = str(torch.cuda.current_device())
-    out = _output("nvidia-smi", f"--id={index}", query, "--format=csv,noheader")
-    if out is None:
+def _sdpa_order() -> list[str]:
+    """F.scaled_dot_product_attention's backends in the order in which this torch takes them."""
+    from torch.nn.attention import _cur_sdpa_kernel_backends
+
+    return [backend.name.lower() for backend in _cur_sdpa_kernel_backends(with_priority=True)]
+
+
+def nvidia_smi(fields: tuple[str, ...]) -> dict[str, str] | None:
+    """What the driver's tool reports of this GPU; None where there is no tool."""
+    out = _nvidia_smi(f"--query-gpu={','.join(fields)}")
+    if not out:
         return None
-    return dict(zip(GPU_FIELDS, (field.strip() for field in out.split(",")), strict=False))
+    return dict(zip(fields, (field.strip() for field in out.split(",")), strict=False))
+
+
+def others() -> list[str]:
+    """Other processes that compute on this GPU, as far as the driver shows them."""
+    out = _nvidia_smi("--query-compute-apps=pid,name,used_memory") or ""
+    return [line for line in out.splitlines() if line.split(",")[0].strip() != str(os.getpid())]
+
+
+def _nvidia_smi(query: str) -> str | None:
+    index = str(torch.cuda.current_device())
+    return _output("nvidia-smi", f"--id={index}", query, "--format=csv,noheader")
 
 
 def _processor() -> str:

@@ -1,37 +1,50 @@
-"""ffn on one device: fastattn against eager PyTorch and the bare matrix products."""
+"""ffn: fastattn against eager PyTorch, torch.compile and cuBLASLt's epilogue as ATen has it.
+
+activation(x w1 + b1) w2 + b2 on (rows, hidden). The ceiling is the bare matrix products of the
+direction in the same run: two forward, four more backward, without bias and activation.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import checkout  # noqa: F401
 import peers
 import torch
-from harness import Cell
+from harness import BACKWARD, DIRECTIONS, FORWARD, Cell
+from script import Axis, Grid, Subject, boolean, main
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardCell(Cell):
-    """gelu(x w1 + b1) w2 + b2 with GELU by tanh, of (rows, hidden), inner units between."""
+    """One feed-forward with `inner` units between."""
 
     rows: int
     hidden: int
     inner: int
+    activation: str
     layout: str
+    compile: bool = False
+
+    bound = "gemms"
 
     @property
-    def axes(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("rows", "hidden", "inner", "layout")}
+    def axes(self) -> dict[str, Any]:
+        names = ("rows", "hidden", "inner", "activation", "layout")
+        axes = {name: getattr(self, name) for name in names}
+        return axes | ({"compile": True} if self.compile else {})
 
     @property
     def flops(self) -> float:
-        return 4.0 * self.rows * self.hidden * self.inner * (2 if self.backward else 1)
+        passes = {FORWARD: 1.0, BACKWARD: 2.0}.get(self.direction, 3.0)
+        return 4.0 * self.rows * self.hidden * self.inner * passes
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options = {"device": self.device, "dtype": self.torch_dtype}
+        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
         x = torch.randn(self.rows, self.hidden, **options)
         w1 = torch.randn(self.inner, self.hidden, **options) / math.sqrt(self.hidden)
         w2 = torch.randn(self.hidden, self.inner, **options) / math.sqrt(self.inner)
@@ -44,43 +57,85 @@ class FeedForwardCell(Cell):
         return peers.ffn_eager(self).function(*inputs)
 
 
-SHAPES = (
-    # rows, hidden, inner, layout
-    (8192, 768, 3072, "linear"),
-    (8192, 768, 3072, "conv1d"),
-    (8192, 4096, 16384, "linear"),
-    (16, 768, 3072, "conv1d"),
-    (1023, 1000, 4001, "linear"),
-)
+AXES: Mapping[str, Axis] = {
+    "rows": Axis("tokens"),
+    "hidden": Axis("of x"),
+    "inner": Axis("units between; 0: four times hidden"),
+    "activation": Axis("between the products", kind=str, choices=tuple(peers.ACTIVATIONS)),
+    "layout": Axis("of the weights", kind=str, choices=("linear", "conv1d")),
+    "direction": Axis("what is timed", kind=str, choices=DIRECTIONS),
+    "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
+    "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),
+}
 
 
-TINY = ((9, 16, 40, "linear"), (9, 16, 40, "conv1d"))
-
-
-def cells(device: str) -> Iterator[FeedForwardCell]:
-    """What `gpu_check` measures, the most telling first."""
-    return _cells(device, SHAPES if device == "cuda" else TINY, peers.FFN)
-
-
-def compiled_cells(device: str) -> Iterator[FeedForwardCell]:
-    """Those that are measured against torch.compile of the eager op."""
-    return _cells(device, (SHAPES if device == "cuda" else TINY)[:1], peers.FFN_COMPILED)
-
-
-def _cells(
+def make(
+    *,
     device: str,
-    shapes: Sequence[tuple[int, int, int, str]],
-    against: Mapping[str, Callable[..., peers.Peer]],
-) -> Iterator[FeedForwardCell]:
-    for (rows, hidden, inner, layout), backward in itertools.product(shapes, (False, True)):
-        yield FeedForwardCell(
-            op="ffn",
-            device=device,
-            dtype="bfloat16" if device == "cuda" else "float32",
-            backward=backward,
-            against=against,
-            rows=rows,
-            hidden=hidden,
-            inner=inner,
-            layout=layout,
-        )
+    rows: int,
+    hidden: int,
+    inner: int,
+    activation: str,
+    layout: str,
+    direction: str,
+    dtype: str,
+    compile: bool,
+) -> FeedForwardCell:
+    """The cell of one value for each axis."""
+    return FeedForwardCell(
+        op="ffn",
+        device=device,
+        dtype=dtype,
+        direction=direction,
+        against={**peers.FFN, **(peers.FFN_COMPILED if compile else {})},
+        rows=rows,
+        hidden=hidden,
+        inner=inner or 4 * hidden,
+        activation=activation,
+        layout=layout,
+        compile=compile,
+    )
+
+
+def grid(**axes: Sequence[Any]) -> Grid:
+    """The axes named, the others at what is common."""
+    common: dict[str, Sequence[Any]] = {
+        "dtype": ["bfloat16"], "rows": [8192], "hidden": [768], "inner": [0],
+        "activation": ["gelu_tanh"], "layout": ["linear"], "direction": [FORWARD, BACKWARD],
+        "compile": [False],
+    }  # fmt: skip
+    return {**axes, **{name: values for name, values in common.items() if name not in axes}}
+
+
+CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"]}
+PRESETS = {
+    ("cuda", "quick"): [
+        grid(layout=["linear", "conv1d"]),
+        grid(hidden=[4096]),
+        grid(rows=[16], layout=["conv1d"]),
+        grid(rows=[1023], hidden=[1000], inner=[4001]),
+        grid(hidden=[1024], compile=[True]),
+    ],
+    ("cuda", "full"): [
+        grid(hidden=[768, 1024, 2048, 4096], compile=[True]),
+        grid(activation=["gelu", "relu", "silu"], hidden=[2048]),
+        grid(rows=[1, 16, 128, 1024, 65536]),
+        grid(hidden=[2048], layout=["conv1d"]),
+        grid(dtype=["float16", "float32"], hidden=[1024]),
+        grid(rows=[1023], hidden=[1000], inner=[4001]),
+    ],
+    ("cuda", "paper"): [grid(rows=[8192], hidden=[1024, 2048, 4096, 8192], compile=[True])],
+    ("cpu", "quick"): [
+        grid(**CPU, rows=[256], hidden=[768], layout=["linear", "conv1d"]),
+        grid(**CPU, rows=[1, 33], hidden=[768], direction=[FORWARD]),
+    ],
+    ("cpu", "full"): [
+        grid(**CPU, rows=[1, 16, 256, 1024], hidden=[768], layout=["linear", "conv1d"]),
+        grid(**CPU, rows=[256], hidden=[256], activation=["gelu", "relu", "silu"]),
+        grid(**CPU, rows=[33], hidden=[100], inner=[401]),
+    ],
+}
+SUBJECT = Subject("ffn", __doc__, AXES, PRESETS, make)
+
+if __name__ == "__main__":
+    raise SystemExit(main(SUBJECT))

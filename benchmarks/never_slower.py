@@ -1,342 +1,349 @@
-"""Are fastattn's ops ever slower than eager PyTorch on this CPU?
+"""Is an op ever slower than eager PyTorch? A grid of small, odd and large calls of every op.
 
-Every cell of a grid (op, shape, dtype, forward or forward and backward) must hold
-t <= 1.05 t_eager + 5 us, the Python around the call included. Both sides run by turns in one
-process; a cell that fails is measured again, longer, before it counts as failed.
+Every cell must hold t <= 1.05 t_eager + 5 us, the Python around the call included; eager is what a
+user of PyTorch writes without us, F.scaled_dot_product_attention for attention. A cell that misses
+is measured again, up to four times, each longer, before it counts as missed. The `note` of ours is
+the backend that it ran on.
+
+A shape is rows x hidden of a norm, rows x hidden x inner of ffn, batch x seqlen x heads x head_dim
+of attention, where seqlen_q:seqlen_k and heads:kv_heads may differ.
+
+    python benchmarks/never_slower.py --preset full --backend triton --json F
+    python benchmarks/never_slower.py --table F
+
+prints the rows of fastattn/ops/common/slower.py, by which the automatic choice leaves to torch what
+is slower on that device. (`--backend`: else what an older table declines would not be measured.)
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import functools
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import checkout  # noqa: F401
-import numpy
-import torch
-from environment import environment
-from results import table, write_json
-from timing import Candidate, Sample, Spread, interleave, ratio
+import peers
+from attention import AttentionCell
+from ffn import FeedForwardCell
+from harness import BOTH, FORWARD, OURS, Cell
+from layer_norm import NormCell
+from never_slower_table import RAN_ON, print_table
+from peers import Outputs, Peer
+from schema import Row
+from script import Axis, Grid, Subject, boolean, main
+from timing import Sample, Spread
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastattn
+from fastattn.backends import explanation_of, use_backend
 
 FACTOR, ALLOWANCE = 1.05, 5e-6
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ATTEMPTS = 4
+RULE = "t <= 1.05 t_eager + 5 us"
+EAGER = "eager"
+AUTO = "auto"
 
-Outputs = Tensor | tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """The same job done by us and by eager PyTorch, on the same tensors."""
-
-    inputs: tuple[Tensor, ...]
-    ours: Callable[..., Outputs]
-    eager: Callable[..., Outputs]
+Make = Callable[[Any], Peer]
 
 
-@dataclass(frozen=True)
-class Cell:
-    op: str
-    shape: str
-    dtype: str
-    backward: bool
-    make: Callable[[torch.dtype], Case]
-
-    @property
-    def mode(self) -> str:
-        return "forward+backward" if self.backward else "forward"
-
-
-def layer_norm_case(dtype: torch.dtype, rows: int, hidden: int, residual: bool = False) -> Case:
-    x, r = torch.randn(2, rows, hidden, dtype=dtype)
-    weight, bias = torch.randn(2, hidden, dtype=dtype)
-    if not residual:
-        return Case(
-            (x, weight, bias),
-            lambda x, w, b: fastattn.layer_norm(x, w, b),
-            lambda x, w, b: F.layer_norm(x, (hidden,), w, b),
-        )
-
-    def eager(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Outputs:
-        total = x + r
-        return F.layer_norm(total, (hidden,), w, b), total
-
-    return Case(
-        (x, r, weight, bias), lambda x, r, w, b: fastattn.layer_norm(x, w, b, residual=r), eager
-    )
-
-
-def rms_norm_case(dtype: torch.dtype, rows: int, hidden: int, residual: bool = False) -> Case:
-    x, r = torch.randn(2, rows, hidden, dtype=dtype)
-    weight = torch.randn(hidden, dtype=dtype)
-    if not residual:
-        return Case(
-            (x, weight),
-            lambda x, w: fastattn.rms_norm(x, w),
-            lambda x, w: F.rms_norm(x, (hidden,), w),
-        )
-
-    def eager(x: Tensor, r: Tensor, w: Tensor) -> Outputs:
-        total = x + r
-        return F.rms_norm(total, (hidden,), w), total
-
-    return Case((x, r, weight), lambda x, r, w: fastattn.rms_norm(x, w, residual=r), eager)
-
-
-def ffn_case(
-    dtype: torch.dtype,
-    rows: int,
-    hidden: int,
-    inner: int,
-    activation: str = "gelu_tanh",
-    layout: str = "linear",
-) -> Case:
-    x = torch.randn(rows, hidden, dtype=dtype)
-    w1 = torch.randn(inner, hidden, dtype=dtype) / math.sqrt(hidden)
-    w2 = torch.randn(hidden, inner, dtype=dtype) / math.sqrt(inner)
-    b1, b2 = torch.randn(inner, dtype=dtype), torch.randn(hidden, dtype=dtype)
-    act: Callable[[Tensor], Tensor] = {
-        "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
-        "gelu": F.gelu,
-        "relu": F.relu,
-        "silu": F.silu,
-    }[activation]
-    if layout == "conv1d":
-        w1, w2 = w1.t().contiguous(), w2.t().contiguous()
-
-    def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        if layout == "linear":
-            return F.linear(act(F.linear(x, w1, b1)), w2, b2)
-        return torch.addmm(b2, act(torch.addmm(b1, x, w1)), w2)
-
-    return Case(
-        (x, w1, b1, w2, b2),
-        lambda *inputs: fastattn.ffn(*inputs, activation, layout=layout),
-        eager,
-    )
-
-
-def attention_case(
-    dtype: torch.dtype,
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    causal: bool,
-) -> Case:
-    q = torch.randn(batch, seqlen_q, heads, head_dim, dtype=dtype)
-    k, v = torch.randn(2, batch, seqlen_k, kv_heads, head_dim, dtype=dtype)
-    # What SDPA calls causal starts at the top left corner: with other lengths the user of eager
-    # PyTorch passes a mask (made outside the time), or nothing where one query sees every key.
-    square = seqlen_q == seqlen_k
-    mask = None
-    if causal and not square and seqlen_q > 1:
-        mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).tril(seqlen_k - seqlen_q)
-
-    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal and square,
-            enable_gqa=heads != kv_heads,
-        ).transpose(1, 2)
-
-    return Case((q, k, v), lambda q, k, v: fastattn.attention(q, k, v, causal=causal), eager)
-
-
-NORM_SHAPES = [
-    # rows, hidden, residual
-    (1, 64, False),
-    (1, 768, False),
-    (7, 1000, False),
-    (64, 768, False),
-    (64, 768, True),
-    (33, 1023, False),
-    (512, 768, False),
-    (512, 768, True),
-    (2048, 1024, False),
-    (3, 50257, False),
-]
-FFN_SHAPES = [
-    # rows, hidden, inner, activation, layout
-    (1, 16, 64, "gelu_tanh", "linear"),
-    (1, 768, 3072, "gelu_tanh", "linear"),
-    (1, 768, 3072, "gelu_tanh", "conv1d"),
-    (33, 100, 401, "gelu", "linear"),
-    (64, 256, 1024, "relu", "linear"),
-    (64, 256, 1024, "silu", "conv1d"),
-    (256, 256, 1024, "gelu_tanh", "linear"),
-    (256, 256, 1024, "gelu_tanh", "conv1d"),
-    (512, 384, 1536, "gelu", "conv1d"),
-]
-ATTENTION_SHAPES = [
-    # batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, causal
-    (1, 1, 1, 1, 1, 16, False),
-    (1, 8, 8, 2, 2, 32, True),
-    (2, 17, 17, 3, 3, 59, False),
-    (4, 64, 64, 4, 4, 64, True),
-    (1, 128, 128, 12, 12, 64, True),
-    (2, 256, 256, 12, 12, 64, True),
-    (1, 512, 512, 4, 4, 64, False),
-    (1, 1024, 1024, 2, 2, 128, True),
-    (1, 128, 128, 8, 2, 64, True),
-    (1, 1, 257, 12, 12, 64, True),
-    (2, 5, 64, 4, 4, 64, True),
-]
-
-
-def grid() -> Iterator[Cell]:
-    """Every cell, the cheap ops first."""
-    shapes: list[tuple[str, str, Callable[[torch.dtype], Case]]] = []
-    for op, build in (("layer_norm", layer_norm_case), ("rms_norm", rms_norm_case)):
-        for rows, hidden, residual in NORM_SHAPES:
-            name = f"{rows}x{hidden}" + (" residual" if residual else "")
-            shapes.append((op, name, _with(build, rows, hidden, residual)))
-    for rows, hidden, inner, activation, layout in FFN_SHAPES:
-        name = f"{rows}x{hidden}x{inner} {activation} {layout}"
-        shapes.append(("ffn", name, _with(ffn_case, rows, hidden, inner, activation, layout)))
-    for shape in ATTENTION_SHAPES:
-        batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, causal = shape
-        name = f"{batch}x{seqlen_q}:{seqlen_k}x{heads}:{kv_heads}x{head_dim}"
-        name += " causal" if causal else ""
-        shapes.append(("attention", name, _with(attention_case, *shape)))
-    for op, name, make in shapes:
-        for dtype in DTYPES:
-            for backward in (False, True):
-                yield Cell(op, name, dtype, backward, make)
-
-
-def _with(build: Callable[..., Case], *arguments: object) -> Callable[[torch.dtype], Case]:
-    return lambda dtype: build(dtype, *arguments)
-
-
-def candidates(cell: Cell) -> list[Candidate]:
-    """Ours and eager as calls without arguments, on the same inputs and output gradients."""
-    torch.manual_seed(0)
-    case = cell.make(DTYPES[cell.dtype])
-    inputs = tuple(x.requires_grad_(cell.backward) for x in case.inputs)
-    grads = tuple(torch.randn_like(out) for out in _tuple(case.eager(*inputs)))
-
-    def call(function: Callable[..., Outputs]) -> Callable[[], object]:
-        if not cell.backward:
-            return lambda: function(*inputs)
-        return lambda: torch.autograd.grad(_tuple(function(*inputs)), inputs, grads)
-
-    return [Candidate("ours", call(case.ours)), Candidate("eager", call(case.eager))]
-
-
-def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def excess(times: dict[str, Sample]) -> float:
+def excess(samples: Mapping[str, Sample]) -> float:
     """Seconds by which a call passes the rule (negative: it holds), the median of the rounds."""
-    pairs = zip(times["ours"].seconds, times["eager"].seconds, strict=True)
+    pairs = zip(samples[OURS].seconds, samples[EAGER].seconds, strict=True)
     return Spread.of(ours - FACTOR * eager - ALLOWANCE for ours, eager in pairs).median
 
 
-def measure(cell: Cell, seconds: float) -> dict:
-    """One row of the results: a cell that fails is measured up to `ATTEMPTS` times."""
-    pair = candidates(cell)
-    attempts = 0
-    while True:
-        attempts += 1
-        times = interleave(
-            pair, rounds=25 * attempts, batch_seconds=1e-3, seconds=seconds * attempts
-        )
-        over = excess(times)
-        if over <= 0 or attempts == ATTEMPTS:
-            break
-    return {
-        "op": cell.op,
-        "shape": cell.shape,
-        "dtype": cell.dtype,
-        "mode": cell.mode,
-        "ours": times["ours"].as_dict(),
-        "eager": times["eager"].as_dict(),
-        "ratio": ratio(times["ours"], times["eager"]).as_dict(),
-        "excess_us": over * 1e6,
-        "attempts": attempts,
-        "holds": over <= 0,
-    }
+# --- cells ----------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", metavar="OP", help="cells of one op")
-    parser.add_argument("--stride", type=int, default=1, help="take every N-th cell (default 1)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per cell (default 0.5)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
-    parser.add_argument("--json", metavar="FILE", help="write the results here")
-    arguments = parser.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    cells = [cell for cell in grid() if arguments.only in (None, cell.op)][:: arguments.stride]
-    if not cells:
-        parser.error(f"no cell of {arguments.only!r}; ops: {', '.join(ops())}")
+@dataclass(frozen=True, kw_only=True)
+class Judged(Cell):
+    """The rule, for a cell of any op; `backend` is who is made to run ours."""
 
-    started = time.monotonic()
-    rows: list[dict] = []
-    for number, cell in enumerate(cells, 1):
-        rows.append(measure(cell, arguments.seconds))
-        if sys.stderr.isatty():
-            end = "\n" if number == len(cells) else ""
-            print(f"\r{number}/{len(cells)} cells", end=end, file=sys.stderr, flush=True)
+    target: str | None = RULE
+    backend: str = AUTO
 
-    failed = [row for row in rows if not row["holds"]]
-    ratios = [row["ratio"]["median"] for row in rows]
-    summary = {
-        "cells": len(rows),
-        "failed": len(failed),
-        "geometric_mean": float(numpy.exp(numpy.mean(numpy.log(ratios)))),
-        "worst": max(rows, key=lambda row: row["excess_us"]),
-        "seconds": time.monotonic() - started,
-    }
-    print(table(HEADERS, [shown(row) for row in rows]))
-    print(f"\n{len(rows)} cells in {summary['seconds']:.0f} s; time relative to eager PyTorch:")
-    print(f"geometric mean {summary['geometric_mean']:.3f}")
-    print("worst cell: " + " ".join(shown(summary["worst"])))
-    print(f"t <= {FACTOR} t_eager + {ALLOWANCE * 1e6:.0f} us: {len(failed)} cells fail")
-    if arguments.json:
-        data = {"script": "never_slower", "environment": environment("cpu"), "rows": rows}
-        write_json(arguments.json, data | {"summary": summary})
-    return 1 if failed else 0
+    bound = None
+    rounds = 25
+    batch_seconds = 1e-3
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        forced = {} if self.backend == AUTO else {"backend": self.backend}
+        return {**super().axes, **forced}
+
+    def holds(self, samples: Mapping[str, Sample]) -> bool:
+        return EAGER in samples and excess(samples) <= 0
+
+    def measure(self, seconds: float, peers: Collection[str] | None = None) -> Row:
+        """As any cell; eager takes part in any case, and ours says what it ran on."""
+        row = super().measure(seconds, None if peers is None else {*peers, EAGER})
+        row["peers"][OURS]["note"] = RAN_ON + str(self.runs_on())
+        return row
+
+    def runs_on(self) -> str | None:
+        """The backend of ours: the very call that is timed, put to `explain` instead."""
+        inputs = (x.requires_grad_(self.backward) for x in self.inputs())
+        explain = functools.partial(explanation_of, getattr(fastattn, self.op))
+        peer = self.against[OURS](self)
+        with mock.patch.object(fastattn, self.op, explain), peer.context():
+            return peer.function(*inputs).backend  # type: ignore[union-attr]
 
 
-HEADERS = ("op", "shape", "dtype", "mode", "ours us", "eager us", "ratio", "20-80%", "")
+@dataclass(frozen=True, kw_only=True)
+class Norm(Judged, NormCell):
+    """layer_norm or rms_norm."""
 
 
-def ops() -> list[str]:
-    return sorted({cell.op for cell in grid()})
+@dataclass(frozen=True, kw_only=True)
+class ResidualRMSNorm(Norm):
+    """rms_norm of a sum that is returned too."""
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        x, weight = super().inputs()
+        residual, _ = super().inputs()
+        return x, weight, residual
+
+    def definition(self, x: Tensor, weight: Tensor, residual: Tensor) -> Outputs:  # type: ignore[override]
+        return super().definition(x + residual, weight), x + residual  # type: ignore[return-value]
+
+    def plain(self, *inputs: Tensor) -> Outputs:
+        return residual_rms_norm_eager(self).function(*inputs)
 
 
-def shown(row: dict) -> list[str]:
-    spread = row["ratio"]
+def residual_rms_norm_ours(cell: ResidualRMSNorm) -> Peer:
+    return Peer(lambda x, w, r: fastattn.rms_norm(x, w, peers.NORM_EPS, residual=r))
+
+
+def residual_rms_norm_eager(cell: ResidualRMSNorm) -> Peer:
+    def call(x: Tensor, w: Tensor, r: Tensor) -> Outputs:
+        total = x + r
+        return F.rms_norm(total, (cell.hidden,), w, peers.NORM_EPS), total
+
+    return Peer(call)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward(Judged, FeedForwardCell):
+    """ffn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttention(Judged, AttentionCell):
+    """As many queries as keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(SelfAttention):
+    """`seqlen_q` queries on `seqlen` keys, the last query at the last key where it is causal."""
+
+    seqlen_q: int
+
+    page_size = 0  # as peers of decoding ask
+    flops = None
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {"seqlen_q": self.seqlen_q, **super().axes}
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        q, k, v = super().inputs()
+        return q[:, : self.seqlen_q].contiguous(), k, v
+
+    def seen(self) -> Tensor | None:
+        seen = super().seen()
+        return None if seen is None else seen[self.seqlen - self.seqlen_q :]
+
+
+def attention_eager(cell: Attention) -> Peer:
+    """SDPA's causality starts at the top left corner: a mask instead, unless all is seen."""
+    return peers.decode_sdpa(cell) if cell.causal else peers.attention_sdpa(cell)  # type: ignore[arg-type]
+
+
+# --- the grid -------------------------------------------------------------------------------------
+
+AXES: Mapping[str, Axis] = {
+    "op": Axis("the op", kind=str, choices=("attention", "layer_norm", "rms_norm", "ffn")),
+    "shape": Axis("e.g. 33x1023, 64x256x1024 or 1x1:257x8:2x64; of the ops that it fits", kind=str),
+    "residual": Axis("a norm adds one first", kind=boolean),
+    "causal": Axis("attention", kind=boolean),
+    "activation": Axis("of ffn", kind=str, choices=tuple(peers.ACTIVATIONS)),
+    "layout": Axis("of ffn's weights", kind=str, choices=("linear", "conv1d")),
+    "direction": Axis("what is timed", kind=str, choices=(FORWARD, BOTH)),
+    "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
+    "backend": Axis("that ours runs on", kind=str, choices=(AUTO, "triton", "torch", "reference")),
+    "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),
+}
+
+
+def make(
+    *,
+    device: str,
+    op: str,
+    shape: str,
+    direction: str,
+    dtype: str,
+    backend: str,
+    compile: bool,
+    residual: bool = False,
+    causal: bool = False,
+    activation: str = "gelu_tanh",
+    layout: str = "linear",
+) -> Judged | None:
+    """The cell of one value for each axis; None for a shape of another op."""
+    sizes = [tuple(map(int, part.split(":"))) for part in shape.split("x")]
+    if len(sizes) != {"ffn": 3, "attention": 4}.get(op, 2):
+        return None
+    kind: type[Judged]
+    if op == "attention":
+        (batch,), seqlens, heads, (head_dim,) = sizes
+        own = {"batch": batch, "heads": heads[0], "kv_heads": heads[-1], "head_dim": head_dim}
+        own |= {"seqlen": seqlens[-1], "causal": causal}
+        kind, ours, eager = SelfAttention, peers.attention_ours, peers.attention_sdpa
+        if len(seqlens) > 1:
+            own["seqlen_q"] = seqlens[0]
+            kind, eager = Attention, attention_eager
+    elif op == "ffn":
+        own = dict(zip(("rows", "hidden", "inner"), (size for (size,) in sizes)))
+        own |= {"activation": activation, "layout": layout}
+        kind, ours, eager = FeedForward, peers.ffn_ours, peers.ffn_eager
+    else:
+        own = dict(zip(("rows", "hidden"), (size for (size,) in sizes))) | {"residual": residual}
+        kind, ours, eager = Norm, peers.norm_ours, peers.norm_eager
+        if op == "rms_norm" and residual:
+            kind = ResidualRMSNorm
+            ours, eager = residual_rms_norm_ours, residual_rms_norm_eager
+    against = {OURS: forced(ours, backend), EAGER: eager}
+    if compile:
+        against["compiled"] = lambda cell: peers.compiled(eager(cell))
+    return kind(
+        op=op, device=device, dtype=dtype, direction=direction, backend=backend, against=against,
+        **own,
+    )  # fmt: skip
+
+
+def forced(make: Make, backend: str) -> Make:
+    """Ours, made to run on `backend`."""
+    if backend == AUTO:
+        return make
+    return lambda cell: replace(make(cell), context=lambda: use_backend(backend))
+
+
+def grid(op: str, *shapes: str, **axes: Sequence[Any]) -> Grid:
+    """The shapes of an op; of the axes not named, what is common."""
+    common: dict[str, Sequence[Any]] = {
+        "backend": [AUTO], "compile": [False], "direction": [FORWARD, BOTH],
+    }  # fmt: skip
+    return {**common, "op": [op], "shape": shapes, **axes}
+
+
+def norms(*shapes: str, **axes: Sequence[Any]) -> list[Grid]:
+    return [grid(op, *shapes, **axes) for op in ("layer_norm", "rms_norm")]
+
+
+def quick(**axes: Sequence[Any]) -> list[Grid]:
+    """A few of each kind; the cost of the call first."""
     return [
-        row["op"],
-        row["shape"],
-        row["dtype"],
-        row["mode"],
-        f"{row['ours']['median_us']:.1f}",
-        f"{row['eager']['median_us']:.1f}",
-        f"{spread['median']:.3f}",
-        f"{spread['p20']:.2f}-{spread['p80']:.2f}",
-        "" if row["holds"] else f"FAILS by {row['excess_us']:.1f} us",
+        *norms("1x768", "33x1023", residual=[False], **axes),
+        *norms("64x768", residual=[True], **axes),
+        grid("attention", "1x128x12x64", "1x1:257x12x64", causal=[True], **axes),
+        grid("ffn", "1x768x3072", layout=["conv1d"], **axes),
+        grid("ffn", "33x100x401", activation=["gelu"], **axes),
+        grid("attention", "2x17x3x59", causal=[False], **axes),
+        grid("attention", "1x128x8:2x64", causal=[True], **axes),
+        grid("ffn", "256x256x1024", **axes),
+        *norms("512x768", residual=[False], **axes),
     ]
 
 
+def full(
+    normal: Sequence[str],
+    added: Sequence[str],
+    fed: Sequence[str],
+    whole: Sequence[str],
+    causal: Sequence[str],
+    **axes: Sequence[Any],
+) -> list[Grid]:
+    """Shapes of the norms, with a residual, of ffn, of attention and of causal attention."""
+    return [
+        *norms(*normal, residual=[False], **axes),
+        *norms(*added, residual=[True], **axes),
+        grid("ffn", *fed, **axes),
+        grid("ffn", "1x768x3072", "256x256x1024", layout=["conv1d"], **axes),
+        grid("ffn", "33x100x401", activation=["gelu"], **axes),
+        grid("ffn", "64x256x1024", activation=["relu", "silu"], layout=["linear", "conv1d"],
+             **axes),
+        # Its gradients are 0 but for v's, and errors of a zero have no scale: forward alone.
+        grid("attention", "1x1x1x16", causal=[False], direction=[FORWARD], **axes),
+        grid("attention", *whole, causal=[False], **axes),
+        grid("attention", *causal, causal=[True], **axes),
+    ]  # fmt: skip
+
+
+def compiled(**axes: Sequence[Any]) -> list[Grid]:
+    """One shape of each op with torch.compile; the other grids have these cells without it."""
+    axes = {**axes, "compile": [True]}
+    return [
+        *norms("512x768", residual=[False], **axes),
+        *norms("64x768", residual=[True], **axes),
+        grid("ffn", "256x256x1024", **axes),
+        grid("attention", "2x256x12x64", causal=[True], **axes),
+    ]
+
+
+# One row, odd sizes, many rows; what a CPU would need more than a second for is a GPU's alone.
+WHOLE = ("2x17x3x59", "1x333x3x80", "2x5:64x4x64", "1x512x4x64")
+CAUSAL = (
+    "1x8x2x32", "4x64x4x64", "1x128x12x64", "1x128x8:2x64", "1x1:257x12x64", "2x5:64x4x64",
+    "64x16x4x32", "2x256x12x64",
+)  # fmt: skip
+ROWS = ("1x64", "1x768", "7x1000", "16x59", "33x1023", "64x768", "512x768", "3x50257")
+ADDED = ("1x768", "64x768", "33x1023", "512x768")
+FED = ("1x16x64", "1x768x3072", "256x256x1024", "4096x64x256")
+CPU = {"dtype": ("float32", "bfloat16")}  # few CPUs compute in float16
+PRESETS = {
+    ("cuda", "quick"): quick(dtype=["bfloat16", "float32"]),
+    ("cuda", "full"): [
+        *compiled(dtype=["bfloat16", "float32"]),
+        *full(
+            (*ROWS, "2048x1024", "16x8192", "8192x4096", "65536x768"),
+            (*ADDED, "8192x4096"),
+            (*FED, "512x384x1536", "1024x1024x4096", "65536x768x3072"),
+            (*WHOLE, "4x1024:4096x16x128", "16x4096x8x64"),
+            (*CAUSAL, "4x1024x16x128", "8x8192x8x128", "16x1:4096x32:8x128"),
+            dtype=["bfloat16", "float16", "float32"],
+        ),
+    ],
+    ("cpu", "quick"): quick(**CPU),
+    ("cpu", "full"): [
+        *compiled(dtype=["float32"]),
+        *full(
+            (*ROWS, "2048x1024", "65536x64"),
+            ADDED,
+            (*FED, "512x384x1536", "65536x16x64"),
+            WHOLE,
+            (*CAUSAL, "1x1024x2x128"),
+            **CPU,
+        ),
+    ],
+}
+SUBJECT = Subject("never_slower", __doc__, AXES, PRESETS, make, seconds={"cpu": 0.5, "cuda": 0.3})
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def run(argv: Sequence[str]) -> int:
+    """`--table FILE...`, or what every script does."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--table", nargs="+", type=Path)
+    arguments, rest = parser.parse_known_args(argv)
+    return print_table(SUBJECT.name, arguments.table) if arguments.table else main(SUBJECT, rest)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(sys.argv[1:]))

@@ -1,64 +1,70 @@
 """What a call costs on the host, on tensors so small that nothing else is left.
 
-Two tables:
+Three tables (`--table`):
 
-- the default backend of every op against the bare ATen calls that do the same, by turns:
-  the difference may be 5 us, forward without and with gradients, and forward and backward;
-- the registered ops of the kernel backends (torch.ops.fastattn.*), their launchers replaced by
-  ones that return results made beforehand, so that what is left is torch.library, autograd and
-  our own Python: 15 us a call without gradients, 30 us with.
+- default: the call that everybody makes against the bare ATen calls that do the same, by turns: at
+  most 5 us above them, forward without and with gradients, and forward and backward;
+- kernel: the registered op of a kernel backend (torch.ops.fastattn.*), its launchers replaced by
+  ones that return results made beforehand, so that what is left is torch.library, autograd and our
+  own Python: at most 15 us a call without gradients, 30 us with;
+- public: our public call of the same, for which nothing is promised.
+
+On a GPU too it is the host's time that is taken, not the device's. On a CPU the kernels exist in
+Triton's interpreter alone, and none of them runs while the clock does.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 from unittest import mock
-
-# On a CPU the Triton backend exists in the interpreter alone; not one of its kernels runs here.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import checkout  # noqa: F401
 import torch
-from environment import environment
-from results import table, write_json
-from timing import Candidate, difference, interleave
+from harness import OURS, as_tuple, timed_by_turns
+from peers import Outputs, first
+from schema import Entry, Row
+from script import Axis, Grid, Subject, main
+from timing import Candidate, Sample, difference
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastattn
 
-DEFAULT_LIMIT_US = 5.0
-KERNEL_LIMITS_US = {"forward": 15.0, "forward, grad": 30.0}
-MODES = ("forward", "forward, grad", "forward+backward")
-ATTEMPTS = 4
+ATEN = "ATen"
+DEFAULT, KERNEL, PUBLIC = TABLES = ("default", "kernel", "public")
+FORWARD, WITH_GRAD, BOTH = MODES = ("forward", "forward, grad", "forward+backward")
+ABOVE_US = 5.0  # of the default table, over ATen
+KERNEL_US = {FORWARD: 15.0, WITH_GRAD: 30.0}
 
-Outputs = Tensor | tuple[Tensor, ...]
+Function = Callable[..., Outputs]
+
+
+# --- calls ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Case:
+class Calls:
     """One op on tiny inputs.
 
     `bare` does the same with ATen alone; `registered` calls the op of torch.library, whose
-    launchers are `forward` and `backward` of `kernels`. `aside` is shown and has no limit.
+    launchers are `forward` and `backward` of `kernels`. `aside` does less, and is timed too.
     """
 
-    op: str
     inputs: tuple[Tensor, ...]
-    ours: Callable[..., Outputs]
-    bare: Callable[..., Outputs]
-    registered: Callable[..., Outputs]
+    ours: Function
+    bare: Function
+    registered: Function
     kernels: ModuleType
-    aside: dict[str, Callable[..., Outputs]] = field(default_factory=dict)
+    aside: Mapping[str, Function]
 
 
-def attention_case() -> Case:
+def attention_calls(device: str) -> Calls:
     from fastattn.ops.attention import triton as kernels
     from fastattn.ops.attention.call import Extras, Settings
 
@@ -71,9 +77,8 @@ def attention_case() -> Case:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return sdpa(q, k, v, is_causal=True).transpose(1, 2)
 
-    return Case(
-        op="attention",
-        inputs=tuple(torch.randn(1, 8, 2, 16) for _ in range(3)),
+    return Calls(
+        inputs=tuple(torch.randn(1, 8, 2, 16, device=device) for _ in range(3)),
         ours=lambda q, k, v: fastattn.attention(q, k, v, causal=True),
         bare=bare,
         registered=lambda q, k, v: registered(q, k, v, *call),
@@ -84,37 +89,35 @@ def attention_case() -> Case:
     )
 
 
-def layer_norm_case() -> Case:
+def layer_norm_calls(device: str) -> Calls:
     from fastattn.ops.layer_norm import triton as kernels
 
-    registered = torch.ops.fastattn.layer_norm
-    f32 = torch.float32
-    return Case(
-        op="layer_norm",
-        inputs=(torch.randn(4, 64), torch.randn(64), torch.randn(64)),
+    registered, f32 = torch.ops.fastattn.layer_norm, torch.float32
+    return Calls(
+        inputs=tuple(torch.randn(shape, device=device) for shape in ((4, 64), 64, 64)),
         ours=fastattn.layer_norm,
         bare=lambda x, w, b: torch.layer_norm(x, (64,), w, b),
         registered=lambda x, w, b: registered(x, None, w, b, 1e-5, True, f32, "triton", True),
         kernels=kernels,
+        aside={},
     )
 
 
-def rms_norm_case() -> Case:
+def rms_norm_calls(device: str) -> Calls:
     from fastattn.ops.layer_norm import triton as kernels
 
-    registered = torch.ops.fastattn.layer_norm
-    f32 = torch.float32
-    return Case(
-        op="rms_norm",
-        inputs=(torch.randn(4, 64), torch.randn(64)),
+    registered, f32 = torch.ops.fastattn.layer_norm, torch.float32
+    return Calls(
+        inputs=tuple(torch.randn(shape, device=device) for shape in ((4, 64), 64)),
         ours=fastattn.rms_norm,
         bare=lambda x, w: torch.rms_norm(x, (64,), w),
         registered=lambda x, w: registered(x, None, w, None, 1e-5, False, f32, "triton", True),
         kernels=kernels,
+        aside={},
     )
 
 
-def ffn_case() -> Case:
+def ffn_calls(device: str) -> Calls:
     from fastattn.ops.ffn import triton as kernels
 
     registered = torch.ops.fastattn.ffn
@@ -123,68 +126,37 @@ def ffn_case() -> Case:
     def bare(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
-    w1, w2 = torch.randn(64, 16), torch.randn(16, 64)
-    return Case(
-        op="ffn",
-        inputs=(torch.randn(4, 16), w1, torch.randn(64), w2, torch.randn(16)),
+    shapes = ((4, 16), (64, 16), 64, (16, 64), 16)
+    return Calls(
+        inputs=tuple(torch.randn(shape, device=device) for shape in shapes),
         ours=fastattn.ffn,
         bare=bare,
         registered=lambda *inputs: registered(*inputs, *options),
         kernels=kernels,
+        aside={},
     )
 
 
-CASES = {
-    "attention": attention_case,
-    "layer_norm": layer_norm_case,
-    "rms_norm": rms_norm_case,
-    "ffn": ffn_case,
+CALLS = {
+    "attention": attention_calls,
+    "layer_norm": layer_norm_calls,
+    "rms_norm": rms_norm_calls,
+    "ffn": ffn_calls,
 }
 
 
-def in_mode(
-    function: Callable[..., Outputs], inputs: tuple[Tensor, ...], mode: str
-) -> Callable[[], object]:
+def in_mode(function: Function, inputs: Sequence[Tensor], mode: str) -> Callable[[], Outputs]:
     """`function(*inputs)` as a call without arguments, with gradients as `mode` has them."""
-    inputs = tuple(x.detach().requires_grad_(mode != "forward") for x in inputs)
-    if mode != "forward+backward":
+    inputs = tuple(x.detach().requires_grad_(mode != FORWARD) for x in inputs)
+    if mode != BOTH:
         return lambda: function(*inputs)
     grad = torch.ones_like(first(function(*inputs)))
     return lambda: torch.autograd.grad(first(function(*inputs)), inputs, grad)
 
 
-def first(outputs: Outputs) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
-def until_it_holds(measure: Callable[[int], dict], rounds: int) -> dict:
-    """A row that misses its limit is measured again, longer: it may be noise."""
-    for attempt in range(1, ATTEMPTS + 1):
-        row = measure(rounds * attempt)
-        if row["holds"]:
-            break
-    return row
-
-
-def default_backend(case: Case, mode: str, factor: float, rounds: int) -> dict:
-    """Our call against ATen's."""
-    calls = {"ours": case.ours, "ATen": case.bare, **case.aside}
-    candidates = [Candidate(n, in_mode(f, case.inputs, mode)) for n, f in calls.items()]
-    samples = interleave(candidates, rounds=rounds, batch_seconds=2e-3)
-    above = difference(samples["ours"], samples["ATen"]).as_dict(1e6, "_us")
-    return {
-        "op": case.op,
-        "mode": mode,
-        "samples": {name: sample.as_dict() for name, sample in samples.items()},
-        "above": above,
-        "limit_us": DEFAULT_LIMIT_US * factor,
-        "holds": above["median_us"] <= DEFAULT_LIMIT_US * factor,
-    }
-
-
 @contextmanager
 def launchers_replaced(kernels: ModuleType) -> Iterator[None]:
-    """The launchers run once, in the interpreter, and from then on answer with that result."""
+    """The launchers run once and from then on answer with that result."""
 
     def answering(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         answers: list[tuple[Tensor, ...]] = []
@@ -203,72 +175,113 @@ def launchers_replaced(kernels: ModuleType) -> Iterator[None]:
         yield
 
 
-def kernel_backend(case: Case, mode: str, factor: float, rounds: int) -> dict:
-    """The registered op by itself, the launch left out, and our public call of it."""
-    with launchers_replaced(case.kernels):
-        op = Candidate("op", in_mode(case.registered, case.inputs, mode))
-        samples = interleave([op], rounds=rounds, batch_seconds=2e-3)
-        with fastattn.use_backend("triton"):
-            call = Candidate("public call", in_mode(case.ours, case.inputs, mode))
-            samples |= interleave([call], rounds=rounds, batch_seconds=2e-3)
-    limit = KERNEL_LIMITS_US[mode] * factor if mode in KERNEL_LIMITS_US else None
-    return {
-        "op": case.op,
-        "mode": mode,
-        "samples": {name: sample.as_dict() for name, sample in samples.items()},
-        "limit_us": limit,
-        "holds": limit is None or samples["op"].median * 1e6 <= limit,
-    }
+@contextmanager
+def drained() -> Iterator[None]:
+    """A GPU's queue is empty when a batch begins, so that the host never waits for a place."""
+    torch.cuda.synchronize()
+    yield
 
 
-def shown(row: dict) -> list[str]:
-    times = [f"{sample['median_us']:.2f}" for sample in row["samples"].values()]
-    above = row.get("above")
-    if above is not None:
-        spread = f"{above['p20_us']:.2f} .. {above['p80_us']:.2f}"
-        times = [*times[:2], f"{above['median_us']:+.2f}", spread]
-    limit = "" if row["limit_us"] is None else f"{row['limit_us']:.0f}"
-    return [f"{row['op']}, {row['mode']}", *times, limit + ("" if row["holds"] else " MISSED")]
+# --- cells ----------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", choices=list(CASES), help="one op (default: all)")
-    parser.add_argument("--rounds", type=int, default=41, help="values of each (default 41)")
-    parser.add_argument(
-        "--factor", type=float, default=1.0, help="times the limits, for a slower processor"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results here")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    cases = [make() for op, make in CASES.items() if arguments.only in (None, op)]
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One line of a table."""
 
-    tables: dict[str, list[dict]] = {}
-    for name, measure in (("default", default_backend), ("kernel", kernel_backend)):
-        tables[name] = [
-            until_it_holds(
-                functools.partial(measure, case, mode, arguments.factor), arguments.rounds
-            )
-            for case in cases
-            for mode in MODES
-        ]
-    print("The default backend, microseconds a call:")
-    headers = ("", "ours", "ATen", "above", "20-80%", "limit")
-    print(table(headers, [shown(row) for row in tables["default"]]))
-    for row in tables["default"]:
-        for name, sample in list(row["samples"].items())[2:]:
-            print(f"({name}, {row['mode']}: {sample['median_us']:.2f})")
-    print("\nA kernel backend without its launches, microseconds a call:")
-    headers = ("", "registered op", "public call", "limit of the op")
-    print(table(headers, [shown(row) for row in tables["kernel"]]))
-    if arguments.json:
-        write_json(
-            arguments.json, {"script": "overhead", "environment": environment("cpu"), **tables}
-        )
-    return 0 if all(row["holds"] for rows in tables.values() for row in rows) else 1
+    op: str
+    mode: str
+    table: str
+    on: str  # the tensors' device
 
+    device = "cpu"  # whose clock it is
+    limit = 60.0
+    rounds = 41
+    batch_seconds = 2e-3
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.mode} table={self.table}"
+
+    @property
+    def most_us(self) -> float | None:
+        """What is allowed; None for nothing promised."""
+        return {DEFAULT: ABOVE_US, KERNEL: KERNEL_US.get(self.mode)}.get(self.table)
+
+    @property
+    def target(self) -> str | None:
+        if self.most_us is None:
+            return None
+        return f"at most {self.most_us:g} us" + (" above ATen" if self.table == DEFAULT else "")
+
+    def holds(self, samples: Mapping[str, Sample]) -> bool:
+        assert self.most_us is not None
+        ours = samples[OURS].median
+        if self.table == DEFAULT:
+            ours = difference(samples[OURS], samples[ATEN]).median
+        return 1e6 * ours <= self.most_us
+
+    def measure(self, seconds: float, peers: Collection[str] | None = None) -> Row:
+        """The row of this call. There is nobody to choose among: `peers` is not read."""
+        if self.on == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, with the kernels
+        calls = CALLS[self.op](self.on)
+        functions = {OURS: calls.registered if self.table == KERNEL else calls.ours}
+        around: AbstractContextManager[object] = nullcontext()
+        if self.table == DEFAULT:
+            functions |= {ATEN: calls.bare, **calls.aside}
+        else:
+            around = launchers_replaced(calls.kernels)
+        with around, fastattn.use_backend("triton") if self.table == PUBLIC else nullcontext():
+            callables = {n: in_mode(f, calls.inputs, self.mode) for n, f in functions.items()}
+            results = {name: as_tuple(call()) for name, call in callables.items()}
+            right = self.table != DEFAULT or all(map(close, results[OURS], results[ATEN]))
+            ours: Entry = {"right": right}
+            row: Row = {
+                "title": self.title,
+                "op": self.op,
+                "direction": self.mode,
+                "dtype": "float32",
+                "axes": {"table": self.table},
+                "right": right,
+                "peers": {OURS: ours, **{name: Entry() for name in functions if name != OURS}},
+            }
+            for name in calls.aside.keys() & functions.keys():
+                row["peers"][name]["ceiling"] = True
+            if self.target is not None:
+                row["target"] = self.target
+            candidates = [Candidate(name, call) for name, call in callables.items()]
+            if self.on == "cuda":
+                ours["note"] = "host time"
+                candidates = [replace(candidate, context=drained) for candidate in candidates]
+            samples = timed_by_turns(self, candidates, seconds, row)
+        if ATEN in samples:
+            above: Any = difference(samples[OURS], samples[ATEN]).as_dict(1e6)
+            row["peers"][ATEN]["above_us"] = above
+        return row
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+AXES: Mapping[str, Axis] = {
+    "op": Axis("whose call", kind=str, choices=tuple(CALLS)),
+    "mode": Axis("what is called", kind=str, choices=MODES),
+    "table": Axis("which of the three", kind=str, choices=TABLES),
+}
+
+
+def make(*, device: str, op: str, mode: str, table: str) -> Call:
+    """The cell of one value for each axis."""
+    return Call(op=op, mode=mode, table=table, on=device)
+
+
+GRID: Grid = {"table": TABLES, "op": tuple(CALLS), "mode": MODES}
+PRESETS = {(device, preset): [GRID] for device in ("cpu", "cuda") for preset in ("quick", "full")}
+SUBJECT = Subject("overhead", __doc__, AXES, PRESETS, make)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(SUBJECT, ["--threads", "1", *sys.argv[1:]]))

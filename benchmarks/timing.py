@@ -3,7 +3,8 @@
 The clock is `timeit` on the CPU (garbage collection off) and a pair of CUDA events around a batch
 of launches on a GPU. One value a round is kept for each candidate; what is compared is the ratio
 (or difference) of two candidates inside a round, of which the median and the spread over the
-rounds are reported.
+rounds are reported. (torch.utils.benchmark.Timer makes two uncounted calls before each value, which
+would triple a training step, and triton.testing.do_bench times one function at a time.)
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import timeit
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
+
+SETTLED = 0.1  # a warm-up ends when a batch takes no less than this share under the one before
+WARM_UP_BATCHES = 20  # or after so many
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,11 @@ class Sample:
     def median(self) -> float:
         return self.spread.median
 
-    def as_dict(self) -> dict[str, float]:
-        rounds = {"rounds": len(self.seconds), "calls": self.calls}
-        return self.spread.as_dict(1e6, "_us") | rounds
+    def as_dict(self) -> dict[str, Any]:
+        """As schema.Entry has it: microseconds, the values themselves included."""
+        samples = [float(f"{1e6 * seconds:.6g}") for seconds in self.seconds]
+        rounds = {"rounds": len(samples), "calls": self.calls}
+        return {"samples": samples} | self.spread.as_dict(1e6, "_us") | rounds
 
 
 @dataclass(frozen=True)
@@ -106,15 +113,22 @@ def batch_time(candidate: Candidate, calls: int, device: str) -> float:
 def warm_up(
     candidate: Candidate, device: str, *, batch_seconds: float, max_calls: int = 1 << 16
 ) -> int:
-    """Run until a batch is long enough to time; returns the number of calls in such a batch."""
-    batch_time(candidate, 1, device)
+    """Run until a batch is long enough to time and gets no shorter.
+
+    Returns:
+        The number of calls in such a batch.
+    """
+    seconds = batch_time(candidate, 1, device)
     calls = 1
-    while True:
-        seconds = batch_time(candidate, calls, device)
-        if seconds >= batch_seconds or calls >= max_calls:
-            return calls
-        wanted = calls * batch_seconds / max(seconds, 1e-9)
-        calls = min(max(calls + 1, math.ceil(1.1 * wanted)), 8 * calls, max_calls)
+    for _ in range(WARM_UP_BATCHES):
+        before, seconds = seconds, batch_time(candidate, calls, device)
+        if seconds < batch_seconds and calls < max_calls:
+            wanted = math.ceil(1.1 * calls * batch_seconds / max(seconds, 1e-9))
+            more = min(max(calls + 1, wanted), 8 * calls, max_calls)
+            seconds, calls = seconds * more / calls, more
+        elif seconds > (1.0 - SETTLED) * before:
+            break
+    return calls
 
 
 def interleave(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import gpu_check
-import gpu_parts
 import pytest
-from checkout import ROOT
+import schema
+import supervise
+
+from fastattn.cli import bench
 
 
 def report_in(folder: Path) -> gpu_check.Report:
-    return gpu_check.Report(folder / "gpu_check.json", {"tests": {}, "parts": {}})
+    return gpu_check.Report(folder / "gpu_check.json", {"tests": {}, "subjects": {}})
 
 
 def on_disk(report: gpu_check.Report) -> dict:
@@ -80,132 +81,115 @@ def test_what_a_stopped_suite_had_done_is_kept(tmp_path: Path) -> None:
 # --- timings ------------------------------------------------------------------------------------
 
 
-def following(
-    report: gpu_check.Report, program: str, seconds: float = 60
-) -> tuple[str, str, str | None]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        return gpu_check.follow(process, report, "first", time.monotonic() + seconds)
-    finally:
-        gpu_check.stop(process)
+def subjects(folder: Path, *names: str, seconds: float = 100, preset: str = "quick") -> dict:
+    """What is reported of subjects that are measured on the CPU, for no time."""
+    report = report_in(folder)
+    end = time.monotonic() + seconds
+    gpu_check.check_subjects(report, names, "cpu", preset, folder, end, ["--seconds", "0"])
+    return on_disk(report)["subjects"]
 
 
-SAY = "import json, os, time\ndef say(**event): print(json.dumps(event), flush=True)\n"
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ffn's preset is its cell with one row; the worker is told so by the axes."""
+    measure = gpu_check.measure
+    axes = ["--rows", "1", "--hidden", "16", "--direction", "forward", "--layout", "linear"]
+    monkeypatch.setattr(gpu_check, "measure", lambda s, given: measure(s, [*given, *axes]))
 
 
-def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few")
+def test_a_subject_has_its_own_file_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = subjects(tmp_path, "ffn")["ffn"]
+    assert first == {
+        "file": "ffn-quick.json", "exit_code": 0, "rows": 1, "failed": [], "left_out": [],
+    }  # fmt: skip
+    rows = schema.read(tmp_path / "ffn-quick.json")["rows"]
+    monkeypatch.setattr(gpu_check.script.supervise, "run", pytest.fail)  # nothing to measure
+    assert subjects(tmp_path, "ffn")["ffn"] == first
+    assert schema.read(tmp_path / "ffn-quick.json")["rows"] == rows
+
+
+def test_subjects_without_time_are_listed_as_skipped(tmp_path: Path) -> None:
+    found = subjects(tmp_path, "ffn", "decode", seconds=-1)
+    assert found["decode"] == {"file": "decode-quick.json", "skipped": "no time left to begin it"}
+
+
+def test_a_subject_that_cannot_begin_fails(tmp_path: Path) -> None:
+    found = subjects(tmp_path, "ffn", preset="paper")  # which it has on a GPU alone
+    assert found["ffn"]["exit_code"] == 2
+    said = gpu_check.verdict({"tests": {}, "subjects": found})
+    assert said == {"exit_code": 1, "failed": ["ffn: it could not begin"], "skipped": []}
+
+
+def test_tests_that_passed_are_not_run_again(tmp_path: Path) -> None:
+    suite = tmp_path / "test_suite.py"
+    suite.write_text("def test_passes(): pass\n")
     report = report_in(tmp_path)
-    program = SAY + (
-        "say(part='ffn', cell='x', limit=50)\n"
-        "say(part='ffn', row={'title': 'x', 'error': 'none', 'right': False})\n"
-        "say(part='ffn', skipped='y')\n"
-    )
-    assert following(report, program)[2] is None
-    assert on_disk(report)["parts"]["ffn"] == {
-        "rows": [{"title": "x", "error": "none", "right": False}],
-        "skipped": ["y"],
+    for _ in range(2):
+        end = time.monotonic() + 60
+        gpu_check.check_tests(report, [str(suite)], tmp_path, end, workers=1)
+        assert on_disk(report)["tests"][str(suite)]["counts"] == {"passed": 1}
+        suite.write_text("def test_passes(): assert False\n")
+
+
+def test_earlier_results_count_for_the_same_code_and_device_alone(tmp_path: Path) -> None:
+    path = tmp_path / "gpu_check.json"
+    here = {"device": "x", "commit": "a", "modified": False}
+    data = {
+        "schema": gpu_check.SCHEMA,
+        "environment": here,
+        "tests": {"tests/ops": {"exit_code": 0}},
     }
-
-
-def test_a_hanging_cell_is_named_and_stopped(tmp_path: Path) -> None:
-    program = SAY + "say(part='ffn', cell='x', limit=0.5)\ntime.sleep(1000)\n"
-    part, title, why = following(report_in(tmp_path), program)
-    assert (part, title) == ("ffn", "x")
-    assert why is not None and "stuck" in why
-
-
-def test_a_cell_that_the_time_cuts_short_is_skipped_not_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = SAY + "say(part='ffn', cell='x', limit=50)\ntime.sleep(1000)\n"
-    stopped = following(report_in(tmp_path), program, seconds=2)
-    assert stopped == ("ffn", "x", gpu_check.TIME_IS_OVER)
-
-    report = report_in(tmp_path)
-    monkeypatch.setattr(gpu_check, "follow", lambda *_: stopped)
-    monkeypatch.setattr(gpu_check, "RESTARTS", 0)
-    gpu_check.check_timings(report, ["ffn"], "cpu", tmp_path, time.monotonic() + 100)
-    ffn = on_disk(report)["parts"]["ffn"]
-    assert not ffn["rows"] and "x: begun" in ffn["skipped"][0]
-    assert gpu_check.verdict(report.data)["exit_code"] == 3
-
-
-def test_a_crashing_cell_is_named(tmp_path: Path) -> None:
-    program = SAY + "say(part='ffn', cell='x', limit=50)\nos.abort()\n"
-    part, title, why = following(report_in(tmp_path), program)
-    assert (part, title) == ("ffn", "x")
-    assert why is not None and "SIGABRT" in why
-
-
-def test_another_process_goes_on_behind_the_guilty_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real child, once stopped at its first cell, then running the rest."""
-    report = report_in(tmp_path)
-    follow = gpu_check.follow
-    stops = [("ceilings", "copy", "crashed"), ("ceilings", "(after copy)", None)]
-
-    def crashing_once(*arguments: object) -> tuple[str, str, str | None]:
-        if len(stops) == 2:
-            return stops.pop(0)
-        return follow(*arguments)
-
-    monkeypatch.setattr(gpu_check, "follow", crashing_once)
-    gpu_check.check_timings(report, ["ceilings"], "cpu", tmp_path, time.monotonic() + 100)
-    rows = on_disk(report)["parts"]["ceilings"]["rows"]
-    assert rows[0] == {"title": "copy", "error": "crashed", "right": False}
-    assert [row["op"] for row in rows[1:]] == ["matmul"]
-
-
-def test_parts_without_time_are_listed_as_skipped(tmp_path: Path) -> None:
-    report = report_in(tmp_path)
-    gpu_check.check_timings(report, ["ffn", "compiled"], "cpu", tmp_path, time.monotonic() - 1)
-    parts = on_disk(report)["parts"]
-    assert all(parts[name]["skipped"] and not parts[name]["rows"] for name in ("ffn", "compiled"))
-    assert gpu_check.verdict(report.data)["exit_code"] == 3
-
-
-def test_cells_past_the_time_of_their_part_are_skipped() -> None:
-    sent: list[dict] = []
-
-    class Lines:
-        def send(self, **event: object) -> None:
-            sent.append(event)
-
-    gpu_parts.run("ffn", "cpu", time.monotonic() - 1, 1, Lines())
-    titles = [cell.title for cell in gpu_parts.PARTS["ffn"].cells("cpu")]
-    assert [event["skipped"] for event in sent] == titles[1:]
+    assert gpu_check.before(path, data) == {}
+    schema.write_json(path, data)
+    assert gpu_check.before(path, data) == data["tests"]
+    for change in ({"device": "y"}, {"commit": "b"}, {"modified": True}):
+        assert gpu_check.before(path, {**data, "environment": {**here, **change}}) == {}
+    path.write_text("{")
+    assert gpu_check.before(path, data) == {}
 
 
 # --- the whole ----------------------------------------------------------------------------------
 
+TESTED = {"exit_code": 0, "finished": True, "failures": {}}
+TIMED = {"exit_code": 0, "rows": 1, "failed": [], "left_out": []}
+
 
 @pytest.mark.parametrize(
-    ("tests", "row", "code"),
+    ("tests", "subject", "code"),
     [
-        ({"exit_code": 0, "finished": True, "failures": {}}, {"right": True}, 0),
-        ({"exit_code": 1, "finished": True, "failures": {"t": "x"}}, {"right": True}, 1),
-        ({"exit_code": 4, "finished": True, "failures": {}}, {"right": True}, 1),
-        ({"exit_code": None, "finished": False, "failures": {}}, {"right": True}, 3),
-        ({"exit_code": 0, "finished": True, "failures": {}}, {"right": False}, 1),
-        ({"skipped": "no time"}, {"right": True}, 3),
-        ({"skipped": "no time"}, {"right": False}, 1),
+        (TESTED, TIMED, 0),
+        ({"exit_code": 1, "finished": True, "failures": {"t": "x"}}, TIMED, 1),
+        ({"exit_code": 4, "finished": True, "failures": {}}, TIMED, 1),
+        ({"exit_code": None, "finished": False, "failures": {}}, TIMED, 3),
+        ({"skipped": "no time"}, TIMED, 3),
+        (TESTED, {**TIMED, "failed": ["x"]}, 1),
+        (TESTED, {**TIMED, "left_out": ["x"]}, 3),
+        (TESTED, {"skipped": "no time"}, 3),
+        (TESTED, {"exit_code": 1, "error": "no results file"}, 1),
+        ({"skipped": "no time"}, {**TIMED, "failed": ["x"]}, 1),
     ],
 )
-def test_exit_code(tests: dict, row: dict, code: int) -> None:
-    data = {
-        "tests": {"tests/ops": tests},
-        "parts": {"ffn": {"rows": [{"title": "x", **row}], "skipped": []}},
-    }
+def test_exit_code(tests: dict, subject: dict, code: int) -> None:
+    data = {"tests": {"tests/ops": tests}, "subjects": {"ffn": subject}}
     assert gpu_check.verdict(data)["exit_code"] == code
 
 
-def test_every_part_fits_the_time() -> None:
-    """On a GPU the tests' share and the parts' limits, compile aside, leave some of 9 minutes."""
-    parts = sum(part.seconds for name, part in gpu_parts.PARTS.items() if name != "compiled")
-    assert gpu_check.TESTS_SHARE * gpu_check.MINUTES * 60 + parts < gpu_check.MINUTES * 60
+def test_every_subject_fits_the_time() -> None:
+    """On a GPU the tests' share and the subjects' limits are less than nine minutes."""
+    seconds = gpu_check.TESTS_SHARE * gpu_check.MINUTES * 60 + sum(gpu_check.SUBJECTS.values())
+    assert seconds <= gpu_check.MINUTES * 60
+    assert gpu_check.MINUTES * 60 + supervise.OVERTIME <= 9 * 60
+
+
+@pytest.mark.parametrize("name", gpu_check.SUBJECTS)
+def test_every_subject_is_a_script_with_presets(name: str) -> None:
+    subject = importlib.import_module(name).SUBJECT
+    assert subject.name == name
+    assert {"quick", "full"} <= {preset for device, preset in subject.presets if device == "cpu"}
+    assert set(bench.SUBJECTS) == set(gpu_check.SUBJECTS)
 
 
 def test_no_gpu_is_said_before_anything_is_written(
@@ -219,17 +203,12 @@ def test_no_gpu_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("few")
 def test_rehearsal_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--subjects", "ffn", "--seconds", "0"]
+    assert gpu_check.main(arguments) == 0
     data = json.loads((tmp_path / "gpu_check.json").read_text(), parse_constant=pytest.fail)
-    assert data["verdict"]["exit_code"] == 0
+    assert data["verdict"] == {"exit_code": 0, "failed": [], "skipped": []}
     assert data["environment"]["packages"]["torch"]
-    assert list(data["parts"]) == list(gpu_parts.PARTS)
-    for name, part in gpu_parts.PARTS.items():
-        titles = [cell.title for cell in part.cells("cpu")]
-        assert [row["title"] for row in data["parts"][name]["rows"]] == titles
+    assert data["subjects"]["ffn"]["rows"] == 1
     assert all(room["counts"]["passed"] for room in data["tests"].values())

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import attention
+import decode
 import ffn
 import harness
 import layer_norm
 import peers
 import pytest
+import schema
 import torch
 from attention import AttentionCell
+from harness import BACKWARD, BOTH, DIRECTIONS, FORWARD, Cell
 from peers import Peer, Refused
+from timing import Sample
 
+import fastattn.flash_attn
 import oracle
 
 
-def small(against: dict, backward: bool = False) -> AttentionCell:
+def small(against: dict, direction: str = FORWARD, **options: Any) -> AttentionCell:
+    sizes: dict[str, Any] = {"batch": 2, "seqlen": 9, "heads": 2, "kv_heads": 2, "head_dim": 8}
     return AttentionCell(
         op="attention",
         device="cpu",
         dtype="float32",
-        backward=backward,
+        direction=direction,
         against=against,
-        batch=2,
-        seqlen=9,
-        heads=2,
-        head_dim=8,
         causal=True,
+        **{**sizes, **options},
     )
 
 
@@ -41,28 +49,29 @@ def refusing(cell: AttentionCell) -> Peer:
 
 
 def wrong(cell: AttentionCell) -> Peer:
-    return Peer(lambda q, k, v: peers.attention_formula(q, k, v, cell.causal) + 1e-3)
+    return Peer(lambda *inputs: peers.attention_formula(cell, *inputs) + 1e-3)
 
 
 def misshapen(cell: AttentionCell) -> Peer:
-    return Peer(lambda q, k, v: peers.attention_formula(q, k, v, cell.causal)[:, :1])
+    return Peer(lambda *inputs: peers.attention_formula(cell, *inputs)[:, :1])
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_peers_that_fail_stay_in_their_own_entry(backward: bool) -> None:
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_peers_that_fail_stay_in_their_own_entry(direction: str) -> None:
     against = {
         "ours": peers.attention_ours,
         "big": out_of_memory,
         "none": refusing,
         "misshapen": misshapen,
     }
-    row = small(against, backward).measure(seconds=0.01)
+    row = small(against, direction).measure(seconds=0.01)
+    schema.check(schema.finite(row), schema.Row)
     assert row["right"]
     assert row["peers"]["ours"]["median_us"] > 0
     assert row["peers"]["ours"]["tflops"] > 0
     assert row["peers"]["big"] == {"refused": "OutOfMemoryError: tried to allocate 1 TiB"}
     assert row["peers"]["none"] == {"refused": "not on a Tuesday"}
-    if not backward:
+    if direction == FORWARD:
         assert "result of shape (1, 1, 1, 8)" in row["peers"]["misshapen"]["refused"]
 
 
@@ -113,42 +122,183 @@ def test_reason_holds_the_warnings_too() -> None:
     assert text.startswith("RuntimeError: ")
 
 
-@pytest.mark.parametrize("module", [layer_norm, ffn])
-def test_every_cell_of_the_rehearsal_is_right(module: object) -> None:
-    for cell in module.cells("cpu"):
+# --- subjects -------------------------------------------------------------------------------------
+
+
+SIZES: dict[Any, dict[str, Any]] = {
+    attention: {"batch": [2], "seqlen": [33], "heads": [4], "kv_heads": [4, 2], "head_dim": [16],
+                "window": [8], "compile": [False], "dtype": ["float32"]},
+    decode: {"batch": [2], "seqlen_q": [1, 3], "seqlen": [33], "heads": [4], "kv_heads": [4, 2],
+             "head_dim": [16], "page_size": [0, 8], "dtype": ["float32"]},
+    layer_norm: {"rows": [5, 16], "hidden": [33, 64], "compile": [False], "dtype": ["float32"]},
+    ffn: {"rows": [9], "hidden": [16], "inner": [40], "compile": [False], "dtype": ["float32"]},
+}  # fmt: skip
+CASES = [
+    *((attention, {"feature": [name], "direction": [FORWARD, BACKWARD], "causal": [True, False]})
+      for name in attention.FEATURES),
+    (decode, {}),
+    *((layer_norm, {"direction": [direction]}) for direction in DIRECTIONS),
+    (ffn, {"activation": list(peers.ACTIVATIONS), "layout": ["linear", "conv1d"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "axes"), CASES)
+def test_every_peer_that_takes_a_cell_is_right(module: Any, axes: dict[str, Any]) -> None:
+    cells = module.SUBJECT.cells("cpu", "full", SIZES[module] | axes)
+    assert cells
+    for cell in cells:
         row = cell.measure(seconds=0.0)
+        schema.check(schema.finite(row), schema.Row)
         assert row["right"], row
-        assert all("median_us" in entry for entry in row["peers"].values()), row
+        for name, entry in row["peers"].items():
+            assert "refused" in entry or entry.get("right", entry.get("ceiling")), (name, row)
+        assert row["peers"][row["bound"]]["share"] == 1.0
 
 
-def test_gpu_cells_fit_the_tables() -> None:
-    """Titles are unique (a row is found by its title), and the grid has what it should."""
-    import attention
+@pytest.mark.parametrize("module", SIZES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_are_whole(module: Any, device: str) -> None:
+    """Each names every axis and no other; a row is found by its title; the kinds are those told."""
+    subject = module.SUBJECT
+    for (kind, preset), grids in subject.presets.items():
+        assert all(set(grid) == set(subject.axes) for grid in grids)
+        for grid in grids:
+            for name, axis in subject.axes.items():
+                assert all(axis.choices is None or value in axis.choices for value in grid[name])
+        if kind == device:
+            titles = [cell.title for cell in subject.cells(device, preset)]
+            assert titles and len(titles) == len(set(titles))
 
-    for module in (attention, layer_norm, ffn):
-        cells = list(module.cells("cuda"))
-        assert len({cell.title for cell in cells}) == len(cells)
-    cells = list(attention.cells("cuda"))
-    assert {cell.head_dim for cell in cells} == {64, 128, 256}
-    assert {cell.seqlen for cell in cells} == {512, 2048, 4096, 16384}
-    assert all(cell.batch * cell.seqlen == attention.TOKENS for cell in cells)
-    assert (cells[0].head_dim, cells[0].seqlen) == (128, 4096)
+
+def test_papers_grid() -> None:
+    """FlashAttention's: 16k tokens, heads * head_dim = 2048; cuDNN's: 64 heads on 8."""
+    cells: list[Any] = attention.SUBJECT.cells("cuda", "paper")
+    own = [c for c in cells if c.feature == "none" and c.heads == c.kv_heads]
+    assert {(c.head_dim, c.seqlen) for c in own} == {
+        (d, n) for d in (64, 128, 256) for n in (512, 1024, 2048, 4096, 8192, 16384)
+    }
+    assert {(c.batch * c.seqlen, c.heads * c.head_dim) for c in own} == {(16384, 2048)}
+    assert {(c.causal, c.direction) for c in own} == {
+        (causal, d) for causal in (True, False) for d in (FORWARD, BACKWARD)
+    }
+    grouped = [c for c in cells if c.heads != c.kv_heads]
+    assert {(c.batch, c.heads, c.kv_heads, c.head_dim) for c in grouped} == {(1, 64, 8, 128)}
+    assert {c.window for c in cells if c.feature == "window"} == {1024}
 
 
 def test_share_of_the_ceiling_is_of_bytes_not_of_time() -> None:
     """A backward moves more than the copy beside it: at the same speed it takes longer."""
-    cell = next(cell for cell in layer_norm.cells("cpu") if cell.backward and not cell.residual)
+    axes = {"op": ["layer_norm"], "residual": [False], "direction": [BACKWARD]}
+    (cell,) = layer_norm.SUBJECT.cells(
+        "cpu", "quick", SIZES[layer_norm] | axes | {"rows": [5], "hidden": [33]}
+    )
     entries = cell.measure(seconds=0.0)["peers"]
-    size = cell.rows * cell.hidden * 4
+    size = 5 * 33 * 4
     copy, ours = entries["copy"], entries["ours"]
     assert copy["gbps"] == pytest.approx(2 * size / copy["median_us"] / 1e3)
     assert ours["gbps"] == pytest.approx(3 * size / ours["median_us"] / 1e3)
-    assert ours["share_of_copy"] == pytest.approx(ours["gbps"] / copy["gbps"])
-    assert copy["share_of_copy"] == 1.0
+    assert ours["share"] == pytest.approx(ours["gbps"] / copy["gbps"])
 
 
 def test_flops_and_bytes() -> None:
-    cell = small({})
-    assert cell.flops == 4 * 2 * 2 * 9 * 9 * 8 / 2
-    norm = next(layer_norm.cells("cpu"))
-    assert norm.bytes == 2 * 5 * 33 * 4
+    whole = 4 * 2 * 2 * 9 * 9 * 8
+    assert small({}).flops == whole / 2
+    assert small({}, BACKWARD).flops == 2.5 * whole / 2
+    assert small({}, BOTH).flops == 3.5 * whole / 2
+    assert small({}, feature="window", window=3).flops == pytest.approx(whole * 3 / 9)
+    cell: Any = decode.make(
+        device="cpu", heads=4, kv_heads=2, dtype="float32", batch=2, seqlen_q=1, seqlen=33,
+        head_dim=16, page_size=8,
+    )  # fmt: skip
+    assert cell.bytes == 2 * 2 * 33 * 2 * 16 * 4
+
+
+def test_peers_asked_for_are_beside_ours_and_the_ceiling() -> None:
+    cell = small(peers.ATTENTION)
+    assert list(cell.measure(0.0, ["sdpa"])["peers"]) == ["ours", "matmul", "sdpa"]
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+class Promising(AttentionCell):
+    """Holds from the given attempt on."""
+
+    target = "a promise"
+    rounds = 3
+
+    def holds(self, samples: dict[str, Sample]) -> bool:
+        return len(samples["ours"].seconds) >= 3 * self.head_dim
+
+
+@pytest.mark.parametrize(("attempt", "holds"), [(1, True), (3, True), (5, False)])
+def test_a_target_that_is_missed_is_measured_again(attempt: int, holds: bool) -> None:
+    cell = Promising(**(vars(small({"ours": peers.attention_ours})) | {"head_dim": attempt}))
+    row = cell.measure(seconds=60.0)
+    assert (row["target"], row["holds"]) == ("a promise", holds)
+    assert row["peers"]["ours"]["rounds"] == 3 * min(attempt, harness.ATTEMPTS)
+
+
+# --- peers that are not installed here ------------------------------------------------------------
+
+
+def test_an_absent_package_is_a_reason() -> None:
+    row = small({"ours": peers.attention_ours, "fa": peers.attention_flash_3}).measure(0.0)
+    assert row["peers"]["fa"] == {"refused": "flash-attn 3 is not installed"}
+
+
+def test_a_package_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> ModuleType:
+        raise OSError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    with pytest.raises(Refused, match=r"xformers cannot be imported: undefined symbol"):
+        peers.attention_xformers(small({}))
+
+
+@pytest.mark.parametrize("feature", ["none", "window", "softcap", "alibi"])
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_flash_attn_is_called_as_it_wants(
+    feature: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own face of flash-attn 2 stands for it; its dtypes are 16-bit."""
+    monkeypatch.setitem(sys.modules, "flash_attn", fastattn.flash_attn)
+    against = {"ours": peers.attention_ours, "fa": peers.attention_flash_2}
+    cell = small(against, direction, feature=feature, window=4 * (feature == "window"))
+    for other in ({"kv_heads": 1}, {"causal": False} if feature != "window" else {}):
+        cell = Cell.__new__(AttentionCell)
+        cell.__dict__.update(vars(small(against, direction, feature=feature, window=4)) | other)
+        cell.__dict__["dtype"] = "bfloat16"
+        row = cell.measure(seconds=0.0)
+        assert row["peers"]["fa"].get("right"), row
+
+
+@pytest.mark.parametrize("page_size", [0, 256])
+def test_flash_attn_decodes_as_it_wants(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", fastattn.flash_attn)
+    cell: Any = decode.make(
+        device="cpu", heads=4, kv_heads=2, dtype="bfloat16", batch=2, seqlen_q=3, seqlen=300,
+        head_dim=16, page_size=page_size,
+    )  # fmt: skip
+    assert cell.measure(0.0, ["flash-attn 2"])["peers"]["flash-attn 2"]["right"]
+
+
+def test_xformers_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in of its function: (batch, seqlen, heads, head_dim), a mask by its class."""
+    masks = SimpleNamespace(LowerTriangularFromBottomRightLocalAttentionMask=lambda n: ("local", n))
+
+    def attend(q: Any, k: Any, v: Any, attn_bias: Any) -> torch.Tensor:
+        window = None if attn_bias == "causal" else (attn_bias[1] - 1, 0)
+        return fastattn.attention(q, k, v, causal=True, window=window)
+
+    fmha = SimpleNamespace(
+        LowerTriangularMask=lambda: "causal",
+        fmha=SimpleNamespace(attn_bias=masks),
+        memory_efficient_attention=attend,
+    )
+    monkeypatch.setattr(peers, "imported", lambda module, package: fmha)
+    monkeypatch.setattr(peers, "on_a_gpu", lambda cell, package: None)
+    against = {"ours": peers.attention_ours, "xformers": peers.attention_xformers}
+    for feature in ("none", "window"):
+        row = small(against, feature=feature, window=4).measure(seconds=0.0)
+        assert row["peers"]["xformers"]["right"], row

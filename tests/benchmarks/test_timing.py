@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import schema
 import timing
 from timing import Candidate, Sample, Spread
 
@@ -47,6 +48,14 @@ def test_short_calls_fill_a_batch_and_long_ones_run_once() -> None:
     assert 1000 <= samples["short"].calls <= 2000
     assert samples["short"].seconds == pytest.approx([1e-6] * 3)
     assert samples["long"].calls == 1
+
+
+@pytest.mark.usefixtures("said_times")
+def test_a_warm_up_ends_when_the_calls_get_no_faster() -> None:
+    """A call that needs ten runs to come down to its time: none of those is measured."""
+    takes = itertools.chain([1.0 / 2**n for n in range(10)], itertools.repeat(1e-3))
+    samples = timing.interleave([Candidate("x", lambda: next(takes))], rounds=3, batch_seconds=0.0)
+    assert samples["x"].seconds == (1e-3,) * 3
 
 
 def test_the_clock_of_the_cpu_counts_all_calls() -> None:
@@ -96,6 +105,9 @@ def test_rotation_takes_every_set_of_inputs_in_turn() -> None:
 
 def test_spread_is_median_and_percentiles() -> None:
     assert Spread.of(range(11)) == Spread(median=5.0, p20=2.0, p80=8.0)
-    assert Sample((3e-6, 1e-6, 2e-6), calls=7).as_dict() == pytest.approx(
+    entry = Sample((3e-6, 1e-6, 2e-6), calls=7).as_dict()
+    assert entry.pop("samples") == [3.0, 1.0, 2.0]
+    assert entry == pytest.approx(
         {"median_us": 2.0, "p20_us": 1.4, "p80_us": 2.6, "rounds": 3, "calls": 7}
     )
+    schema.check(entry | {"samples": [3.0]}, schema.Entry)

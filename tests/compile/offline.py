@@ -8,7 +8,8 @@ kernel is decorated):
 Every launcher of the op is called with `meta` tensors over a grid of configurations; instead of
 launching, the door `fastattn.ops.common.launch.launch` records the kernel and its arguments, which
 are then compiled for the architecture as the launch would have compiled them. The report is a list
-of records: kernel, configuration, registers, spilled bytes, shared memory, tensor-core instructions.
+of records: kernel, configuration, tile, registers, spilled bytes, shared memory, tensor-core
+instructions, and the instructions of the main loop by class. `report` runs the program.
 """
 
 from __future__ import annotations
@@ -33,6 +34,21 @@ from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 # Tensor-core instructions: mma.sync, wgmma, tcgen05.
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+# Classes of a loop's instructions, by how the opcode begins; the rest is arithmetic and control.
+CLASSES = {
+    "tensor core": TENSOR_CORE,
+    "exponentials": re.compile(r"MUFU\b"),
+    "global loads": re.compile(r"(?:LDG|LDGSTS|UTMALDG|UBLKCP)\b"),
+    "shared accesses": re.compile(r"(?:LDS|LDSM|STS|STSM)\b"),
+    "barriers": re.compile(r"(?:BAR|SYNCS|WARPSYNC|WARPGROUP|DEPBAR|LDGDEPBAR)\b"),
+    "moves and conversions": re.compile(
+        r"(?:U?MOV|IMAD\.MOV|R2UR|CS2R|U?PRMT|F2FP?|F2I|F2IP|I2F|I2FP|HADD2\.F32)\b"
+    ),
+    "spill accesses": re.compile(r"(?:LDL|STL)\b"),
+}
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+
+OFFLINE = Path(__file__)
 
 
 def tool(name: str) -> str:
@@ -70,17 +86,64 @@ def measure(architecture: int, source: ASTSource, options: dict[str, Any]) -> di
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = _run(tool("cuobjdump"), "--dump-resource-usage", cubin.name)
-        sass = _run(tool("cuobjdump"), "--dump-sass", cubin.name)
-    registers, local = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage).groups()
-    stack = re.search(r"STACK:(\d+)", usage).group(1)
+        sass = _run(tool("cuobjdump"), "--dump-sass", "--dump-resource-usage", cubin.name)
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", sass)
+    registers, stack, local = map(int, usage.groups())
     return {
-        "registers": int(registers),
-        "spills": max(int(local), int(stack)),
+        "registers": registers,
+        "spills": max(local, stack),
         "shared": compiled.metadata.shared,
         "tensor_core": len(TENSOR_CORE.findall(sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", sass)),
+        "loop": main_loop(sass),
     }
+
+
+def main_loop(sass: str) -> dict[str, Any]:
+    """How many instructions of which class the loop has in which the kernel's time goes.
+
+    Of the loops on tensor cores that hold no other such loop, it is the one with the most of these
+    instructions; of equal ones the shortest, for tiles without a mask, which are the many, take
+    less than those at its edge. A kernel without tensor cores has the loop with the most loads
+    instead, and one without a loop is counted as a whole.
+    """
+    code = [(int(at, 16), opcode, rest) for at, opcode, rest in INSTRUCTION.findall(sass)]
+    ends: dict[int, int] = {}  # of the loops, by their starts: branches backwards, not to itself
+    for at, opcode, rest in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+        if opcode.startswith("BRA") and target and int(target[1], 16) < at:
+            ends[int(target[1], 16)] = at
+    loops = {
+        start: [opcode for at, opcode, _ in code if start <= at <= end]
+        for start, end in ends.items()
+    }
+    for wanted in (CLASSES["tensor core"], CLASSES["global loads"]):
+        most = {
+            start: number
+            for start, body in loops.items()
+            if (number := sum(wanted.match(opcode) is not None for opcode in body))
+        }
+        inner = [
+            start
+            for start in most
+            if not any(start < other and ends[other] <= ends[start] for other in most)
+        ]
+        if inner:
+            body = loops[max(inner, key=lambda start: (most[start], -len(loops[start])))]
+            return {"of": "the loop", **_by_class(body)}
+    # Behind the last instruction lies a branch to itself and padding.
+    body = [
+        opcode for at, opcode, rest in code if opcode != "NOP" and rest.split()[-1:] != [hex(at)]
+    ]
+    return {"of": "the whole kernel, which has no loop", **_by_class(body)}
+
+
+def _by_class(opcodes: list[str]) -> dict[str, int]:
+    counts = {
+        name: sum(pattern.match(opcode) is not None for opcode in opcodes)
+        for name, pattern in CLASSES.items()
+    }
+    return {"instructions": len(opcodes), **counts}
 
 
 def _run(*command: str) -> str:
@@ -112,21 +175,55 @@ def record(
     return list(launches.values())
 
 
+@functools.cache  # processes that are forked off find it done
+def launches_of(op: str, architecture: int) -> list[Launch]:
+    """Those of a grid; of a hot call, its hot kernels alone."""
+    launches = record(architecture, GRIDS[op]())
+    if op not in ("hot", "hottest"):
+        return launches
+    return [x for x in launches if x[0].__name__ in HOT[x[3]["call"]]]
+
+
 def _measured(job: tuple[str, int, int]) -> dict[str, Any]:
     """The record of one launch. Triton's errors do not survive the way between processes."""
     op, architecture, index = job
-    kernel, args, constants, configuration = record(architecture, GRIDS[op]())[index]
+    kernel, args, constants, configuration = launches_of(op, architecture)[index]
     try:
         result = measure(architecture, *source_of(kernel, architecture, args, constants))
     except Exception as error:
         raise RuntimeError(f"{kernel.__name__} {configuration}: {error}") from None
-    return {"kernel": kernel.__name__, **configuration, "architecture": architecture, **result}
+    return {
+        "kernel": kernel.__name__,
+        **configuration,
+        "architecture": architecture,
+        "tile": _tile(constants),
+        **result,
+    }
+
+
+def _tile(constants: dict[str, Any]) -> str:
+    sizes = ("ROWS", "BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+    shape = " x ".join(str(constants[size]) for size in sizes if size in constants)
+    stages = constants.get("num_stages", constants.get("STAGES", 1))
+    return f"{shape}, warps {constants['num_warps']}, stages {stages}"
+
+
+def report(op: str, architecture: int) -> list[dict[str, Any]]:
+    """What the program prints, run in a process in which Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(OFFLINE.parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    if "PYTEST_XDIST_WORKER" in environment:  # there is one of them for every core already
+        environment["FASTATTN_COMPILE_WORKERS"] = "1"
+    command = [sys.executable, str(OFFLINE), op, str(architecture)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def main(op: str, architecture: int) -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter cannot compile"
-    count = len(record(architecture, GRIDS[op]()))
-    jobs = [(op, architecture, index) for index in range(count)]
+    jobs = [(op, architecture, index) for index in range(len(launches_of(op, architecture)))]
     workers = int(os.environ.get("FASTATTN_COMPILE_WORKERS", os.cpu_count() or 1))
     with ProcessPoolExecutor(workers) as pool:
         json.dump(list(pool.map(_measured, jobs)), sys.stdout, indent=1)
@@ -135,10 +232,24 @@ def main(op: str, architecture: int) -> None:
 # --- grids: op -> (configuration, call that launches it) ------------------------------------------
 
 
+Grid = Iterator[tuple[dict[str, Any], Callable[[], Any]]]
+
+
 def attention(
     rows: list[tuple[torch.dtype, int, str]] | None = None,
-) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
-    """Every row of the tile tables, with every switch on at least once."""
+    caches: tuple[tuple[torch.dtype, int, bool], ...] = (
+        (torch.bfloat16, 128, True),
+        (torch.float16, 64, False),
+    ),
+    one_query: bool = True,
+) -> Grid:
+    """Every row of the tile tables, with every switch on at least once.
+
+    Args:
+        rows: (dtype, head_dim, name of the features) of forward and backward.
+        caches: (dtype, head_dim, whether paged) of decoding steps.
+        one_query: a forward of one query too, where it has the features.
+    """
     import fastattn.ops.attention.kv_cache
     from fastattn.ops.attention import BlockMask
     from fastattn.ops.attention import triton as kernels
@@ -167,7 +278,7 @@ def attention(
             "dropout_p": 0.1, "key_lengths": empty(2, dtype=torch.int32),
         },
     }  # fmt: skip
-    rows = rows or [
+    every = [
         *((torch.bfloat16, 128, name) for name in features if name != "tf32x3"),
         *((torch.bfloat16, 64, name) for name in ("causal", "mask", "bias")),
         *((torch.bfloat16, 256, name) for name in ("causal", "bias")),
@@ -176,7 +287,7 @@ def attention(
         *((torch.float32, 256, name) for name in ("causal", "bias")),
         (torch.float32, 512, "bias"),
     ]
-    for dtype, head_dim, name in rows:
+    for dtype, head_dim, name in every if rows is None else rows:
         options = dict(features[name])
         q = empty(2, 1024, 8, head_dim, dtype=dtype)
         k = empty(2, 1024, 4, head_dim, dtype=dtype)
@@ -199,7 +310,8 @@ def attention(
             bias, sink = extras.bias is not None, extras.sink is not None
             out, lse = kernels.forward(q, k, v, extras, settings)
             kernels.backward(out, lse, out, lse, bias, sink, q, k, v, extras, settings)
-            if q.dim() == 4 and extras.mask is extras.bias is extras.q_documents is None:
+            masked = extras.mask is not None or extras.bias is not None
+            if one_query and q.dim() == 4 and not masked and extras.q_documents is None:
                 kernels.forward(q[:, :1], k, v, extras, settings)
 
         yield (
@@ -211,7 +323,7 @@ def attention(
             call,
         )
 
-    for dtype, head_dim, paged in ((torch.bfloat16, 128, True), (torch.float16, 64, False)):
+    for dtype, head_dim, paged in caches:
         q = empty(2, 1, 8, head_dim, dtype=dtype)
         k = empty(2, 1, 2, head_dim, dtype=dtype)
         keys = empty(*((512, 16) if paged else (2, 4096)), 2, head_dim, dtype=dtype)
@@ -234,11 +346,11 @@ def attention(
         )
 
 
-def ffn() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+def ffn(rows: list[tuple[torch.dtype, int, str, str, bool]] | None = None) -> Grid:
     """Both layouts and all activations, on tiles for many, some, and few tokens."""
     from fastattn.ops.ffn import triton as kernels
 
-    rows = [
+    every = [
         (torch.bfloat16, 16384, "linear", "gelu_tanh", False),
         (torch.float16, 16384, "conv1d", "gelu", True),
         (torch.bfloat16, 512, "conv1d", "silu", False),
@@ -246,7 +358,7 @@ def ffn() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
         (torch.float32, 16384, "linear", "gelu_tanh", False),
         (torch.float32, 4, "conv1d", "gelu", True),
     ]
-    for dtype, tokens, layout, activation, recompute in rows:
+    for dtype, tokens, layout, activation, recompute in every if rows is None else rows:
         x = torch.empty(tokens, 1024, dtype=dtype, device="meta")
         w1 = torch.empty(4096, 1024, dtype=dtype, device="meta")
         w2 = torch.empty(1024, 4096, dtype=dtype, device="meta")
@@ -273,11 +385,11 @@ def ffn() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
         )
 
 
-def layer_norm() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+def layer_norm(rows: list[tuple[torch.dtype, int, bool]] | None = None) -> Grid:
     """Every row of the tile tables, with all there is to load: the most registers."""
     from fastattn.ops.layer_norm import triton as kernels
 
-    rows = [
+    every = [
         (torch.bfloat16, 64, True),
         (torch.bfloat16, 768, True),
         (torch.float32, 2048, True),
@@ -287,7 +399,7 @@ def layer_norm() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
         (torch.float32, 65536, True),
         (torch.float16, 50257, False),
     ]
-    for dtype, hidden, center in rows:
+    for dtype, hidden, center in every if rows is None else rows:
         x = torch.empty(4096, hidden, dtype=dtype, device="meta")
         weight = torch.empty(hidden, dtype=dtype, device="meta")
         bias = weight if center else None
@@ -305,7 +417,40 @@ def layer_norm() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
         )
 
 
-GRIDS = {"attention": attention, "ffn": ffn, "layer_norm": layer_norm}
+# The calls in which a model's time goes, and the kernels of each in which that of the call goes.
+HOT = {
+    "attention, causal, head_dim 64": ("_forward_kernel",),
+    "attention, causal, head_dim 128": ("_forward_kernel", "_keys_kernel", "_queries_kernel"),
+    "attention, decoding, pages, head_dim 128": ("_forward_kernel",),
+    "ffn, gelu_tanh": ("_forward_kernel", "_backward_kernel"),
+    "layer_norm, hidden 4096": ("_forward_kernel", "_backward_kernel"),
+}
+
+
+def hot(*names: str) -> Grid:
+    """The calls of HOT, or those that are named, in bfloat16."""
+    dtype = torch.bfloat16
+    grids = {
+        "attention, causal, head_dim 64": attention([(dtype, 64, "causal")], (), False),
+        "attention, causal, head_dim 128": attention([(dtype, 128, "causal")], (), False),
+        "attention, decoding, pages, head_dim 128": attention([], ((dtype, 128, True),)),
+        "ffn, gelu_tanh": ffn([(dtype, 16384, "linear", "gelu_tanh", False)]),
+        "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True)]),
+    }
+    for name in names or HOT:
+        for configuration, call in grids[name]:
+            yield {"call": name, **configuration}, call
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {
+    "attention": attention,
+    "ffn": ffn,
+    "layer_norm": layer_norm,
+    "hot": hot,
+    "hottest": functools.partial(
+        hot, "attention, causal, head_dim 128", "ffn, gelu_tanh", "layer_norm, hidden 4096"
+    ),
+}
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))

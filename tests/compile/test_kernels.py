@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-OFFLINE = Path(__file__).parent / "offline.py"
+from compile.offline import main_loop, report
 
 # Bytes of shared memory that one block may use.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -41,17 +35,6 @@ def spills_allowed(op: str, kernel: dict[str, Any]) -> int:
     return max(SPILLS[kernel["kernel"]], everything, wide if kernel["dtype"] == "float32" else 0)
 
 
-def report(op: str, architecture: int) -> list[dict[str, Any]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = str(OFFLINE.parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-    environment["FASTATTN_COMPILE_WORKERS"] = "1"  # pytest-xdist has a worker for every core
-    command = [sys.executable, str(OFFLINE), op, str(architecture)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 @pytest.mark.parametrize("op", PRODUCTS)
 @pytest.mark.parametrize("architecture", (80, 90, 100))
 def test_resources(op: str, architecture: int) -> None:
@@ -70,3 +53,55 @@ def test_resources(op: str, architecture: int) -> None:
             over.append(f"{name} has no tensor-core instruction: {kernel}")
     assert not over, "\n".join(over)
     assert set(PRODUCTS[op]) <= {kernel["kernel"] for kernel in kernels}
+
+
+def sass(*lines: str) -> str:
+    """As cuobjdump prints it: an instruction every 16 bytes, then its encoding."""
+    return "".join(
+        f"        /*{16 * n:04x}*/  {line} ;  /* 0x000fe20000000a00 */\n{'':40}/* 0x000e */\n"
+        for n, line in enumerate(lines)
+    )
+
+
+EDGE = ["LDSM.16.M88.4 R4, [R2]", "HMMA.16816.F32.BF16 R8, R4, R6, R8", "ISETP.GE.AND P0, PT, R1"]
+INNER = ["LDSM.16.M88.4 R4, [R2]", "@!P1 HMMA.16816.F32.BF16 R8, R4, R6, R8"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # A loop over heads holds both loops over tiles: at the edge, and the shorter one inside.
+        (
+            [
+                "MOV R1, c[0x0][0x28]",
+                *EDGE, "@P0 BRA 0x10",
+                *INNER, "@!P2 BRA 0x50",
+                "STG.E [R2], R8", "@P3 BRA 0x10",
+                "EXIT", "BRA 0xb0", "NOP",
+            ],
+            {"of": "the loop", "instructions": 3, "tensor core": 1, "shared accesses": 1},
+        ),
+        # Without tensor cores the loads decide, and a loop that waits for a barrier is none.
+        (
+            [
+                "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3", "@!P0 BRA 0x0",
+                "LDG.E.128 R4, [R2.64]", "STG.E [R2], R4", "@P1 BRA 0x20",
+                "LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R6.64]", "IMAD.MOV.U32 R2, RZ, RZ, R6",
+                "@P2 BRA 0x50",
+                "EXIT", "BRA 0xa0",
+            ],
+            {"of": "the loop", "instructions": 4, "global loads": 2, "moves and conversions": 1},
+        ),
+        (
+            ["LDG.E R4, [R2.64]", "MUFU.RSQ R4, R4", "STL [R1], R4", "EXIT", "BRA 0x40", "NOP"],
+            {
+                "of": "the whole kernel, which has no loop",
+                "instructions": 4, "global loads": 1, "exponentials": 1, "spill accesses": 1,
+            },
+        ),
+    ],
+    ids=["tensor cores", "loads", "no loop"],
+)  # fmt: skip
+def test_main_loop(lines: list[str], expected: dict[str, Any]) -> None:
+    found = main_loop(sass(*lines))
+    assert {name: count for name, count in found.items() if count} == expected

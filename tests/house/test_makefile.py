@@ -100,8 +100,19 @@ def test_arguments_are_passed_on(tree: Tree) -> None:
     )
 
 
-def test_gpu_check_installs_nothing_and_wants_a_folder(tree: Tree) -> None:
-    assert tree.make("gpu-check", "OUT=results") == ["benchmarks/gpu_check.py --out results"]
-    assert not (tree.folder / ".venv").exists()
-    assert tree.make("gpu-check", code=2) == []
-    assert "make gpu-check OUT=folder" in tree.printed
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("gpu-check", "benchmarks/gpu_check.py --out results"),
+        ("gpu-bench", "benchmarks/gpu_check.py --out results --preset full --tests"),
+        ("gpu-tune", "-m fastattn tune --budget 500 --json results/tune.json"),
+    ],
+)
+def test_gpu_targets_install_nothing_and_want_a_folder(
+    target: str, command: str, tree: Tree
+) -> None:
+    assert tree.make(target, "OUT=results") == [command]
+    assert tree.make(target, "OUT=results", "GPU_ARGS=--x y") == [f"{command} --x y"]
+    assert (tree.folder / "results").is_dir()
+    assert tree.make(target, code=2) == []
+    assert f"make {target} OUT=folder" in tree.printed

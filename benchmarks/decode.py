@@ -1,0 +1,147 @@
+"""Decoding: attention of a few new queries on a long cache of keys and values, contiguous or paged.
+
+One query for each sequence of a batch, on a full cache; `--page-size 0` is a contiguous one. The
+work is reading the cache, so rates are in bytes of it, and the ceiling is a copy of the cache
+(which reads and writes its bytes) in the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import checkout  # noqa: F401
+import peers
+import torch
+from harness import Cell
+from script import Axis, Grid, Subject, main
+from torch import Tensor
+
+LARGEST_IN_FLOAT64 = 1 << 30  # bytes of a cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCell(Cell):
+    """`seqlen_q` queries for each of `batch` sequences of `seqlen` keys."""
+
+    batch: int
+    seqlen_q: int
+    seqlen: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+
+    bound = "copy"
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        names = ("batch", "seqlen_q", "seqlen", "heads", "kv_heads", "head_dim", "page_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def bytes(self) -> float:
+        elements = 2 * self.batch * self.seqlen * self.kv_heads * self.head_dim
+        return float(elements * self.torch_dtype.itemsize)
+
+    @property
+    def reference(self) -> str:
+        """A float64 copy of a large cache, its heads repeated, would not fit beside it."""
+        return "float32" if self.bytes > LARGEST_IN_FLOAT64 else "float64"
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.full((self.batch,), self.seqlen, dtype=torch.int32, device=self.device)
+
+    @property
+    def block_table(self) -> Tensor | None:
+        """Pages in no order, the same in every call."""
+        if not self.page_size:
+            return None
+        each = -(-self.seqlen // self.page_size)
+        order = torch.randperm(self.batch * each, generator=torch.Generator().manual_seed(0))
+        return order.view(self.batch, each).to(device=self.device, dtype=torch.int32)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
+        rows, slots = self.batch, self.seqlen
+        if (table := self.block_table) is not None:
+            rows, slots = table.numel(), self.page_size
+        q = torch.randn(self.batch, self.seqlen_q, self.heads, self.head_dim, **options)
+        shape = (rows, slots, self.kv_heads, self.head_dim)
+        return q, torch.randn(shape, **options), torch.randn(shape, **options)
+
+    def definition(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if (table := self.block_table) is not None:
+            k, v = (x[table.long()].flatten(1, 2)[:, : self.seqlen] for x in (k, v))
+        group = self.heads // self.kv_heads
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        scores = torch.einsum("bihd,bjhd->bhij", q * self.head_dim**-0.5, k)
+        i = torch.arange(self.seqlen_q, device=q.device)[:, None] + self.seqlen - self.seqlen_q
+        hidden = torch.arange(self.seqlen, device=q.device) > i
+        return torch.einsum(
+            "bhij,bjhd->bihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v
+        )
+
+
+AXES: Mapping[str, Axis] = {
+    "batch": Axis("sequences"),
+    "seqlen_q": Axis("new queries of each, causal among themselves"),
+    "seqlen": Axis("keys of each"),
+    "heads": Axis("of queries"),
+    "kv_heads": Axis("of keys and values"),
+    "head_dim": Axis("of q, k and v"),
+    "page_size": Axis("keys of a page; 0: a contiguous cache"),
+    "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
+}
+
+
+def make(*, device: str, heads: int, kv_heads: int, dtype: str, **sizes: int) -> DecodeCell | None:
+    """The cell of one value for each axis; None where the heads do not divide."""
+    if heads % kv_heads or sizes["seqlen_q"] > sizes["seqlen"]:
+        return None
+    return DecodeCell(
+        op="decode",
+        device=device,
+        dtype=dtype,
+        against=peers.DECODE,
+        heads=heads,
+        kv_heads=kv_heads,
+        **sizes,
+    )
+
+
+def grid(**axes: Sequence[Any]) -> Grid:
+    """The axes named, the others at what is common."""
+    common: dict[str, Sequence[Any]] = {
+        "dtype": ["bfloat16"], "batch": [16], "seqlen_q": [1], "seqlen": [4096], "heads": [32],
+        "kv_heads": [32, 8], "head_dim": [128], "page_size": [16, 0],
+    }  # fmt: skip
+    return {**axes, **{name: values for name, values in common.items() if name not in axes}}
+
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+PRESETS = {
+    ("cuda", "quick"): [grid(), grid(batch=[1], seqlen=[16384], page_size=[16], kv_heads=[8])],
+    ("cuda", "full"): [
+        grid(seqlen=LENGTHS),
+        grid(batch=[1, 4, 64], kv_heads=[8]),
+        grid(page_size=[1, 64, 256], kv_heads=[8]),
+        grid(head_dim=[64, 256], kv_heads=[8]),
+        grid(seqlen_q=[2, 4], kv_heads=[8]),
+    ],
+    ("cuda", "paper"): [grid(seqlen=[2000, 4000, *LENGTHS])],
+    ("cpu", "quick"): [
+        grid(dtype=["float32"], batch=[2], seqlen=[512, 1024, 2048], heads=[8], kv_heads=[8, 2],
+             head_dim=[64]),
+    ],
+    ("cpu", "full"): [
+        grid(dtype=["float32"], batch=[1, 4], seqlen=LENGTHS, heads=[12], kv_heads=[12, 4],
+             head_dim=[64]),
+    ],
+}  # fmt: skip
+SUBJECT = Subject("decode", __doc__, AXES, PRESETS, make)
+
+if __name__ == "__main__":
+    raise SystemExit(main(SUBJECT))

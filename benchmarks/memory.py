@@ -1,0 +1,356 @@
+"""memory: the peak of a call and what its forward keeps, fastattn against plain PyTorch and others.
+
+`peak_bytes` is the most memory that a call holds at any time beyond what was there before: results,
+gradients and everything between. On a GPU the allocator counts it; on the CPU it is the running sum
+of the allocations and frees that torch's profiler saw (of torch's own allocator; what MKL or a
+compiler take behind it is not seen). `saved_bytes` are the distinct storages that the forward hands
+to the backward, without inputs and parameters. Of a training step parameters and the optimiser's
+state were there before, gradients were not.
+
+Each was called once before, so that workspaces are there. Nothing is timed, and results are
+compared by the other scripts. The ceiling is a promise: attention's memory grows with the sequence,
+not with its square (`AttentionMemory`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import attention
+import checkout  # noqa: F401
+import ffn
+import layer_norm
+import peers_gpt
+import torch
+from harness import BOTH, FORWARD, OURS, Cell, as_tuple, chosen
+from schema import Entry, Row
+from script import Axis, Grid, Subject, boolean, main
+from torch import Tensor
+
+TRAINING = "training step"
+# Bytes that an op may take whatever the length: workspaces; the state of a random generator.
+WORKSPACE, STATE = 4 << 20, 1 << 16
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages are of levels 0 to 5
+
+
+# --- counting -------------------------------------------------------------------------------------
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """The most memory that one call holds beyond what is held before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def saved_bytes(forward: Callable[[], object], given: Iterable[Tensor]) -> int:
+    """The storages that `forward` keeps for its backward, each once, without those of `given`."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()  # held until all are counted, so that no address comes twice
+    there = {tensor.untyped_storage().data_ptr() for tensor in given}
+    del out
+    return sum(size for address, size in kept.items() if address not in there)
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCell(Cell):
+    """What one call takes."""
+
+    compile: bool
+
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        return peers_gpt.PATIENCE[self.device, self.compile]
+
+    def entry(self, make: Callable[..., Any]) -> Entry:
+        """Of the peer that `make` makes."""
+        raise NotImplementedError
+
+    def kept(self, ours: Entry) -> bool:
+        """Whether the target holds."""
+        return True
+
+    def measure(self, seconds: float, peers: Collection[str] | None = None) -> Row:
+        """The row; nothing in it takes `seconds`."""
+        torch.manual_seed(0)
+        if self.compile:
+            torch._dynamo.reset()
+        against = chosen(self.against, peers, self.bound)
+        entries = peers_gpt.each(against, lambda name, make: self.entry(make), self.device)
+        row = self.row(entries)
+        del row["reference"]  # results are compared in the op's own script
+        row["right"] = "peak_bytes" in entries[OURS]
+        if self.target is not None:
+            row["holds"] = row["right"] and self.kept(entries[OURS])
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpMemory(MemoryCell):
+    """A call of the op's own cell `of`, on its inputs and peers."""
+
+    of: Any
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return self.of.axes
+
+    def entry(self, make: Callable[..., Any]) -> Entry:
+        peer = make(self.of)
+        inputs = self.of.inputs()
+        if not self.backward:
+
+            def alone() -> object:
+                with torch.no_grad():
+                    return peer.function(*inputs)
+
+            with peer.context():
+                alone()
+                return {"peak_bytes": peak_bytes(alone, self.device)}
+
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        grads = tuple(torch.randn_like(inputs[0]) for _ in range(self.of.outputs))
+
+        def forward() -> tuple[Tensor, ...]:
+            return as_tuple(peer.function(*leaves))
+
+        def both() -> object:
+            return torch.autograd.grad(forward(), leaves, grads)
+
+        with peer.context():
+            both()
+            return {
+                "peak_bytes": peak_bytes(both, self.device),
+                "saved_bytes": saved_bytes(forward, leaves),
+            }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMemory(OpMemory):
+    """Promised are so many bytes a token: `peak_limit` and `saved_limit`, linear in the length."""
+
+    @property
+    def token_bytes(self) -> dict[str, float]:
+        """Of one token of one sequence: q (out is as large), k and v together, a float32 a head."""
+        of, itemsize = self.of, self.torch_dtype.itemsize
+        return {
+            "q": of.heads * of.head_dim * itemsize,
+            "kv": 2 * of.kv_heads * of.head_dim * itemsize,
+            "float32": 4 * of.heads,
+        }
+
+    @property
+    def peak_limit(self) -> float:
+        """Forward: out, lse and a copy of q, k, v. With the backward also the gradients of q, k, v
+        and out in float32, and a second float32 a head (the sum over out times its gradient).
+        """
+        of, size = self.of, self.token_bytes
+        token = 2 * size["q"] + size["kv"] + size["float32"]
+        if self.backward:
+            token += 4 / self.torch_dtype.itemsize * (2 * size["q"] + size["kv"]) + size["float32"]
+        return of.batch * of.seqlen * token + WORKSPACE
+
+    @property
+    def saved_limit(self) -> float:
+        """Out and two float32 a head (lse)."""
+        of, size = self.of, self.token_bytes
+        return of.batch * of.seqlen * (size["q"] + 2 * size["float32"]) + STATE
+
+    def kept(self, ours: Entry) -> bool:
+        peak, saved = ours["peak_bytes"], ours.get("saved_bytes", 0)
+        return peak <= self.peak_limit and saved <= self.saved_limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory(MemoryCell):
+    """A training step of a GPT: forward, backward, clipping, AdamW. Each peer has new weights."""
+
+    model: str
+    batch: int
+    seqlen: int
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {"model": self.model, "batch": self.batch, "seqlen": self.seqlen}
+
+    def entry(self, make: Callable[..., Any]) -> Entry:
+        with peers_gpt.quiet():
+            return self.step_entry(make)
+
+    def step_entry(self, make: Callable[[peers_gpt.Models], peers_gpt.Learner]) -> Entry:
+        models = peers_gpt.Models(self.model, self.device)
+        learner = make(models)
+        ids = models.random_ids(self.batch, self.seqlen + 1)
+        step = peers_gpt.training_step(models, learner, ids, self.torch_dtype)
+        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        given = [inputs, targets, *learner.model.parameters()]
+
+        def forward() -> object:
+            with peers_gpt.autocast(self.device, self.torch_dtype):
+                return learner.forward(inputs, targets)
+
+        step()
+        return {
+            "peak_bytes": peak_bytes(step, self.device),
+            "saved_bytes": saved_bytes(forward, given),
+        }
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+OPS = ("attention", "layer_norm", "ffn", "gpt")
+AGAINST = (OURS, "eager", "sdpa", "compiled")
+AXES: Mapping[str, Axis] = {
+    "op": Axis("of what", kind=str, choices=OPS),
+    "batch": Axis("sequences; of attention and gpt"),
+    "seqlen": Axis("tokens of each"),
+    "heads": Axis("of attention"),
+    "head_dim": Axis("of q, k and v"),
+    "causal": Axis("yes or no; of attention", kind=boolean),
+    "rows": Axis("tokens of layer_norm and ffn"),
+    "hidden": Axis("of a row; ffn has four times as many units between"),
+    "model": Axis("of gpt", kind=str, choices=tuple(peers_gpt.SIZES)),
+    "direction": Axis("of a gpt always a training step", kind=str, choices=(FORWARD, BOTH)),
+    "dtype": Axis("of the tensors; of a gpt by autocast", kind=str,
+                  choices=("bfloat16", "float16", "float32")),
+    "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),
+}  # fmt: skip
+
+
+def make(
+    *,
+    op: str,
+    device: str,
+    batch: int,
+    seqlen: int,
+    heads: int,
+    head_dim: int,
+    causal: bool,
+    rows: int,
+    hidden: int,
+    model: str,
+    direction: str,
+    dtype: str,
+    compile: bool,
+) -> MemoryCell | None:
+    """The cell of one value for each axis, of which an op takes those that it has."""
+    common: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile}
+    if op == "gpt":
+        if direction != BOTH or dtype == "float16":  # which would want a scaled loss
+            return None
+        return TrainingMemory(
+            op=op, direction=TRAINING, model=model, batch=batch, seqlen=seqlen,
+            against={**peers_gpt.TRAIN, **(peers_gpt.TRAIN_COMPILED if compile else {})},
+            **common,
+        )  # fmt: skip
+    common |= {"direction": direction}
+    sizes: dict[str, Any]
+    if op == "attention":
+        sizes = {"batch": batch, "seqlen": seqlen, "heads": heads, "kv_heads": heads}
+        sizes |= {"head_dim": head_dim, "causal": causal, "feature": "none", "window": 0}
+        of: Cell | None = attention.make(**sizes, **common)
+        return _op_memory(AttentionMemory, of, compile, PROMISE)
+    sizes = {"rows": rows, "hidden": hidden}
+    if op == "layer_norm":
+        of = layer_norm.make(op=op, residual=False, **sizes, **common)
+    else:
+        of = ffn.make(inner=0, activation="gelu_tanh", layout="linear", **sizes, **common)
+    return _op_memory(OpMemory, of, compile, None)
+
+
+PROMISE = (
+    "linear in seqlen: at most q, k, v, out and lse a token, with a backward also two floats for "
+    "each number of those in float32 gradients; out and lse saved"
+)
+
+
+def _op_memory(
+    kind: type[OpMemory], of: Cell | None, compile: bool, target: str | None
+) -> OpMemory | None:
+    if of is None:
+        return None
+    against = {name: of.against[name] for name in AGAINST if name in of.against}
+    return kind(
+        op=of.op, device=of.device, dtype=of.dtype, direction=of.direction, against=against,
+        of=of, compile=compile, target=target,
+    )  # fmt: skip
+
+
+def grid(op: str, **axes: Sequence[Any]) -> Grid:
+    """The axes named, the others at what is common."""
+    common: dict[str, Sequence[Any]] = {
+        "batch": [1], "seqlen": [4096], "heads": [16], "head_dim": [128], "causal": [True],
+        "rows": [8192], "hidden": [768], "model": ["gpt2"], "direction": [FORWARD, BOTH],
+        "dtype": ["bfloat16"], "compile": [False],
+    }  # fmt: skip
+    return {"op": [op], **common, **axes}
+
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"], "head_dim": [64]}
+PRESETS = {
+    ("cuda", "quick"): [
+        grid("attention", seqlen=LENGTHS),
+        grid("layer_norm", rows=[32768]),
+        grid("ffn"),
+        grid("gpt", batch=[8], seqlen=[1024]),
+        grid("attention", compile=[True]),
+    ],
+    ("cuda", "full"): [
+        grid("attention", seqlen=[*LENGTHS, 16384, 32768], head_dim=[64, 128, 256]),
+        grid("attention", seqlen=LENGTHS, causal=[False]),
+        grid("attention", seqlen=LENGTHS, compile=[True]),
+        grid("layer_norm", rows=[4096, 32768], hidden=[768, 4096], compile=[True]),
+        grid("ffn", hidden=[768, 4096], compile=[True]),
+        grid("gpt", batch=[8], seqlen=[256, 512, 1024], compile=[True]),
+        grid("gpt", batch=[4], seqlen=[1024], model=["gpt2-medium", "gpt2-large"]),
+    ],
+    ("cuda", "paper"): [
+        grid("attention", seqlen=[*LENGTHS, 16384, 32768, 65536]),
+        grid("gpt", batch=[32], seqlen=[1024], compile=[True]),
+        grid("gpt", batch=[4], seqlen=[1024], model=["gpt2-xl"]),
+    ],
+    ("cpu", "quick"): [
+        grid("attention", **CPU, seqlen=LENGTHS, heads=[1]),
+        grid("layer_norm", **CPU, rows=[4096]),
+        grid("ffn", **CPU, rows=[512]),
+        grid("gpt", **CPU, model=["small"], batch=[2], seqlen=[128]),
+    ],
+    ("cpu", "full"): [
+        grid("attention", **CPU, seqlen=LENGTHS, heads=[1], causal=[True, False]),
+        grid("attention", **CPU, seqlen=[2048], heads=[1], compile=[True]),
+        grid("layer_norm", **CPU, rows=[64, 4096], hidden=[768, 4096]),
+        grid("ffn", **CPU, rows=[64, 512]),
+        grid("gpt", **CPU, batch=[2], seqlen=[256]),
+    ],
+}
+SUBJECT = Subject("memory", __doc__, AXES, PRESETS, make)
+
+if __name__ == "__main__":
+    raise SystemExit(main(SUBJECT))

@@ -1,0 +1,325 @@
+"""never_slower.py: what its grid covers, how a cell is judged, the table that follows.
+
+Speed itself is not judged here: the rule is set to what always and what never holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import never_slower
+import never_slower_table
+import pytest
+import schema
+import torch
+from checkout import ROOT
+from never_slower import Judged
+from schema import Results, Row
+from timing import Sample
+
+from fastattn import backends
+from fastattn.ops.attention.problem import describe as describe_attention
+from fastattn.ops.common import slower
+from fastattn.ops.ffn.problem import describe as describe_ffn
+from fastattn.ops.layer_norm.problem import describe_layer_norm, describe_rms_norm
+
+OPS = {"attention", "layer_norm", "rms_norm", "ffn"}
+TINY = {
+    "layer_norm": {"shape": "3x7"},
+    "rms_norm": {"shape": "3x7"},
+    "ffn": {"shape": "3x4x8"},
+    "attention": {"shape": "2x5:7x6:3x8", "causal": True},
+}
+
+
+def tiny(op: str = "rms_norm", **values: Any) -> Judged:
+    common = {"device": "cpu", "direction": "forward", "dtype": "float32", "backend": "auto"}
+    return never_slower.make(op=op, **{**common, "compile": False, **TINY[op], **values})
+
+
+def rows_of(cell: Judged) -> int:
+    return cell.axes.get("rows") or cell.axes["batch"] * cell.axes["seqlen"]
+
+
+# --- the grid -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "dtypes"),
+    [("cpu", {"float32", "bfloat16"}), ("cuda", {"float32", "bfloat16", "float16"})],
+)
+def test_the_full_grid(device: str, dtypes: set[str]) -> None:
+    cells = never_slower.SUBJECT.cells(device, "full")
+    titles = {cell.title for cell in cells}
+    assert len(titles) == len(cells) >= 200
+    directions = {"forward", "forward+backward"}
+    everything = {(op, dtype, way) for op in OPS for dtype in dtypes for way in directions}
+    assert {(cell.op, cell.dtype, cell.direction) for cell in cells} == everything
+    assert {min(map(rows_of, cells)), max(map(rows_of, cells))} == {1, 65536}
+    for op in OPS if device == "cuda" else {"layer_norm", "rms_norm", "ffn"}:
+        assert {1, 65536} <= {rows_of(cell) for cell in cells if cell.op == op}
+    assert {cell.op for cell in cells if "compiled" in cell.against} == OPS
+
+    axes = [cell.axes for cell in cells]
+    seen = {(name, value) for each in axes for name, value in each.items()}
+    assert {("hidden", 1023), ("hidden", 50257), ("head_dim", 59)} <= seen
+    assert {("seqlen_q", 1), ("causal", True), ("causal", False)} <= seen
+    assert {("layout", "linear"), ("layout", "conv1d")} <= seen
+    assert {("activation", name) for name in ("gelu_tanh", "gelu", "relu", "silu")} <= seen
+    assert any(each["heads"] != each["kv_heads"] for each in axes if "heads" in each)
+    assert {(cell.op, cell.axes["residual"]) for cell in cells if "residual" in cell.axes} == {
+        (op, residual) for op in ("layer_norm", "rms_norm") for residual in (False, True)
+    }
+
+    quick = {cell.title for cell in never_slower.SUBJECT.cells(device, "quick")}
+    assert 50 <= len(quick) <= 70
+    assert quick <= titles
+
+
+def test_a_shape_is_of_the_op_that_it_fits() -> None:
+    given = {"shape": ["33x100x401"], "dtype": ["float32"]}
+    cells = never_slower.SUBJECT.cells("cpu", "quick", given)
+    assert {cell.op for cell in cells} == {"ffn"}
+    assert {cell.axes["inner"] for cell in cells} == {401}
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_both_sides_of_a_cell_do_the_same(op: str) -> None:
+    """Ours, eager and the definition have one result, and it has one shape."""
+    for cell in never_slower.SUBJECT.cells("cpu", "full", {"dtype": ["float32"]}):
+        size = sum(x.numel() for x in cell.inputs())
+        if cell.op != op or cell.backward or size > 1 << 20:
+            continue
+        inputs = cell.inputs()
+        expected = harness.as_tuple(cell.definition(*inputs))
+        assert cell.outputs == len(expected)
+        for name in ("ours", "eager"):
+            got = harness.as_tuple(cell.against[name](cell).function(*inputs))
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3, msg=cell.title)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        tiny("layer_norm", residual=True),
+        tiny("rms_norm", residual=True, direction="forward+backward"),
+        tiny("ffn", layout="conv1d", direction="forward+backward"),
+        tiny("attention"),
+        tiny("attention", shape="2x5x6:3x8", causal=False, dtype="bfloat16"),
+    ],
+    ids=lambda cell: cell.title,
+)
+def test_a_row(cell: Judged, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(never_slower, "ALLOWANCE", 1.0 if holds else -1.0)
+    monkeypatch.setattr(harness, "ATTEMPTS", 2)
+    row = cell.measure(0.0)
+    schema.check(schema.finite(row), Row)
+    assert row["right"]
+    assert row["holds"] is holds
+    assert row["target"] == never_slower.RULE
+    assert set(row["peers"]) == {"ours", "eager"}
+    assert row["peers"]["ours"]["note"] == "ran on torch"
+    assert row["peers"]["eager"]["times_ours"]["median"] > 0
+    assert "bound" not in row
+
+
+def test_the_rule() -> None:
+    """1.05 times and 5 us; the median of the rounds."""
+
+    def excess(*ours: float) -> float:
+        eager = Sample((100e-6,) * 3, calls=1)
+        return never_slower.excess({"ours": Sample(ours, calls=1), "eager": eager})
+
+    assert excess(9.0, 109e-6, 1e-6) == pytest.approx(-1e-6)
+    assert excess(9.0, 111e-6, 1e-6) == pytest.approx(1e-6)
+
+
+def test_eager_takes_part_whoever_is_asked_for() -> None:
+    row = tiny().measure(0.0, ["compiled"])
+    assert "holds" in row and "eager" in row["peers"]
+
+
+def test_without_eager_nothing_is_kept() -> None:
+    def broken(cell: Judged) -> Any:
+        raise MemoryError("no room")
+
+    cell = tiny()
+    row = dataclasses.replace(cell, against={**cell.against, "eager": broken}).measure(0.0)
+    assert row["holds"] is False and row["right"]
+    assert "no room" in row["peers"]["eager"]["refused"]
+
+
+def test_a_backend_can_be_forced() -> None:
+    cell = tiny(backend="reference")
+    assert cell.title != tiny().title
+    row = cell.measure(0.0)
+    assert row["peers"]["ours"]["note"] == "ran on reference"
+    assert row["axes"]["backend"] == "reference"
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "describe"),
+    [
+        (tiny("layer_norm"), lambda x, w, b: describe_layer_norm(x, w, b)),
+        (tiny("rms_norm", residual=True), lambda x, w, r: describe_rms_norm(x, w, None, r)),
+        (tiny("ffn", layout="conv1d"), lambda *inputs: describe_ffn(*inputs, layout="conv1d")),
+        (tiny("attention"), lambda q, k, v: describe_attention(q, k, v, causal=True)),
+        (tiny("attention", shape="2x5x6:3x8"), lambda q, k, v: describe_attention(q, k, v)),
+    ],
+    ids=lambda value: getattr(value, "title", ""),
+)
+def test_the_size_of_a_row_is_that_of_the_problem(cell: Judged, describe: Callable) -> None:
+    assert never_slower_table.elements(cell.row({})) == describe(*cell.inputs()).elements
+
+
+def measured(cell: Judged, holds: bool, backend: str = "triton", right: bool = True) -> Row:
+    row = cell.row({"ours": {"note": f"ran on {backend}"}, "eager": {}})
+    return {**row, "right": right, "holds": holds}
+
+
+def results(*rows: Row, subject: str = "never_slower", date: str = "2026-11-26") -> Results:
+    from environment import environment
+
+    return {
+        "schema": schema.SCHEMA,
+        "subject": subject,
+        "device": "cuda",
+        "preset": "full",
+        "command": [],
+        "environment": {
+            **environment("cpu"),
+            "device": "NVIDIA H200",
+            "date": f"{date}T10:00:00+00:00",
+        },
+        "method": {},
+        "rows": list(rows),
+        "skipped": [],
+        "seconds": 1.0,
+    }
+
+
+def norm(rows: int, holds: bool, **facts: Any) -> Row:
+    return measured(tiny(shape=f"{rows}x10"), holds, **facts)
+
+
+@pytest.mark.parametrize(
+    ("held", "below", "above"),
+    [
+        ("01111", 20, None),
+        ("11110", 0, 40),
+        ("00111", 30, None),
+        ("01110", 20, 40),
+        ("10111", 30, None),
+        ("11011", 40, None),  # of equals the larger problems
+        ("00000", 0, 0),
+    ],
+)
+def test_what_is_left_to_torch(held: str, below: int, above: int | None) -> None:
+    """One character for 10, 20, ... elements, 1 where the rule holds."""
+    rows = [norm(n, x == "1") for n, x in enumerate(held, 1)]
+    key = slower.Key("rms_norm", "triton", "float32", None, "NVIDIA H200")
+    expected = slower.Slower("torch", "2026-11-26", below, above)
+    assert never_slower_table.table([results(*rows)]) == {key: expected}
+
+
+def test_nothing_follows_from_what_holds_is_wrong_or_is_no_kernels() -> None:
+    rows = [norm(1, True), norm(2, False, backend="torch"), norm(3, False, right=False)]
+    assert never_slower_table.table([results(*rows)]) == {}
+
+
+def test_one_miss_at_a_size_counts() -> None:
+    """Here of two files; the later date is the row's."""
+    a = results(norm(1, True), norm(2, True), date="2026-11-27")
+    b = results(norm(1, False))
+    (row,) = never_slower_table.table([a, b]).values()
+    assert row == slower.Slower("torch", "2026-11-27", 20, None)
+
+
+def test_gradients_are_told_apart_but_for_the_norms() -> None:
+    rows = [
+        measured(tiny(op, direction=direction), False)
+        for op in ("ffn", "layer_norm")
+        for direction in ("forward", "forward+backward")
+    ]
+    keys = never_slower_table.table([results(*rows)])
+    assert sorted((key.op, str(key.needs_grad)) for key in keys) == [
+        ("ffn", "False"), ("ffn", "True"), ("layer_norm", "None"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_a_printed_row_makes_the_slow_cell_be_declined(
+    op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tiny(op)
+    axis = "batch" if op == "attention" else "rows"
+    large = dataclasses.replace(small, **{axis: 64})
+    path = tmp_path / "results.json"
+    schema.write(path, results(measured(small, False), measured(large, True)))
+    assert never_slower.run(["--table", str(path)]) == 0
+    printed = capsys.readouterr().out
+    planted = eval("{" + printed + "}", {"Slower": slower.Slower})
+    assert len(planted) == 1
+
+    monkeypatch.setattr(slower, "TABLE", planted)
+    monkeypatch.setattr(slower, "devices", lambda device: ("NVIDIA H200", "sm_90"))
+    asked = []
+    module = types.ModuleType("kernels")
+    triton = backends.Backend("triton", lambda: module, slower=slower.declined)
+
+    def explain(function: Callable, *inputs: Any, **named: Any) -> Any:
+        _, describe, _ = backends._explainable[function]
+        inputs = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs)
+        problem = describe(*inputs, **named)  # on a CPU it declines anyway
+        asked.append(triton.declined(problem))
+        return types.SimpleNamespace(backend=None)
+
+    monkeypatch.setattr(never_slower, "explanation_of", explain)
+    for cell in (small, large):
+        cell.runs_on()
+    reason, nothing = asked
+    size = never_slower_table.elements(large.row({}))
+    assert reason == f"slower than torch below {size} elements (NVIDIA H200, 2026-11-26)"
+    assert nothing is None
+
+
+def test_results_of_something_else_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    schema.write(path, results(subject="ffn"))
+    assert never_slower.run(["--table", str(path)]) == 2
+    assert "is of ffn, not of never_slower" in capsys.readouterr().err
+    assert never_slower.run(["--table", str(tmp_path / "none.json")]) == 2
+
+
+# --- the script ---------------------------------------------------------------------------------
+
+
+def test_the_script(tmp_path: Path) -> None:
+    """From anywhere, in processes of its own: its exit code is what its file comes to."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "never_slower.py"), "--device", "cpu"]
+    path = tmp_path / "cells.json"
+    options = "--op rms_norm --shape 2x8 3x8 --dtype float32 --direction forward --residual no"
+    command += [*options.split(), "--seconds", "0.01", "--threads", "1", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    data = schema.read(path)
+    assert len(data["rows"]) == 2
+    assert done.returncode == (0 if all(row["holds"] for row in data["rows"]) else 1), done.stderr
+    worst = min(data["rows"], key=lambda row: row["peers"]["eager"]["times_ours"]["median"])
+    assert f"({worst['title']})" in done.stdout
+    assert never_slower.run(["--table", str(path)]) == 0

@@ -1,0 +1,749 @@
+"""The report: what it refuses, what it says of results, what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import report
+import report_compare
+import report_files
+import report_plots
+import report_rows
+import report_tables
+import schema
+from checkout import ROOT
+from schema import Entry, Results, Row
+
+ROUNDS = 9
+README = "# Title\r\n\n<!-- benchmarks:begin {0} -->\nold\n<!-- benchmarks:end {0} -->\nend"
+
+
+# --- results that fit the schema ----------------------------------------------------------------
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    p20, median, p80 = numpy.percentile(values, [20, 50, 80]).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def entry(samples: list[float], ours: list[float] | None = None, **facts: Any) -> Entry:
+    """A timed peer; `ours` are our samples, if it is not ours."""
+    of = spread(samples)
+    timed = {f"{name}_us": value for name, value in of.items()}
+    made: Any = {"samples": samples, "rounds": len(samples), "calls": 3, "right": True, **timed}
+    if ours is not None:
+        made["times_ours"] = spread([a / b for a, b in zip(samples, ours)])
+    return made | facts
+
+
+def samples(median: float, noise: float = 0.01, seed: int = 0) -> list[float]:
+    draw = random.Random(seed)
+    return [median * (1 + noise * draw.uniform(-1, 1)) for _ in range(ROUNDS)]
+
+
+def row(op: str, peers: dict[str, Entry], axes: dict[str, Any], **facts: Any) -> Row:
+    said = {"direction": "forward", "dtype": "bfloat16", "right": True} | facts
+    title = f"{op} {said['direction']} {' '.join(f'{n}={v}' for n, v in axes.items())}"
+    made: Any = {"title": title, "op": op, "axes": axes, "peers": peers} | said
+    return made
+
+
+def attention_row(seqlen: int, head_dim: int, direction: str, seed: int) -> Row:
+    """Like the scripts': a batch that keeps the tokens constant, a ceiling, a peer that refuses."""
+    ours = samples(3.0 * seqlen, seed=seed)
+    flops = 4.0 * 16384 * seqlen * 2048
+    peers = {
+        "ours": entry(ours, share=0.7, mfu=0.55, peak_bytes=seqlen << 12, saved_bytes=1 << 20),
+        "sdpa": entry(samples(3.9 * seqlen, seed=seed + 1), ours, peak_bytes=seqlen << 12),
+        "eager": entry(samples(15.0 * seqlen, seed=seed + 2), ours, peak_bytes=seqlen**2 << 3),
+        "gemms": entry(samples(2.1 * seqlen, seed=seed + 3), ours, ceiling=True, share=1.0),
+    }
+    for each in peers.values():
+        each["tflops"] = flops / each["median_us"] / 1e6
+    if seqlen > 2048:
+        peers["eager"] = {"refused": f"the score matrix would take {seqlen // 1024} GiB"}
+    axes = {"batch": 16384 // seqlen, "seqlen": seqlen, "head_dim": head_dim, "causal": True}
+    return row("attention", peers, axes, direction=direction, bound="gemms")
+
+
+def attention_rows() -> list[Row]:
+    return [
+        attention_row(seqlen, head_dim, direction, 100 * number)
+        for number, (direction, head_dim, seqlen) in enumerate(
+            (direction, head_dim, seqlen)
+            for direction in ("forward", "backward")
+            for head_dim in (64, 128)
+            for seqlen in (512, 1024, 2048, 4096)
+        )
+    ]
+
+
+def overhead_rows() -> list[Row]:
+    """Two cells of one promise, the second of which is missed."""
+    rows = []
+    for number, (above, holds) in enumerate(((3.1, True), (6.25, False))):
+        ours = samples(20.0, seed=number)
+        aten = entry(samples(20.0 - above, seed=number + 9), ours, above_us=spread([above] * 3))
+        target = {"target": "5 us above ATen", "holds": holds, "dtype": "float32"}
+        rows.append(row("call", {"ours": entry(ours), "ATen": aten}, {"n": number}, **target))
+    return rows
+
+
+def gpt_rows() -> list[Row]:
+    ours = samples(9e5, seed=3)
+    peers = {
+        "ours": entry(ours, tokens_per_second=71.1, decode_step_us=spread([14000.0] * 3)),
+        "transformers": entry(
+            samples(1.8e6), ours, tokens_per_second=35.5, decode_step_us=spread([29000.0] * 3)
+        ),
+    }
+    model = {"model": {"n_layer": 12, "n_embd": 768}, "prompts": 1}
+    return [row("gpt", peers, model, direction="generation", dtype="float32")]
+
+
+def results(subject: str, rows: list[Row], kind: str = "cpu", /, **facts: Any) -> Results:
+    """A file's data; `facts` of the environment, or of the file where it has them."""
+    cuda: Any = None
+    if kind == "cuda":
+        cuda = {
+            "toolkit": "13.0", "cudnn": 91900, "capability": "9.0", "multiprocessors": 132,
+            "memory_bytes": 80 << 30, "l2_bytes": 50 << 20, "busy": [],
+            "sdpa_order": ["flash", "cudnn", "math"], "nvidia_smi": {"driver_version": "580.1"},
+        }  # fmt: skip
+    environment: Any = {
+        "device": "NVIDIA H100" if kind == "cuda" else "AMD EPYC",
+        "date": "2026-12-01T10:00:00+00:00",
+        "commit": "0123456789abcdef",
+        "modified": False,
+        "python": "3.11.7",
+        "system": "Linux",
+        "packages": {"torch": "2.13.0", "triton": None},
+        "processors": 8,
+        "threads": 2,
+        "affinity": [0, 1],
+        "load": 0.25,
+        "cuda": cuda,
+    }
+    data: Any = {
+        "schema": schema.SCHEMA,
+        "subject": subject,
+        "device": kind,
+        "preset": "full",
+        "command": [f"benchmarks/{subject}.py", "--preset", "full"],
+        "environment": environment,
+        "method": {"clock": "timeit", "order": "by turns"},
+        "rows": rows,
+        "skipped": [],
+        "seconds": 61.0,
+    }
+    for name, value in facts.items():
+        (environment if name in environment else data)[name] = value
+    return data
+
+
+def put(folder: Path, *all_results: Results) -> list[Path]:
+    paths = []
+    for number, data in enumerate(all_results):
+        paths.append(folder / f"{data['subject']}-{data['preset']}-{number}.json")
+        schema.write(paths[-1], data)
+    return paths
+
+
+class Place:
+    """A README, a page, a folder of figures and results: one run of the report on them."""
+
+    def __init__(self, folder: Path, readme: str = "nothing\n") -> None:
+        self.results, self.readme = folder / "results", folder / "README.md"
+        self.performance, self.figures = folder / "docs" / "performance.md", folder / "docs" / "f"
+        self.readme.write_bytes(readme.encode())
+
+    def put(self, *all_results: Results) -> None:
+        put(self.results, *all_results)
+
+    def report(self, *options: str | Path) -> int:
+        arguments = [str(x) for x in options or (self.results,)]
+        arguments += ["--readme", str(self.readme), "--performance", str(self.performance)]
+        return report.main([*arguments, "--figures", str(self.figures)])
+
+    @property
+    def page(self) -> str:
+        return self.performance.read_text()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a report."""
+    monkeypatch.setattr(report_plots, "draw", lambda *_: None)
+
+
+def run_of(data: Results) -> report_files.Run:
+    return report_files.Run(Path("file.json"), data)
+
+
+# --- what it refuses ----------------------------------------------------------------------------
+
+
+def refusal(place: Place, capsys: pytest.CaptureFixture[str], *options: str | Path) -> str:
+    assert place.report(*options) == 2
+    assert not place.performance.exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "facts", "said"),
+    [
+        ("cpu", {"device": ""}, "results.environment.device is empty"),
+        ("cpu", {"date": " "}, "results.environment.date is empty"),
+        ("cpu", {"commit": ""}, "results.environment.commit is empty"),
+        ("cpu", {"packages": {"torch": None}}, "results.environment.packages['torch'] is missing"),
+        ("cpu", {"packages": {}}, "results.environment.packages['torch'] is missing"),
+        ("cuda", {"cuda": None}, "results.environment.cuda is missing"),
+        ("cpu", {"rows": 2 * gpt_rows()}, "results.rows[1].title is there twice"),
+    ],
+)
+def test_a_place_that_is_not_told_is_refused(
+    place: Place, capsys: pytest.CaptureFixture[str], device: str, facts: dict[str, Any], said: str
+) -> None:
+    data = results("gpt", gpt_rows(), device)
+    data["environment"].update({n: x for n, x in facts.items() if n in data["environment"]})
+    data["rows"] = facts.get("rows", data["rows"])
+    place.put(data)
+    message = refusal(place, capsys)
+    assert said in message and "gpt-full-0.json" in message
+
+
+def test_what_does_not_fit_the_schema_is_refused(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data: Any = results("gpt", gpt_rows())
+    data["rows"][0]["peers"]["ours"]["median_us"] = "fast"
+    schema.write_json(place.results / "bad.json", data)
+    message = refusal(place, capsys)
+    assert "bad.json" in message and "results.rows[0].peers['ours'].median_us" in message
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[]"])
+def test_what_cannot_be_read_is_refused(
+    place: Place, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    if content is not None:
+        (place.readme.parent / "x.json").write_bytes(content)
+    assert "x.json" in refusal(place, capsys, place.readme.parent / "x.json")
+
+
+def test_a_folder_without_results_is_refused(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.results.mkdir()
+    assert str(place.results) in refusal(place, capsys)
+
+
+def test_two_commits_of_one_subject_device_and_preset_are_refused(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.put(results("gpt", gpt_rows()), results("gpt", gpt_rows(), commit="fedcba9876543210"))
+    message = refusal(place, capsys)
+    for said in ("0123456789ab", "fedcba987654", "gpt-full-0.json", "gpt-full-1.json"):
+        assert said in message
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_another_device_preset_or_date_may_stand_beside(place: Place) -> None:
+    place.put(
+        results("gpt", gpt_rows()),
+        results("gpt", gpt_rows(), date="2026-12-02T10:00:00+00:00"),
+        results("gpt", gpt_rows(), preset="quick", commit="1111"),
+        results("gpt", gpt_rows(), "cuda", commit="2222"),
+    )
+    assert place.report() == 0
+    assert len(re.findall("^### gpt, preset", place.page, re.M)) == 4
+
+
+# --- the README ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["gpt", "summary"])
+def test_only_what_is_marked_is_replaced_and_only_once(tmp_path: Path, name: str) -> None:
+    place = Place(tmp_path, README.format(name))
+    place.put(results("gpt", gpt_rows()), results("attention", attention_rows(), "cuda"))
+    assert place.report() == 0
+    once, page = place.readme.read_bytes().decode(), place.page
+    before, _, after = README.format(name).partition("old\n")
+    assert once.startswith(before) and once.endswith(after)
+    assert "\nold" not in once and "2.01x" in once and "transformers" in once
+    assert ("NVIDIA H100" in once) == (name == "summary")
+    assert place.report() == 0
+    assert (place.readme.read_bytes().decode(), place.page) == (once, page)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n<!-- benchmarks:begin gtp -->\n<!-- benchmarks:end gtp -->", ":2: "),
+        ("<!-- benchmarks:begin gpt -->", "benchmarks:begin gpt is not closed"),
+        ("<!-- benchmarks:end gpt -->", "closes nothing"),
+        ("<!-- benchmarks:start gpt -->", "must say begin or end, and one of gpt, summary"),
+        ("<!-- benchmarks:begin gpt -->\n<!-- benchmarks:end summary -->", "begin gpt is not"),
+        ("<!-- benchmarks:begin gpt -->\n<!-- benchmarks:begin gpt -->", "begin gpt is not"),
+    ],
+)
+def test_wrong_markers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    place = Place(tmp_path, text)
+    place.put(results("gpt", gpt_rows()))
+    message = refusal(place, capsys)
+    assert said in message and "README.md" in message
+    assert place.readme.read_text() == text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_check_writes_nothing_and_tells_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(tmp_path, README.format("gpt"))
+    place.put(results("gpt", gpt_rows()))
+    assert place.report(place.results, "--check") == 1
+    said = capsys.readouterr().out
+    assert str(place.readme) in said and str(place.performance) in said
+    assert "old" in place.readme.read_text() and not place.performance.exists()
+    assert place.report() == 0
+    assert place.report(place.results, "--check") == 0
+    place.performance.write_text(place.page + "by hand\n")
+    capsys.readouterr()
+    assert place.report(place.results, "--check") == 1
+    said = capsys.readouterr().out
+    assert str(place.performance) in said and str(place.readme) not in said
+
+
+# --- docs/performance.md ------------------------------------------------------------------------
+
+
+def line_with(text: str, *parts: str) -> str:
+    """The one table line that has all the parts."""
+    found = [x for x in text.splitlines() if x.startswith("|") and all(y in x for y in parts)]
+    assert len(found) == 1, (parts, found)
+    return found[0]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_where_what_and_how(place: Place) -> None:
+    peak: Any = {"tflops": 989.0, "of": "bfloat16, dense", "flops": "causal halved"}
+    place.put(
+        results("gpt", gpt_rows(), method={"clock": "timeit", "tokens": "greedy"}),
+        results("attention", attention_rows(), "cuda", peak=peak, modified=True),
+    )
+    assert place.report() == 0
+    page = place.page
+    assert "Measured on: NVIDIA H100 (GPU), AMD EPYC (CPU)." in page
+    assert report.NO_GPU not in page
+    assert page.index("## NVIDIA H100") < page.index("## AMD EPYC")
+    gpu = line_with(page, "attention, preset `full`", "580.1", "91900", "flash, cudnn, math")
+    assert "2026-12-01T10:00:00+00:00" in gpu and "torch 2.13.0" in gpu and "triton" not in gpu
+    assert len(re.findall(r"`0123456789ab` \(modified checkout\)", page)) == 2
+    line_with(page, "gpt, preset `full`", "`0123456789ab` |", "2 on 2 processors", "0.2")
+    assert "python benchmarks/attention.py --preset full" in page
+    assert "MFU is of 989 TFLOP/s (bfloat16, dense); FLOPs: causal halved." in page
+    assert page.count("clock: timeit") == 1 and page.count("tokens: greedy") == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_a_gpu_the_page_says_so(place: Place) -> None:
+    place.put(results("gpt", gpt_rows()))
+    assert place.report() == 0
+    assert f"Measured on: AMD EPYC (CPU). {report.NO_GPU}\n" in place.page
+
+
+def test_a_cell_has_time_rate_share_and_ratios() -> None:
+    rows = [x for x in attention_rows() if x["direction"] == "forward"]
+    text = report_tables.group_tables(rows, {"gemms"})
+    assert "All with causal=yes." in text
+    cell = line_with(text, "| 8 | 2048 | 64 |", "% of gemms")
+    assert re.fullmatch(
+        r"\| 8 \| 2048 \| 64 \| 6\.\d\d ms \| \d\d\.\d \| 55\.0% \| 70% of gemms "
+        r"\| 1\.\d\dx \(1\.\d\d-1\.\d\d\) \| \d\.\d\dx \(\d\.\d\d-\d\.\d\d\) \|",
+        cell,
+    )
+    assert line_with(text, "| 4 | 4096 | 64 |", "% of gemms", "| - (a) |")
+    assert "- (a) the score matrix would take 4 GiB" in text
+    assert line_with(text, "| sdpa | 8 | 1.3", "| 8 / 0 / 0 |")
+    assert line_with(text, "| 8 | 2048 | 64 | 8.00 MiB + 1.00 MiB | 8.00 MiB (1.00x) | 32.0 MiB")
+    assert "gemms (ceiling)" not in text
+
+
+def test_reasons_are_footnotes_and_equal_ones_share_a_letter() -> None:
+    ours = samples(10.0)
+    rows = [
+        row("norm", {"ours": entry(ours), "a": {"refused": "no | GPU\n<here>"}}, {"n": 1}),
+        row("norm", {"ours": entry(ours), "a": {"refused": "no | GPU\n<here>"}}, {"n": 2}),
+        row("norm", {"ours": {"error": "RuntimeError: broke"}}, {"n": 3}, right=False),
+        row("norm", {}, {"n": 4}, error="stuck", right=False),
+        row("norm", {"ours": entry(ours, right=False)}, {"n": 5}, right=False),
+        row("norm", {"ours": entry(ours), "a": entry(ours, ours, note="one kernel")}, {"n": 6}),
+    ]
+    text = report_tables.group_tables(rows, set())
+    notes = ["(a) no | GPU &lt;here>", "(b) RuntimeError: broke", "(c) stuck", "(d) one kernel"]
+    assert re.findall("^- (.*)", text, re.M) == notes
+    assert text.count("- (a) |") == 2
+    assert line_with(text, "| 3 | failed (b) |") and line_with(text, "| 4 | failed (c) |")
+    assert re.search(r"\| 5 \| \S+ us wrong \|", text)
+    assert line_with(text, "| 6 |", "1.00x tie (1.00-1.00) (d) |")
+    assert report_rows.tally(rows) == "6 cells, 2 failed, 1 wrong"
+
+
+def test_who_takes_no_part_has_no_column() -> None:
+    ours = samples(10.0)
+    reasons = ("not installed", "not installed", "no backward")
+    rows = [
+        row("norm", {"ours": entry(ours), "a": entry(ours, ours), "b": {"refused": x}}, {"n": n})
+        for n, x in enumerate(reasons)
+    ]
+    text = report_tables.group_tables(rows, set())
+    assert "| n | ours | a |" in text
+    assert "- b took no part: not installed; no backward" in text
+
+
+def test_letters_go_on_after_z() -> None:
+    notes = report_rows.Notes()
+    marks = [notes.mark(str(number)) for number in range(54)]
+    assert [marks[i] for i in (0, 25, 26, 51, 52)] == ["(a)", "(z)", "(aa)", "(az)", "(ba)"]
+
+
+def test_means_leave_out_what_is_wrong() -> None:
+    ours = [10.0] * ROUNDS
+    peers = [
+        {"ours": entry(ours), "a": entry([20.0] * ROUNDS, ours)},
+        {"ours": entry(ours), "a": entry([5.0] * ROUNDS, ours)},
+        {"ours": entry(ours), "a": entry([1.0] * ROUNDS, ours, right=False)},
+        {"ours": entry(ours, right=False), "a": entry([1.0] * ROUNDS, ours)},
+        {"ours": entry(ours), "a": {"refused": "cannot"}},
+    ]
+    rows = [row("norm", of, {"n": number}) for number, of in enumerate(peers)]
+    text = report_tables.group_tables(rows, set())
+    assert line_with(text, "| a | 2 of 4 | 1.00x | 1 / 0 / 1 | 0.50x n=1 |")
+    assert line_with(text, "0.10x slower (0.10-0.10) wrong")
+
+
+def test_targets_name_the_worst_cell() -> None:
+    rows = overhead_rows()
+    assert line_with(report_tables.targets_table(rows), "| 5 us above ATen | 1 of 2 |").endswith(
+        "| call forward n=1: missed, ours +6.2 us against ATen |"
+    )
+    assert line_with(report_tables.group_tables(rows, set()), "ours +6.2 us | missed |")
+    rows.append(row("call", {}, {"n": 2}, error="broke", target="5 us above ATen", right=False))
+    assert "| 1 of 3 | call forward n=2: not judged |" in report_tables.targets_table(rows)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_not_measured_is_listed(place: Place) -> None:
+    skipped = [{"title": "attention seqlen=65536", "why": "out of time"}]
+    rows = [*gpt_rows(), row("gpt", {}, {"n": 1}, error="stuck for 90 s", right=False)]
+    place.put(results("gpt", rows, skipped=skipped))
+    assert place.report() == 0
+    assert "2 cells, 1 failed, 1 skipped" in place.page
+    assert "- attention seqlen=65536: out of time" in place.page
+    assert "stuck for 90 s" in place.page
+
+
+def test_generation_has_tokens_and_steps() -> None:
+    text = report_tables.group_tables(gpt_rows(), set())
+    cell = line_with(text, "n_layer=12 n_embd=768")
+    assert "| 71.1 | 14.0 ms |" in cell and ", step 29.0 ms |" in cell
+    table = report_tables.subject_table([run_of(results("gpt", gpt_rows()))])
+    assert line_with(table, "| gpt generation float32 | 1 cell | 71.1 tokens/s | 2.01x (2.01x) |")
+
+
+def test_the_table_of_a_subject_has_ranges_means_and_targets() -> None:
+    runs = [run_of(results("all", [*attention_rows(), *overhead_rows()]))]
+    text = report_tables.subject_table(runs)
+    assert re.search(
+        r"\| attention forward bfloat16 \| 8 cells \| \d\d\.\d to \d\d\.\d TFLOP/s \| 70% of gemms "
+        r"\| 1\.\d\dx \(1\.\d\dx\) \| \d\.\d\dx \(\d\.\d\dx\) \|  \|  \|",
+        text,
+    )
+    assert line_with(text, "| call forward float32 | 2 cells |", "| 1 of 2 |")
+
+
+def test_rows_of_equal_axes_are_told_apart_by_their_titles() -> None:
+    rows = [row("call", {"ours": entry(samples(1.0))}, {"n": 1}, title=x) for x in ("one", "two")]
+    text = report_tables.group_tables(rows, set())
+    assert line_with(text, "| one |") and line_with(text, "| two |")
+
+
+def test_memory_alone_needs_no_times() -> None:
+    peers: Any = {"ours": {"peak_bytes": 1 << 20}, "a": {"peak_bytes": 3 << 20}}
+    rows = [row("attention", peers, {"n": 1})]
+    rows.append(row("attention", {**peers, "a": {"refused": "cannot"}}, {"n": 2}))
+    text = report_tables.group_tables(rows, set())
+    assert line_with(text, "| 1 | 1.00 MiB | 3.00 MiB (3.00x) |")
+    assert line_with(text, "| 2 | 1.00 MiB | - (a) |")
+    assert len(re.findall("^[|] ---", text, re.M)) == 1
+    table = report_tables.subject_table([run_of(results("memory", rows))])
+    assert line_with(table, "| attention forward bfloat16 | 2 cells | 1.00 MiB |")
+
+
+@pytest.mark.parametrize(
+    ("median", "p20", "p80", "said"),
+    [
+        (1.32, 1.30, 1.34, "1.32x (1.30-1.34)"),
+        (1.32, 0.99, 1.50, "1.32x tie (0.99-1.50)"),
+        (1.32, 1.00, 1.50, "1.32x tie (1.00-1.50)"),
+        (0.80, 0.70, 1.01, "0.80x tie (0.70-1.01)"),
+        (1.015, 1.01, 1.02, "1.01x tie (1.01-1.02)"),
+        (0.985, 0.98, 0.99, "0.98x tie (0.98-0.99)"),
+        (1.03, 1.02, 1.04, "1.03x (1.02-1.04)"),
+        (0.80, 0.79, 0.81, "0.80x slower (0.79-0.81)"),
+        (0.004, 0.003, 0.005, "0.00400x slower (0.00-0.01)"),
+    ],
+)
+def test_ties(median: float, p20: float, p80: float, said: str) -> None:
+    assert report_rows.spread({"median": median, "p20": p20, "p80": p80}) == said
+
+
+@pytest.mark.parametrize(
+    ("us", "said"),
+    [(0.0, "0 us"), (0.1234, "0.123 us"), (12.34, "12.3 us"), (1234.5, "1.23 ms"), (7e7, "70.0 s")],
+)
+def test_durations(us: float, said: str) -> None:
+    assert report_rows.duration(us) == said
+
+
+# --- plots --------------------------------------------------------------------------------------
+
+
+def test_plots_are_drawn_embedded_and_deterministic(place: Place) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [x for x in attention_rows() if x["direction"] == "forward"]
+    rows[1]["peers"]["sdpa"]["right"] = False
+    place.put(results("attention", rows, "cuda"), results("gpt", gpt_rows()))
+    assert place.report() == 0
+    drawn = {path.name: path.read_bytes() for path in place.figures.iterdir()}
+    start = "nvidia-h100-attention-full-attention-forward-bfloat16"
+    kinds = ("speed", "share-of-the-ceiling", "peak-memory")
+    assert set(drawn) == {f"{start}-{kind}.png" for kind in kinds}
+    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+    assert set(re.findall(r"!\[.*\]\(f/(.*)\)", place.page)) == set(drawn)
+    assert place.report() == 0
+    assert {path.name: path.read_bytes() for path in place.figures.iterdir()} == drawn
+
+
+def test_a_plot_has_a_panel_for_each_sweep() -> None:
+    run = run_of(results("attention", attention_rows(), "cuda"))
+    plots = report_plots.plan([run])
+    assert len(plots) == len({plot.file for plot in plots}) == 6
+    for plot in plots:
+        assert [panel.title for panel in plot.panels] == ["head_dim=64", "head_dim=128"]
+        assert "NVIDIA H100" in plot.title and "bfloat16" in plot.title
+        assert "causal=yes batch*seqlen=16384" in plot.title
+        for panel in plot.panels:
+            assert [r["axes"]["seqlen"] for r in panel.rows] == [512, 1024, 2048, 4096]
+
+
+def test_sweeps_of_one_batch_and_lengths_too_few() -> None:
+    rows = [attention_row(seqlen, 64, "forward", seqlen) for seqlen in (512, 1024, 2048)]
+    for each in rows:
+        each["axes"]["batch"] = 1
+    (panel,) = report_plots.plan([run_of(results("attention", rows))])[0].panels
+    assert len(panel.rows) == 3
+    assert report_plots.plan([run_of(results("attention", rows[:2]))]) == []
+    assert report_plots.plan([run_of(results("gpt", gpt_rows()))]) == []
+
+
+def test_two_runs_of_one_name_have_files_of_their_own() -> None:
+    data = results("attention", attention_rows())
+    plots = report_plots.plan([run_of(data), run_of(data)])
+    assert len({plot.file for plot in plots}) == len(plots) == 12
+
+
+def test_a_peer_has_one_style_and_no_other_has_it() -> None:
+    runs = [run_of(results("a", attention_rows())), run_of(results("b", overhead_rows()))]
+    styles = report_plots.styles(runs)
+    assert set(styles) == {"ours", "sdpa", "eager", "gemms", "ATen"}
+    assert len(set(styles.values())) == len(styles)
+    assert styles["gemms"].label == "gemms (ceiling)"
+
+
+def test_a_rate_is_drawn_with_its_spread() -> None:
+    of = attention_row(512, 64, "forward", 0)
+    x, value, low, high = report_plots._point(of, "ours", report_plots.SPEEDS[0])
+    ours = of["peers"]["ours"]
+    assert (x, value) == (512, ours["tflops"])
+    assert low == pytest.approx(value * ours["median_us"] / ours["p80_us"])
+    assert high == pytest.approx(value * ours["median_us"] / ours["p20_us"])
+
+
+def test_without_matplotlib_the_page_says_why_there_are_no_plots(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    place.put(results("attention", attention_rows()))
+    assert place.report() == 0
+    assert "No plots were made: matplotlib is not installed" in place.page
+    assert "no plots: matplotlib is not installed" in capsys.readouterr().out
+    assert "![" not in place.page and not place.figures.exists()
+
+
+# --- comparing two runs -------------------------------------------------------------------------
+
+
+def norm_row(ours: list[float], copy_of: list[float] | None = None, **facts: Any) -> Row:
+    peers = {"ours": entry(ours)}
+    if copy_of is not None:
+        peers["copy"] = entry(copy_of, ours, ceiling=True)
+        facts["bound"] = "copy"
+    return row("norm", peers, {"n": 1}, **facts)
+
+
+def verdict(a: Row, b: Row) -> str:
+    return report_compare.change_of(a, b).verdict
+
+
+@pytest.mark.parametrize(
+    ("factor", "noise", "said"),
+    [
+        (1.5, 0.01, report_compare.REGRESSION),
+        (1.5, 0.9, report_compare.NOISE),
+        (1.04, 0.001, report_compare.NOISE),
+        (1.07, 0.001, report_compare.REGRESSION),
+        (1.0, 0.01, report_compare.NOISE),
+        (0.5, 0.01, report_compare.IMPROVEMENT),
+        (0.97, 0.001, report_compare.NOISE),
+    ],
+)
+def test_a_regression_is_outside_the_noise(factor: float, noise: float, said: str) -> None:
+    a, b = samples(10.0, noise, seed=1), samples(10.0 * factor, noise, seed=2)
+    assert verdict(norm_row(a), norm_row(b)) == said
+
+
+def test_drift_of_the_machine_is_divided_out() -> None:
+    drift = [1.0 + 0.2 * number for number in range(ROUNDS)]
+    steady = norm_row(samples(10.0, seed=1), samples(8.0, seed=2))
+    drifting = [
+        norm_row(
+            [a * b for a, b in zip(samples(factor * 10.0, seed=3), drift)],
+            [a * b for a, b in zip(samples(8.0, seed=4), drift)],
+        )
+        for factor in (1.0, 1.2)
+    ]
+    assert verdict(steady, drifting[0]) == report_compare.NOISE
+    assert verdict(steady, drifting[1]) == report_compare.REGRESSION
+    change = report_compare.change_of(steady, drifting[1])
+    assert change.before.endswith(" of copy") and float(change.ratio) == pytest.approx(
+        1.2, abs=0.03
+    )
+    del drifting[0]["peers"]["copy"]  # ours alone has slowed down by 1.8
+    change = report_compare.change_of(steady, drifting[0])
+    assert change.verdict == report_compare.REGRESSION and change.before.endswith(" us")
+
+
+def test_other_rounds_of_the_ceiling_are_not_its_turns() -> None:
+    a = norm_row(samples(10.0), samples(8.0))
+    b = norm_row(samples(10.0), [80.0] * (ROUNDS - 1))
+    assert verdict(a, b) == report_compare.NOISE
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (True, False, "REGRESSION: right before"),
+        (False, True, "right now"),
+        (False, False, "right in neither"),
+    ],
+)
+def test_wrong_results_are_not_compared_for_speed(before: bool, after: bool, said: str) -> None:
+    a, b = (norm_row(samples(10.0), right=right) for right in (before, after))
+    assert verdict(a, b) == said
+
+
+def test_a_row_without_samples_is_not_judged() -> None:
+    a, b = norm_row(samples(10.0)), norm_row(samples(10.0))
+    del b["peers"]["ours"]["samples"]
+    assert verdict(a, b) == "not timed in both"
+
+
+def test_compare_prints_and_exits_by_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results("norm", [norm_row(samples(10.0)), *gpt_rows()])
+    slower = results("norm", [norm_row(samples(20.0))], threads=1, modified=True)
+    slower["skipped"] = [{"title": gpt_rows()[0]["title"], "why": "out of time"}]
+    faster = results("norm", [norm_row(samples(5.0)), *gpt_rows()])
+    a, b, c = map(str, put(tmp_path, before, slower, faster))
+    assert report.main(["--compare", a, b]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"norm forward n=1 +\S+ us +\S+ us +2\.000 +REGRESSION", said)
+    assert "threads differs: 2 -> 1" in said and "(modified checkout)" in said
+    assert f"only in A: {gpt_rows()[0]['title']} (B skipped it: out of time)" in said
+    assert "1 rows in both, 1 REGRESSION, 0 improvement, 0 within the noise" in said
+    assert report.main(["--compare", a, c]) == 0
+    assert (
+        "2 rows in both, 0 REGRESSION, 1 improvement, 1 within the noise" in capsys.readouterr().out
+    )
+
+
+def test_folders_are_compared_file_by_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = results("norm", [norm_row(samples(10.0))])
+    put(tmp_path / "a", a, results("gpt", gpt_rows()))
+    put(tmp_path / "b", copy.deepcopy(a))
+    assert report.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "norm, preset `full`, AMD EPYC" in said
+    assert f"only in A: {tmp_path / 'a' / 'gpt-full-1.json'}" in said
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"device": "another"}, "results.environment.device is 'AMD EPYC' and 'another'"),
+        ({"subject": "gpt"}, "results.subject is 'norm' and 'gpt'"),
+        ({"preset": "quick"}, "results.preset is 'full' and 'quick'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], facts: dict[str, Any], said: str
+) -> None:
+    rows = [norm_row(samples(10.0))]
+    a, b = put(tmp_path, results("norm", rows), results("norm", rows, **facts))
+    assert report.main(["--compare", str(a), str(b)]) == 2
+    assert said in capsys.readouterr().err
+    assert report.main(["--compare", str(a), str(tmp_path)]) == 2
+    assert "two files or two folders" in capsys.readouterr().err
+
+
+def test_compare_takes_no_other_files(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["x.json", "--compare", "a", "b"])
+    assert stopped.value.code == 2
+
+
+# --- the script ---------------------------------------------------------------------------------
+
+
+def test_it_runs_alone_and_loads_no_torch(tmp_path: Path) -> None:
+    (path,) = put(tmp_path, results("gpt", gpt_rows()))
+    (tmp_path / "README.md").write_text("nothing")
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import report\n"
+        f"code = report.main([{str(path)!r}, '--readme', 'README.md', '--performance', 'p.md'])\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+    assert (tmp_path / "p.md").exists()

@@ -1,0 +1,119 @@
+"""How many compiled kernels typical calls take, on sm_90.
+
+Run as a program, in a process in which Triton compiles, it prints the numbers. The calls are those
+of tests/ops/attention/test_specialisation.py, which explains how Triton is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+ARCHITECTURE = 90
+
+Numbers = dict[str, dict[str, int]]
+
+# Of one kind: a cache of them is read in several parts, and batches of them fill a GPU.
+TEN_LENGTHS = (1024, 512, 577, 640, 1000, 1001, 1536, 2048, 3333, 4096)
+
+
+def report() -> Numbers:
+    """What the program prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [str(TESTS.parent), str(TESTS), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    import torch
+    from compile.offline import key_of
+    from ops.attention import test_specialisation as attention
+
+    from fastattn.ops.common import launch
+    from fastattn.ops.ffn import triton as ffn
+    from fastattn.ops.layer_norm import triton as layer_norm
+
+    keys: set[str] = set()
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        if 0 not in grid:
+            keys.add(key_of(kernel, ARCHITECTURE, args, constants))
+
+    launch.launch = record
+    launch.architecture = lambda device: ARCHITECTURE
+    launch.multiprocessors = lambda device: 132
+
+    def kernels_of(calls: Iterable[Callable[[], Any]]) -> int:
+        keys.clear()
+        for call in calls:
+            call()
+        return len(keys)
+
+    batch, hidden, dtype = 8, 768, torch.bfloat16
+    weights = torch.empty(2, 4 * hidden, hidden, dtype=dtype, device="meta")
+    w1, w2, biases = weights[0], weights[1].view(hidden, -1), weights[1].view(-1)
+
+    def norm(length: int, center: bool) -> None:
+        x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
+        bias = biases[:hidden] if center else None
+        out, stream, statistics = layer_norm.forward(
+            x, x, biases[:hidden], bias, 1e-5, center, dtype
+        )
+        layer_norm.backward(
+            out, stream, stream, biases[:hidden], statistics, center, dtype, dtype,
+            dtype if center else None, True,
+        )  # fmt: skip
+
+    def feed_forward(length: int) -> None:
+        x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
+        b1, b2 = biases[: 4 * hidden], biases[:hidden]
+        out, pre = ffn.forward(x, w1, b1, w2, b2, "gelu_tanh", "linear", True)
+        ffn.backward(out, x, w1, b1, w2, b2, pre, (True,) * 5, "gelu_tanh", "linear")
+
+    def self_attention(length: int) -> None:
+        attention.dense("causal", (batch, length, length), "meta")
+
+    by_length: dict[str, Callable[[int], Any]] = {
+        "attention, training": self_attention,
+        "attention, training, one query": lambda n: attention.dense(
+            "causal", (batch, 1, n), "meta"
+        ),
+        "attention_with_kv_cache, pages, rotary": lambda n: attention.cache(
+            (batch, 1, n), "meta", paged=True, rotary=True
+        ),
+        "layer_norm, training": lambda n: norm(n, center=True),
+        "rms_norm, training": lambda n: norm(n, center=False),
+        "ffn, training": feed_forward,
+    }
+    counts: Numbers = {}
+    for name, call in by_length.items():
+        calls = [functools.partial(call, length) for length in TEN_LENGTHS]
+        counts[name] = {"one length": kernels_of(calls[:1]), "ten lengths": kernels_of(calls)}
+
+    # Every feature once, at a long query and at one query.
+    everything: dict[str, list[Callable[[], Any]]] = {}
+    for name, of_size in attention.CALLS.items():
+        op, _, feature = name.partition(", ")
+        sizes = (attention.PREFILL, attention.DECODE)
+        calls = [functools.partial(of_size, size, "meta") for size in sizes]
+        everything.setdefault(op, []).extend(calls)
+        counts.setdefault(f"{op}, by feature", {})[feature or "plain"] = kernels_of(calls)
+    for op, calls in everything.items():
+        counts[f"{op}, by feature"]["all together"] = kernels_of(calls)
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()
