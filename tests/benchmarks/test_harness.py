@@ -224,7 +224,6 @@ def test_peers_asked_for_are_beside_ours_and_the_ceiling() -> None:
 class Promising(AttentionCell):
     """Holds from the given attempt on."""
 
-    target = "a promise"
     rounds = 3
 
     def holds(self, samples: dict[str, Sample]) -> bool:
@@ -233,7 +232,8 @@ class Promising(AttentionCell):
 
 @pytest.mark.parametrize(("attempt", "holds"), [(1, True), (3, True), (5, False)])
 def test_a_target_that_is_missed_is_measured_again(attempt: int, holds: bool) -> None:
-    cell = Promising(**(vars(small({"ours": peers.attention_ours})) | {"head_dim": attempt}))
+    given = vars(small({"ours": peers.attention_ours}))
+    cell = Promising(**(given | {"head_dim": attempt, "target": "a promise"}))
     row = cell.measure(seconds=60.0)
     assert (row["target"], row["holds"]) == ("a promise", holds)
     assert row["peers"]["ours"]["rounds"] == 3 * min(attempt, harness.ATTEMPTS)

@@ -442,8 +442,19 @@ def hot(*names: str) -> Grid:
             yield {"call": name, **configuration}, call
 
 
+# Every row of the tile tables of attention, with one feature or none, and one row with all.
+ROWS = [
+    *((torch.bfloat16, 128, name) for name in ("causal", "bias", "everything")),
+    *((dtype, head_dim, "causal") for dtype, head_dim in (
+        (torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float16, 512), (torch.float32, 256),
+    )),
+    (torch.float32, 80, "tf32x3"),
+    (torch.float32, 512, "bias"),
+]  # fmt: skip
+
 GRIDS: dict[str, Callable[[], Grid]] = {
     "attention": attention,
+    "attention, rows": functools.partial(attention, ROWS),
     "ffn": ffn,
     "layer_norm": layer_norm,
     "hot": hot,

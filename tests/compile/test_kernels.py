@@ -38,7 +38,9 @@ def spills_allowed(op: str, kernel: dict[str, Any]) -> int:
 @pytest.mark.parametrize("op", PRODUCTS)
 @pytest.mark.parametrize("architecture", (80, 90, 100))
 def test_resources(op: str, architecture: int) -> None:
-    kernels = report(op, architecture)
+    # Each feature by itself is compiled for Hopper alone: attention takes minutes a chip.
+    short = op == "attention" and architecture != 90
+    kernels = report("attention, rows" if short else op, architecture)
     assert kernels
     over = []
     for kernel in kernels:

@@ -105,7 +105,9 @@ def test_strided_block_masks(what: str, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("length", "keys"), [(2**31, 20), (2**32 + 5, 20), (5 - 2**32, 0), (-3, 0)])
+@pytest.mark.parametrize(
+    ("length", "keys"), [(2**31, 20), (2**32 + 5, 20), (5 - 2**32, 0), (-3, 0)]
+)
 def test_lengths_past_32_bits(length: int, keys: int, backend: str, device: str) -> None:
     q, k, v = tensors(device, 20, 20, 20)
     lengths = torch.tensor([length], device=device)
