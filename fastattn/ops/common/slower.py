@@ -3,7 +3,7 @@
 `python benchmarks/never_slower.py --table FILE...` prints the rows, from results that it wrote on
 the device with `--backend triton`:
 
-    ("ffn", "triton", "bfloat16", False, "NVIDIA H200"): Slower("torch", "2026-11-26", below=65536),
+    ("ffn", "triton", "bfloat16", False, "NAME OF THE GPU"): Slower("torch", "DATE", below=SIZE),
 
 A row is of plain calls of an op, as the benchmark makes them: other calls have no size (`elements`
 of the op's problem is None) and no row. It is not asked where the user names the backend, nor by a
