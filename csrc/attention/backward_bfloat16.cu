@@ -1,0 +1,9 @@
+#include "attention/backward_launch.cuh"
+
+namespace fastattn {
+
+template void launch_backward<bfloat16_t>(const Call&, const Tensor&, const Tensor&, const Tensor&,
+                                    const Tensor&, const Tensor&, const OptionalTensor&,
+                                    const Tensor&, const Tensor&, Stream);
+
+}  // namespace fastattn

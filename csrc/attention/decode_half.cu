@@ -1,0 +1,8 @@
+// The kernels of decode.h for one dtype.
+#include "attention/decode_launch.cuh"
+
+namespace fastattn {
+
+template void decode_of<half_t>(const DecodeCall&);
+
+}  // namespace fastattn

@@ -1,0 +1,8 @@
+#include "attention/forward_launch.cuh"
+
+namespace fastattn {
+
+template void launch_forward<half_t>(const Call&, const Tensor&, const Tensor&,
+                                   const OptionalTensor&, Stream);
+
+}  // namespace fastattn

@@ -1,0 +1,8 @@
+#include "ffn/dispatch.cuh"
+
+namespace fastattn::ffn {
+
+template void launch_ordered<bfloat16_t, Pass::backward>(const ProductParams<bfloat16_t>&, Orders,
+                                                         bool, Stream);
+
+}  // namespace fastattn::ffn
