@@ -3,6 +3,9 @@ TORCH       ?= torch#    a pip requirement: TORCH=torch==2.13.0 names another bu
 PYTHON      ?= python3#  3.10 or later, to create $(VENV) with
 VENV        ?= .venv
 JOBS        ?= auto#     processes of pytest
+# What set-up compiles the CUDA extension for, "80+PTX;90a" or one's own GPU's; nothing unless given:
+# it takes nvcc and minutes, and the tests run the same kernels in an emulator.
+FASTATTN_CUDA_ARCHS ?=
 DEMO_ARGS   ?=
 PYTEST_ARGS ?=
 GPU_ARGS    ?=
@@ -10,16 +13,19 @@ GPU_ARGS    ?=
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV   := $(VENV)/.ready-dev
+ASKED := $(TORCH) $(FASTATTN_CUDA_ARCHS)
+CSRC  := $(filter-out csrc/emulator/%,$(wildcard csrc/* csrc/*/*))
 # pip works offline when all that it is asked for is there, and an isolated build never is.
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format gpu-check gpu-bench gpu-tune clean FORCE
+.PHONY: help demo test lint format wheel gpu-check gpu-sanitize gpu-bench gpu-tune clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS)"
+	@echo "TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS)" \
+	    "FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)'"
 
 demo: $(READY) ## set up, then train a small GPT, generate from it and swap fastattn into transformers
 	@echo "== fastattn demo $(DEMO_ARGS)"
@@ -38,13 +44,27 @@ lint: $(DEV) ## set up the linters too, then ruff, mypy and import-linter
 format: $(DEV) ## let ruff format and mend the code
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
+wheel: $(READY) ## the wheel in dist/, with the CUDA extension where nvcc is, tried in a fresh environment
+	@rm -rf build/lib* build/bdist* dist/fastattn-*
+	@echo "== building the wheel"
+	@$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps -v -w dist .
+	@echo "== trying it in a fresh environment"
+	@$(BIN)/python tests/house/fresh_install.py dist/fastattn-*.whl
+
 # The targets for a machine with an NVIDIA GPU install nothing and take no network: $(PYTHON) has torch.
+# gpu-check builds the CUDA extension into the checkout where nvcc is.
 ON_GPU = @test -n '$(OUT)' || { echo "$@ needs a folder for its results: make $@ OUT=folder"; exit 2; }; \
 	mkdir -p '$(OUT)'; echo "== $@ with $(PYTHON)"; \
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
-gpu-check: ## on an NVIDIA GPU: tests, then all benchmarks (quick), 9 minutes, results to OUT=folder
+gpu-check: ## on an NVIDIA GPU: build, tests, then all benchmarks (quick), 9 minutes, to OUT=folder
 	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' $(GPU_ARGS)
+
+gpu-sanitize: ## on an NVIDIA GPU: compute-sanitizer over the small cases of the CUDA kernels
+	@for tool in memcheck racecheck; do echo "== compute-sanitizer --tool $$tool"; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	        $(PYTHON) -m pytest -q -p no:cacheprovider tests/conformance tests/ops -k "digests or test_cuda" \
+	        || exit 1; done
 
 gpu-bench: ## the full benchmarks, 9 minutes of them; again goes on; GPU_ARGS="--subjects decode"
 	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' --preset full --tests $(GPU_ARGS)
@@ -53,15 +73,15 @@ gpu-tune: ## search the tile tables, 9 minutes, print the rows to change; GPU_AR
 	$(ON_GPU) -m fastattn tune --budget 500 --json '$(OUT)/tune.json' $(GPU_ARGS)
 
 clean: ## remove $(VENV), builds and caches
-	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf '$(VENV)' build dist fastattn/_C.*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find fastattn tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# Holds the value of TORCH; rewritten, and so newer than $(READY), only when the value changes.
+# Holds what was asked for; rewritten, and so newer than $(READY), only when that changes.
 $(VENV)/.torch: FORCE
 	@mkdir -p '$(VENV)'
-	@test "$$(cat $@ 2>/dev/null)" = '$(TORCH)' || echo '$(TORCH)' > $@
+	@test "$$(cat $@ 2>/dev/null)" = '$(ASKED)' || echo '$(ASKED)' > $@
 
-$(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) $(VENV)/.torch
+$(READY): pyproject.toml setup.py $(if $(FASTATTN_CUDA_ARCHS),$(CSRC)) $(VENV)/.torch
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
 	    f"fastattn needs Python 3.10 or later, $(PYTHON) is {sys.version.split()[0]}: name another by PYTHON=")'
 	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
@@ -69,12 +89,13 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) $(VENV)/.torch
 	@echo "== installing $(TORCH) (some minutes the first time)"
 	@$(PIP) 'setuptools>=77' '$(TORCH)'
 	@echo "== installing fastattn in place, with what its tests and its demo need"
-	@$(PIP) -e '.[test]'
+	@$(if $(FASTATTN_CUDA_ARCHS),,rm -f fastattn/_C.*.so)
+	@FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)' $(PIP) -e '.[test]'
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@$(BIN)/python -c 'from fastattn import extension; print("CUDA extension", extension.status())'
 	@touch $@
 
 $(DEV): $(READY)
 	@echo "== installing the linters"
-	@$(PIP) -e '.[dev]'
+	@FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)' $(PIP) -e '.[dev]'
 	@touch $@

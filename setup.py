@@ -5,21 +5,29 @@ once and runs with every torch from TORCH_FLOOR on. pip shows these lines with -
 
 FASTATTN_CUDA_ARCHS: what nvcc compiles for, "80+PTX;90a" unless given; empty builds no extension.
 CUDA_HOME:           the CUDA toolkit, before the nvcc on PATH and /usr/local/cuda.
+MAX_JOBS:            how many files are compiled at once, as many as there are cores unless given.
 """
 
 import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "cuda"  # objects are kept there, and compiled anew when something changed
+
+sys.path.append(str(ROOT / "csrc"))
+
+import incremental  # noqa: E402
+
 TORCH_FLOOR = (2, 10)
 DEFAULT_ARCHS = "80+PTX;90a"
 
@@ -86,41 +94,86 @@ def gencode_flags(archs):
     return flags
 
 
-def nvcc_command(sources, output, archs, nvcc, torch_folder):
+def torch_version_flag():
     major, minor = TORCH_FLOOR
+    return f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+
+
+def compile_command(archs, nvcc, torch_folder):
+    """What incremental.py adds a source and an output to."""
     return [
-        nvcc,
-        *("-shared", "-O3", "-std=c++17", "--threads", os.environ.get("MAX_JOBS", "0")),
-        *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
-        *("-DUSE_CUDA", f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"),
-        *("-I", "csrc", "-isystem", str(torch_folder / "include")),
-        *gencode_flags(archs),
-        *sources,
-        *("-o", output, "-L", str(torch_folder / "lib")),
-        *("-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"),
+        *(nvcc, "-x", "cu", "-std=c++17", "-O3", *gencode_flags(archs)),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"),
+        *("-DUSE_CUDA", torch_version_flag(), "-I", "csrc", "-isystem", f"{torch_folder}/include"),
+        *(f'-DFASTATTN_ARCHS="{archs}"', "-DFASTATTN_TOOLKIT=CUDART_VERSION"),
     ]
 
 
+def link_command(nvcc, torch_folder):
+    """The CUDA runtime is linked statically, as nvcc does of itself, and its symbols are hidden."""
+    return [
+        *(nvcc, "-shared", "-L", f"{torch_folder}/lib"),
+        *("-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"),
+        *("-Xlinker", "--exclude-libs=ALL", "-Xlinker", "-z", "-Xlinker", "defs"),
+    ]
+
+
+def manylinux(library):
+    """The oldest manylinux whose systems have the symbols that a library wants.
+
+    By the versions in its string table, as auditwheel does. 2_28 is that of torch's own wheels;
+    those of libstdc++ came with the glibc of these releases (auditwheel's manylinux-policy.json).
+    """
+    of_cxx = {24: 28, 28: 31, 29: 34, 30: 35, 33: 39}
+    glibc = [28]
+    for name, release in re.findall(rb"(?<=\0)(GLIBC_2|GLIBCXX_3\.4)\.(\d+)", library):
+        if name == b"GLIBC_2":
+            glibc.append(int(release))
+        else:
+            glibc.append(next(g for cxx, g in of_cxx.items() if int(release) <= cxx))
+    return f"manylinux_2_{max(glibc)}"
+
+
 class BuildExtension(build_ext):
-    """One nvcc command, and no failure of it fails the install."""
+    """nvcc, once a source, and no failure of it fails the install."""
 
     def run(self):
         try:
             super().run()
-        except (OSError, subprocess.CalledProcessError) as error:
-            failed = isinstance(error, subprocess.CalledProcessError)
-            skipped(f"nvcc exited with {error.returncode}, see above" if failed else error)
+        except (OSError, incremental.BuildError) as error:
+            text, *output = str(error).splitlines()
+            print("\n".join(output), flush=True)
+            skipped(text)
             self.extensions = self.distribution.ext_modules = []
             # The wheel's tag was chosen when there was an extension to come.
             self.distribution.get_command_obj("bdist_wheel").root_is_pure = True
 
     def build_extension(self, ext):
+        archs = os.environ.get("FASTATTN_CUDA_ARCHS", DEFAULT_ARCHS).replace(" ", "")
+        jobs = int(os.environ.get("MAX_JOBS") or incremental.cores())
+        nvcc, (torch_folder, _) = find_nvcc(), find_torch()
+        compiler = compile_command(archs, nvcc, torch_folder)
+        say(f"building the extension for {archs}, {jobs} processes: " + " ".join(compiler))
+        began = time.monotonic()
+        objects = incremental.compile_all(
+            compiler, ext.sources, ROOT, BUILD, jobs, say, version=str(os.stat(nvcc).st_mtime_ns)
+        )
+        library = BUILD / "_C.so"
+        incremental.link(link_command(nvcc, torch_folder), objects, ROOT, library)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("FASTATTN_CUDA_ARCHS", DEFAULT_ARCHS)
-        command = nvcc_command(ext.sources, str(output), archs, find_nvcc(), find_torch()[0])
-        say("building the extension: " + " ".join(command))
-        subprocess.run(command, check=True)
+        shutil.copy(library, output)
+        say(f"built the extension for {archs} in {time.monotonic() - began:.0f} s: {output.name}")
+
+
+class TaggedWheel(bdist_wheel):
+    """Says of a wheel with the extension which systems it runs on."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        for library in Path(self.bdist_dir).glob("fastattn/_C.*"):
+            platform = platform.replace("linux", manylinux(library.read_bytes()), 1)
+        return python, abi, platform
 
 
 def main():
@@ -133,7 +186,7 @@ def main():
         return
     setup(
         ext_modules=[Extension("fastattn._C", sources, py_limited_api=True)],
-        cmdclass={"build_ext": BuildExtension},
+        cmdclass={"build_ext": BuildExtension, "bdist_wheel": TaggedWheel},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

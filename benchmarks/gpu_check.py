@@ -1,10 +1,12 @@
 """Test and time fastattn on an NVIDIA GPU: one command, at most nine minutes, no network.
 
-First the tests of the ops, modules, models and swaps on the GPU, then every subject of the
-benchmarks with one preset. Everything goes to OUT: `<subject>-<preset>.json` has a subject's rows
-(schema.py), written after each one, and `gpu_check.json` the tests and what it all comes to. The
-same command again goes on where the last one stopped; with `--preset full --tests` (no folder of
-tests), which is `make gpu-bench`, that is how hours of rows are measured in parts.
+First the CUDA extension is built for this GPU, where nvcc is. Then come the conformance programs,
+which hold the emulator of its kernels to the GPU, the tests of the ops, modules, models and swaps,
+and every subject of the benchmarks with one preset. Everything goes to OUT:
+`<subject>-<preset>.json` has a subject's rows (schema.py), written after each one, and
+`gpu_check.json` the tests and what it all comes to. The same command again goes on where the last
+one stopped; with `--preset full --tests` (no folder of tests), which is `make gpu-bench`, that is
+how hours of rows are measured in parts.
 
 Exit code: 0 all that ran is right, 1 something failed, is wrong or missed its target, 2 it could
 not begin, 3 nothing failed but something was left out for lack of time: run it again.
@@ -33,7 +35,9 @@ from environment import environment
 from schema import SchemaError, read, write_json
 from supervise import child_environment, stop
 
-ROOMS = ("tests/ops", "tests/nn", "tests/models", "tests/integrations")
+from fastattn import extension
+
+ROOMS = ("tests/conformance", "tests/ops", "tests/nn", "tests/models", "tests/integrations")
 REHEARSAL = ("tests/benchmarks/test_timing.py",)
 MINUTES = 8.5  # with the start of Python and the last row less than nine
 TESTS_SHARE = 0.3  # of the time, at most
@@ -54,6 +58,8 @@ SUBJECTS = {
     "overhead": 15,
 }
 
+BUILD_SECONDS = 150.0
+
 VERBOSE_LINE = re.compile(
     r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>[A-Z]+) (?P<test>\S+::.+?)"
     r"|(?P<serial>\S+::.+?) (?P<last>[A-Z]+)(?: \(.*\))? +\[ *\d+%\])\s*$"
@@ -71,6 +77,34 @@ class Report:
 
     def save(self) -> None:
         write_json(self.path, self.data)
+
+
+# --- the extension --------------------------------------------------------------------------------
+
+
+def build_extension(out: Path, seconds: float) -> dict[str, Any]:
+    """Build it for this GPU, into the checkout; only what has changed is compiled."""
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    log = out / "extension.log"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    start = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=child_environment() | {"FASTATTN_CUDA_ARCHS": arch},
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = wait_or_stop(process, seconds)
+        finally:
+            stop(process)
+    importlib.invalidate_caches()
+    extension.find.cache_clear()
+    return {
+        "exit_code": code,
+        "seconds": round(time.monotonic() - start, 1),
+        "status": extension.status(),
+    }
 
 
 # --- tests --------------------------------------------------------------------------------------
@@ -221,6 +255,9 @@ def outcome(file: Path) -> dict[str, Any]:
 def verdict(data: dict[str, Any]) -> dict[str, Any]:
     """What failed, what is wrong and what was left out, over all tests and rows."""
     failed, skipped = [], []
+    built = data.get("extension")
+    if built is not None and built["exit_code"] != 0:
+        failed.append(f"the CUDA extension did not build: {built['status']}")
     for room, result in data["tests"].items():
         if "skipped" in result:
             skipped.append(f"{room}: {result['skipped']}")
@@ -293,6 +330,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     data["tests"] = before(path, data)
     report = Report(path, data)
+    if device == "cuda" and rooms:
+        print("== the CUDA extension", flush=True)
+        data["extension"] = build_extension(out, min(BUILD_SECONDS, end - time.monotonic()))
+        print(f"   {data['extension']['status']}", flush=True)
+        report.save()
     # Tests first, though never more than their share while there is something to time.
     share = TESTS_SHARE if arguments.subjects else 1.0
     check_tests(report, rooms, out, start + share * (end - start), workers)

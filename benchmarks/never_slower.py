@@ -13,6 +13,11 @@ of attention, where seqlen_q:seqlen_k and heads:kv_heads may differ.
 
 prints the rows of fastattn/ops/common/slower.py, by which the automatic choice leaves to torch what
 is slower on that device. (`--backend`: else what an older table declines would not be measured.)
+With `--backend cuda`, Triton takes part as a peer, and
+
+    python benchmarks/never_slower.py --faster F
+
+prints the rows of fastattn/ops/common/faster.py, by which the automatic choice takes `cuda`.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from attention import AttentionCell
 from ffn import FeedForwardCell
 from harness import BOTH, FORWARD, OURS, Cell
 from layer_norm import NormCell
-from never_slower_table import RAN_ON, print_table
+from never_slower_table import NEXT, RAN_ON, faster, print_table, table
 from peers import Outputs, Peer
 from schema import Row
 from script import Axis, Grid, Subject, boolean, main
@@ -41,7 +46,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastattn
-from fastattn.backends import explanation_of, use_backend
+from fastattn.backends import NAMES, explanation_of, use_backend
 
 FACTOR, ALLOWANCE = 1.05, 5e-6
 RULE = "t <= 1.05 t_eager + 5 us"
@@ -175,7 +180,7 @@ AXES: Mapping[str, Axis] = {
     "layout": Axis("of ffn's weights", kind=str, choices=("linear", "conv1d")),
     "direction": Axis("what is timed", kind=str, choices=(FORWARD, BOTH)),
     "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
-    "backend": Axis("that ours runs on", kind=str, choices=(AUTO, "triton", "torch", "reference")),
+    "backend": Axis("that ours runs on", kind=str, choices=(AUTO, *NAMES)),
     "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),
 }
 
@@ -218,6 +223,8 @@ def make(
             kind = ResidualRMSNorm
             ours, eager = residual_rms_norm_ours, residual_rms_norm_eager
     against = {OURS: forced(ours, backend), EAGER: eager}
+    if backend == "cuda":
+        against[NEXT] = forced(ours, NEXT)
     if compile:
         against["compiled"] = lambda cell: peers.compiled(eager(cell))
     return kind(
@@ -338,11 +345,16 @@ SUBJECT = Subject("never_slower", __doc__, AXES, PRESETS, make, seconds={"cpu": 
 
 
 def run(argv: Sequence[str]) -> int:
-    """`--table FILE...`, or what every script does."""
+    """`--table FILE...`, `--faster FILE...`, or what every script does."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--table", nargs="+", type=Path)
+    parser.add_argument("--faster", nargs="+", type=Path)
     arguments, rest = parser.parse_known_args(argv)
-    return print_table(SUBJECT.name, arguments.table) if arguments.table else main(SUBJECT, rest)
+    if arguments.table:
+        return print_table(SUBJECT.name, arguments.table, table)
+    if arguments.faster:
+        return print_table(SUBJECT.name, arguments.faster, faster)
+    return main(SUBJECT, rest)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
-"""From results of never_slower.py to the rows of fastattn/ops/common/slower.py."""
+"""From results of never_slower.py to the rows of fastattn/ops/common/slower.py and faster.py."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import checkout  # noqa: F401
 import schema
 from harness import FORWARD, OURS
+from report_rows import outcome
 from schema import Results, Row
 
+from fastattn.ops.common.faster import Faster
 from fastattn.ops.common.slower import Key, Slower
 
 RAN_ON = "ran on "  # and the backend: the note of ours
+NEXT = "triton"  # the peer of ours on `cuda`: what would run in its place
 KERNELS = ("cuda", "triton")
 NORMS = ("layer_norm", "rms_norm")
 
 
-def print_table(subject: str, paths: Sequence[Path]) -> int:
-    """Print the rows that follow from some files of `subject`; the exit code."""
+def print_table(
+    subject: str, paths: Sequence[Path], make: Callable[[Iterable[Results]], Mapping[Key, Any]]
+) -> int:
+    """Print the rows that `make` finds in some files of `subject`; the exit code."""
     try:
         files = [schema.read(path) for path in paths]
         for path, results in zip(paths, files):
@@ -28,7 +34,7 @@ def print_table(subject: str, paths: Sequence[Path]) -> int:
     except (OSError, schema.SchemaError) as failure:
         print(f"{subject}: {failure}", file=sys.stderr)
         return 2
-    rows = table(files)
+    rows = make(files)
     for key in sorted(rows, key=str):
         print(line(key, rows[key]))
     ran = sum(key_of(row, "") is not None for results in files for row in results["rows"])
@@ -41,26 +47,51 @@ def table(files: Iterable[Results]) -> dict[Key, Slower]:
 
     The sizes between two that were measured go where the slower one of them goes.
     """
-    held: dict[Key, dict[int, bool]] = {}
-    dates: dict[Key, str] = {}
+    found = {}
+    for key, (date, sizes) in judged(files, lambda row: row["holds"]).items():
+        if not all(sizes.values()):
+            below, above = limits(sizes) or (0, 0)
+            found[key] = Slower("torch", date, below, above)
+    return found
+
+
+def faster(files: Iterable[Results]) -> dict[Key, Faster]:
+    """Where `cuda` is faster than `triton` in the same run: the longest series of such sizes."""
+
+    def is_faster(row: Row) -> bool | None:
+        other = row["peers"].get(NEXT, {})
+        return outcome(other["times_ours"]) == "faster" if "times_ours" in other else None
+
+    found = {}
+    for key, (date, sizes) in judged(files, is_faster).items():
+        if key.backend == "cuda" and (between := limits(sizes)) is not None:
+            found[key] = Faster(NEXT, date, *between)
+    return found
+
+
+def judged(
+    files: Iterable[Results], good: Callable[[Row], bool | None]
+) -> dict[Key, tuple[str, dict[int, bool]]]:
+    """The last date of a key, and whether all its cells of a size are good; None is no answer."""
+    found: dict[Key, tuple[str, dict[int, bool]]] = {}
     for results in files:
         environment = results["environment"]
         for row in results["rows"]:
             key = key_of(row, environment["device"])
-            if key is not None:
-                sizes, size = held.setdefault(key, {}), elements(row)
-                sizes[size] = row["holds"] and sizes.get(size, True)
-                dates[key] = max(environment["date"][:10], dates.get(key, ""))
-    found = {}
-    for key, sizes in held.items():
-        if all(sizes.values()):
-            continue
-        good = longest([size if sizes[size] else None for size in sorted(sizes)])
-        first, last = (good[0], good[-1]) if good else (0, 0)
-        below = first if first > min(sizes) else 0
-        above = last if last < max(sizes) else None
-        found[key] = Slower("torch", dates[key], below, above)
+            if key is not None and (verdict := good(row)) is not None:
+                date, sizes = found.get(key, ("", {}))
+                size = elements(row)
+                sizes[size] = verdict and sizes.get(size, True)
+                found[key] = max(environment["date"][:10], date), sizes
     return found
+
+
+def limits(sizes: Mapping[int, bool]) -> tuple[int, int | None] | None:
+    """The first and the last of the longest series of good sizes, open where nothing is beyond."""
+    good = longest([size if sizes[size] else None for size in sorted(sizes)])
+    if not good:
+        return None
+    return good[0] if good[0] > min(sizes) else 0, good[-1] if good[-1] < max(sizes) else None
 
 
 def key_of(row: Row, device: str) -> Key | None:
@@ -93,9 +124,10 @@ def longest(values: Iterable[int | None]) -> list[int]:
     return max(reversed(series), key=len)
 
 
-def line(key: Key, slower: Slower) -> str:
-    """A row as the table has it."""
-    limits = f", below={slower.below}" if slower.below else ""
-    limits += f", above={slower.above}" if slower.above is not None else ""
+def line(key: Key, row: Slower | Faster) -> str:
+    """A row as its table has it."""
+    values, defaults = row._asdict(), row._field_defaults
+    given = [name for name in defaults if values[name] != defaults[name]]
+    limits = "".join(f", {name}={values[name]}" for name in given)
     parts = ", ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in key)
-    return f'    ({parts}): Slower("{slower.than}", "{slower.date}"{limits}),'
+    return f'    ({parts}): {type(row).__name__}("{row.than}", "{row.date}"{limits}),'

@@ -11,7 +11,8 @@ alone, never the values of a tensor:
 
 A backend named by 1-3 either runs the call or raises `UnsupportedError` with the reason; it is
 never replaced in silence. Under 4 a backend may also *decline* a problem that it could run (the
-Triton interpreter on a CPU, or a kernel that was measured to be slower than the next backend).
+Triton interpreter on a CPU, a kernel that was measured to be slower than the next backend, or a
+CUDA C++ kernel that was not measured to be faster).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
+
+from fastattn import extension
 
 NAMES = ("cuda", "triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
@@ -53,8 +56,8 @@ class Backend:
 
     `load` returns the module with the op's entry points; the kernels' modules are imported in it,
     at the first use, so that `import fastattn` costs neither Triton nor a compiled extension.
-    `slower(name, problem)` is the reason why it was measured to be slower than the next one
-    (ops/common/slower.py), or None.
+    `slower(name, problem)` is the reason why the next one is preferred, by what was measured
+    (ops/common/slower.py, faster.py), or None.
     """
 
     name: str
@@ -67,13 +70,26 @@ class Backend:
 
     def unsupported(self, problem: Any) -> str | None:
         """The reason why this backend cannot run `problem`, or None if it can."""
-        missing = triton_unavailable(problem.device) if self.name == "triton" else None
-        return missing or self.module.unsupported(problem)
+        return self._unavailable(problem) or self.module.unsupported(problem)
+
+    def unsupported_backward(self, problem: Any) -> str | None:
+        """The same of the backward, which a module may answer for on its own."""
+        if (missing := self._unavailable(problem)) is not None:
+            return missing
+        module = self.module
+        return getattr(module, "unsupported_backward", module.unsupported)(problem)
+
+    def _unavailable(self, problem: Any) -> str | None:
+        if self.name == "cuda":
+            return extension.unavailable(problem.device)
+        return triton_unavailable(problem.device) if self.name == "triton" else None
 
     def declined(self, problem: Problem) -> str | None:
         """The reason why the automatic choice passes this backend over although it could run."""
         if self.name == "triton" and problem.device.type == "cpu":
             return "Triton's interpreter is for tests: name backend='triton' to use it"
+        if self.name == "cuda" and problem.device.type == "cpu":
+            return "the CUDA kernels' emulator is for tests: name backend='cuda' to use it"
         declines = getattr(self.module, "declined", None)
         reason: str | None = None if declines is None else declines(problem)
         if reason is None and self.slower is not None:
@@ -197,11 +213,28 @@ def select(op: str, backends: tuple[Backend, ...], problem: Any, argument: str |
                 f"{source}: the {name} backend cannot run {op} on {problem.describe()}: {reason}. "
                 f"Leave the backend open, or see fastattn.explain(fastattn.{op}, ...)."
             )
-    raise UnsupportedError(f"{source}: {op} has no {name} backend{_to_come(name)}")
+    raise UnsupportedError(f"{source}: {op} has no {name} backend")
 
 
-def _to_come(name: str) -> str:
-    return " in this version" if name == "cuda" else ""
+def select_backward(
+    op: str, kernels: tuple[Backend, ...], problem: Any, forward: str, forced: bool
+) -> ModuleType:
+    """The module that runs the backward of a call whose forward ran on the kernel `forward`.
+
+    It is the same backend if that is able to, as it must be if the user named it (`forced`); else
+    the first able one. What is named around the call of `backward` is about other calls.
+
+    Raises:
+        UnsupportedError: none can.
+    """
+    reasons = {}
+    for kernel in sorted(kernels, key=lambda kernel: kernel.name != forward):
+        if kernel.name == forward or not forced:
+            if (reason := kernel.unsupported_backward(problem)) is None:
+                return kernel.module
+            reasons[kernel.name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UnsupportedError(f"no kernel for the backward of {op} on {problem.describe()}: {told}")
 
 
 @dataclass(frozen=True)
@@ -240,7 +273,7 @@ def _explain(
     chosen: str | None = None
     for name in NAMES:
         if name not in present:
-            reasons[name] = f"not in this op{_to_come(name)}"
+            reasons[name] = "not in this op"
             continue
         reason = present[name].unsupported(problem)
         if reason is None and choice is not None and choice[0] != name:
@@ -275,7 +308,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         >>> fastattn.explain(fastattn.attention, q, q, q, causal=True).backend
         attention on q (1, 8, 2, 16), k (1, 8, 2, 16), float32 on cpu, causal
         runs on: torch (first capable)
-          cuda       not in this op in this version
+          cuda       the CUDA kernels run on NVIDIA GPUs, not on a CPU
           triton     Triton compiles for GPUs; on a CPU it needs TRITON_INTERPRET=1, for tests
           torch      runs
           reference  could, but torch comes first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -22,6 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Any:
+    """The kernels of the `cuda` backend: a GPU's, or those of the emulator, with its knobs."""
+    from emulator.knobs import Emulator
+
+    return Emulator()
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,9 @@ from fastattn import nn
 from fastattn.models import folder, generation
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
-
-IGNORED = -100  # a target that counts for nothing
+from fastattn.models.loss import IGNORED, LARGE, cross_entropy
+from fastattn.nn.plain import is_plain
+from fastattn.ops.common import modes
 
 
 class GPT(torch.nn.Module):
@@ -141,20 +142,40 @@ class GPT(torch.nn.Module):
                 f"logits_to_keep must be from 0 to the {input_ids.shape[1]} positions of "
                 f"input_ids, got {logits_to_keep}"
             )
-        hidden = self.features(input_ids, cache)
+        embed = self.wte if targets is None else self._embed_beside_the_head
+        hidden = self._features(input_ids, embed(input_ids), cache)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         if targets is None:
             return logits
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED
-        )
-        return logits, loss
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten().long())
 
     def features(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads: (B, T) token ids, which are not checked -> (B, T, C).
 
         Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``.
         """
+        return self._features(input_ids, self.wte(input_ids), cache)
+
+    def _embed_beside_the_head(self, input_ids: Tensor) -> Tensor:
+        """``wte(input_ids)``, where the loss is sure to go through the head too.
+
+        If both share a weight, the head's gradient of it comes first, and is dense. On a CPU the
+        embedding's follows as a sparse one, which autograd adds to it in place, to the rows in
+        question; as a dense one it would take two more tensors of the weight's size.
+        """
+        if (
+            self.lm_head.weight is self.wte.weight
+            and self.wte.weight.numel() >= LARGE
+            and input_ids.is_cpu
+            and is_plain(self.wte, torch.nn.Embedding)
+            and is_plain(self.lm_head, nn.Linear)
+            and not torch.compiler.is_compiling()
+            and not modes.transformed()
+        ):
+            return F.embedding(input_ids, self.wte.weight, sparse=True)
+        return self.wte(input_ids)
+
+    def _features(self, input_ids: Tensor, embedded: Tensor, cache: KVCache | None) -> Tensor:
         seqlen = input_ids.shape[1]
         before = 0 if cache is None else cache.longest
         if before + seqlen > self.config.n_positions:
@@ -166,7 +187,7 @@ class GPT(torch.nn.Module):
             positions = torch.arange(seqlen, device=input_ids.device)
         else:
             positions = cache.begin(seqlen)
-        branch = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+        branch = self.dropout(embedded + self.wpe(positions))  # (B, T, C)
 
         # The blocks leave the last addition to the next norm: x is branch + residual.
         residual = None

@@ -177,6 +177,15 @@ def test_exit_code(tests: dict, subject: dict, code: int) -> None:
     assert gpu_check.verdict(data)["exit_code"] == code
 
 
+def test_an_extension_that_does_not_build_fails() -> None:
+    built = {"exit_code": 1, "seconds": 1.0, "status": "not built"}
+    data = {"extension": built, "tests": {"tests/ops": TESTED}, "subjects": {"ffn": TIMED}}
+    assert gpu_check.verdict(data) == {
+        "exit_code": 1, "failed": ["the CUDA extension did not build: not built"], "skipped": [],
+    }  # fmt: skip
+    assert gpu_check.verdict({**data, "extension": {**built, "exit_code": 0}})["exit_code"] == 0
+
+
 def test_every_subject_fits_the_time() -> None:
     """On a GPU the tests' share and the subjects' limits are less than nine minutes."""
     seconds = gpu_check.TESTS_SHARE * gpu_check.MINUTES * 60 + sum(gpu_check.SUBJECTS.values())

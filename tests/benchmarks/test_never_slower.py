@@ -26,7 +26,7 @@ from timing import Sample
 
 from fastattn import backends
 from fastattn.ops.attention.problem import describe as describe_attention
-from fastattn.ops.common import slower
+from fastattn.ops.common import faster, slower
 from fastattn.ops.ffn.problem import describe as describe_ffn
 from fastattn.ops.layer_norm.problem import describe_layer_norm, describe_rms_norm
 
@@ -295,6 +295,47 @@ def test_a_printed_row_makes_the_slow_cell_be_declined(
     size = never_slower_table.elements(large.row({}))
     assert reason == f"slower than torch below {size} elements (NVIDIA H200, 2026-11-26)"
     assert nothing is None
+
+
+def against_triton(rows: int, ratio: float, backend: str = "cuda", **facts: Any) -> Row:
+    """`ratio`: Triton's time over ours."""
+    row = norm(rows, True, backend=backend, **facts)
+    spread = {"median": ratio, "p20": ratio, "p80": ratio}
+    return {**row, "peers": {**row["peers"], "triton": {"times_ours": spread}}}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "limits"),
+    [
+        ((1.5, 1.5, 1.5), {}),
+        ((0.5, 1.5, 1.5), {"above": 20}),
+        ((1.5, 1.5, 1.0), {"below": 20}),  # a tie is not faster
+        ((0.5, 1.5, 0.5), {"above": 20, "below": 20}),
+        ((0.5, 1.0, 0.5), None),
+    ],
+)
+def test_where_cuda_is_faster(
+    ratios: tuple[float, ...], limits: dict[str, int] | None, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One ratio for 10, 20 and 30 elements."""
+    path = tmp_path / "results.json"
+    schema.write(path, results(*(against_triton(n, x) for n, x in enumerate(ratios, 1))))
+    assert never_slower.run(["--faster", str(path)]) == 0
+    planted = eval("{" + capsys.readouterr().out + "}", {"Faster": faster.Faster})
+    key = faster.Key("rms_norm", "cuda", "float32", None, "NVIDIA H200")
+    expected = {} if limits is None else {key: faster.Faster("triton", "2026-11-26", **limits)}
+    assert planted == expected
+
+
+def test_what_ran_on_another_backend_or_is_wrong_is_no_reason_for_cuda() -> None:
+    rows = [against_triton(1, 2.0, "triton"), against_triton(2, 2.0, right=False), norm(3, True)]
+    assert never_slower_table.faster([results(*rows)]) == {}
+
+
+def test_triton_takes_part_against_cuda() -> None:
+    assert "triton" in tiny(backend="cuda").against
+    assert "triton" not in tiny().against
 
 
 def test_results_of_something_else_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import fastattn
 from fastattn import backends, extension
 from fastattn.cli import main
+from fastattn.extension import CannotLoad, Library
 
 
 def doctor(capsys: pytest.CaptureFixture[str]) -> str:
@@ -32,7 +34,32 @@ def test_versions_devices_and_settings(
     assert re.search(r"^  TRITON_INTERPRET +not set$", out, re.MULTILINE)
 
 
-def test_every_op_has_its_backend_and_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("built", "reason", "line"),
+    [
+        (False, None, "not built, this is a pure Python install: .*"),
+        (True, None, r"built for 80\+PTX;90a with CUDA 13.0, loaded"),
+        (True, "this torch is built without CUDA", "built for .*, not used: this torch .*"),
+        (CannotLoad("undefined symbol: x"), None, "built, cannot be loaded: undefined symbol: x"),
+    ],
+)
+def test_the_extension(
+    built: bool | CannotLoad, reason: str | None, line: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = Path("_C.abi3.so")
+    library = Library(path, "80+PTX;90a", (13, 0), "cuda") if built is True else built
+    monkeypatch.setattr(extension, "_emulator", None)
+    monkeypatch.setattr(extension, "find", lambda: path if built else None)
+    monkeypatch.setattr(extension, "_loaded", lambda path: library)
+    monkeypatch.setattr(extension, "_no_gpu", lambda: reason)
+    assert re.search(rf"^  extension  {line}$", doctor(capsys), re.MULTILINE)
+
+
+def test_every_op_has_its_backend_and_the_reasons(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "_emulator", None)
     out = doctor(capsys)
     for op in ("attention", "layer_norm", "rms_norm", "ffn"):
         entry = re.search(
@@ -45,6 +72,7 @@ def test_every_op_has_its_backend_and_the_reasons(capsys: pytest.CaptureFixture[
         reasons = {line.split()[0]: line for line in entry[2].splitlines()}
         assert set(reasons) == {"cuda", "triton", "reference"}
         assert reasons["reference"].endswith("could, but torch comes first")
+        assert reasons["cuda"].endswith("the CUDA kernels run on NVIDIA GPUs, not on a CPU")
 
 
 def test_it_agrees_with_explain(capsys: pytest.CaptureFixture[str]) -> None:

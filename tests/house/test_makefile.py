@@ -75,6 +75,41 @@ def test_another_torch_is_installed(tree: Tree) -> None:
     assert installs(tree.make("test"))[0].endswith(" torch")
 
 
+def test_other_architectures_are_installed(tree: Tree) -> None:
+    tree.make("test")
+    assert installs(tree.make("test", "FASTATTN_CUDA_ARCHS=80+PTX;90a"))
+    assert installs(tree.make("test", "FASTATTN_CUDA_ARCHS=80+PTX;90a")) == []
+    assert installs(tree.make("test"))
+
+
+def test_sources_of_the_extension_count_where_it_is_wanted(tree: Tree) -> None:
+    source = tree.folder / "csrc" / "ffn" / "ffn.cu"
+    source.parent.mkdir(parents=True)
+    for asked in ([], ["FASTATTN_CUDA_ARCHS=90a"]):
+        tree.make("test", *asked)
+        source.touch()
+        ready = (tree.folder / ".venv" / ".ready").stat().st_mtime
+        os.utime(source, (ready + 1, ready + 1))
+        assert bool(installs(tree.make("test", *asked))) == bool(asked)
+
+
+def test_without_the_extension_none_is_left_behind(tree: Tree) -> None:
+    old = tree.folder / "fastattn" / "_C.abi3.so"
+    old.parent.mkdir()
+    old.touch()
+    tree.make("test")
+    assert not old.exists()
+
+
+def test_a_wheel_is_built_and_tried(tree: Tree) -> None:
+    tree.make("test")
+    assert [call.split()[:3] for call in tree.make("wheel")] == [
+        ["-m", "pip", "--disable-pip-version-check"],
+        ["tests/house/fresh_install.py", "dist/fastattn-*.whl"],
+    ]
+    assert len(tree.make("wheel", fail="-m pip", code=2)) == 1
+
+
 def test_changed_metadata_is_installed(tree: Tree) -> None:
     tree.make("test")
     ready = (tree.folder / ".venv" / ".ready").stat().st_mtime

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +57,8 @@ def tree(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "fastattn", root / "fastattn", ignore=skip)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, root)
+    (root / "csrc").mkdir()
+    shutil.copy(ROOT / "csrc" / "incremental.py", root / "csrc")
     return root
 
 
@@ -65,10 +68,23 @@ def plant(root: Path, source: str = PLANTED) -> None:
     (root / "csrc" / "emulator" / "host.cpp").write_text("#error not part of the extension")
 
 
-def fake_nvcc(folder: Path, body: str) -> Path:
+# Stands for nvcc: notes what it compiles, and that it links; BAD names a source to fail at; the
+# "library" wants a glibc of 2.30.
+COMPILER = r"""#!/bin/sh
+while [ $# -gt 0 ]; do
+    case "$1" in -c) source=$2;; -o) output=$2;; esac
+    shift
+done
+echo "${source:-link}" >> "${LOG:-/dev/null}"
+if [ "$source" = "csrc/$BAD" ]; then echo "$source: broken" >&2; exit 3; fi
+printf 'library\0GLIBC_2.17\0GLIBC_2.30\0' > "$output"
+"""
+
+
+def fake_nvcc(folder: Path, body: str = COMPILER) -> Path:
     folder.mkdir()
     program = folder / "nvcc"
-    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.write_text(body if body.startswith("#!") else f"#!/bin/sh\n{body}\n")
     program.chmod(0o755)
     return folder
 
@@ -85,7 +101,7 @@ def build_wheel(root: Path, **environment: str) -> tuple[str, set[str], str]:
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    (wheel,) = (root / "dist").glob("*.whl")
+    wheel = max((root / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime_ns)
     return wheel.name, set(zipfile.ZipFile(wheel).namelist()), run.stdout
 
 
@@ -132,12 +148,17 @@ def test_architectures(setup_py: ModuleType) -> None:
 
 
 def test_command_asks_for_the_stable_abi(setup_py: ModuleType) -> None:
-    command = setup_py.nvcc_command(["a.cu"], "a.so", "90a", "nvcc", Path("site/torch"))
-    text = " ".join(command)
+    text = " ".join(setup_py.compile_command("80+PTX;90a", "nvcc", Path("site/torch")))
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in text  # torch 2.10
     assert "-DUSE_CUDA" in text
     assert "-isystem site/torch/include" in text
+    assert '-DFASTATTN_ARCHS="80+PTX;90a"' in text  # what the library says of itself
+    assert "code=sm_80 " in text and "code=compute_80 " in text and "code=sm_90a " in text
+    assert "emulator" not in text
+    text = " ".join(setup_py.link_command("nvcc", Path("site/torch")))
+    assert text.startswith("nvcc -shared -L site/torch/lib")
     assert "--no-as-needed -ltorch -ltorch_cpu" in text
+    assert "cudart" not in text  # nvcc's own choice, the static one
 
 
 def test_toolkit_named_by_the_user_comes_first(
@@ -173,21 +194,67 @@ def test_tree_as_it_is_gives_a_pure_wheel_with_its_data(tree: Path) -> None:
 
 
 def test_failing_compiler_gives_a_pure_wheel_and_a_line(tree: Path, tmp_path: Path) -> None:
+    """The file is named, and what the compiler said of it is shown."""
     plant(tree)
-    fake_nvcc(tmp_path / "bin", "echo 'library.cu: broken' >&2; exit 3")
-    name, files, printed = build_wheel(tree, CUDA_HOME=str(tmp_path))
+    (tree / "csrc" / "bad.cu").touch()
+    nvcc = fake_nvcc(tmp_path / "bin") / "nvcc"
+    name, files, printed = build_wheel(tree, CUDA_HOME=str(tmp_path), BAD="bad.cu")
     assert name.endswith("-py3-none-any.whl")
     assert not any(file.endswith(".so") for file in files)
-    assert "extension skipped, the package is pure Python: nvcc exited with 3" in printed
+    assert "\ncsrc/bad.cu: broken\n" in printed
+    assert "compiled csrc/library.cu" in printed
+    reason = f"csrc/bad.cu does not compile: {nvcc} exited with 3"
+    assert f"fastattn: extension skipped, the package is pure Python: {reason}" in printed
 
 
 def test_working_compiler_gives_one_wheel_for_every_python(tree: Path, tmp_path: Path) -> None:
     plant(tree)
-    write_the_output = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
-    fake_nvcc(tmp_path / "bin", write_the_output)
-    name, files, _ = build_wheel(tree, CUDA_HOME=str(tmp_path))
-    assert "-cp310-abi3-linux_" in name
+    fake_nvcc(tmp_path / "bin")
+    name, files, printed = build_wheel(tree, CUDA_HOME=str(tmp_path), FASTATTN_CUDA_ARCHS="80; 90a")
+    assert "-cp310-abi3-manylinux_2_30_" in name
     assert "fastattn/_C.abi3.so" in files
+    assert not any("emulator" in file or file.endswith((".o", ".py.o")) for file in files)
+    assert "building the extension for 80;90a" in printed
+    assert re.search(r"built the extension for 80;90a in \d+ s", printed)
+
+
+def test_second_build_compiles_what_changed(tree: Path, tmp_path: Path) -> None:
+    plant(tree)
+    (tree / "csrc" / "other.cpp").touch()
+    fake_nvcc(tmp_path / "bin")
+    log = tmp_path / "log"
+
+    def built(**environment: str) -> list[str]:
+        """What the compiler was called for."""
+        log.write_text("")
+        time.sleep(0.01)  # a source must be older than its compilation
+        build_wheel(tree, CUDA_HOME=str(tmp_path), LOG=str(log), **environment)
+        return sorted(log.read_text().split())
+
+    assert built() == ["csrc/library.cu", "csrc/other.cpp", "link"]
+    assert built() == []
+    (tree / "csrc" / "other.cpp").write_text("int changed;")
+    assert built(BAD="other.cpp") == ["csrc/other.cpp"]
+    assert built() == ["csrc/other.cpp", "link"]
+    assert built(FASTATTN_CUDA_ARCHS="90a") == ["csrc/library.cu", "csrc/other.cpp", "link"]
+
+
+@pytest.mark.parametrize(
+    ("symbols", "tag"),
+    [
+        (b"", "2_28"),  # torch itself runs on none older
+        (b"\0GLIBC_2.2.5\0GLIBC_2.17\0", "2_28"),
+        (b"\0GLIBC_2.34\0GLIBC_2.9\0", "2_34"),
+        (b"\0GLIBCXX_3.4\0GLIBCXX_3.4.9\0GLIBCXX_3.4.26\0", "2_31"),
+        (b"\0GLIBC_2.34\0GLIBCXX_3.4.30\0", "2_35"),
+        (b"\0GLIBC_2.38\0GLIBCXX_3.4.32\0", "2_39"),
+        (b"\0NOT_GLIBC_2.40\0", "2_28"),
+    ],
+)
+def test_wheels_say_which_systems_they_run_on(
+    setup_py: ModuleType, symbols: bytes, tag: str
+) -> None:
+    assert setup_py.manylinux(symbols) == f"manylinux_{tag}"
 
 
 def test_real_compiler_builds_a_library_that_torch_loads(
@@ -198,7 +265,7 @@ def test_real_compiler_builds_a_library_that_torch_loads(
     plant(tree)
     _, _, printed = build_wheel(tree, FASTATTN_CUDA_ARCHS="80")
     (wheel,) = (tree / "dist").glob("*.whl")
-    assert "-cp310-abi3-linux_" in wheel.name, printed
+    assert "-cp310-abi3-manylinux_2_" in wheel.name, printed
     zipfile.ZipFile(wheel).extract("fastattn/_C.abi3.so", tree)
     code = (
         "import torch; torch.ops.load_library('fastattn/_C.abi3.so');"

@@ -209,6 +209,23 @@ def test_bad_input(
         model(tokens, **kwargs)
 
 
+def test_gradient_of_the_shared_weight(
+    small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is dense and the sum of both parts, by whatever way the tokens are embedded."""
+    monkeypatch.setattr("fastattn.models.gpt.LARGE", 1)
+    model = GPT(GPTConfig(**small)).eval()
+    tokens = torch.randint(0, 97, (2, 9))
+    _, loss = model(tokens, tokens)
+    (gradient,) = torch.autograd.grad(loss, model.wte.weight)
+    expected_loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    (expected,) = torch.autograd.grad(expected_loss, model.wte.weight)
+    assert not gradient.is_sparse
+    torch.testing.assert_close(gradient, expected)
+    (of_features,) = torch.autograd.grad(model.features(tokens).sum(), model.wte.weight)
+    assert not of_features.is_sparse
+
+
 def test_targets_may_all_be_ignored(small: dict[str, Any]) -> None:
     model = GPT(GPTConfig(**small))
     _, loss = model(torch.zeros(1, 2).long(), torch.full((1, 2), -100))

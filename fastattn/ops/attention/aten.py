@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.reference import alibi, cut, visible, within, zeros_of
 from fastattn.ops.common import modes
+from fastattn.ops.common.straight import ERRORS, plain
 
 # Bound once: `fastattn.override_sdpa` may put our own function in its place.
 _SDPA = F.scaled_dot_product_attention
@@ -66,6 +68,38 @@ def declined(problem: AttentionProblem) -> str | None:
     return None
 
 
+def straight(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: object,
+    softmax_scale: float | None,
+) -> torch.Tensor | None:
+    """A plain call on a CPU (ops/common/straight.py) without other features; None for any other."""
+    try:
+        if not plain(q, k, v) or not modes.plain():
+            return None
+        if softmax_scale is not None and not (
+            type(softmax_scale) is float and SMALLEST <= softmax_scale < math.inf
+        ):
+            return None
+        shape, kv_shape = q.shape, k.shape
+        batch, seqlen_q, heads, head_dim = shape
+        kv_batch, seqlen_k, kv_heads, kv_head_dim = kv_shape
+        fits = batch == kv_batch and head_dim == kv_head_dim and heads % kv_heads == 0
+        if not fits or kv_shape != v.shape or 0 in shape or seqlen_k == 0:
+            return None
+        is_causal = causal is True and seqlen_q > 1
+        if (is_causal and seqlen_q != seqlen_k) or not isinstance(causal, bool):
+            return None
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        grouped = heads != kv_heads
+        out = _SDPA(q, k, v, None, 0.0, is_causal, scale=softmax_scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    except ERRORS:
+        return None
+
+
 def attention(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -87,7 +121,7 @@ def attention(
                     _cut(problem, q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], native)
                     for b, n in enumerate(lengths)
                 ]
-                return _joined(sequences, out_dim=0, lse_dim=0)
+                return joined(sequences, out_dim=0, lse_dim=0)
     if key_lengths is not None:
         padding = ~within(key_lengths, seqlen_k)[:, None, :, None]
         k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
@@ -113,10 +147,10 @@ def attention(
         begin = min(begin, end - 1)
         parts = q[:, :, rows], k[:, :, begin:end], v[:, :, begin:end]
         chunks.append(_masked(problem, *parts, extras, rows, slice(begin, end)))
-    return _joined(chunks, out_dim=1, lse_dim=2)
+    return joined(chunks, out_dim=1, lse_dim=2)
 
 
-def one_sequence(
+def on_cache(
     problem: AttentionProblem,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -124,15 +158,38 @@ def one_sequence(
     extras: Extras,
     b: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sequence `b` of a padded batch, q, on its own keys and values, each with a batch of 1."""
+    """The sequences of a padded batch from `b` on, as many as q has, on keys of their own.
+
+    Their number is the batch of q, k and v; only one if `extras` differ by sequence.
+    """
+    if not k.shape[1]:
+        lse = None
+        if problem.return_lse:
+            precision = modes.at_least_float32(q.dtype)
+            shape = q.shape[0], problem.heads, q.shape[1]
+            lse = q.new_full(shape, float("-inf"), dtype=precision)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+    if problem.seqlen_q == 1 and not problem.given:
+        return _one_query(problem, q, k, v)
     one, its = _alone(problem, extras, b, slice(0, q.shape[1]), slice(0, k.shape[1]))
-    if k.shape[1]:
-        return attention(one, q, k, v, its)
-    lse = None
-    if problem.return_lse:
-        precision = modes.at_least_float32(q.dtype)
-        lse = q.new_full((1, problem.heads, q.shape[1]), float("-inf"), dtype=precision)
-    return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+    return attention(dataclasses.replace(one, batch=q.shape[0]), q, k, v, its)
+
+
+def _one_query(
+    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A query at the end of the keys, which sees all that its window leaves: no mask, no causality.
+
+    The heads that share a key head are its queries, so that it is read once for all of them.
+    """
+    if problem.bounded_left:
+        begin = max(0, k.shape[1] - 1 - problem.settings.window_left)
+        k, v = k[:, begin:], v[:, begin:]
+    batch, _, heads, head_dim = q.shape
+    q = q.reshape(batch, problem.kv_heads, problem.group_size, head_dim)
+    out, lse = _sdpa(problem, q, k.transpose(1, 2), v.transpose(1, 2))
+    lse = None if lse is None else lse.reshape(batch, heads, 1)
+    return out.transpose(1, 2).reshape(batch, 1, heads, v.shape[3]), lse
 
 
 def _native_causality(problem: AttentionProblem) -> bool | None:
@@ -164,7 +221,7 @@ def _band(
         return seen.triu(seqlen_k - seqlen_q - left) if left >= 0 else seen
 
 
-def _joined(
+def joined(
     parts: list[tuple[torch.Tensor, torch.Tensor | None]], out_dim: int, lse_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Parts of the batch, or of the queries, in one tensor."""
@@ -326,7 +383,7 @@ def _sdpa(
     is_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     grouped = False
-    if problem.heads != problem.kv_heads:  # a branch, not a value: torch.compile specialises on it
+    if q.shape[1] != k.shape[1]:  # a branch, not a value: torch.compile specialises on it
         grouped = True
     scale = problem.settings.softmax_scale
     if scale < 0:  # ATen's kernel for the CPU scales its causal -inf too
@@ -346,7 +403,8 @@ def _sdpa(
         )
         return out.transpose(1, 2), None
     if grouped:
-        k, v = (x.repeat_interleave(problem.group_size, dim=1) for x in (k, v))
+        group_size = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = q.new_zeros(attn_mask.shape).masked_fill(~attn_mask, float("-inf"))
     # Called without the checks of F.scaled_dot_product_attention, the kernel assumes a stride of 1.

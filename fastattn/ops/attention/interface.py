@@ -170,7 +170,7 @@ def attention(
         fp32_precision: how the kernels multiply float32: "ieee", or "tf32x3", three products on the
             tensor cores that together keep nearly float32's precision.
         return_lse: return the log-sum-exp of the scores too. Its gradient counts.
-        backend: "triton", "torch" or "reference"; default: the first capable one.
+        backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; with `return_lse` the pair
@@ -180,6 +180,15 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
+    if (
+        backend is None and window is None and bias is None and mask is None
+        and alibi_slopes is None and sink is None and key_lengths is None and document_ids is None
+        and block_mask is None and type(softcap) is type(dropout_p) is float
+        and not (softcap or dropout_p or return_lse) and fp32_precision == "ieee"
+    ):  # fmt: skip
+        out = aten.straight(q, k, v, causal, softmax_scale)
+        if out is not None:
+            return out
     try:
         if (dtype := modes.autocast_dtype(q.device.type)) is not None:
             q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)

@@ -6,25 +6,29 @@ Inference only: the cache is written in place, and no gradient is kept.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 
 from fastattn import backends
 from fastattn.ops.attention import aten, reference
 from fastattn.ops.attention import problem as _problem
-from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.call import NONE, Extras, Settings
 from fastattn.ops.attention.problem import AttentionProblem, Causal, check_index
-from fastattn.ops.common import modes
+from fastattn.ops.common import faster, modes
+from fastattn.ops.common.plans import PlanCache
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
+# Without the LSE where nobody asks for it.
+Run = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+NO_FEATURE = (None,) * 7
 
 
-@dataclass(frozen=True)
-class Cache:
+class Cache(NamedTuple):
     """Where the keys of a call are, and what happens to q and the new keys on the way."""
 
     k: torch.Tensor  # (cache_batch, capacity, kv_heads, head_dim); paged: (pages, page_size, ...)
@@ -64,6 +68,29 @@ class CacheProblem:
     @property
     def device(self) -> torch.device:
         return self.attention.device
+
+    @property
+    def op(self) -> str:
+        return "attention_with_kv_cache"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.attention.dtype
+
+    @property
+    def needs_grad(self) -> bool:
+        return False
+
+    @property
+    def elements(self) -> int | None:
+        """The problem's size where backends are compared (ops/common/faster.py).
+
+        q's elements: how many keys there are, the device knows alone. None as in attention's.
+        """
+        of = self.attention
+        if of.elements is None:
+            return None
+        return of.batch * of.seqlen_q * of.heads * of.head_dim
 
     def describe(self) -> str:
         return ", ".join([self.attention.describe(), *self.features])
@@ -163,7 +190,7 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
         num_splits: None: parts of 256 keys, so that a sequence gets the same bits alone and in any
             batch. 0: as many parts as fill the GPU. n: n parts.
         return_lse: return the log-sum-exp of the scores too.
-        backend: "triton", "torch" or "reference"; default: the first capable one.
+        backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         out, (batch, seqlen_q, heads, head_dim_v), in the cache's dtype, or with `return_lse` the
@@ -179,21 +206,57 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
     autocast = isinstance(q, torch.Tensor) and modes.autocast_enabled(q.device.type)
     if autocast:
         q, k, v = (_as_cached(x, k_cache) for x in (q, k, v))
-    described, extras, cache = _described(
-        q, k_cache, v_cache, cache_lengths, k=k, v=v, block_table=block_table,
-        cache_indices=cache_indices, cache_starts=cache_starts, rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, causal=causal, window=window,
-        softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink,
-        num_splits=num_splits, return_lse=return_lse,
+    rare = (
+        block_table, cache_indices, cache_starts, rotary_cos, rotary_sin, alibi_slopes, sink
     )  # fmt: skip
-    chosen = backends.select("attention_with_kv_cache", BACKENDS, described, backend)
-    run = chosen.module.attention_with_kv_cache
+    key = plan = None
+    if not torch.compiler.is_compiling():
+        try:
+            key = (
+                q.shape, q.dtype, q.device, q.requires_grad,
+                k_cache.shape, k_cache.dtype, k_cache.device, k_cache.requires_grad,
+                k_cache.stride(-1),
+                v_cache.shape, v_cache.dtype, v_cache.device, v_cache.requires_grad,
+                v_cache.stride(-1),
+                cache_lengths.shape, cache_lengths.dtype, cache_lengths.device,
+                k if k is None else (k.shape, k.dtype, k.device, k.requires_grad),
+                v if v is None else (v.shape, v.dtype, v.device, v.requires_grad),
+                rare if rare == NO_FEATURE else tuple(
+                    x if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in rare
+                ),
+                causal, window, softmax_scale, softcap, num_splits, return_lse, backend,
+                torch.is_grad_enabled(), modes.transformed(), backends.state(),
+            )  # fmt: skip
+            plan = _plans.get(key)
+        except (AttributeError, TypeError, IndexError):  # an argument is no tensor, or has no size
+            key = None
+    if plan is None:
+        described = describe(
+            q, k_cache, v_cache, cache_lengths, k=k, v=v, block_table=block_table,
+            cache_indices=cache_indices, cache_starts=cache_starts, rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin, causal=causal, window=window, softmax_scale=softmax_scale,
+            softcap=softcap, alibi_slopes=alibi_slopes, sink=sink, num_splits=num_splits,
+            return_lse=return_lse,
+        )  # fmt: skip
+        chosen = backends.select("attention_with_kv_cache", BACKENDS, described, backend)
+        plan = described.attention, chosen.module.attention_with_kv_cache
+        if key is not None:
+            _plans.put(key, plan)
+    problem, run = plan
+    cache = Cache(
+        k_cache, v_cache, cache_lengths, k, v, block_table, cache_indices, cache_starts, rotary_cos,
+        rotary_sin, bool(rotary_interleaved), problem.bounded_left or problem.bounded_right,
+        num_splits,
+    )  # fmt: skip
+    if _problem.values_are_checked(cache_lengths):
+        _check_contents(cache, problem.seqlen_q)
+    extras = _extras(q.dtype, alibi_slopes, sink)
     if autocast:  # what had to be cast is, and ATen's functions inside are to compute in that dtype
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = run(described.attention, q, extras, cache)
+            out, lse = run(problem, q, extras, cache)
     else:
-        out, lse = run(described.attention, q, extras, cache)
-    return (out, lse) if return_lse else out
+        out, lse = run(problem, q, extras, cache)
+    return (out, cast(torch.Tensor, lse)) if return_lse else out
 
 
 def _as_cached(x: Any, cache: Any) -> Any:
@@ -205,12 +268,7 @@ def _as_cached(x: Any, cache: Any) -> Any:
 # --- checks -------------------------------------------------------------------------------------
 
 
-def describe(*args: Any, **options: Any) -> CacheProblem:
-    """The problem of a call. Raises for every error of the caller."""
-    return _described(*args, **options)[0]
-
-
-def _described(
+def describe(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -232,7 +290,8 @@ def _described(
     sink: torch.Tensor | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
-) -> tuple[CacheProblem, Extras, Cache]:
+) -> CacheProblem:
+    """The problem of a call. Raises for every error of the caller."""
     _problem.check_tensors(q, k_cache, v_cache, ("batch", "seqlen"), ("q", "k_cache", "v_cache"))
     batch, _, heads, _ = q.shape
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -301,34 +360,32 @@ def _described(
         block_q=0,
         block_k=0,
     )
-    cache = Cache(
-        k=k_cache,
-        v=v_cache,
-        lengths=cache_lengths,
-        new_k=k,
-        new_v=v,
-        block_table=block_table,
-        indices=cache_indices,
-        starts=cache_starts,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=bool(rotary_interleaved),
-        rotary_advances=left >= 0 or right >= 0,
-        num_splits=num_splits,
-    )
     if _problem.values_are_checked(cache_lengths):
+        advances = left >= 0 or right >= 0
+        cache = Cache(
+            k_cache, v_cache, cache_lengths, k, v, block_table, cache_indices, cache_starts,
+            rotary_cos, rotary_sin, bool(rotary_interleaved), advances, num_splits,
+        )  # fmt: skip
         _check_contents(cache, q.shape[1])
-    extras = _problem.gather(q.dtype, None, None, alibi_slopes, sink, None, None, None)
+    extras = _extras(q.dtype, alibi_slopes, sink)
     described = _problem.of(q, k_cache, v_cache, extras, settings, return_lse=return_lse)
     named = {
         f"paged by {k_cache.shape[1]}": block_table,
         "cache_indices": cache_indices,
         "cache_starts": cache_starts,
-        f"{cache.seqlen_new} new keys": k,
+        f"{0 if k is None else k.shape[1]} new keys": k,
         "rotary": rotary_cos,
     }
     features = tuple(name for name, x in named.items() if x is not None)
-    return CacheProblem(described, ("kv cache", *features)), extras, cache
+    return CacheProblem(described, ("kv cache", *features))
+
+
+def _extras(
+    dtype: torch.dtype, alibi_slopes: torch.Tensor | None, sink: torch.Tensor | None
+) -> Extras:
+    if alibi_slopes is None and sink is None:
+        return NONE
+    return _problem.gather(dtype, None, None, alibi_slopes, sink, None, None, None)
 
 
 def _check_new(
@@ -423,7 +480,7 @@ def _check_contents(cache: Cache, seqlen_q: int) -> None:
             )
 
 
-# --- plain PyTorch: the definition, and ATen one sequence at a time -------------------------------
+# --- plain PyTorch: the definition, and ATen one run of equal sequences at a time -----------------
 
 
 def rotate(
@@ -455,14 +512,31 @@ def _appended(cache: Cache) -> torch.Tensor:
     if cache.new_k is None or cache.new_v is None:
         return lengths
     positions = lengths[:, None] + torch.arange(cache.seqlen_new, device=lengths.device)
-    k = cache.new_k
-    if cache.rotary_cos is not None and cache.rotary_sin is not None:
-        k = rotate(k, cache.rotary_cos, cache.rotary_sin, positions, cache.rotary_interleaved)
+    k, v = _rotated_keys(cache, cache.new_k, positions), cache.new_v
     rows, slots = _places(cache, positions)
-    fits = (positions >= 0) & (positions < cache.capacity) & (rows >= 0) & (rows < len(cache.k))
-    cache.k[rows[fits], slots[fits]] = k[fits]
-    cache.v[rows[fits], slots[fits]] = cache.new_v[fits]
+    if not _problem.values_are_checked(cache.lengths):
+        fits = (positions >= 0) & (positions < cache.capacity) & (rows >= 0) & (rows < len(cache.k))
+        rows, slots, k, v = rows[fits], slots[fits], k[fits], v[fits]
+    cache.k[rows, slots] = k
+    cache.v[rows, slots] = v
     return lengths + cache.seqlen_new
+
+
+def _appended_on_host(cache: Cache) -> list[int]:
+    """`_appended` on a CPU: plain copies where all sequences end at the same slot."""
+    lengths, new = cache.lengths.tolist(), cache.seqlen_new
+    if cache.new_k is None or cache.new_v is None:
+        return [min(n, cache.capacity) for n in lengths]
+    end = lengths[0]
+    in_order = cache.block_table is None and cache.indices is None
+    if not in_order or lengths.count(end) < len(lengths) or not 0 <= end <= cache.capacity - new:
+        return _appended(cache).tolist()
+    k = cache.new_k
+    if cache.rotary_cos is not None:
+        k = _rotated_keys(cache, k, torch.arange(end, end + new)[None])
+    cache.k[:, end : end + new] = k
+    cache.v[:, end : end + new] = cache.new_v
+    return [end + new] * len(lengths)
 
 
 def _places(cache: Cache, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -477,14 +551,22 @@ def _places(cache: Cache, positions: torch.Tensor) -> tuple[torch.Tensor, torch.
     return rows.long()[:, None].expand_as(positions), positions
 
 
-def _keys_of(cache: Cache, b: int, start: int, stop: int) -> Outputs:
-    """Keys and values from `start` to `stop` of sequence `b`; views, unless they lie in pages."""
+def _keys_of(cache: Cache, sequences: slice, start: int, stop: int) -> Outputs:
+    """Keys and values from `start` to `stop` of a run of sequences; views, unless in pages.
+
+    Of one sequence alone where a table or indices say where it lies.
+    """
+    k, v, b = cache.k, cache.v, sequences.start
     if cache.block_table is not None:
-        pages = cache.block_table[b, : -(-stop // cache.k.shape[1])]
-        k, v = cache.k[pages].flatten(0, 1)[None], cache.v[pages].flatten(0, 1)[None]
+        pages = cache.block_table[b, : -(-stop // k.shape[1])]
+        # index_select is twice as fast as k[pages]. To gather all sequences at once would be slower
+        # again: they would have left the processor's cache when they are read (Xeon, 2026-11-26).
+        k, v = (x.index_select(0, pages).flatten(0, 1)[None] for x in (k, v))
+    elif cache.indices is not None:
+        row = int(cache.indices[b])
+        k, v = k[row : row + 1], v[row : row + 1]
     else:
-        row = b if cache.indices is None else int(cache.indices[b])
-        k, v = cache.k[row : row + 1], cache.v[row : row + 1]
+        return k[sequences, start:stop], v[sequences, start:stop]
     return k[:, start:stop], v[:, start:stop]
 
 
@@ -495,6 +577,12 @@ def _gathered(cache: Cache) -> Outputs:
     rows, slots = _places(cache, positions)
     rows, slots = rows.clamp(0, len(cache.k) - 1), slots.clamp(0, cache.k.shape[1] - 1)
     return cache.k[rows, slots], cache.v[rows, slots]
+
+
+def _rotated_keys(cache: Cache, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    if cache.rotary_cos is None or cache.rotary_sin is None:
+        return k
+    return rotate(k, cache.rotary_cos, cache.rotary_sin, positions, cache.rotary_interleaved)
 
 
 def _rotated_queries(q: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -523,7 +611,7 @@ class _Reference:
 
 
 class _ATen:
-    """The `torch` backend: every sequence on its own keys, through `aten`."""
+    """The `torch` backend: neighbours of one length together, each run on its keys alone."""
 
     @staticmethod
     def unsupported(problem: CacheProblem) -> str | None:
@@ -538,14 +626,27 @@ class _ATen:
         problem: AttentionProblem, q: torch.Tensor, extras: Extras, cache: Cache
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q = _rotated_queries(q, cache)
-        stops = _appended(cache).tolist()
+        stops = _appended_on_host(cache)
         starts = [0] * len(stops) if cache.starts is None else cache.starts.tolist()
+        slopes = extras.alibi_slopes
+        alone = cache.block_table is not None or cache.indices is not None
+        alone = alone or (slopes is not None and slopes.shape[0] > 1)
+        spans = [(max(start, 0), stop) for start, stop in zip(starts, stops)]
         parts = []
-        for b, (start, stop) in enumerate(zip(starts, stops)):
-            k, v = _keys_of(cache, b, max(start, 0), stop)
-            parts.append(aten.one_sequence(problem, q[b : b + 1], k, v, extras, b))
-        lses = [lse for _, lse in parts if lse is not None]
-        return torch.cat([out for out, _ in parts]), torch.cat(lses) if lses else None
+        for first, end in _runs(spans, alone):
+            k, v = _keys_of(cache, slice(first, end), *spans[first])
+            some = q if end - first == len(spans) else q[first:end]
+            parts.append(aten.on_cache(problem, some, k, v, extras, first))
+        return aten.joined(parts, out_dim=0, lse_dim=0)
+
+
+def _runs(spans: list[tuple[int, int]], alone: bool) -> Iterator[tuple[int, int]]:
+    """(first, end) of neighbours that are equal; `alone`: of each by itself."""
+    first = 0
+    for end in range(1, len(spans) + 1):
+        if alone or end == len(spans) or spans[end] != spans[first]:
+            yield first, end
+            first = end
 
 
 # --- the kernels' way in --------------------------------------------------------------------------
@@ -561,6 +662,12 @@ _library.define(
 )
 
 
+def _load_cuda() -> ModuleType:
+    from fastattn.ops.attention import cuda
+
+    return cuda
+
+
 def _load_triton() -> ModuleType:
     from fastattn.ops.attention import triton
 
@@ -574,7 +681,10 @@ class _Kernel:
         self._name, self._load = name, load
 
     def unsupported(self, problem: CacheProblem) -> str | None:
-        return self._load().unsupported(problem.attention)
+        module = self._load()
+        if hasattr(module, "unsupported_cache"):
+            return module.unsupported_cache(problem)
+        return module.unsupported(problem.attention)
 
     def attention_with_kv_cache(
         self, problem: AttentionProblem, q: torch.Tensor, extras: Extras, cache: Cache
@@ -589,7 +699,7 @@ class _Kernel:
         )  # fmt: skip
 
 
-_KERNELS = {"triton": _load_triton}
+_KERNELS = {"cuda": _load_cuda, "triton": _load_triton}
 
 
 def _run(  # type: ignore[no-untyped-def]
@@ -617,9 +727,16 @@ def _run_fake(q, k_cache, v_cache, *rest):  # type: ignore[no-untyped-def]
 _library.impl("attention_with_kv_cache", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::attention_with_kv_cache", _run_fake, lib=_library)
 
+# Everything but the data of a call, checked, and what runs it.
+_plans: PlanCache[tuple[AttentionProblem, Run]] = PlanCache()
+
 BACKENDS = (
     *(
-        backends.Backend(name, functools.partial(_Kernel, name, load))  # type: ignore[arg-type]
+        backends.Backend(
+            name,
+            functools.partial(_Kernel, name, load),  # type: ignore[arg-type]
+            faster.declined if name == "cuda" else None,
+        )
         for name, load in _KERNELS.items()
     ),
     backends.Backend("torch", lambda: _ATen),  # type: ignore[arg-type, return-value]

@@ -42,6 +42,7 @@ class AttentionProblem:
     is_empty: bool
     return_lse: bool
     needs_grad: bool
+    needs_bias_grad: bool
     needs_slope_grad: bool
     transformed: bool
 
@@ -138,6 +139,7 @@ def of(
         is_empty=0 in q.shape or 0 in k.shape or 0 in v.shape,
         return_lse=return_lse,
         needs_grad=modes.needs_grad(q, k, v, extras.bias, extras.sink, slopes),
+        needs_bias_grad=extras.bias is not None and modes.needs_grad(extras.bias),
         needs_slope_grad=slopes is not None and modes.needs_grad(slopes),
         transformed=modes.transformed(),
     )

@@ -20,7 +20,13 @@ from fastattn.ops.attention import dropout, reference
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import autograd
+from fastattn.ops.common import autograd, faster
+
+
+def _load_cuda() -> ModuleType:
+    from fastattn.ops.attention import cuda
+
+    return cuda
 
 
 def _load_triton() -> ModuleType:
@@ -29,7 +35,10 @@ def _load_triton() -> ModuleType:
     return triton
 
 
-KERNELS = (backends.Backend("triton", _load_triton),)
+KERNELS = (
+    backends.Backend("cuda", _load_cuda, faster.declined),
+    backends.Backend("triton", _load_triton),
+)
 
 # Extras, then Settings, in their order; `blocks` is a list, the rest are single tensors.
 _CALL = (
@@ -84,6 +93,7 @@ def _through_registered_op(
     return torch.ops.fastattn.attention(q, k, v, *extras, *problem.settings, backend, forced)
 
 
+@functools.cache
 def _kernel(name: str) -> Any:
     return next(b for b in KERNELS if b.name == name).module
 
@@ -160,32 +170,11 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 def _backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, forced = _split(call)
-    return _backward_kernel(q, k, v, extras, settings, backend if forced else None).backward(
-        dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, extras, settings
-    )
-
-
-def _backward_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    extras: Extras,
-    settings: Settings,
-    forced: str | None,
-) -> ModuleType:
-    """The backend of the backward: the one that was forced on the forward, else the first able one.
-
-    What is named or transformed around the call of `backward` is about other calls.
-    """
     problem = _problem.of(q, k, v, extras, settings, return_lse=True)
-    problem = dataclasses.replace(problem, transformed=False)
-    reasons = {}
-    for backend in KERNELS:
-        if forced in (None, backend.name):
-            if (reason := backend.unsupported(problem)) is None:
-                return backend.module
-            reasons[backend.name] = reason
-    raise backends.UnsupportedError(f"the backward of {problem.describe()}: {reasons}")
+    # What is transformed around the call of `backward` is about other calls.
+    problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=bias_grad)
+    kernel = backends.select_backward("attention", KERNELS, problem, backend, forced)
+    return kernel.backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, extras, settings)
 
 
 def _backward_fake(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
@@ -243,9 +232,9 @@ def _double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
     return *result, *extra_grads
 
 
-_library.impl("attention", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::attention", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_library)
-autograd.register(_library, "attention", _setup_context, _autograd)
-autograd.register(_library, "attention_backward", _backward_setup_context, _double_backward)
+autograd.register(_library, "attention", _forward, _setup_context, _autograd)
+autograd.register(
+    _library, "attention_backward", _backward, _backward_setup_context, _double_backward
+)

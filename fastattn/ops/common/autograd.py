@@ -1,8 +1,10 @@
-"""Autograd formulas for registered ops."""
+"""Kernels and autograd formulas of registered ops."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -11,36 +13,77 @@ import torch
 def register(
     library: torch.library.Library,
     name: str,
+    kernel: Callable[..., tuple[torch.Tensor, ...]],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> None:
-    """Give the op `fastattn::name` a derivative, as torch.library.register_autograd does.
+    """Give the op `fastattn::name` its kernel and a derivative.
 
-    That one makes the function's context anew from a description of the schema in every call, which
-    costs the host 20 us; this one takes 4. A forward-mode derivative raises here.
+    torch.library.register_autograd makes the function's context anew from a description of the
+    schema in every call, which costs the host 20 us; this one takes 4. A forward-mode derivative
+    raises here.
 
     Args:
+        kernel: what runs the op, on all devices.
         setup_context: (ctx, inputs, output) -> None, keeps what the backward needs.
         backward: (ctx, *gradients of the outputs) -> gradients of the inputs.
     """
+    library.impl(name, kernel, "CompositeExplicitAutograd")
     op = getattr(torch.ops.fastattn, name).default
+    types = [str(argument.type) for argument in op._schema.arguments]
+    tensors = itemgetter(*(i for i, kind in enumerate(types) if "Tensor" in kind))
 
-    class Formula(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
+    def formula(run: Callable[..., Any]) -> Any:
+        class Formula(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = tuple(run(*inputs))  # a list would be no output to autograd
+                setup_context(ctx, inputs, output)
+                return output
 
-    Formula.backward = staticmethod(backward)  # type: ignore[method-assign]
+        Formula.backward = staticmethod(backward)  # type: ignore[method-assign]
+        return Formula
+
+    # Function's own `apply` first looks through all arguments for wrappers of transforms.
+    differentiable_kernel = super(torch.autograd.Function, formula(kernel)).apply
+    differentiable_op = formula(op).apply
 
     def differentiable(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
-        ):
-            return Formula.apply(*inputs)
+        given = [x for x in tensors(inputs) if x is not None]
+        alone = _kernel_alone(given)
+        if torch.is_grad_enabled():
+            for x in given:
+                if isinstance(x, torch.Tensor) and x.requires_grad:
+                    return differentiable_kernel(*inputs) if alone else differentiable_op(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            return kernel(*inputs) if alone else op(*inputs)
 
     library.impl(name, differentiable, "Autograd")
+
+
+def _kernel_alone(tensors: list[Any]) -> bool:
+    """Whether nothing but the kernel is left for the dispatcher to run, below autograd.
+
+    It takes 9 us to find that out with attention's 29 arguments. There must be no mode, no
+    transform, and no tensor with a dispatch key of its own: subclasses, fake, meta, functional,
+    negated ones, wrappers. A list of tensors is not looked into.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    usual = _usual_keys(tensors[0].device)
+    for x in tensors:  # noqa: SIM110  # `all` takes longer
+        if isinstance(x, list) or torch._C._dispatch_keys(x) != usual:
+            return False
+    return True
+
+
+@functools.cache
+def _usual_keys(device: torch.device) -> Any:
+    """The dispatch keys of a plain tensor on `device`; None, which nothing equals, for meta."""
+    if device.type == "meta":
+        return None
+    with torch.inference_mode(False):
+        return torch._C._dispatch_keys(torch.empty(0, device=device))

@@ -39,6 +39,15 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
+def plain() -> bool:
+    """Whether nothing of this changes a call on the CPU: no transform and no autocast."""
+    return (
+        forward_ad._current_level < 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will record a function of `tensors`."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

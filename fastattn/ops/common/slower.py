@@ -54,8 +54,10 @@ TABLE: dict[tuple[str, str, str, bool | None, str], Slower] = {}
 
 
 def consulted(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
-    """The same, declining what they were measured to be slower at."""
-    return tuple(dataclasses.replace(backend, slower=declined) for backend in backends)
+    """The same, declining what they were measured to be slower at; `cuda` has a rule of its own."""
+    return tuple(
+        dataclasses.replace(backend, slower=backend.slower or declined) for backend in backends
+    )
 
 
 def declined(backend: str, problem: Any) -> str | None:

@@ -1,8 +1,8 @@
 """The `torch` backend of ffn: two calls of ATen's matrix product with the activation between.
 
-Plain differentiable PyTorch. Where no gradient is wanted the hidden layer is activated in place,
-which spares a second tensor of its size; ReLU's derivative needs only its result, so it is always
-in place.
+Plain differentiable PyTorch. Where no gradient goes through it the hidden layer is activated in
+place, which spares a second tensor of its size; ReLU's derivative needs only its result, so it is
+always in place.
 
 With `recompute` the whole is a checkpoint (non-reentrant, so double backward and torch.compile
 work), which keeps x alone. Under torch.func transforms, whose tensors have no saved-tensor hooks,
@@ -17,12 +17,45 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastattn.ops.common import modes
 from fastattn.ops.common.linear import linear
-from fastattn.ops.ffn.problem import FFNProblem
+from fastattn.ops.common.straight import ERRORS, plain
+from fastattn.ops.ffn.problem import ACTIVATIONS, FFNProblem
 
 
 def unsupported(problem: FFNProblem) -> str | None:
     return None
+
+
+def straight(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str,
+    layout: str,
+) -> torch.Tensor | None:
+    """A plain call on a CPU (ops/common/straight.py) without `recompute`; None for any other."""
+    try:
+        if not plain(x, w1, b1, w2, b2) or not modes.plain():
+            return None
+        if layout == "linear":
+            run, (hidden, _), (out_features, _) = _linear, w1.shape, w2.shape
+        elif layout == "conv1d":
+            run, (_, hidden), (_, out_features) = _conv1d, w1.shape, w2.shape
+        else:
+            return None
+        # ATen would broadcast a bias; that the other sizes fit, it says itself.
+        if (
+            (b1 is not None and b1.shape != (hidden,))
+            or (b2 is not None and b2.shape != (out_features,))
+            or activation not in ACTIVATIONS
+        ):
+            return None
+        return run(activation, False, x, w1, b1, w2, b2)
+    except ERRORS:
+        return None
 
 
 def ffn(
@@ -33,30 +66,31 @@ def ffn(
     w2: torch.Tensor,
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
-    run = _conv1d if problem.conv1d else _linear
-    if problem.recompute and problem.needs_grad and not problem.transformed:
-        recomputed = functools.partial(run, problem)
+    run, transformed = _conv1d if problem.conv1d else _linear, problem.transformed
+    if problem.recompute and problem.needs_grad and not transformed:
+        recomputed = functools.partial(run, problem.activation, transformed)
         return checkpoint(
             recomputed, x, w1, b1, w2, b2, use_reentrant=False, preserve_rng_state=False
         )
-    return run(problem, x, w1, b1, w2, b2)
+    return run(problem.activation, transformed, x, w1, b1, w2, b2)
 
 
 def _linear(
-    problem: FFNProblem,
+    activation: str,
+    transformed: bool,
     x: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
-    if problem.needs_grad:  # `linear` has something to offer without gradients alone
-        return F.linear(_activate(problem, F.linear(x, w1, b1)), w2, b2)
-    return linear(_activate(problem, linear(x, w1, b1)), w2, b2)
+    product = F.linear if torch.is_grad_enabled() else linear  # which has nothing to offer there
+    return product(_activate(activation, transformed, product(x, w1, b1)), w2, b2)
 
 
 def _conv1d(
-    problem: FFNProblem,
+    activation: str,
+    transformed: bool,
     x: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor | None,
@@ -65,18 +99,17 @@ def _conv1d(
 ) -> torch.Tensor:
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     pre = torch.mm(rows, w1) if b1 is None else torch.addmm(b1, rows, w1)
-    hidden = _activate(problem, pre)
+    hidden = _activate(activation, transformed, pre)
     out = torch.mm(hidden, w2) if b2 is None else torch.addmm(b2, hidden, w2)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], problem.out_features)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], w2.shape[1])
 
 
-def _activate(problem: FFNProblem, pre: torch.Tensor) -> torch.Tensor:
+def _activate(activation: str, transformed: bool, pre: torch.Tensor) -> torch.Tensor:
     """activation(pre), in place where `pre` is not needed again."""
-    in_place = not (problem.needs_grad or problem.transformed)
-    activation = problem.activation
+    in_place = not (transformed or pre.requires_grad)
     if activation == "gelu_tanh" or activation == "gelu":
         gelu = torch._C._nn.gelu_ if in_place else F.gelu  # type: ignore[attr-defined]
         return gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
     if activation == "relu":
-        return F.relu(pre) if problem.transformed else F.relu_(pre)
+        return F.relu(pre) if transformed else F.relu_(pre)
     return F.silu(pre, inplace=in_place)

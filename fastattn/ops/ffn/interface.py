@@ -61,7 +61,7 @@ def ffn(
         recompute: keep x alone for the backward and compute the rest again; else the kernels keep
             x w1 + b1 too, and the torch backend what autograd keeps. No effect without gradients,
             and under torch.func transforms.
-        backend: "triton", "torch" or "reference"; default: the first capable one.
+        backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         (..., out_features) in x's dtype; under autocast, in autocast's dtype, as F.linear.
@@ -70,6 +70,10 @@ def ffn(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
+    if backend is None and recompute is False:
+        out = aten.straight(x, w1, b1, w2, b2, activation, layout)
+        if out is not None:
+            return out
     try:
         if torch.compiler.is_compiling():
             key, plan = None, None

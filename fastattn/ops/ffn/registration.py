@@ -19,10 +19,16 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd
+from fastattn.ops.common import autograd, faster
 from fastattn.ops.ffn import reference
 from fastattn.ops.ffn.problem import FFNProblem, describe
 from fastattn.ops.ffn.weights import gradient_like
+
+
+def _load_cuda() -> ModuleType:
+    from fastattn.ops.ffn import cuda
+
+    return cuda
 
 
 def _load_triton() -> ModuleType:
@@ -31,7 +37,10 @@ def _load_triton() -> ModuleType:
     return triton
 
 
-KERNELS = (backends.Backend("triton", _load_triton),)
+KERNELS = (
+    backends.Backend("cuda", _load_cuda, faster.declined),
+    backends.Backend("triton", _load_triton),
+)
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _library.define(
@@ -71,6 +80,7 @@ def _through_registered_op(
     )[0]
 
 
+@functools.cache
 def _kernel(name: str) -> Any:
     return next(b for b in KERNELS if b.name == name).module
 
@@ -117,8 +127,8 @@ def _backward(  # type: ignore[no-untyped-def]
     dout, x, w1, b1, w2, b2, pre, needs, activation, layout, backend, forced
 ):
     problem = describe(x, w1, b1, w2, b2, activation, layout=layout)
-    kernel = backends.select("ffn", KERNELS, problem, backend if forced else None)
-    return kernel.module.backward(dout, x, w1, b1, w2, b2, pre, needs, activation, layout)
+    kernel = backends.select_backward("ffn", KERNELS, problem, backend, forced)
+    return kernel.backward(dout, x, w1, b1, w2, b2, pre, needs, activation, layout)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
@@ -163,9 +173,7 @@ def _leaf(t: torch.Tensor | None) -> Any:
     return t if t is None else t.detach().requires_grad_()
 
 
-_library.impl("ffn", _forward, "CompositeExplicitAutograd")
-_library.impl("ffn_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::ffn", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::ffn_backward", _backward_fake, lib=_library)
-autograd.register(_library, "ffn", _setup_context, _autograd)
-autograd.register(_library, "ffn_backward", _backward_setup_context, _double_backward)
+autograd.register(_library, "ffn", _forward, _setup_context, _autograd)
+autograd.register(_library, "ffn_backward", _backward, _backward_setup_context, _double_backward)

@@ -400,26 +400,27 @@ def backward(
     `pre` is None if the forward did not save it.
     """
     need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
-    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
     drows = _rows(dout)
-    if need_db2:
-        db2 = _column_sums(drows, x.dtype)
-    if need_dx or need_dw1 or need_db1 or need_dw2:
-        rows = _rows(x)
-        activated, dpre, sums = _launch_backward(
-            drows, rows, columns(w1, layout), b1, columns(w2, layout), pre, need_dw2, need_db1,
-            activation,
-        )  # fmt: skip
-        if need_dx:
-            dx = torch.mm(dpre, columns(w1, layout).t()).view(x.shape)
-        if need_dw1:
-            dw1 = gradient_like(w1)
-            torch.mm(rows.t(), dpre, out=columns(dw1, layout))
-        if need_db1:
-            db1 = _column_sums(sums, x.dtype)
-        if need_dw2:
-            dw2 = gradient_like(w2)
-            torch.mm(activated.t(), drows, out=columns(dw2, layout))
+    db2 = _column_sums(drows, x.dtype) if need_db2 else x.new_empty(0)
+    if not (need_dx or need_dw1 or need_db1 or need_dw2):
+        dx, dw1, db1, dw2 = (x.new_empty(0) for _ in range(4))
+        return dx, dw1, db1, dw2, db2
+    rows = _rows(x)
+    activated, dpre, sums = _launch_backward(
+        drows, rows, columns(w1, layout), b1, columns(w2, layout), pre, need_dw2, need_db1,
+        activation,
+    )  # fmt: skip
+    if need_dx:
+        dx = torch.mm(dpre, columns(w1, layout).t()).view(x.shape)
+    else:
+        dx = x.new_empty(0)
+    dw1 = gradient_like(w1) if need_dw1 else x.new_empty(0)
+    if need_dw1:
+        torch.mm(rows.t(), dpre, out=columns(dw1, layout))
+    db1 = _column_sums(sums, x.dtype) if need_db1 else x.new_empty(0)
+    dw2 = gradient_like(w2) if need_dw2 else x.new_empty(0)
+    if need_dw2:
+        torch.mm(activated.t(), drows, out=columns(dw2, layout))
     return dx, dw1, db1, dw2, db2
 
 

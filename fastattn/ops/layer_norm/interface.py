@@ -53,7 +53,7 @@ def layer_norm(
         bias: (hidden,), None for 0; any of these dtypes.
         eps: added to the variance; finite, not negative.
         residual: x's shape; its dtype may be another. The sum has the promoted dtype of the two.
-        backend: "triton", "torch" or "reference"; default: the first capable one.
+        backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         out, (..., hidden), in x's dtype; with `residual` the pair (out, s), both in the dtype of s.
@@ -63,6 +63,10 @@ def layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
+    if backend is None:
+        result = aten.straight(x, weight, bias, eps, residual, True)
+        if result is not None:
+            return result
     return _normalise(x, weight, bias, eps, residual, backend, True)
 
 
@@ -90,7 +94,7 @@ def rms_norm(
         eps: added to the mean square; finite, not negative. None is the machine epsilon of the
             dtype of the statistics, as in torch: float64's for float64 inputs, else float32's.
         residual: x's shape; its dtype may be another. The sum has the promoted dtype of the two.
-        backend: "triton", "torch" or "reference"; default: the first capable one.
+        backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         out, (..., hidden), in x's dtype; with `residual` the pair (out, s), both in the dtype of s.
@@ -100,6 +104,10 @@ def rms_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
+    if backend is None:
+        result = aten.straight(x, weight, None, eps, residual, False)
+        if result is not None:
+            return result
     return _normalise(x, weight, None, eps, residual, backend, False)
 
 

@@ -20,9 +20,15 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd
+from fastattn.ops.common import autograd, faster
 from fastattn.ops.layer_norm import reference
 from fastattn.ops.layer_norm.problem import NormProblem, describe
+
+
+def _load_cuda() -> ModuleType:
+    from fastattn.ops.layer_norm import cuda
+
+    return cuda
 
 
 def _load_triton() -> ModuleType:
@@ -31,7 +37,10 @@ def _load_triton() -> ModuleType:
     return triton
 
 
-KERNELS = (backends.Backend("triton", _load_triton),)
+KERNELS = (
+    backends.Backend("cuda", _load_cuda, faster.declined),
+    backends.Backend("triton", _load_triton),
+)
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _library.define(
@@ -71,6 +80,7 @@ def _through_registered_op(
     return out, stream
 
 
+@functools.cache
 def _kernel(name: str) -> Any:
     return next(b for b in KERNELS if b.name == name).module
 
@@ -140,8 +150,8 @@ def _backward(  # type: ignore[no-untyped-def]
     weight_grad, backend, forced,
 ):  # fmt: skip
     problem = describe(stream, weight, None, eps, None, center=center)
-    kernel = backends.select(problem.op, KERNELS, problem, backend if forced else None)
-    return kernel.module.backward(
+    kernel = backends.select_backward(problem.op, KERNELS, problem, backend, forced)
+    return kernel.backward(
         dout, dstream, stream, weight, statistics, center, x_dtype, residual_dtype, bias_dtype,
         weight_grad,
     )  # fmt: skip
@@ -203,9 +213,9 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     return *(None if x is None else next(second) for x in leaves), *(None,) * 9
 
 
-_library.impl("layer_norm", _forward, "CompositeExplicitAutograd")
-_library.impl("layer_norm_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::layer_norm", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::layer_norm_backward", _backward_fake, lib=_library)
-autograd.register(_library, "layer_norm", _setup_context, _autograd)
-autograd.register(_library, "layer_norm_backward", _backward_setup_context, _double_backward)
+autograd.register(_library, "layer_norm", _forward, _setup_context, _autograd)
+autograd.register(
+    _library, "layer_norm_backward", _backward, _backward_setup_context, _double_backward
+)

@@ -312,6 +312,14 @@ def refusal(case: Case, backend: str) -> str | None:
         if case.dtype == torch.bfloat16 and case.device == "cpu":
             return "bfloat16 dots"
         return "float64" if case.dtype == torch.float64 else None
+    if backend == "cuda":
+        if case.dtype not in (torch.float16, torch.bfloat16):
+            return "float16 and bfloat16"
+        if max(case.head_dim, case.head_dim_v or 0) > 256:
+            return "above 256"
+        if case.documents:
+            return "no documents"
+        return "no block masks" if case.block_mask else None
     if backend == "torch":
         if 0 in case.tokens(0) + case.tokens(1):
             return "empty tensors"
@@ -374,12 +382,12 @@ def check(case: Case, backend: str) -> None:
         return formula_of(problem, kept, tensors)
 
     doubles = {name: x.double() for name, x in problem.tensors.items()}
-    actual = results(ours, poisoned(case, problem), problem.dout, dlse)
-    eager = results(plain, problem.tensors, problem.dout, dlse)
-    exact = results(plain, doubles, problem.dout, dlse)
-    terms = max(
-        (x.abs().max().item() for n, x in exact.items() if n[0] == "d" and x.numel()), default=0.0
-    )
+    constant = ("bias",) if backend == "cuda" else ()  # of which it has no gradient
+    actual = results(ours, poisoned(case, problem), problem.dout, dlse, constant)
+    eager = results(plain, problem.tensors, problem.dout, dlse, constant)
+    exact = results(plain, doubles, problem.dout, dlse, constant)
+    grads = [x for name, x in exact.items() if name[0] == "d" and x is not None and x.numel()]
+    terms = max((x.abs().max().item() for x in grads), default=0.0)
     ulps = units(case, backend)
     factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.softcap else {}
     for name, value in actual.items():
@@ -413,10 +421,14 @@ def units(case: Case, backend: str) -> tuple[int, int]:
 
 
 def results(
-    function: Any, tensors: dict[str, torch.Tensor], dout: torch.Tensor, dlse: torch.Tensor
+    function: Any,
+    tensors: dict[str, torch.Tensor],
+    dout: torch.Tensor,
+    dlse: torch.Tensor,
+    constant: tuple[str, ...] = (),
 ) -> dict[str, torch.Tensor | None]:
-    """`function(tensors) -> (out, lse)` and its gradients, by name."""
-    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    """`function(tensors) -> (out, lse)` and its gradients, by name, but of the `constant` ones."""
+    leaves = {n: x.detach().requires_grad_(n not in constant) for n, x in tensors.items()}
     out, lse = function(leaves)
     outputs, cotangents = [out], [dout.to(out.dtype)]
     if lse is not None and lse.requires_grad:

@@ -32,13 +32,14 @@ def bits(case: Case, problem: Problem, backend: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", REPEATED)
-def test_fifty_runs_give_the_same_bits(name: str, backend: str, device: str) -> None:
-    case = dataclasses.replace(REPEATED[name], device=device)
-    if backend == "triton" and device == "cpu":  # interpreted: seconds, not minutes
+def test_repeated_runs_give_the_same_bits(name: str, backend: str, device: str) -> None:
+    case, runs = dataclasses.replace(REPEATED[name], device=device), 50
+    if backend == "triton" and device == "cpu":  # interpreted, program after program: seconds each
         case = dataclasses.replace(case, batch=1, heads=2, kv_heads=1, head_dim=8)
+        runs = 4
     problem = case.draw()
     first = bits(case, problem, backend)
-    for _ in range(50):
+    for _ in range(runs):
         assert all(map(torch.equal, first, bits(case, problem, backend)))
 
 
@@ -74,13 +75,13 @@ def test_a_sequence_alone_and_within_a_batch(name: str, backend: str, device: st
 
 
 @pytest.mark.parametrize("backend", ("triton",))
-@pytest.mark.parametrize("others", [((40, 40), (128, 128)), ((1, 200),), ((0, 0), (3, 3), (5, 0))])
+@pytest.mark.parametrize("others", [((40, 40), (65, 100)), ((1, 130),), ((0, 0), (3, 3), (5, 0))])
 def test_a_packed_sequence_alone_and_among_others(
     others: tuple[tuple[int, int], ...], backend: str, device: str
 ) -> None:
     """Neither the neighbours, nor the longest one, nor its place in the tensor change its bits."""
     mine = 33, 70
-    options = {"causal": True, "heads": 4, "kv_heads": 2, "device": device, "sink": True}
+    options = {"causal": True, "heads": 2, "kv_heads": 1, "device": device, "sink": True}
     alone = Case(packed=(mine,), **options)
     expected_problem = alone.draw()
     expected = bits(alone, expected_problem, backend)
@@ -114,13 +115,13 @@ def test_dropout_is_the_same_for_all_tile_sizes(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The seed decides, not how a kernel cuts the matrix: its weights, and so its gradients, agree."""
-    case = Case(50, 70, dropout_p=0.5, device=device)
+    case = Case(50, 70, batch=1, dropout_p=0.5, device=device)
     problem = case.draw()
-    problem.tensors["v"] = torch.eye(70, device=device)[None, :, None].expand(2, 70, 2, 70)
-    problem.dout = torch.ones(2, 50, 2, 70, device=device)
+    problem.tensors["v"] = torch.eye(70, device=device)[None, :, None].expand(1, 70, 2, 70)
+    problem.dout = torch.ones(1, 50, 2, 70, device=device)
     torch.manual_seed(case.seed)
     seed = dropout.draw_seed(torch.device(device))
-    kept = dropout.keep(seed, 0.5, 2, 2, 50, 70).transpose(1, 2)
+    kept = dropout.keep(seed, 0.5, 1, 2, 50, 70).transpose(1, 2)
     results = {}
     for side in (16, 32, 64):
         monkeypatch.setattr(tiles, "tile", lambda *a, n=side, **k: tiles.Tile(n, n, 4, 1))

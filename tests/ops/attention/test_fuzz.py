@@ -25,7 +25,7 @@ CHUNK = 20  # draws of one test
 
 # Tiles of scores that Triton's interpreter visits for one draw, of 32 x 32, or 16 x 16 for wide
 # heads: larger draws are drawn anew, so that every length and width stays in the list.
-MOST_TILES = 100
+MOST_TILES = 30
 
 
 def draw(seed: int, device: str) -> Case:

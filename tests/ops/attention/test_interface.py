@@ -73,7 +73,6 @@ BLOCK_MASK = fastattn.BlockMask.from_predicate(
         ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths must have the shape \(batch,\) = \(2,\)"),
         ({"key_lengths": [1, 2]}, TypeError, "key_lengths must be a torch.Tensor; got list"),
         ({"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', 'torch', 'reference'; got 'fast'"),
-        ({"backend": "cuda"}, fastattn.UnsupportedError, "no cuda backend in this version"),
     ],
 )  # fmt: skip
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -249,6 +249,37 @@ def _check_appended(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert same.flatten(2).all(-1).cpu()[untouched].all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("features", ({}, {"window": (20, 0)}, {"causal": False}, {"starts": True}))
+@pytest.mark.parametrize("seqlen_q", (1, 3))
+@pytest.mark.parametrize("lengths", ([40] * 4, [40, 40, 9, 9], [0, 0, 30, 0]))
+def test_sequences_of_one_length(
+    lengths: list[int], seqlen_q: int, features: dict[str, Any], backend: str, device: str
+) -> None:
+    """The torch backend takes neighbours of one length together; with one query, a group too."""
+    g = torch.Generator().manual_seed(0)
+    call: dict[str, Any] = {
+        "q": torch.randn(4, seqlen_q, 6, 16, generator=g),
+        "k_cache": torch.randn(4, 50, 2, 16, generator=g),
+        "v_cache": torch.randn(4, 50, 2, 16, generator=g),
+        "cache_lengths": torch.tensor(lengths),
+        "k": torch.randn(4, seqlen_q, 2, 16, generator=g),
+        "v": torch.randn(4, seqlen_q, 2, 16, generator=g),
+        **features,
+    }
+    if call.pop("starts", False):
+        call["cache_starts"] = torch.tensor([2, 2, 0, 0])
+    exact, eager = formula(call, torch.float64), formula(call, torch.float32)
+    mine = poisoned(moved(call, device))
+    out, lse = attention_with_kv_cache(**mine, return_lse=True, backend=backend)
+    without = attention_with_kv_cache(**mine, backend=backend)  # writes the same again
+    ulps = 32 if backend == "torch" else 4
+    assert_close_to_reference(out, eager[0], exact[0], name="out", ulps=ulps)
+    assert_close_to_reference(without, eager[0], exact[0], name="without the LSE", ulps=ulps)
+    assert_close_to_reference(lse, eager[1], exact[1], name="lse", ulps=ulps)
+    _check_appended(call, mine)
+
+
 @pytest.mark.parametrize("num_splits", (None, 1, 5))
 def test_alone_and_in_a_batch(num_splits: int | None, device: str) -> None:
     """The same bits, whatever else is in the batch; unless the splits are chosen for the batch."""

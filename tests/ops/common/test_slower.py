@@ -199,7 +199,8 @@ def test_compiled_graphs_know_no_size(plant: Plant) -> None:
 def test_the_backward_of_a_kernel_does_not_ask() -> None:
     """It follows a forward that has kept its own things: there must be a kernel for it."""
     for interface in INTERFACES:
-        assert all(kernel.slower is None for kernel in interface.registration.KERNELS)
+        (triton,) = (k for k in interface.registration.KERNELS if k.name == "triton")
+        assert triton.slower is None
         assert all(backend.slower is not None for backend in interface.BACKENDS)
 
 

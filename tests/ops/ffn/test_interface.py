@@ -56,7 +56,6 @@ def call(options: dict[str, Any]) -> torch.Tensor:
         ({"layout": "conv"}, ValueError, "layout must be one of 'linear', 'conv1d'; got 'conv'"),
         ({"recompute": 1}, TypeError, "recompute must be True or False; got int"),
         ({"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', .* got 'fast'"),
-        ({"backend": "cuda"}, fastattn.UnsupportedError, "no cuda backend in this version"),
     ],
 )  # fmt: skip
 def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

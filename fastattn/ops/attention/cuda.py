@@ -1,0 +1,140 @@
+"""The `cuda` backend of attention: csrc/attention/forward.cuh and backward.cuh.
+
+float16 and bfloat16, head_dim up to 256; all that a call can have but documents and block masks,
+and a gradient of everything but the bias, which is Triton's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastattn.ops.attention import cuda_cache, dropout
+from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.cuda_cache import attention_with_kv_cache
+from fastattn.ops.attention.problem import AttentionProblem
+
+__all__ = [
+    "attention_with_kv_cache", "backward", "forward", "unsupported", "unsupported_cache",
+]  # fmt: skip
+
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+MAX_SEQLEN = 2**30 - 1  # positions are 32-bit, and so is a position and a side of the window
+
+unsupported_cache = cuda_cache.unsupported
+
+
+def unsupported(problem: AttentionProblem) -> str | None:
+    """The reason why these kernels cannot run `problem`, or None."""
+    if problem.transformed:
+        return "torch.func transforms and forward-mode AD need a differentiable backend"
+    if problem.dtype not in DTYPES:
+        return f"the CUDA kernels compute in float16 and bfloat16, not in {problem.dtype}"
+    widest = max(problem.head_dim, problem.head_dim_v)
+    if widest > MAX_HEAD_DIM:
+        return f"head_dim {widest} is above {MAX_HEAD_DIM}"
+    if "q_documents" in problem.given:
+        return "the CUDA kernels have no documents"
+    if "blocks" in problem.given:
+        return "the CUDA kernels have no block masks"
+    if problem.needs_bias_grad:
+        return "the CUDA kernels have no gradient for bias"
+    if problem.needs_slope_grad:
+        return "the kernels have no gradient for alibi_slopes"
+    if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
+        return f"a sequence of {max(problem.seqlen_q, problem.seqlen_k)} tokens is above 2^30 - 1"
+    return None
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a registered call; lse float32."""
+    shape = (*q.shape[:-1], v.shape[-1])
+    if extras.cu_seqlens_q is None:
+        out = q.new_empty(shape)
+        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    else:  # tokens that are in no sequence are written by no kernel
+        out = q.new_zeros(shape)
+        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
+    mask, bias, slopes, sink, *lengths = _features(extras)
+    torch.ops.fastattn_cuda.attention_forward(
+        _padded(out), lse, *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, sink,
+        *lengths, *_numbers(q, k, settings),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias_grad: bool,
+    sink_grad: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    settings: Settings,
+) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv, dbias, dsink), each shaped as its input and contiguous.
+
+    dbias is empty, and dsink where it is not wanted.
+    """
+    assert not bias_grad, "unsupported() refuses it"
+    allocate = torch.empty if extras.cu_seqlens_q is None else torch.zeros
+    dq, dk, dv = (allocate(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    mask, bias, slopes, sink, *lengths = _features(extras)
+    torch.ops.fastattn_cuda.attention_backward(
+        *(_padded(x) for x in (dq, dk, dv)), delta, _padded(_readable(dout)),
+        None if dlse is None else dlse.contiguous(), _padded(_readable(out)), lse,
+        *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, *lengths,
+        *_numbers(q, k, settings),
+    )  # fmt: skip
+    nothing = q.new_empty((0,))
+    return dq, dk, dv, nothing, _sink_gradient(lse, delta, sink) if sink_grad else nothing
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where the kernels can read it, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """A packed tensor with a batch of 1."""
+    return x if x.dim() == 4 else x[None]
+
+
+def _features(extras: Extras) -> tuple[Any, ...]:
+    """The tensors of a call in the order of the ops' arguments; vectors contiguous."""
+    vectors = (
+        extras.alibi_slopes, extras.sink, extras.key_lengths, extras.cu_seqlens_q,
+        extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k, extras.dropout_seed,
+    )  # fmt: skip
+    return (
+        extras.mask, extras.bias, *(None if x is None else x.contiguous() for x in vectors)
+    )  # fmt: skip
+
+
+def _numbers(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> tuple[Any, ...]:
+    """The numbers of a call in the order of the ops' arguments."""
+    packed = q.dim() == 3
+    return (
+        settings.window_left, settings.window_right, settings.top_left, settings.softmax_scale,
+        settings.softcap, settings.dropout_p, dropout.threshold(settings.dropout_p),
+        settings.max_seqlen_q if packed else q.shape[1],
+        settings.max_seqlen_k if packed else k.shape[1],
+    )  # fmt: skip
+
+
+def _sink_gradient(lse: torch.Tensor, delta: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """-sum over rows of exp(sink - lse) delta: the sink's share of the softmax, without a value."""
+    share = torch.exp(sink.float()[:, None] - lse)
+    # Rows of no sequence have LSE -inf, and what their delta is made of may be anything.
+    rows = torch.where(lse == float("-inf"), 0.0, share * delta)
+    return -rows.sum(-1 if rows.dim() == 2 else (0, 2)).to(sink.dtype)

@@ -1,0 +1,135 @@
+"""The `cuda` backend of attention on a key-value cache: csrc/attention/decode.cuh and its kin."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn.ops.attention import tiles
+from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
+from fastattn.ops.attention.kv_cache import Cache, CacheProblem, rotate
+from fastattn.ops.common import launch
+
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+MAX_KEYS = 2**30  # of a sequence: positions are 32-bit
+
+# Rows of a tile: queries times the query heads that share a key head. A few tiles of them are still
+# a decode: the keys, read once from memory, come from the L2 for the others.
+TILE_ROWS = 16
+SPLIT_TILES = 4
+
+
+def unsupported(problem: CacheProblem) -> str | None:
+    """The reason why these kernels cannot run `problem`, or None."""
+    attention = problem.attention
+    if attention.transformed:
+        return "torch.func transforms and forward-mode AD need a differentiable backend"
+    if attention.dtype not in DTYPES:
+        return f"the CUDA kernels compute in float16 and bfloat16, not in {attention.dtype}"
+    widest = max(attention.head_dim, attention.head_dim_v)
+    if widest > MAX_HEAD_DIM:
+        return f"head_dim {widest} is above {MAX_HEAD_DIM}"
+    return None
+
+
+def parts(
+    capacity: int, rows: int, blocks: int, multiprocessors: int, wanted: int | None
+) -> tuple[int, int]:
+    """(parts of the keys, keys of a part) of a call with `rows` rows to a key head.
+
+    A part's float32 result is small beside what it reads, so more tiles of rows have longer parts;
+    of many, as in a prefill, there are blocks enough without any.
+
+    Args:
+        blocks: of the call before splitting.
+        wanted: num_splits of the call.
+    """
+    row_tiles = -(-rows // TILE_ROWS)
+    if row_tiles > SPLIT_TILES:
+        return 1, max(1, capacity)
+    if wanted is not None:
+        return tiles.splits(capacity, blocks, multiprocessors, wanted)
+    length = tiles.SPLIT_KEYS * row_tiles
+    return max(1, -(-capacity // length)), length
+
+
+def attention_with_kv_cache(
+    q: torch.Tensor, extras: Extras, settings: Settings, call: Cache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse); the new keys and values, if there are any, are in the caches afterwards."""
+    batch, seqlen_q, heads, _ = q.shape
+    kv_heads, head_dim_v = call.k.shape[2], call.v.shape[3]
+    capacity = min(call.capacity, MAX_KEYS)
+    lengths, table, rows = call.lengths.contiguous(), _dense(call.block_table), _dense(call.indices)
+    cos, sin = _tables(call.rotary_cos, call.rotary_sin, q.dtype)
+    if call.new_k is not None and call.new_v is not None and call.new_k.numel() * capacity:
+        torch.ops.fastattn_cuda.append_to_cache(
+            call.k, call.v, _readable(call.new_k), _readable(call.new_v), lengths, table, rows, cos,
+            sin, call.rotary_interleaved, capacity,
+        )  # fmt: skip
+    tile_rows = seqlen_q * (heads // kv_heads)
+    if tile_rows > SPLIT_TILES * TILE_ROWS and table is rows is call.starts is None and capacity:
+        return _prefill(q, extras, settings, call)
+    out = q.new_empty((batch, seqlen_q, heads, head_dim_v))
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    blocks = batch * kv_heads * -(-tile_rows // TILE_ROWS)
+    splits, length = parts(
+        capacity, tile_rows, blocks, launch.multiprocessors(q.device), call.num_splits
+    )
+    part_out = part_lse = None
+    if splits > 1:
+        width = -(-head_dim_v // 4) * 4  # the kernels write and read 16 bytes at once
+        part_lse = lse.new_empty((splits, batch, seqlen_q, heads))
+        part_out = lse.new_empty((*part_lse.shape, width))
+    # A side of the window that no key lies beyond hides nothing, and must not pass 2^31.
+    left, right = (
+        n if n == UNBOUNDED else min(n, capacity + seqlen_q)
+        for n in (settings.window_left, settings.window_right)
+    )
+    torch.ops.fastattn_cuda.attend_to_cache(
+        out, lse, part_out, part_lse, _readable(q), call.k, call.v, lengths, table, rows,
+        _dense(call.starts), _dense(extras.alibi_slopes), _float32(extras.sink), cos, sin,
+        call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new, length, left,
+        right, settings.softmax_scale, settings.softcap,
+    )  # fmt: skip
+    return out, lse
+
+
+def _prefill(
+    q: torch.Tensor, extras: Extras, settings: Settings, call: Cache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Many queries on a padded cache: the forward kernel, whose tiles of queries are larger."""
+    from fastattn.ops.attention import cuda
+
+    if call.rotary_cos is not None and call.rotary_sin is not None:
+        ahead = torch.arange(q.shape[1], device=q.device) * int(call.rotary_advances)
+        positions = call.lengths.long()[:, None] + ahead
+        q = rotate(q, call.rotary_cos, call.rotary_sin, positions, call.rotary_interleaved)
+    held = call.lengths.clamp(max=call.capacity) + call.seqlen_new  # cut to the cache by the kernel
+    return cuda.forward(q, call.k, call.v, extras._replace(seqused_k=held), settings)
+
+
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _float32(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself, if its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tables(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The rotary tables, in float32 or both in `dtype`."""
+    if cos is None or sin is None:
+        return None, None
+    if cos.dtype != sin.dtype or cos.dtype not in (torch.float32, dtype):
+        cos, sin = cos.float(), sin.float()
+    return cos.contiguous(), sin.contiguous()

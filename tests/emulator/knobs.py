@@ -1,0 +1,49 @@
+"""The `cuda` backend's kernels for a test: a GPU's own, or the emulator's with its knobs."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from emulator import library
+
+from fastattn import extension
+
+
+class Emulator:
+    """On a GPU the knobs turn nothing, and nothing is counted."""
+
+    def __init__(self) -> None:
+        self._library: ctypes.CDLL | None = None
+        if torch.cuda.is_available():
+            if (reason := extension.unavailable(torch.device("cuda", 0))) is not None:
+                pytest.skip(reason)
+            return
+        library.load()
+        self._library = ctypes.CDLL(str(library.build()))
+        self._library.fastattn_emulator_counts_json.restype = ctypes.c_char_p
+
+    def seed(self, seed: int) -> None:
+        """Of the scheduler that orders blocks, warps and threads."""
+        if self._library is not None:
+            self._library.fastattn_emulator_set_seed(ctypes.c_uint64(seed))
+
+    def checks(self, level: int) -> None:
+        """0: what a kernel writes and where; 1: races, uninitialised memory, banks and all else."""
+        if self._library is not None:
+            self._library.fastattn_emulator_check_level(level)
+
+    def counts(self, function: Callable[[], object]) -> dict[str, dict[str, int]] | None:
+        """Of each kernel while `function` runs; None on a GPU."""
+        if self._library is None:
+            function()
+            return None
+        self._library.fastattn_emulator_reset_counts()
+        function()
+        counts: dict[str, dict[str, int]] = json.loads(
+            self._library.fastattn_emulator_counts_json()
+        )
+        return {kernel: of for kernel, of in counts.items() if of["launches"]}

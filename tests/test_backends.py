@@ -1,0 +1,99 @@
+"""backends.py: who runs a backward, and what the public ops say of the `cuda` backend."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import backends, extension
+from fastattn.backends import Backend, explanation_of
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+class Problem:
+    def __init__(self, device: torch.device = GPU) -> None:
+        self.device = device
+
+    def describe(self) -> str:
+        return "a problem"
+
+
+def kernel(name: str, **answers: Callable[[Any], str | None]) -> Backend:
+    module = types.SimpleNamespace(**{"unsupported": lambda problem: None, **answers})
+    return Backend(name, lambda: module)  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a GPU for both kinds of kernels."""
+    monkeypatch.setattr(extension, "unavailable", lambda device: None)
+    monkeypatch.setattr(backends, "triton_unavailable", lambda device: None)
+
+
+def no(reason: str) -> Callable[[Any], str]:
+    return lambda problem: reason
+
+
+@pytest.mark.usefixtures("both")
+def test_a_backward_follows_its_forward() -> None:
+    kernels = (kernel("cuda"), kernel("triton"))
+    for forward, backend in zip(("cuda", "triton"), kernels):
+        for forced in (False, True):
+            chosen = backends.select_backward("op", kernels, Problem(), forward, forced)
+            assert chosen is backend.module
+
+
+@pytest.mark.usefixtures("both")
+def test_a_backward_that_a_module_lacks_goes_to_the_next() -> None:
+    kernels = (kernel("cuda", unsupported_backward=no("no gradient of a bias")), kernel("triton"))
+    assert kernels[0].unsupported(Problem()) is None
+    chosen = backends.select_backward("op", kernels, Problem(), "cuda", False)
+    assert chosen is kernels[1].module
+    with pytest.raises(fastattn.UnsupportedError, match=r"of op on a problem: cuda: no gradient"):
+        backends.select_backward("op", kernels, Problem(), "cuda", True)
+
+
+@pytest.mark.usefixtures("both")
+def test_no_backward_at_all_names_every_reason() -> None:
+    kernels = (kernel("cuda", unsupported=no("a")), kernel("triton", unsupported=no("b")))
+    with pytest.raises(fastattn.UnsupportedError, match="triton: b; cuda: a"):
+        backends.select_backward("op", kernels, Problem(), "triton", False)
+
+
+def test_the_emulator_is_never_the_automatic_choice(both: None) -> None:
+    others = (kernel("torch"),)
+    for name in ("cuda", "triton"):
+        choice = backends.select("op", (kernel(name), *others), Problem(CPU), None)
+        assert choice.name == "torch"
+        assert f"name backend='{name}'" in str(kernel(name).declined(Problem(CPU)))
+
+
+X = torch.randn(2, 4, 2, 16)
+CALLS = {
+    "attention": (X, X, X),
+    "layer_norm": (X,),
+    "rms_norm": (X,),
+    "ffn": (torch.randn(3, 4), torch.randn(8, 4), None, torch.randn(4, 8), None),
+    "attention_with_kv_cache": (X, X, X, torch.tensor([4, 4])),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_cuda_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_emulator", None)
+    function = getattr(fastattn, op)
+    explanation = explanation_of(function, *CALLS[op])
+    assert list(explanation.reasons) == list(backends.NAMES)
+    assert explanation.reasons["cuda"] == "the CUDA kernels run on NVIDIA GPUs, not on a CPU"
+    for _ in range(2):  # an error is not forgotten by the cache of plans
+        with pytest.raises(
+            fastattn.UnsupportedError, match=f"cuda backend cannot run {op} on .*GPU"
+        ):
+            function(*CALLS[op], backend="cuda")
