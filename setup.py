@@ -73,8 +73,17 @@ def skip_reason(sources, archs, nvcc, torch):
     """Why no extension will be built, or None when all that it takes is there."""
     if not sources:
         return "csrc/ holds no sources"
-    if not archs.strip():
+    if not entries_of(archs):
         return "FASTATTN_CUDA_ARCHS is empty"
+    for entry in entries_of(archs):
+        number = re.fullmatch(r"(\d{2,3})[af]?(\+PTX)?", entry)
+        if number is None:
+            return (
+                f"FASTATTN_CUDA_ARCHS has the entry {entry!r}; it is a list such as "
+                f"{DEFAULT_ARCHS!r}, of compute capabilities without a dot"
+            )
+        if int(number[1]) < 80:
+            return f"FASTATTN_CUDA_ARCHS has the entry {entry!r}; the kernels need 80 or later"
     if nvcc is None:
         return "nvcc was not found (looked in CUDA_HOME, PATH and /usr/local/cuda)"
     if torch is None:
@@ -85,9 +94,13 @@ def skip_reason(sources, archs, nvcc, torch):
     return None
 
 
+def entries_of(archs):
+    return list(filter(None, archs.replace(" ", "").split(";")))
+
+
 def gencode_flags(archs):
     flags = []
-    for entry in filter(None, (entry.strip() for entry in archs.split(";"))):
+    for entry in entries_of(archs):
         arch = entry.removesuffix("+PTX")
         codes = [f"sm_{arch}"] + ([f"compute_{arch}"] if arch != entry else [])
         flags += [f"-gencode=arch=compute_{arch},code={code}" for code in codes]
@@ -122,7 +135,8 @@ def manylinux(library):
     """The oldest manylinux whose systems have the symbols that a library wants.
 
     By the versions in its string table, as auditwheel does. 2_28 is that of torch's own wheels;
-    those of libstdc++ came with the glibc of these releases (auditwheel's manylinux-policy.json).
+    those of libstdc++ came with the glibc of these releases (auditwheel's manylinux-policy.json);
+    of a later one it is only known that this system has it.
     """
     of_cxx = {24: 28, 28: 31, 29: 34, 30: 35, 33: 39}
     glibc = [28]
@@ -130,7 +144,8 @@ def manylinux(library):
         if name == b"GLIBC_2":
             glibc.append(int(release))
         else:
-            glibc.append(next(g for cxx, g in of_cxx.items() if int(release) <= cxx))
+            known = (g for cxx, g in of_cxx.items() if int(release) <= cxx)
+            glibc.append(next(known, None) or int(os.confstr("CS_GNU_LIBC_VERSION").split(".")[1]))
     return f"manylinux_2_{max(glibc)}"
 
 
@@ -149,8 +164,9 @@ class BuildExtension(build_ext):
             self.distribution.get_command_obj("bdist_wheel").root_is_pure = True
 
     def build_extension(self, ext):
-        archs = os.environ.get("FASTATTN_CUDA_ARCHS", DEFAULT_ARCHS).replace(" ", "")
-        jobs = int(os.environ.get("MAX_JOBS") or incremental.cores())
+        archs = ";".join(entries_of(os.environ.get("FASTATTN_CUDA_ARCHS", DEFAULT_ARCHS)))
+        max_jobs = os.environ.get("MAX_JOBS", "")
+        jobs = int(max_jobs) if max_jobs.isdecimal() else incremental.cores()
         nvcc, (torch_folder, _) = find_nvcc(), find_torch()
         compiler = compile_command(archs, nvcc, torch_folder)
         say(f"building the extension for {archs}, {jobs} processes: " + " ".join(compiler))

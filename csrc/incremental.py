@@ -115,7 +115,10 @@ def link(command: Sequence[str], objects: Sequence[Path], root: Path, output: Pa
 
 def _run(command: Sequence[str], root: Path, failure: str) -> str:
     """What a command printed; raises BuildError, which begins with `failure`."""
-    run = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        run = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise BuildError(f"{failure}: {command[0]} cannot be run: {error.strerror}") from error
     printed = run.stdout.decode(errors="replace")
     if run.returncode:
         raise BuildError(f"{failure}: {command[0]} exited with {run.returncode}\n{printed}")
@@ -132,4 +135,4 @@ def _read(output: Path) -> list[str]:
         rule = output.with_suffix(".d").read_text().replace("\\\n", " ")
     except FileNotFoundError:
         return []
-    return rule.partition(":")[2].split()
+    return rule.partition(": ")[2].split()  # a colon may stand in the folder's name too

@@ -97,8 +97,12 @@ FA_DEVICE Vector<T, 8> query_chunk(const DecodeParams<T>& p, Global<const T> row
   return values;
 }
 
-// Begins to copy a tile of keys or values. Lane l (and l + 16) has the offset of its key l, -1 for
-// none, which becomes zeros. Eight lanes copy 128 bytes of a row.
+// The offset of no key: negative, and aligned as others are, which a copy wants that reads nothing
+// as well.
+constexpr int64_t no_key = -chunk_elements;
+
+// Begins to copy a tile of keys or values. Lane l (and l + 16) has the offset of its key l, or
+// no_key, which becomes zeros. Eight lanes copy 128 bytes of a row.
 template <class Traits>
 FA_DEVICE void copy_tile(Tile<typename Traits::T, Traits::head_dim> to,
                          Global<const typename Traits::T> from, int64_t offset, int width,
@@ -193,10 +197,10 @@ void decode_kernel(FA_PARAMS(DecodeParams<typename Traits::T>) p) {
   };
   const Global<const T> k_head = p.k + kv_head * cache.k_head;
   const Global<const T> v_head = p.v + kv_head * cache.v_head;
-  int64_t k_offset = -1, v_offset = -1;  // of this lane's key of the tile to be copied next
+  int64_t k_offset = no_key, v_offset = no_key;  // of this lane's key of the tile to be copied next
   auto find_keys = [&](int tile) {
     const int key = begin + (warp + tile * warps) * decode_keys + lane % decode_keys;
-    k_offset = v_offset = -1;
+    k_offset = v_offset = no_key;
     if (tile < my_tiles && key >= first_key && key < end) {
       const Place place = place_of(cache, batch, key);
       const int64_t page = page_inside(cache, place.page);

@@ -121,9 +121,9 @@ void decode_as(const DecodeCall& call) {
   p.part_width = call.part_out ? static_cast<int>(call.part_out->size(4)) : 0;
   p.window_left = static_cast<int>(call.window_left);
   p.window_right = static_cast<int>(call.window_right);
-  const bool capped = call.softcap > 0.0;
-  p.scale = static_cast<float>(call.softmax_scale * (capped ? 1.0 / call.softcap : log2_e));
-  p.cap = static_cast<float>(call.softcap * log2_e);
+  const double softcap = held_softcap(call.softcap);
+  p.scale = static_cast<float>(call.softmax_scale * (softcap > 0.0 ? 1.0 / softcap : log2_e));
+  p.cap = static_cast<float>(softcap * log2_e);
   p.q_by_vectors = are_aligned({q});
 
   const Grid grid{q.size(0) * p.splits * p.cache.kv_heads * p.row_tiles};

@@ -97,6 +97,10 @@ FA_DEVICE void finish_rows(const ForwardParams<T>& p, const float (&acc)[MTiles]
              p.out.token, rows_left, Traits::rows, p.head_dim_v, p.aligned);
 }
 
+// fma(s, scale, -shift) holds what the rounding of shift left out, which beyond this may be many
+// powers of two: there the tile's highest score is subtracted before the scale.
+constexpr float largest_shift = 16777216.0f;
+
 template <class Traits>
 FA_KERNEL(Traits::threads, Traits::blocks)
 void forward_kernel(FA_PARAMS(ForwardParams<typename Traits::Type>) p) {
@@ -186,8 +190,17 @@ void forward_kernel(FA_PARAMS(ForwardParams<typename Traits::Type>) p) {
         }
         highest = warp_max<4>(highest);
         OnlineSoftmax& row = state[m][half];
-        const float factor = row.raise(highest * late_scale);
-        const float shift = row.shift();
+        const float top = highest * late_scale;
+        const float factor = row.raise(top);
+        float shift = row.shift();
+        if (!Traits::full && abs(shift) > largest_shift) {
+          FA_UNROLL
+          for (int n = 0; n < n_tiles; ++n) {
+            s[m][n][2 * half] -= highest;
+            s[m][n][2 * half + 1] -= highest;
+          }
+          shift = shift == top ? 0.0f : shift - top;
+        }
         FA_UNROLL
         for (int n = 0; n < d_tiles; ++n) {
           acc[m][n][2 * half] *= factor;

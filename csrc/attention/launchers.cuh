@@ -2,6 +2,7 @@
 // instantiation.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 
@@ -77,17 +78,26 @@ inline bool are_aligned(std::initializer_list<Tensor> tensors) {
   return true;
 }
 
+// float32 holds neither the smallest and the largest doubles nor quotients by them; a cap far below
+// or above all scores is as good as any other one there.
+inline double held_softcap(double softcap) {
+  return softcap == 0.0 ? 0.0 : std::clamp(softcap, 1e-20, 1e20);
+}
+
 inline int ceil_div(int64_t a, int b) { return static_cast<int>((a + b - 1) / b); }
 
 // All but `tiles`, which is the kernel's, and `aligned`.
 template <class T>
 void set_call(AttentionParams<T>& p, const Call& call) {
+  if (call.q.size(1) >= int64_t{1} << 31 || call.k.size(1) >= int64_t{1} << 31) {
+    throw std::runtime_error("fastattn: the CUDA kernels of attention take less than 2^31 tokens");
+  }
   p.q = matrix<T>(call.q);
   p.k = matrix<T>(call.k);
   p.v = matrix<T>(call.v);
   p.scores.scale =
       static_cast<float>(call.softcap != 0.0 ? call.softmax_scale : call.softmax_scale * log2_e);
-  p.scores.softcap = static_cast<float>(call.softcap);
+  p.scores.softcap = static_cast<float>(held_softcap(call.softcap));
   p.scores.bias = broadcast<T>(only_if(!is_float32(call.bias), call.bias));
   p.scores.bias_float32 = broadcast<float>(only_if(is_float32(call.bias), call.bias));
   p.scores.mask = broadcast<uint8_t>(call.mask);

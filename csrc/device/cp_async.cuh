@@ -9,7 +9,8 @@
 
 namespace fastattn {
 
-// 16 bytes, past the L1 cache; zeros if not `valid`, and then `from` is not read.
+// 16 bytes, past the L1 cache; zeros if not `valid`, and then `from` is not read, but aligned all
+// the same.
 template <class T>
 FA_DEVICE void copy_async(Shared<T> to, Global<const T> from, bool valid = true) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.pointer));

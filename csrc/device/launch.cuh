@@ -35,6 +35,10 @@ void launch(void (*kernel)(Params), const char* name, Grid grid, int threads, in
             Stream stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   constexpr int shared_without_asking = 48 * 1024;
+  // dim3 has 32 bits: of a grid that they do not hold, a part would run.
+  constexpr int64_t most_x = (int64_t{1} << 31) - 1, most_yz = 65535;
+  const bool fits = grid.x <= most_x && grid.y <= most_yz && grid.z <= most_yz;
+  check_launch(fits ? cudaSuccess : cudaErrorInvalidConfiguration, name, grid, threads, shared);
   cudaGetLastError();  // of somebody else
   if (shared > shared_without_asking) {
     check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),

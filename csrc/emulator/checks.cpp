@@ -258,7 +258,14 @@ void check_shared(const void* at, int bytes, Access access, Where where) {
 
 void begin_copy(void* to, const Region* region, const void* from, bool valid, Where where) {
   ++counts->async_copies;
-  if (valid) check_global(region, from, 16, Access::read, where);
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  if (valid) {
+    check_global(region, from, 16, Access::read, where);
+  } else if (address % 16 != 0) {  // of a copy that reads nothing as well
+    fail_access("misaligned access to global memory", position.thread,
+                text_of_access(Access::read, 16, "a place that is not read", where) +
+                    text_of_alignment(address, 16));
+  }
   check_shared(to, 16, Access::write, where);
   auto* bytes = static_cast<unsigned char*>(to);
   Copy copy = {bytes, region, from, valid && draw(2) == 0, {}, where};

@@ -2,12 +2,15 @@
 // Sennrich 2019, arXiv:1910.07467), with the addition of a residual:
 //
 //     s = x + residual, rounded to the stream's type and stored
-//     mean = sum(s) / hidden                   (0 for rms_norm)
-//     rstd = 1 / sqrt(sum((s - mean)^2) / hidden + eps)
-//     out = (s - mean) rstd weight + bias
+//     m = sum(s) / hidden,  d = s - m          (0 and s for rms_norm)
+//     e = sum(d) / hidden                      (what rounding left of the mean; 0 for rms_norm)
+//     rstd = 1 / sqrt(sum(d^2) / hidden - e^2 + eps)
+//     out = (d - e) rstd weight + bias,  mean = m + e
 //
-// One pass over memory: the row stays in registers between its two sums and its result, so the
-// variance is of deviations from the final mean, and a large mean does not cancel it.
+// One pass over memory: the row stays in registers between its two sums and its result. The variance
+// is of deviations from the mean, corrected by the sum of these (the corrected two-pass algorithm of
+// Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance"), so a mean that is
+// large beside them cancels nothing.
 #pragma once
 
 #include "layer_norm/elements.cuh"
@@ -87,6 +90,12 @@ FA_DEVICE float sum_of_squares(const float (&s)[N][V]) {
   return sum_of(squares);
 }
 
+// 1 / sqrt(variance + eps) of the mean square of deviations from something `rest` off the mean.
+FA_DEVICE float inverse_deviation(float mean_square, float rest, float eps) {
+  const float variance = mean_square - rest * rest;
+  return rsqrt((variance < 0.0f ? 0.0f : variance) + eps);
+}
+
 // out of a row's deviations from the mean.
 template <class Streams, int N, int V>
 FA_DEVICE void store_out(const ForwardParams& p, int64_t row, bool present, const int (&columns)[N],
@@ -118,17 +127,24 @@ FA_KERNEL(Traits::max_threads, 1) void norm_forward(FA_PARAMS(ForwardParams) p) 
 
   float s[N][V];
   load_stream<Streams>(p, row, present, true, columns, s);
-  float sum[1];
+  const float hidden = static_cast<float>(p.hidden);
+  float rstd;
   if (p.mean) {
-    sum[0] = sum_of(s);
+    float sum[1] = {sum_of(s)};
     threads.sum(sum);
-    const float mean = sum[0] / static_cast<float>(p.hidden);
-    if (present && threads.index == 0) store(p.mean + row, mean);
+    const float mean = sum[0] / hidden;
     subtract(mean, p.hidden, columns, s);
+    float sums[2] = {sum_of(s), sum_of_squares(s)};
+    threads.sum(sums);
+    const float rest = sums[0] / hidden;
+    subtract(rest, p.hidden, columns, s);
+    rstd = inverse_deviation(sums[1] / hidden, rest, p.eps);
+    if (present && threads.index == 0) store(p.mean + row, mean + rest);
+  } else {
+    float sum[1] = {sum_of_squares(s)};
+    threads.sum(sum);
+    rstd = inverse_deviation(sum[0] / hidden, 0.0f, p.eps);
   }
-  sum[0] = sum_of_squares(s);
-  threads.sum(sum);
-  const float rstd = rsqrt(sum[0] / static_cast<float>(p.hidden) + p.eps);
   if (present && threads.index == 0) store(p.rstd + row, rstd);
   store_out<Streams>(p, row, present, columns, rstd, s);
 }
@@ -149,31 +165,40 @@ FA_KERNEL(Traits::max_threads, 1) void norm_forward_long(FA_PARAMS(ForwardParams
     for (int n = 0; n < N; ++n) columns[n] = first + threads.column<V>(n);
   };
 
-  float sum[1] = {0.0f};
+  const float hidden = static_cast<float>(p.hidden);
+  float mean = 0.0f;
+  if (p.mean) {
+    float sum[1] = {0.0f};
+    for (int first = 0; first < p.hidden; first += step) {
+      go_to(first);
+      load_stream<Streams>(p, row, true, true, columns, s);
+      sum[0] += sum_of(s);
+    }
+    threads.sum(sum);
+    mean = sum[0] / hidden;
+  }
+
+  float sums[2] = {0.0f, 0.0f};
   for (int first = 0; first < p.hidden; first += step) {
     go_to(first);
-    load_stream<Streams>(p, row, true, true, columns, s);
-    sum[0] += sum_of(s);
+    load_stream<Streams>(p, row, true, !p.mean, columns, s);
+    subtract(mean, p.hidden, columns, s);
+    sums[0] += sum_of(s);
+    sums[1] += sum_of_squares(s);
   }
-  threads.sum(sum);
-  const float mean = p.mean ? sum[0] / static_cast<float>(p.hidden) : 0.0f;
-  if (p.mean && threads.index == 0) store(p.mean + row, mean);
+  threads.sum(sums);
+  const float rest = p.mean ? sums[0] / hidden : 0.0f;
+  const float rstd = inverse_deviation(sums[1] / hidden, rest, p.eps);
+  if (threads.index == 0) {
+    if (p.mean) store(p.mean + row, mean + rest);
+    store(p.rstd + row, rstd);
+  }
 
-  sum[0] = 0.0f;
   for (int first = 0; first < p.hidden; first += step) {
     go_to(first);
     load_stream<Streams>(p, row, true, false, columns, s);
     subtract(mean, p.hidden, columns, s);
-    sum[0] += sum_of_squares(s);
-  }
-  threads.sum(sum);
-  const float rstd = rsqrt(sum[0] / static_cast<float>(p.hidden) + p.eps);
-  if (threads.index == 0) store(p.rstd + row, rstd);
-
-  for (int first = 0; first < p.hidden; first += step) {
-    go_to(first);
-    load_stream<Streams>(p, row, true, false, columns, s);
-    subtract(mean, p.hidden, columns, s);
+    subtract(rest, p.hidden, columns, s);
     store_out<Streams>(p, row, true, columns, rstd, s);
   }
 }

@@ -122,7 +122,8 @@ class GPT(torch.nn.Module):
 
         Returns:
             Logits (B, T, V) in the parameters' dtype; with ``targets`` the pair (logits, loss),
-            the loss being the mean cross-entropy in float32 (NaN if no target counts).
+            the loss being the mean cross-entropy in float32 (NaN if no target counts). Its backward
+            may want the logits as they were: not to be written to before.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
@@ -162,18 +163,25 @@ class GPT(torch.nn.Module):
         If both share a weight, the head's gradient of it comes first, and is dense. On a CPU the
         embedding's follows as a sparse one, which autograd adds to it in place, to the rows in
         question; as a dense one it would take two more tensors of the weight's size.
+
+        A forward hook may take what is before the head into a loss of its own, whose gradient would
+        stay sparse.
         """
+        wte = self.wte
         if (
-            self.lm_head.weight is self.wte.weight
-            and self.wte.weight.numel() >= LARGE
+            self.lm_head.weight is wte.weight
+            and wte.weight.numel() >= LARGE
             and input_ids.is_cpu
-            and is_plain(self.wte, torch.nn.Embedding)
+            and is_plain(wte, torch.nn.Embedding)
+            and wte.padding_idx is wte.max_norm is None
+            and not wte.scale_grad_by_freq
             and is_plain(self.lm_head, nn.Linear)
             and not torch.compiler.is_compiling()
             and not modes.transformed()
+            and not any(module._forward_hooks for module in self.modules())
         ):
-            return F.embedding(input_ids, self.wte.weight, sparse=True)
-        return self.wte(input_ids)
+            return F.embedding(input_ids, wte.weight, sparse=True)
+        return wte(input_ids)
 
     def _features(self, input_ids: Tensor, embedded: Tensor, cache: KVCache | None) -> Tensor:
         seqlen = input_ids.shape[1]

@@ -282,10 +282,9 @@ def attention(
         *((torch.bfloat16, 128, name) for name in features if name != "tf32x3"),
         *((torch.bfloat16, 64, name) for name in ("causal", "mask", "bias")),
         *((torch.bfloat16, 256, name) for name in ("causal", "bias")),
-        *((torch.float16, 512, name) for name in ("causal", "bias")),
+        (torch.float16, 512, "bias"),
         *((torch.float32, 80, name) for name in ("tf32x3", "everything")),
-        *((torch.float32, 256, name) for name in ("causal", "bias")),
-        (torch.float32, 512, "bias"),
+        *((torch.float32, head_dim, "bias") for head_dim in (256, 512)),
     ]
     for dtype, head_dim, name in every if rows is None else rows:
         options = dict(features[name])
@@ -452,9 +451,13 @@ ROWS = [
     (torch.float32, 512, "bias"),
 ]  # fmt: skip
 
+# Those that sm_100 has of its own; its others are Hopper's.
+OWN_ROWS = [(torch.bfloat16, 128, name) for name in ("causal", "bias", "everything")]
+
 GRIDS: dict[str, Callable[[], Grid]] = {
     "attention": attention,
     "attention, rows": functools.partial(attention, ROWS),
+    "attention, own rows": functools.partial(attention, OWN_ROWS),
     "ffn": ffn,
     "layer_norm": layer_norm,
     "hot": hot,

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 # Bytes that a thread of a kernel may spill, by a pattern of its name; 0 for all others. Both keep a
 # few addresses on the stack: with smaller tiles they would not, and read shared memory more often.
 SPILLS = {
-    r"^forward_kernel<ForwardTraits<\w+, 128, false>": 64,
+    r"^forward_kernel<ForwardTraits<\w+, 128, false>": 8,
     r"^keys_kernel<KeysTraits<\w+, 64, false,": 16,
 }
 # Kernels whose time is in matrix products.

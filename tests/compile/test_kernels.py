@@ -39,8 +39,8 @@ def spills_allowed(op: str, kernel: dict[str, Any]) -> int:
 @pytest.mark.parametrize("architecture", (80, 90, 100))
 def test_resources(op: str, architecture: int) -> None:
     # Each feature by itself is compiled for Hopper alone: attention takes minutes a chip.
-    short = op == "attention" and architecture != 90
-    kernels = report("attention, rows" if short else op, architecture)
+    grids = {80: "attention, rows", 100: "attention, own rows"}
+    kernels = report(grids.get(architecture, op) if op == "attention" else op, architecture)
     assert kernels
     over = []
     for kernel in kernels:

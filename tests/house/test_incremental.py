@@ -104,6 +104,21 @@ def test_a_failure_names_its_file_and_keeps_the_others(tree: Tree) -> None:
     assert tree.compile("a", "b", "bad") == {"bad.cpp"}
 
 
+def test_a_compiler_that_is_not_there(tree: Tree) -> None:
+    with pytest.raises(
+        incremental.BuildError, match=r"csrc/a.cpp does not compile: no-g cannot be"
+    ):
+        incremental.compile_all(["no-g"], ["csrc/a.cpp"], tree.root, tree.folder, 1, print)
+
+
+def test_any_name_of_the_folder(tree: Tree) -> None:
+    tree.folder = tree.root / "of a:b"
+    assert tree.compile() == {"a.cpp", "b.cpp"}
+    assert tree.compile() == set()
+    tree.write("csrc/shared.h", "constexpr int one = 2;")
+    assert tree.compile() == {"a.cpp"}
+
+
 def test_warnings_are_shown(tree: Tree) -> None:
     tree.write("csrc/b.cpp", "int b() { int unused; return 2; }")
     tree.compile(flags=["-Wall"])

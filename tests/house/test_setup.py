@@ -119,6 +119,12 @@ def test_sources_are_those_of_csrc_without_the_emulator(
     [
         ([], "90a", "nvcc", TORCH, "holds no sources"),
         (["a.cu"], " ", "nvcc", TORCH, "FASTATTN_CUDA_ARCHS is empty"),
+        (["a.cu"], " ; ", "nvcc", TORCH, "FASTATTN_CUDA_ARCHS is empty"),
+        (["a.cu"], "80;sm_90", "nvcc", TORCH, "the entry 'sm_90'; it is a list such as"),
+        (["a.cu"], "9.0", "nvcc", TORCH, "the entry '9.0'; it is a list such as"),
+        (["a.cu"], "80,90", "nvcc", TORCH, "the entry '80,90'; it is a list such as"),
+        (["a.cu"], "80 --help", "nvcc", TORCH, "the entry '80--help'; it is a list such as"),
+        (["a.cu"], "75+PTX", "nvcc", TORCH, "the entry '75[+]PTX'; the kernels need 80"),
         (["a.cu"], "90a", None, TORCH, "nvcc was not found"),
         (["a.cu"], "90a", "nvcc", None, "torch is not installed"),
         (["a.cu"], "90a", "nvcc", (Path("torch"), (2, 9)), "torch 2.9 .* torch >= 2.10"),
@@ -136,7 +142,8 @@ def test_each_thing_that_is_missing_is_named(
 
 
 def test_nothing_is_missing(setup_py: ModuleType) -> None:
-    assert setup_py.skip_reason(["a.cu"], "90a", "nvcc", TORCH) is None
+    for archs in ("90a", setup_py.DEFAULT_ARCHS, " 80 + PTX; 100f;"):
+        assert setup_py.skip_reason(["a.cu"], archs, "nvcc", TORCH) is None
 
 
 def test_architectures(setup_py: ModuleType) -> None:
@@ -237,6 +244,7 @@ def test_second_build_compiles_what_changed(tree: Path, tmp_path: Path) -> None:
     assert built(BAD="other.cpp") == ["csrc/other.cpp"]
     assert built() == ["csrc/other.cpp", "link"]
     assert built(FASTATTN_CUDA_ARCHS="90a") == ["csrc/library.cu", "csrc/other.cpp", "link"]
+    assert built(FASTATTN_CUDA_ARCHS=" 90a ; ", MAX_JOBS="all") == []
 
 
 @pytest.mark.parametrize(
@@ -255,6 +263,11 @@ def test_wheels_say_which_systems_they_run_on(
     setup_py: ModuleType, symbols: bytes, tag: str
 ) -> None:
     assert setup_py.manylinux(symbols) == f"manylinux_{tag}"
+
+
+def test_a_compiler_newer_than_the_table_fails_no_wheel(setup_py: ModuleType) -> None:
+    here = int(os.confstr("CS_GNU_LIBC_VERSION").split(".")[1])
+    assert setup_py.manylinux(b"\0GLIBCXX_3.4.99\0") == f"manylinux_2_{max(here, 28)}"
 
 
 def test_real_compiler_builds_a_library_that_torch_loads(

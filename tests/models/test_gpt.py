@@ -226,6 +226,35 @@ def test_gradient_of_the_shared_weight(
     assert not of_features.is_sparse
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("padding_idx", 3), ("max_norm", 0.01), ("scale_grad_by_freq", True)]
+)
+def test_what_the_embedding_is_told_beside_the_head(
+    monkeypatch: pytest.MonkeyPatch, small: dict[str, Any], name: str, value: Any
+) -> None:
+    gradients = []
+    for large in (1, 1 << 60):
+        monkeypatch.setattr("fastattn.models.gpt.LARGE", large)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**small)).eval()
+        setattr(model.wte, name, value)
+        tokens = torch.tensor([[3, 3, 5, 7, 5]])
+        gradients += torch.autograd.grad(model(tokens, tokens)[1], model.wte.weight)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_loss_of_what_a_hook_saw_has_a_dense_gradient(
+    monkeypatch: pytest.MonkeyPatch, small: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("fastattn.models.gpt.LARGE", 1)
+    model = GPT(GPTConfig(**small)).eval()
+    seen = []
+    model.dropout.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(torch.zeros(1, 5).long(), torch.zeros(1, 5).long())
+    seen[0].sum().backward()
+    assert model.wte.weight.grad is not None and not model.wte.weight.grad.is_sparse
+
+
 def test_targets_may_all_be_ignored(small: dict[str, Any]) -> None:
     model = GPT(GPTConfig(**small))
     _, loss = model(torch.zeros(1, 2).long(), torch.full((1, 2), -100))

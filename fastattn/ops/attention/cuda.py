@@ -96,8 +96,9 @@ def backward(
         *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, *lengths,
         *_numbers(q, k, settings),
     )  # fmt: skip
-    nothing = q.new_empty((0,))
-    return dq, dk, dv, nothing, _sink_gradient(lse, delta, sink) if sink_grad else nothing
+    # Outputs of an op share no memory, not even none: two tensors.
+    dsink = _sink_gradient(lse, delta, sink) if sink_grad else q.new_empty((0,))
+    return dq, dk, dv, q.new_empty((0,)), dsink
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -123,12 +124,12 @@ def _features(extras: Extras) -> tuple[Any, ...]:
 
 def _numbers(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> tuple[Any, ...]:
     """The numbers of a call in the order of the ops' arguments."""
-    packed = q.dim() == 3
+    packed = q.dim() == 3  # no sequence is longer than all together, whatever the caller says
     return (
         settings.window_left, settings.window_right, settings.top_left, settings.softmax_scale,
         settings.softcap, settings.dropout_p, dropout.threshold(settings.dropout_p),
-        settings.max_seqlen_q if packed else q.shape[1],
-        settings.max_seqlen_k if packed else k.shape[1],
+        min(settings.max_seqlen_q, q.shape[0]) if packed else q.shape[1],
+        min(settings.max_seqlen_k, k.shape[0]) if packed else k.shape[1],
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def register(
@@ -56,6 +57,8 @@ def register(
             for x in given:
                 if isinstance(x, torch.Tensor) and x.requires_grad:
                     return differentiable_kernel(*inputs) if alone else differentiable_op(*inputs)
+        if forward_ad._current_level >= 0:
+            return differentiable_op(*inputs)  # which raises if an input has a tangent
         with torch._C._AutoDispatchBelowAutograd():
             return kernel(*inputs) if alone else op(*inputs)
 
@@ -74,6 +77,8 @@ def _kernel_alone(tensors: list[Any]) -> bool:
     if torch._C._functorch.maybe_current_level() is not None:
         return False
     usual = _usual_keys(tensors[0].device)
+    if usual is None:
+        return False
     for x in tensors:  # noqa: SIM110  # `all` takes longer
         if isinstance(x, list) or torch._C._dispatch_keys(x) != usual:
             return False
@@ -82,7 +87,7 @@ def _kernel_alone(tensors: list[Any]) -> bool:
 
 @functools.cache
 def _usual_keys(device: torch.device) -> Any:
-    """The dispatch keys of a plain tensor on `device`; None, which nothing equals, for meta."""
+    """The dispatch keys of a plain tensor on `device`; None for meta, which has no kernel."""
     if device.type == "meta":
         return None
     with torch.inference_mode(False):

@@ -34,8 +34,9 @@ from fastattn.ops.ffn.weights import columns, gradient_like
 # As csrc/ffn/activation.cuh numbers them.
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "silu": 4}
 
-# The kernels count rows and columns in 32 bits, up to a tile beyond the last.
-MAX_SIZE = 2**31 - 129
+# The kernels count rows and columns in 32 bits, up to a tile, or a block of the column sums, beyond
+# the last.
+MAX_SIZE = 2**31 - 257
 
 WORKSPACE = 32 * 2**20  # bytes for cuBLASLt, what NVIDIA recommends on sm_90
 

@@ -18,6 +18,7 @@ from ops.attention.test_attention import CASES
 import fastattn
 from fastattn.ops.attention import cuda
 from fastattn.ops.attention.call import Extras
+from fastattn.ops.attention.problem import check as check_call
 from fastattn.ops.attention.problem import describe
 
 DTYPES = ("float16", "bfloat16")
@@ -231,6 +232,81 @@ def test_smallest_bias(device: str, emulator: Emulator) -> None:
     out = fastattn.attention(q, k, v, bias=bias, backend="cuda")
     torch.testing.assert_close(
         out.float(), v.float().mean(1, keepdim=True).expand_as(out), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_logits_beyond_24_bits(head_dim: int, device: str, emulator: Emulator) -> None:
+    """Where float32 holds no fractions of a score any more, weights are still 1 for equal keys."""
+    v = torch.randn(1, 100, 1, head_dim, device=device).half()
+    for size in (5e3, 1e4, 65000.0):
+        for scale in (None, 0.07, 1.0):
+            q = torch.full((1, 3, 1, head_dim), size, device=device).half()
+            k = q[:, :1].expand(1, 100, 1, head_dim).clone()
+            k[:, 10:70] *= 0.5  # the highest first, in the middle nothing, and once more
+            q[:, 1] = -q[:, 1]
+            out, lse = fastattn.attention(
+                q, k, v, softmax_scale=scale, return_lse=True, backend="cuda"
+            )
+            exact, exact_lse = fastattn.attention(
+                *(x.double() for x in (q, k, v)),
+                softmax_scale=scale, return_lse=True, backend="reference",
+            )  # fmt: skip
+            torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(lse.double(), exact_lse.double(), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", (1e-300, 1e-50, 1e-42, 1e30, 1e39, 1e300))
+def test_softcaps_that_float32_does_not_hold(
+    softcap: float, device: str, emulator: Emulator
+) -> None:
+    q, k, v, dout = (torch.randn(1, n, 1, 16, device=device).half() for n in (9, 20, 20, 9))
+    results_ = []
+    for backend, dtype in (("cuda", torch.float16), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = fastattn.attention(*leaves, softcap=softcap, backend=backend)
+        results_.append([out, *torch.autograd.grad(out, leaves, dout.to(dtype))])
+    for ours, exact in zip(*results_):
+        torch.testing.assert_close(ours.double(), exact, atol=3e-3, rtol=3e-3)
+
+
+def test_max_seqlen_is_a_bound(device: str, emulator: Emulator) -> None:
+    """However far above the sequences it lies, the grid is no larger than theirs."""
+    cu = torch.tensor([0, 5, 5, 20], device=device).int()
+    leaves = [torch.randn(20, 2, 16, device=device).half().requires_grad_() for _ in range(3)]
+
+    def run(longest: int) -> list[torch.Tensor]:
+        out = fastattn.attention_varlen(*leaves, cu, cu, longest, longest, backend="cuda")
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    assert all(map(torch.equal, run(15), run(cuda.MAX_SEQLEN)))
+
+
+def test_more_tokens_than_32_bits_count(device: str, emulator: Emulator) -> None:
+    q, k = torch.randn(5, 1, 8, device=device).half(), torch.randn(1, 1, 8, device=device).half()
+    k = k.expand(2**31 + 8, 1, 8)
+    cu = torch.tensor([0, 5], device=device)
+    with pytest.raises(RuntimeError, match="less than 2\\^31 tokens"):
+        fastattn.attention_varlen(q, k, k, cu, cu, 5, 5, backend="cuda")
+
+
+@pytest.mark.parametrize("strided", (False, True))
+def test_opcheck(strided: bool, device: str, emulator: Emulator) -> None:
+    """Schemas, and strides of the outputs as the fake implementations have them."""
+
+    def normal(n: int) -> torch.Tensor:
+        x = torch.randn(2, 2, n, 16, device=device).half()
+        return (x.transpose(1, 2) if strided else x.view(2, n, 2, 16)).requires_grad_()
+
+    q, k, v, dout = (normal(n) for n in (9, 20, 20, 9))
+    settings, extras = check_call(q, k, v, causal=True)
+    call_ = (q, k, v, *extras, *settings, "cuda", True)
+    torch.library.opcheck(torch.ops.fastattn.attention.default, call_)
+    out, lse = (x.detach() for x in torch.ops.fastattn.attention(*call_))
+    torch.library.opcheck(
+        torch.ops.fastattn.attention_backward.default,
+        (dout.detach(), None, out, lse, False, False, *call_),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 

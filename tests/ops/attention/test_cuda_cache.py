@@ -221,6 +221,20 @@ def test_infinities_and_nan(device: str) -> None:
     assert torch.equal(out[~touched], clean[0].cpu()[~touched])
 
 
+@pytest.mark.parametrize("softcap", (1e-300, 1e-50, 1e-42, 1e30, 1e39, 1e300))
+def test_softcaps_that_float32_does_not_hold(softcap: float, device: str) -> None:
+    q, k, v = (normal(1, n, 2, 16, seed=n).to(device) for n in (2, 30, 31))
+    lengths = torch.tensor([30], device=device)
+    out, exact = (
+        attention_with_kv_cache(*x, lengths, softcap=softcap, backend=backend)
+        for x, backend in (
+            ((q, k, v[:, :30]), "cuda"),
+            ((q.double(), k.double(), v[:, :30].double()), "reference"),
+        )
+    )
+    torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", table.CONTENTS)
 def test_unchecked_contents_touch_nothing_outside(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch

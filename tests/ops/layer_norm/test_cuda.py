@@ -14,6 +14,7 @@ from ops.layer_norm.cases import Case, check, outputs_and_gradients
 import fastattn
 from fastattn.ops.layer_norm import cuda
 from fastattn.ops.layer_norm.problem import describe_layer_norm
+from oracle import assert_close_to_reference
 
 # torch's own rms_norm says that mixed dtypes are not fused.
 pytestmark = [
@@ -95,6 +96,20 @@ def test_against_float64(name: str, center: bool, device: str, emulator: Emulato
         pytest.skip("rms_norm of one element is +-1: its gradient is nothing but rounding")
     emulator.seed(len(name) + center)
     check(dataclasses.replace(case, center=center, device=device), "cuda")
+
+
+@pytest.mark.parametrize("hidden", (1028, 2056, 20000))
+@pytest.mark.parametrize("deviation", (1e-3, 0.0))
+def test_a_mean_far_above_the_deviations(hidden: int, deviation: float, device: str) -> None:
+    """The mean's own rounding is no small part of them."""
+    x = 100.0 + deviation * torch.randn(3, hidden, device=device)
+    x[1] = -1234.56
+    ours, eager, exact = (
+        fastattn.layer_norm(x, backend="cuda"),
+        F.layer_norm(x, (hidden,)),
+        F.layer_norm(x.double(), (hidden,)),
+    )
+    assert_close_to_reference(ours, eager, exact, terms=1.0)
 
 
 @pytest.mark.parametrize("number", range(12))
