@@ -70,19 +70,12 @@ class Backend:
 
     def unsupported(self, problem: Any) -> str | None:
         """The reason why this backend cannot run `problem`, or None if it can."""
-        return self._unavailable(problem) or self.module.unsupported(problem)
-
-    def unsupported_backward(self, problem: Any) -> str | None:
-        """The same of the backward, which a module may answer for on its own."""
-        if (missing := self._unavailable(problem)) is not None:
-            return missing
-        module = self.module
-        return getattr(module, "unsupported_backward", module.unsupported)(problem)
-
-    def _unavailable(self, problem: Any) -> str | None:
+        missing = None
         if self.name == "cuda":
-            return extension.unavailable(problem.device)
-        return triton_unavailable(problem.device) if self.name == "triton" else None
+            missing = extension.unavailable(problem.device)
+        elif self.name == "triton":
+            missing = triton_unavailable(problem.device)
+        return missing or self.module.unsupported(problem)
 
     def declined(self, problem: Problem) -> str | None:
         """The reason why the automatic choice passes this backend over although it could run."""
@@ -230,7 +223,7 @@ def select_backward(
     reasons = {}
     for kernel in sorted(kernels, key=lambda kernel: kernel.name != forward):
         if kernel.name == forward or not forced:
-            if (reason := kernel.unsupported_backward(problem)) is None:
+            if (reason := kernel.unsupported(problem)) is None:
                 return kernel.module
             reasons[kernel.name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

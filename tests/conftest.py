@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,11 +27,17 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
-def emulator() -> Any:
-    """The kernels of the `cuda` backend: a GPU's, or those of the emulator, with its knobs."""
+def _built_emulator() -> Any:
     from emulator.knobs import Emulator
 
     return Emulator()
+
+
+@pytest.fixture
+def emulator(_built_emulator: Any) -> Iterator[Any]:
+    """The kernels of the `cuda` backend: a GPU's, or those of the emulator, with its knobs."""
+    with _built_emulator:
+        yield _built_emulator
 
 
 @pytest.fixture(autouse=True)

@@ -52,8 +52,7 @@ def test_a_backward_follows_its_forward() -> None:
 
 @pytest.mark.usefixtures("both")
 def test_a_backward_that_a_module_lacks_goes_to_the_next() -> None:
-    kernels = (kernel("cuda", unsupported_backward=no("no gradient of a bias")), kernel("triton"))
-    assert kernels[0].unsupported(Problem()) is None
+    kernels = (kernel("cuda", unsupported=no("no gradient of a bias")), kernel("triton"))
     chosen = backends.select_backward("op", kernels, Problem(), "cuda", False)
     assert chosen is kernels[1].module
     with pytest.raises(fastattn.UnsupportedError, match=r"of op on a problem: cuda: no gradient"):

@@ -556,7 +556,8 @@ def main() -> None:
     parser.add_argument("--resources", type=Path, default=RESOURCES, help="instead of csrc's table")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    new = text(launches(Emulator()), json.loads(args.resources.read_text()))
+    with Emulator() as emulator:
+        new = text(launches(emulator), json.loads(args.resources.read_text()))
     print(new)
     if args.write:
         write(new)

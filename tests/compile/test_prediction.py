@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ A100, H200 = prediction.CHIPS
 
 
 @pytest.fixture(scope="module")
-def emulator() -> prediction.Emulator:
+def emulator() -> Iterator[prediction.Emulator]:
     if torch.cuda.is_available():
         pytest.skip("where there is a GPU the ops run on it, and count nothing")
-    return prediction.Emulator()
+    with prediction.Emulator() as emulator:
+        yield emulator
 
 
 def test_counts_of_a_long_sequence_follow_from_two_short_ones(

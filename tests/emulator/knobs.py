@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,17 @@ from emulator import library
 from fastattn import extension
 
 
+@functools.cache
+def _loaded() -> extension.Library | None:
+    library.load()
+    return extension._emulator
+
+
 class Emulator:
-    """On a GPU the knobs turn nothing, and nothing is counted."""
+    """On a GPU the knobs turn nothing, and nothing is counted.
+
+    The `cuda` backend runs on the CPU within `with emulator:` alone; for other tests there is none.
+    """
 
     def __init__(self) -> None:
         self._library: ctypes.CDLL | None = None
@@ -22,9 +33,19 @@ class Emulator:
             if (reason := extension.unavailable(torch.device("cuda", 0))) is not None:
                 pytest.skip(reason)
             return
-        library.load()
+        _loaded()
+        extension._emulator = None
         self._library = ctypes.CDLL(str(library.build()))
         self._library.fastattn_emulator_counts_json.restype = ctypes.c_char_p
+
+    def __enter__(self) -> Any:
+        if self._library is not None:
+            extension._emulator = _loaded()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._library is not None:
+            extension._emulator = None
 
     def seed(self, seed: int) -> None:
         """Of the scheduler that orders blocks, warps and threads."""
