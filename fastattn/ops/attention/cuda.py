@@ -14,6 +14,7 @@ from fastattn.ops.attention import cuda_cache, dropout
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.cuda_cache import attention_with_kv_cache
 from fastattn.ops.attention.problem import AttentionProblem
+from fastattn.ops.attention.sink import gradient as sink_gradient
 
 __all__ = [
     "attention_with_kv_cache", "backward", "forward", "unsupported", "unsupported_cache",
@@ -97,7 +98,7 @@ def backward(
         *_numbers(q, k, settings),
     )  # fmt: skip
     # Outputs of an op share no memory, not even none: two tensors.
-    dsink = _sink_gradient(lse, delta, sink) if sink_grad else q.new_empty((0,))
+    dsink = sink_gradient(lse, delta, sink) if sink_grad else q.new_empty((0,))
     return dq, dk, dv, q.new_empty((0,)), dsink
 
 
@@ -131,11 +132,3 @@ def _numbers(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> tuple[Any,
         min(settings.max_seqlen_q, q.shape[0]) if packed else q.shape[1],
         min(settings.max_seqlen_k, k.shape[0]) if packed else k.shape[1],
     )  # fmt: skip
-
-
-def _sink_gradient(lse: torch.Tensor, delta: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
-    """-sum over rows of exp(sink - lse) delta: the sink's share of the softmax, without a value."""
-    share = torch.exp(sink.float()[:, None] - lse)
-    # Rows of no sequence have LSE -inf, and what their delta is made of may be anything.
-    rows = torch.where(lse == float("-inf"), 0.0, share * delta)
-    return -rows.sum(-1 if rows.dim() == 2 else (0, 2)).to(sink.dtype)

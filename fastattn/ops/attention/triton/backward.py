@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention import dropout, tiles
+from fastattn.ops.attention import dropout, sink, tiles
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.triton import launching
 from fastattn.ops.attention.triton.bias import bias_gradient
@@ -814,7 +814,11 @@ def backward(
     )
     by_queries(dq, delta, row_sums=False)
     dbias = bias_gradient(x, dout, lse, delta, extras, settings) if bias_grad else q.new_empty((0,))
-    return dq, dk, dv, dbias, _sink_gradient(lse, delta, extras) if sink_grad else q.new_empty((0,))
+    dsink = q.new_empty((0,))
+    if sink_grad:
+        assert extras.sink is not None
+        dsink = sink.gradient(lse, delta, extras.sink)
+    return dq, dk, dv, dbias, dsink
 
 
 DELTA_ROWS = 32
@@ -847,14 +851,3 @@ def _delta(
         num_stages=1,
     )
     return delta
-
-
-def _sink_gradient(lse: torch.Tensor, delta: torch.Tensor, extras: Extras) -> torch.Tensor:
-    """-sum over rows of exp(sink - lse) delta: the sink's share of the softmax, without a value."""
-    sink = extras.sink
-    assert sink is not None
-    share = torch.exp(sink.float()[:, None] - lse)
-    # Rows of no sequence have LSE -inf, and what their delta is made of may be anything.
-    rows = torch.where(lse == float("-inf"), 0.0, share * delta.view(lse.shape))
-    summed = rows.sum(-1) if rows.dim() == 2 else rows.sum((0, 2))
-    return -summed.to(sink.dtype)
