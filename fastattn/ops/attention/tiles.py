@@ -152,27 +152,27 @@ def tile(
         head_dim: the larger one of q's and v's, up to 512.
         masking: PLAIN, FEATURED or CROWDED.
     """
-    if kernel in _overridden:
-        return _overridden[kernel]
+    if kernel in overrides:
+        return overrides[kernel]
     key = row(kernel, architecture, bytes_per_element, head_dim)
     table: dict[Any, tuple[Tile, Tile, Tile]] = _32_BIT if bytes_per_element == 4 else _16_BIT
     return table[key][MASKINGS.index(masking)]
 
 
-_overridden: dict[str, Tile] = {}
+overrides: dict[str, Tile] = {}  # of `overridden`
 
 
 @contextmanager
 def overridden(kernel: str, tile: Tile) -> Iterator[None]:
     """Inside, `kernel` takes `tile` whatever the table says: for `fastattn tune` and tests."""
-    before = _overridden.get(kernel)
-    _overridden[kernel] = tile
+    before = overrides.get(kernel)
+    overrides[kernel] = tile
     try:
         yield
     finally:
-        del _overridden[kernel]
+        del overrides[kernel]
         if before is not None:
-            _overridden[kernel] = before
+            overrides[kernel] = before
 
 
 def row(

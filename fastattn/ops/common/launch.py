@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +57,72 @@ def recorded() -> Iterator[list[Launch]]:
         _recorders.pop()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run `kernel` over `grid` on the device of its first argument; an empty grid does nothing."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+    """Run `kernel` over `grid` on the device of its first argument; an empty grid does nothing.
+
+    Returns what Triton returns: the compiled kernel, where there is one.
+    """
     if 0 in grid:
-        return
+        return None
     for recorder in _recorders:
         recorder.append(Launch(kernel, grid, args, constants))
-    device = args[0].device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](*args, **constants)
+    with _current(args[0]):
+        # Products and sums as one instruction: Triton's default until 3.9, not after it.
+        return kernel[grid](*args, **constants, enable_fp_fusion=True)
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _current(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which the tensor's device is torch's current one."""
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE
+
+
+class Prepared:
+    """A launch apart from its tensors, for a plan that is used many times.
+
+    Triton binds, specialises and hashes every argument of every launch, which takes 30 to 40 us of
+    the host for an attention kernel. A prepared launch keeps the compiled kernel that the first
+    call got and hands it the arguments. So all its calls must agree in all that Triton compiles
+    for: which pointers are None, their dtypes, their device. The kernel's parameters are pointers,
+    then numbers, then constants. Tensors at addresses that are no multiple of 16, for which another
+    kernel is compiled, take the ordinary way.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int], numbers: tuple[Any, ...], **constants: Any
+    ) -> None:
+        self._launch = kernel, grid, numbers, constants
+        self._given: list[int] = []  # places of the pointers that are not None
+        self._rest: tuple[Any, ...] = ()  # the arguments after the pointers
+        self._run: Any = None  # of the compiled kernel
+
+    def __call__(self, *pointers: Any) -> None:
+        if self._run is not None and not _recorders and self._aligned(pointers):
+            with _current(pointers[0]):
+                self._run(*pointers, *self._rest)
+            return
+        kernel, grid, numbers, constants = self._launch
+        compiled = launch(kernel, grid, *pointers, *numbers, **constants)
+        if self._run is None and _is_compiled(compiled):
+            self._given = [place for place, pointer in enumerate(pointers) if pointer is not None]
+            if self._aligned(pointers):
+                in_order = (constants[name] for name in kernel.arg_names if name in constants)
+                self._rest = (*numbers, *in_order)
+                self._run = compiled[(*grid, 1, 1)]
+
+    def _aligned(self, pointers: tuple[Any, ...]) -> bool:
+        addresses = 0
+        for place in self._given:
+            addresses |= pointers[place].data_ptr()
+        return addresses & 15 == 0
+
+
+def _is_compiled(kernel: Any) -> bool:
+    """Whether a launch's result can be launched again; an interpreter has none."""
+    from triton.compiler import CompiledKernel
+
+    return isinstance(kernel, CompiledKernel)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ops.attention.cases import BACKENDS, LAYOUTS, Case, check, formula
@@ -115,6 +116,54 @@ def test_a_bias_of_the_least_number(dtype: torch.dtype, backend: str, device: st
     rest = [0, 1, 3, 4]
     torch.testing.assert_close(out[:, rest], expected[:, rest], rtol=1e-2, atol=1e-2)
     assert out[:, 2].isfinite().all() and out[:, 2].abs().max() > 1e-3
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter rounds a product minus a number once, as the compiled kernels do."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply, subtract = InterpreterBuilder.create_fmul, InterpreterBuilder.create_fsub
+
+    def create_fmul(self: Any, lhs: Any, rhs: Any) -> Any:
+        product = multiply(self, lhs, rhs)
+        if lhs.data.dtype == np.float32:
+            product.exact = lhs.data.astype(np.float64) * rhs.data
+        return product
+
+    def create_fsub(self: Any, lhs: Any, rhs: Any) -> Any:
+        exact = getattr(lhs, "exact", None)
+        if exact is None:
+            return subtract(self, lhs, rhs)
+        return TensorHandle((exact - rhs.data).astype(np.float32), lhs.dtype)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fmul", create_fmul)
+    monkeypatch.setattr(InterpreterBuilder, "create_fsub", create_fsub)
+
+
+@pytest.mark.parametrize("scale", (None, 0.07, 1.0))
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("backend", ("triton", "cuda", "reference"))
+def test_logits_beyond_24_bits(
+    backend: str, head_dim: int, scale: float | None, device: str, fused: None, request: Any
+) -> None:
+    """Where float32 holds no fractions of a score any more, weights are still 1 for equal keys."""
+    if backend == "cuda":
+        request.getfixturevalue("emulator")
+    v = normal(1, 100, 1, head_dim, device=device).half()
+    for size in (5120.0, 10240.0, 65024.0):  # whose sums of products are exact in any order
+        q = torch.full((1, 3, 1, head_dim), size, device=device).half()
+        k = q[:, :1].expand(1, 100, 1, head_dim).clone()
+        k[:, 10:70] *= 0.5  # the highest first, in the middle nothing, and once more
+        q[:, 1] = -q[:, 1]
+        out, lse = fastattn.attention(
+            q, k, v, softmax_scale=scale, return_lse=True, backend=backend
+        )
+        exact, exact_lse = formula(q.double(), k.double(), v.double(), softmax_scale=scale)
+        torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(lse.double(), exact_lse, atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

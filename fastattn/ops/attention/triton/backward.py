@@ -16,6 +16,8 @@ costs seven products instead of the five of one loop with atomics, and buys equa
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,7 @@ from fastattn.ops.attention.triton.scores import (
     store_tile,
 )
 from fastattn.ops.common import launch
+from fastattn.ops.common.plans import PlanCache
 
 
 @triton.jit(do_not_specialize=launching.SIZES)
@@ -678,6 +681,23 @@ def _queries_kernel(
         store_tile(dq_base, dq * softmax_scale, rows * stride_gs, inside, HEAD_DIM, BLOCK_D)
 
 
+class _Plan(NamedTuple):
+    """What follows from a call's metadata."""
+
+    x: launching.Layout  # its strides are those of q, k, v, dout and out
+    delta: launch.Prepared
+    row_sums: launch.Prepared
+    keys: launch.Prepared
+    queries: launch.Prepared
+    tile_m: int  # of the queries' kernel
+    tiles_m: int
+    tile_n: int  # of the keys' kernel
+    tiles_n: int
+
+
+_plans: PlanCache[_Plan] = PlanCache()
+
+
 def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -695,28 +715,67 @@ def backward(
 
     dbias and dsink are empty where they are not wanted.
     """
-    extras = launching.dense(extras)
     if extras.cu_seqlens_q is not None:  # no kernel writes tokens that are in no sequence
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-        dout, out = dout[None], out[None]
     else:
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dout, out = launching.readable(dout), launching.readable(out)
-    x = launching.operands(q, k, v, extras, settings, dout, out)
+    q, k, v, dout, out = (launching.readable(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
-    architecture, size = launch.architecture(q.device), q.element_size()
+    extras = launching.dense(extras)
+    key = launching.key(q, k, v, extras, settings, dout, out, dlse)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(dout, out, q, k, v, extras, settings)
+        _plans.put(key, plan)
+    x = plan.x
+    mask, bias, slopes, _, *rest = launching.feature_pointers(extras)
+    features = (mask, bias, slopes, *rest)
+    sequences = (*launching.sequence_pointers(extras), extras.dropout_seed)
+    of_queries = of_keys = None
+    if extras.q_documents is not None:
+        of_queries = tile_ranges(x, extras, plan.tile_m, plan.tiles_m, of_queries=True)
+        of_keys = tile_ranges(x, extras, plan.tile_n, plan.tiles_n, of_queries=False)
+    by_queries = (
+        *features, of_queries, *launching.block_pointers(extras, transposed=False), *sequences
+    )  # fmt: skip
+    by_keys = (*features, of_keys, *launching.block_pointers(extras, transposed=True), *sequences)
+
+    if bias_grad and x.element_size < 4:
+        # dS summed over many rows shows what rounding of `out` does to its row sum: compute it.
+        delta = torch.zeros_like(lse)
+        plan.row_sums(q, k, v, dout, lse, delta, delta, *by_queries)
+        delta = delta if dlse is None else delta - dlse
+    else:
+        delta = torch.empty_like(lse)
+        plan.delta(dout, out, None if dlse is None else dlse.contiguous(), delta)
+    plan.keys(q, k, v, dout, lse, delta, dk, dv, *by_keys)
+    plan.queries(q, k, v, dout, lse, delta, dq, *by_queries)
+    dbias, dsink = q.new_empty((0,)), q.new_empty((0,))
+    if bias_grad:
+        dbias = bias_gradient(x, q, k, v, dout, lse, delta, extras, settings)
+    if sink_grad:
+        assert extras.sink is not None
+        dsink = sink.gradient(lse, delta, extras.sink)
+    return dq, dk, dv, dbias, dsink
+
+
+DELTA_ROWS = 32
+
+
+def _plan(
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    settings: Settings,
+) -> _Plan:
+    x = launching.layout(q, k, v, extras, settings, dout, out)
+    architecture = launch.architecture(x.device)
     width, masking = max(x.head_dim, x.head_dim_v), tiles.masking(extras, settings)
-
-    def features(ranges: torch.Tensor | None, transposed: bool) -> tuple[torch.Tensor | None, ...]:
-        mask, bias, slopes, _, *rest = launching.feature_pointers(x, extras)
-        return (
-            mask, bias, slopes, *rest, ranges,
-            *launching.block_pointers(extras, transposed=transposed),
-            *launching.sequence_pointers(extras), extras.dropout_seed,
-        )  # fmt: skip
-
-    strides = (*x.units(x.q), *x.units(x.k), *x.units(x.v), *x.units(dout))
-    strides += launching.lse_strides(x)
+    strides = (*x.strides[:12], *launching.lse_strides(x))
+    group_size = x.heads // x.kv_heads
     numbers = (
         *launching.band(settings),
         settings.softmax_scale,
@@ -732,117 +791,26 @@ def backward(
         "TOP_LEFT": settings.top_left,
         "PRECISION": settings.fp32_precision,
     }
-    documents = extras.q_documents is not None
 
-    tile_q = tiles.tile(tiles.QUERIES, architecture, size, width, masking)
-    tile_q = tile_q.within(settings.block_q, settings.block_k)
-    tiles_m = triton.cdiv(x.longest_q, tile_q.block_m)
-    of_keys = None
-    if documents:
-        of_keys = tile_ranges(x, extras, tile_q.block_m, tiles_m, of_queries=True)
+    def tile_of(kernel: str) -> tiles.Tile:
+        tile = tiles.tile(kernel, architecture, x.element_size, width, masking)
+        return tile.within(settings.block_q, settings.block_k)
 
-    def by_queries(result: torch.Tensor, delta: torch.Tensor, row_sums: bool) -> None:
-        launch.launch(
-            _queries_kernel,
-            (tiles_m * x.heads * x.batch,),
-            x.q,
-            x.k,
-            x.v,
-            dout,
-            lse,
-            delta,
-            result,
-            *features(of_keys, False),
-            *strides,
-            *launching.token_strides(dq[None] if x.packed else dq, x.packed),
-            *launching.feature_strides(x, extras),
-            *launching.block_strides(extras, transposed=False),
-            x.heads,
-            x.heads // x.kv_heads,
-            x.seqlen_q,
-            x.seqlen_k,
-            tiles_m,
-            *numbers,
-            **switches,
-            ROW_SUMS=row_sums,
-            BLOCK_M=tile_q.block_m,
-            BLOCK_N=tile_q.block_n,
-            num_warps=tile_q.warps,
-            num_stages=tile_q.stages,
-        )
+    def of_tile(tile: tiles.Tile) -> dict[str, int]:
+        return {
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
 
-    if bias_grad and size < 4:
-        # dS summed over many rows shows what rounding of `out` does to its row sum: take it anew.
-        delta = torch.zeros_like(lse)
-        by_queries(delta, delta, row_sums=True)
-        delta = delta if dlse is None else delta - dlse
-    else:
-        delta = _delta(x, dout, out, dlse)
-
-    tile = tiles.tile(tiles.KEYS, architecture, size, width, masking)
-    tile = tile.within(settings.block_q, settings.block_k)
-    tiles_n = triton.cdiv(x.longest_k, tile.block_n)
-    ranges = tile_ranges(x, extras, tile.block_n, tiles_n, of_queries=False) if documents else None
-    launch.launch(
-        _keys_kernel,
-        (tiles_n * x.kv_heads * x.batch,),
-        x.q,
-        x.k,
-        x.v,
-        dout,
-        lse,
-        delta,
-        dk,
-        dv,
-        *features(ranges, True),
-        *strides,
-        *launching.token_strides(dk[None] if x.packed else dk, x.packed),
-        *launching.token_strides(dv[None] if x.packed else dv, x.packed),
-        *launching.feature_strides(x, extras),
-        *launching.block_strides(extras, transposed=True),
-        x.kv_heads,
-        x.heads // x.kv_heads,
-        x.seqlen_q,
-        x.seqlen_k,
-        tiles_n,
-        *numbers,
-        **switches,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    by_queries(dq, delta, row_sums=False)
-    dbias = bias_gradient(x, dout, lse, delta, extras, settings) if bias_grad else q.new_empty((0,))
-    dsink = q.new_empty((0,))
-    if sink_grad:
-        assert extras.sink is not None
-        dsink = sink.gradient(lse, delta, extras.sink)
-    return dq, dk, dv, dbias, dsink
-
-
-DELTA_ROWS = 32
-
-
-def _delta(
-    x: launching.Operands, dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None
-) -> torch.Tensor:
-    """rowsum(dout * out) - dlse, (batch, heads, seqlen_q); packed tokens as one sequence."""
-    batch, seqlen_q, heads, _ = dout.shape
-    delta = dout.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
-    tiles_m = triton.cdiv(seqlen_q, DELTA_ROWS)
-    launch.launch(
+    # One sequence of all packed tokens is enough for sums over rows.
+    batch = 1 if x.packed else x.batch
+    tiles_delta = triton.cdiv(x.seqlen_q, DELTA_ROWS)
+    delta = launch.Prepared(
         _delta_kernel,
-        (tiles_m * heads * batch,),
-        dout,
-        out,
-        None if dlse is None else dlse.contiguous(),
-        delta,
-        *x.units(dout),
-        *x.units(out),
-        heads,
-        seqlen_q,
-        tiles_m,
+        (tiles_delta * x.heads * batch,),
+        (*x.strides[9:], x.heads, x.seqlen_q, tiles_delta),
         HEAD_DIM=x.head_dim_v,
         BLOCK_D=tiles.block_d(x.head_dim_v),
         BLOCK_M=DELTA_ROWS,
@@ -850,4 +818,43 @@ def _delta(
         num_warps=4,
         num_stages=1,
     )
-    return delta
+
+    tile_n = tile_of(tiles.KEYS)
+    tiles_n = triton.cdiv(x.longest_k, tile_n.block_n)
+    keys = launch.Prepared(
+        _keys_kernel,
+        (tiles_n * x.kv_heads * x.batch,),
+        (
+            *strides,
+            *launching.result_strides(x.kv_heads, k.shape[-3], x.head_dim, x.packed),
+            *launching.result_strides(x.kv_heads, k.shape[-3], x.head_dim_v, x.packed),
+            *launching.feature_strides(x, extras),
+            *launching.block_strides(extras, transposed=True),
+            x.kv_heads, group_size, x.seqlen_q, x.seqlen_k, tiles_n, *numbers,
+        ),
+        **switches,
+        **of_tile(tile_n),
+    )  # fmt: skip
+
+    tile_m = tile_of(tiles.QUERIES)
+    tiles_m = triton.cdiv(x.longest_q, tile_m.block_m)
+    row_sums, queries = (
+        launch.Prepared(
+            _queries_kernel,
+            (tiles_m * x.heads * x.batch,),
+            (
+                *strides,
+                *launching.result_strides(x.heads, x.seqlen_q, x.head_dim, x.packed),
+                *launching.feature_strides(x, extras),
+                *launching.block_strides(extras, transposed=False),
+                x.heads, group_size, x.seqlen_q, x.seqlen_k, tiles_m, *numbers,
+            ),
+            **switches,
+            **of_tile(tile_m),
+            ROW_SUMS=row_sums,
+        )
+        for row_sums in (True, False)
+    )  # fmt: skip
+    return _Plan(
+        x, delta, row_sums, keys, queries, tile_m.block_m, tiles_m, tile_n.block_n, tiles_n
+    )

@@ -208,14 +208,17 @@ def _bias_kernel(
 
 
 def bias_gradient(
-    x: launching.Operands,
+    x: launching.Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     dout: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
     extras: Extras,
     settings: Settings,
 ) -> torch.Tensor:
-    """The gradient of the bias, in its shape and dtype."""
+    """The gradient of the bias, in its shape and dtype; x.strides are those of q, k, v and dout."""
     bias = extras.bias
     assert bias is not None
     one_row = bias.shape[2] == 1
@@ -224,18 +227,18 @@ def bias_gradient(
     rows = 1 if one_row else x.longest_q
     dbias = bias.new_empty((batches, heads, rows, x.longest_k), dtype=torch.float32)
     tile = tiles.tile(
-        tiles.BIAS, launch.architecture(x.q.device), x.q.element_size(),
+        tiles.BIAS, launch.architecture(x.device), x.element_size,
         max(x.head_dim, x.head_dim_v), tiles.masking(extras, settings),
     ).within(settings.block_q, settings.block_k)  # fmt: skip
     tiles_m = triton.cdiv(x.longest_q, tile.block_m)
     tiles_n = triton.cdiv(x.longest_k, tile.block_n)
-    mask, _, slopes, _, *rest = launching.feature_pointers(x, extras)
+    mask, _, slopes, _, *rest = launching.feature_pointers(extras)
     launch.launch(
         _bias_kernel,
         (tiles_n * (1 if one_row else tiles_m) * batches * heads,),
-        x.q,
-        x.k,
-        x.v,
+        q,
+        k,
+        v,
         dout,
         lse,
         delta,
@@ -247,10 +250,7 @@ def bias_gradient(
         *launching.block_pointers(extras, transposed=False),
         *launching.sequence_pointers(extras),
         extras.dropout_seed,
-        *x.units(x.q),
-        *x.units(x.k),
-        *x.units(x.v),
-        *x.units(dout),
+        *x.strides[:12],
         *launching.lse_strides(x),
         *dbias.stride()[:3],
         *launching.feature_strides(x, extras),

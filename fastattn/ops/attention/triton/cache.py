@@ -144,20 +144,20 @@ def attention_with_kv_cache(
         return None if x is None else x.contiguous()
 
     cache = launching.Cache(
-        used=True,
         block_table=dense(call.block_table),
         indices=dense(call.indices),
         starts=dense(call.starts),
         rotary_cos=dense(call.rotary_cos),
         rotary_sin=dense(call.rotary_sin),
+        used=True,
+        capacity=call.capacity,
+        seqlen_new=call.seqlen_new,
         rotary_interleaved=call.rotary_interleaved,
         rotary_advances=call.rotary_advances,
-        seqlen_new=call.seqlen_new,
         num_splits=call.num_splits,
     )
     lengths = call.lengths.contiguous()
     if call.new_k is not None and call.new_v is not None and call.seqlen_new * call.capacity:
         _append(call.k, call.v, call.new_k, call.new_v, lengths, call.capacity, cache)
     extras = extras._replace(key_lengths=lengths)  # the kernels add cache.seqlen_new
-    operands = launching.operands(q, call.k, call.v, extras, settings, capacity=call.capacity)
-    return attend(operands, extras, settings, cache)
+    return attend(q, call.k, call.v, extras, settings, cache)

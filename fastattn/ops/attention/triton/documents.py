@@ -65,10 +65,10 @@ def _ranges_kernel(
 
 
 def tile_ranges(
-    x: launching.Operands, extras: Extras, block: int, tiles: int, *, of_queries: bool
+    x: launching.Layout, extras: Extras, block: int, tiles: int, *, of_queries: bool
 ) -> torch.Tensor:
     """(batch, tiles, 2): first and one past the last position of the other side, for each tile."""
-    ranges = torch.empty((x.batch, tiles, 2), dtype=torch.int32, device=x.q.device)
+    ranges = torch.empty((x.batch, tiles, 2), dtype=torch.int32, device=x.device)
     q = extras.q_documents, extras.cu_seqlens_q, extras.seqused_q, x.seqlen_q
     k = extras.k_documents, extras.cu_seqlens_k, extras.seqused_k, x.seqlen_k
     (own, own_cu, own_used, own_seqlen) = q if of_queries else k

@@ -21,6 +21,8 @@ are rows of one tile, and the keys are split among programs, whose results `merg
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,7 @@ from fastattn.ops.attention.triton.rotary import rotated
 from fastattn.ops.attention.triton.scores import (
     LN_2,
     LOG2_E,
+    exact_beyond,
     held,
     keep_tile,
     key_range,
@@ -43,6 +46,7 @@ from fastattn.ops.attention.triton.scores import (
     store_tile,
 )
 from fastattn.ops.common import launch
+from fastattn.ops.common.plans import PlanCache
 
 
 @triton.jit
@@ -97,6 +101,7 @@ def _attend(
     """Fold key tiles into the running softmax."""
     stride_k, stride_v, stride_mask, stride_bias, stride_k_page, stride_v_page = strides
     local = tl.arange(0, BLOCK_N)
+    power = tl.exp2(tl.ceil(tl.log2(scale))) if SCALE_POSITIVE else scale
     step: tl.constexpr = 1 if indices_ptr is not None else BLOCK_N
     for t in range(start, end, step):
         n = t
@@ -152,13 +157,17 @@ def _attend(
             k_documents_ptr, pattern_rows, pattern_columns, unit, softcap, BOUNDARY, BOUNDARY,
         )  # fmt: skip
         highest = tl.max(scores, 1)
+        unscaled = highest
         if SCALED_LAST:
             highest *= scale
-            scores *= scale
         new_top = tl.maximum(top, highest)
         # A row that has seen no key yet has the maximum -inf; -inf - -inf would be NaN.
         harmless = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores - harmless[:, None])
+        if SCALED_LAST:
+            row_scale, row_top = exact_beyond(unscaled, highest, harmless, scale, power)
+            p = tl.exp2(scores * row_scale[:, None] - row_top[:, None])
+        else:
+            p = tl.exp2(scores - harmless[:, None])
         alpha = tl.exp2(top - harmless)
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
@@ -450,29 +459,86 @@ def _forward_kernel(
         tl.store(lse_ptr + lse_offsets, lse, mask=rows_inside)
 
 
+class _Plan(NamedTuple):
+    """What follows from a call's metadata."""
+
+    x: launching.Layout
+    launch: launch.Prepared
+    block_m: int
+    tiles_m: int
+    splits: int
+    split_length: int
+
+
+_plans: PlanCache[_Plan] = PlanCache()
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a registered call; lse float32."""
-    return attend(launching.operands(q, k, v, extras, settings), extras, settings)
+    return attend(q, k, v, extras, settings)
 
 
 def attend(
-    x: launching.Operands,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     extras: Extras,
     settings: Settings,
     cache: launching.Cache = launching.NO_CACHE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose tile and split, launch, merge. `cache` has what a cache's keys are found by."""
+    q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
     extras = launching.dense(extras)
-    out, lse = launching.outputs(x)
-    few = tiles.is_decode(x.longest_q, x.heads // x.kv_heads)
+    key = launching.key(q, k, v, extras, settings, *cache.pointers), cache.numbers
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(q, k, v, extras, settings, cache)
+        _plans.put(key, plan)
+    x = plan.x
+    out, lse = launching.outputs(x, q)
+    part_out, part_lse = launching.parts(out, lse, plan.splits)
+    ranges = None
+    if extras.q_documents is not None:
+        ranges = tile_ranges(x, extras, plan.block_m, plan.tiles_m, of_queries=True)
+    plan.launch(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        part_out,
+        part_lse,
+        *launching.feature_pointers(extras),
+        ranges,
+        *launching.block_pointers(extras, transposed=False),
+        *launching.sequence_pointers(extras),
+        extras.dropout_seed,
+        *cache.pointers,
+    )
+    if plan.splits > 1:
+        merge(
+            part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, cache.seqlen_new, plan.split_length,
+        )  # fmt: skip
+    return out, lse
+
+
+def _plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    settings: Settings,
+    cache: launching.Cache,
+) -> _Plan:
+    x = launching.layout(q, k, v, extras, settings, capacity=cache.capacity)
+    group_size = x.heads // x.kv_heads
     # Heads of one tile must agree on the tiles to visit.
-    few = few and extras.blocks is None and not x.packed
-    pack = x.heads // x.kv_heads if few else 1
-    architecture = launch.architecture(x.q.device)
+    few = tiles.is_decode(x.longest_q, group_size) and extras.blocks is None and not x.packed
+    pack = group_size if few else 1
     tile = tiles.tile(
-        tiles.DECODE if few else tiles.FORWARD, architecture, x.q.element_size(),
+        tiles.DECODE if few else tiles.FORWARD, launch.architecture(x.device), x.element_size,
         max(x.head_dim, x.head_dim_v), tiles.masking(extras, settings),
     ).within(settings.block_q, settings.block_k)  # fmt: skip
     tiles_m = triton.cdiv(x.longest_q * pack, tile.block_m)
@@ -480,51 +546,27 @@ def attend(
     splits, split_length = 1, tiles.SPLIT_KEYS
     if few:
         splits, split_length = tiles.splits(
-            x.longest_k, programs, launch.multiprocessors(x.q.device), cache.num_splits
+            x.longest_k, programs, launch.multiprocessors(x.device), cache.num_splits
         )
-    part_out, part_lse = launching.parts(out, lse, splits)
-    ranges = None
-    if extras.q_documents is not None:
-        ranges = tile_ranges(x, extras, tile.block_m, tiles_m, of_queries=True)
-    launch.launch(
-        _forward_kernel,
-        (programs * splits,),
-        x.q,
-        x.k,
-        x.v,
-        out,
-        lse,
-        part_out,
-        part_lse,
-        *launching.feature_pointers(x, extras),
-        ranges,
-        *launching.block_pointers(extras, transposed=False),
-        *launching.sequence_pointers(extras),
-        extras.dropout_seed,
-        cache.block_table,
-        cache.indices,
-        cache.starts,
-        cache.rotary_cos,
-        cache.rotary_sin,
-        *x.units(x.q),
-        *x.units(x.k),
-        *x.units(x.v),
-        *launching.token_strides(out[None] if x.packed else out, x.packed),
+    rows = (1 if x.packed else x.batch) * x.seqlen_q * x.heads
+    numbers = (
+        *x.strides,
+        *launching.result_strides(x.heads, x.seqlen_q, x.head_dim_v, x.packed),
         *launching.lse_strides(x),
         *launching.feature_strides(x, extras),
         *launching.block_strides(extras, transposed=False),
         0 if cache.block_table is None else cache.block_table.stride(0),
-        out.numel(),
-        lse.numel(),
+        rows * x.head_dim_v,
+        rows,
         x.heads,
-        x.heads // x.kv_heads,
+        group_size,
         x.seqlen_q,
         x.seqlen_k,
         tiles_m,
         splits,
         split_length,
-        x.k.shape[1],
-        x.k.shape[0],
+        k.shape[-3],
+        k.shape[0],
         cache.seqlen_new,
         *launching.rotary_sizes(cache),
         *launching.band(settings),
@@ -532,6 +574,11 @@ def attend(
         settings.softcap or None,
         dropout.threshold(settings.dropout_p),
         1.0 / (1.0 - settings.dropout_p),
+    )
+    prepared = launch.Prepared(
+        _forward_kernel,
+        (programs * splits,),
+        numbers,
         **x.widths(),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -548,9 +595,4 @@ def attend(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if splits > 1:
-        merge(
-            part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, cache.seqlen_new,
-            split_length,
-        )  # fmt: skip
-    return out, lse
+    return _Plan(x, prepared, tile.block_m, tiles_m, splits, split_length)

@@ -1,8 +1,9 @@
-"""What the launchers of forward, backward and decoding share: operands, pointers, strides."""
+"""What the launchers of forward, backward and decoding share: layouts, pointers, strides."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,42 +34,23 @@ MAX_WINDOW = 2**30
 
 
 @dataclass(frozen=True)
-class Operands:
-    """q, k and v as the kernels read them: 4-D; packed ones with a batch of 1."""
+class Layout:
+    """How q, k and v lie in memory. Packed ones are a batch of 1 to the kernels' strides."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    device: torch.device
+    element_size: int
     packed: bool
     batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    seqlen_q: int  # packed: total_q
     seqlen_k: int  # packed: total_k; of a paged cache: what a row of the block table can hold
     longest_q: int
     longest_k: int
     align: int
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[2]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.q.shape[3]
-
-    @property
-    def head_dim_v(self) -> int:
-        return self.v.shape[3]
-
-    @property
-    def seqlen_q(self) -> int:
-        return self.q.shape[1]
-
-    def units(self, x: torch.Tensor) -> tuple[int, ...]:
-        """(batch, token, head) strides in units of `align`."""
-        return tuple(n // self.align for n in token_strides(x, self.packed))
+    strides: tuple[int, ...]  # (batch, token, head) of q, k, v and more, in units of `align`
 
     def widths(self) -> dict[str, Any]:
         return {
@@ -80,7 +62,7 @@ class Operands:
         }
 
 
-def operands(
+def layout(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -88,34 +70,53 @@ def operands(
     settings: Settings,
     *more: torch.Tensor,
     capacity: int | None = None,
-) -> Operands:
+) -> Layout:
     """What a launcher needs to know of q, k and v.
 
     Args:
-        more: tensors beside them whose strides count for `align`.
+        more: tensors beside them with strides in units of `align`.
         capacity: keys that a sequence of a paged cache can have, if k and v are one.
     """
     cu_seqlens = extras.cu_seqlens_q
     packed = cu_seqlens is not None
-    if packed:
-        q, k, v = q[None], k[None], v[None]
-    q, k, v = readable(q), readable(k), readable(v)
     # 16 elements are what a wide load of any dtype needs; few layouts have less. The widths count
     # too, or a dimension of size 1, which has no stride, would compile another kernel.
-    strides = (n for x in (q, k, v, *more) for n in token_strides(x, packed))
-    align = math.gcd(16, q.shape[3], v.shape[3], *strides)
-    seqlen_k = k.shape[1] if capacity is None else capacity
-    return Operands(
-        q=q,
-        k=k,
-        v=v,
+    strides = [n for x in (q, k, v, *more) for n in token_strides(x)]
+    align = math.gcd(16, q.shape[-1], v.shape[-1], *strides)
+    seqlen_q, seqlen_k = q.shape[-3], k.shape[-3] if capacity is None else capacity
+    return Layout(
+        device=q.device,
+        element_size=q.element_size(),
         packed=packed,
         batch=q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
-        longest_q=settings.max_seqlen_q if packed else q.shape[1],
+        longest_q=settings.max_seqlen_q if packed else seqlen_q,
         longest_k=settings.max_seqlen_k if packed else seqlen_k,
         align=align,
+        strides=tuple(n // align for n in strides),
     )
+
+
+_BLOCKS = Extras._fields.index("blocks")
+
+
+def key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    settings: Settings,
+    *more: torch.Tensor | None,
+) -> Hashable:
+    """All of a call's metadata: what a launcher computes from it is kept under this key."""
+    tensors = (q, k, v, *extras[:_BLOCKS], *extras[_BLOCKS + 1 :], *more, *(extras.blocks or ()))
+    facts = [x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors]
+    return tuple(facts), settings, q.device, tuple(tiles.overrides.items())
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
@@ -123,23 +124,26 @@ def readable(x: torch.Tensor) -> torch.Tensor:
 
     They read any strides but a strided last dimension and tokens 2^24 elements apart.
     """
-    return x if x.stride(-1) == 1 and x.stride(1) <= MAX_ROW_STRIDE else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(-3) <= MAX_ROW_STRIDE else x.contiguous()
 
 
-def token_strides(x: torch.Tensor, packed: bool = False) -> tuple[int, int, int]:
-    """(batch, token, head) strides; those of dimensions of size 1, which may be anything, are 0."""
-    batch, token, head = (0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()))
-    return 0 if packed else batch, token, head
+def token_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """(batch, token, head) strides, of packed tensors (0, token, head).
+
+    Those of dimensions of size 1, which may be anything, are 0.
+    """
+    strides = tuple(0 if n == 1 else s for n, s in zip(x.shape[:-1], x.stride()))
+    return strides if x.dim() == 4 else (0, *strides)
 
 
-def outputs(x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(x: Layout, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); of packed tokens some may be in no sequence, so that no kernel writes them."""
-    shape = (*x.q.shape[:3], x.head_dim_v)
+    shape = (*q.shape[:-1], x.head_dim_v)
     if not x.packed:
-        lse = x.q.new_empty((x.batch, x.heads, x.seqlen_q), dtype=torch.float32)
-        return x.q.new_empty(shape), lse
-    lse = x.q.new_full((x.heads, x.seqlen_q), float("-inf"), dtype=torch.float32)
-    return x.q.new_zeros(shape[1:]), lse
+        lse = q.new_empty((x.batch, x.heads, x.seqlen_q), dtype=torch.float32)
+        return q.new_empty(shape), lse
+    lse = q.new_full((x.heads, x.seqlen_q), float("-inf"), dtype=torch.float32)
+    return q.new_zeros(shape), lse
 
 
 def parts(out: torch.Tensor, lse: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,22 +161,36 @@ def parts(out: torch.Tensor, lse: torch.Tensor, splits: int) -> tuple[torch.Tens
 class Cache(NamedTuple):
     """How the keys of a cache are found, and what is done with q on the way."""
 
-    used: bool = False
     block_table: torch.Tensor | None = None
     indices: torch.Tensor | None = None
     starts: torch.Tensor | None = None
     rotary_cos: torch.Tensor | None = None
     rotary_sin: torch.Tensor | None = None
+    used: bool = False
+    capacity: int | None = None  # keys that a sequence can have
     seqlen_new: int = 0
     rotary_interleaved: bool = False
     rotary_advances: bool = False
     num_splits: int | None = None
 
+    @property
+    def pointers(self) -> tuple[torch.Tensor | None, ...]:
+        return self[:5]
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self[5:]
+
 
 NO_CACHE = Cache()
 
 
-def lse_strides(x: Operands) -> tuple[int, int]:
+def result_strides(heads: int, tokens: int, width: int, packed: bool) -> tuple[int, int, int]:
+    """(batch, token, head) strides of a contiguous result; see `token_strides`."""
+    return 0 if packed else tokens * heads * width, heads * width, width
+
+
+def lse_strides(x: Layout) -> tuple[int, int]:
     """(batch, head) strides of the LSE."""
     return (0 if x.packed else x.heads * x.seqlen_q), x.seqlen_q
 
@@ -186,11 +204,12 @@ _DENSE = (
 
 def dense(extras: Extras) -> Extras:
     """The extras with every vector contiguous; mask and bias keep their strides."""
-    given = ((name, getattr(extras, name)) for name in _DENSE)
-    return extras._replace(**{name: x.contiguous() for name, x in given if x is not None})
+    given = [(name, x) for name, x in zip(Extras._fields, extras) if x is not None]
+    given = [(name, x.contiguous()) for name, x in given if name in _DENSE]
+    return extras._replace(**dict(given)) if given else extras
 
 
-def feature_pointers(x: Operands, extras: Extras) -> tuple[torch.Tensor | None, ...]:
+def feature_pointers(extras: Extras) -> tuple[torch.Tensor | None, ...]:
     """mask, bias, slopes, sink, key_lengths, q_documents, k_documents."""
     mask = None if extras.mask is None else _near(extras.mask).view(torch.uint8)
     return (
@@ -214,7 +233,7 @@ def sequence_pointers(extras: Extras) -> tuple[torch.Tensor | None, ...]:
     return extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k
 
 
-def feature_strides(x: Operands, extras: Extras) -> tuple[int, ...]:
+def feature_strides(x: Layout, extras: Extras) -> tuple[int, ...]:
     """Strides of mask (4), bias (4), slopes, q_documents and k_documents (from batch to batch)."""
     slopes = extras.alibi_slopes
     padded = extras.q_documents is not None and not x.packed

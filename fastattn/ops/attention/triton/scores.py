@@ -174,6 +174,30 @@ def score_tile(
     return scores, slope_of_cap
 
 
+_LARGEST = tl.constexpr(268435456.0)  # 2^28
+
+
+@triton.jit
+def exact_beyond(
+    unscaled,  # (BLOCK_M,) the highest product of the tile
+    highest,  # unscaled * scale, rounded
+    top,  # what is subtracted of the scaled products, at least `highest`
+    scale,
+    power,  # the power of two from scale on
+):
+    """(scale, top) of each row, such that products * scale - top is never much above 0.
+
+    The compiler makes one instruction of it, which rounds once. So it holds what the rounding of
+    top left out: up to 8 where |top| is below 2^28, a common factor of numerator and denominator;
+    but hundreds beyond it, where 2^x overflows. There the products of float32 are so far apart
+    that no weight but the highest one is above 2^-16, whatever the scale: a power of two makes
+    the highest product exact.
+    """
+    exact = unscaled * power
+    huge = (tl.abs(highest) > _LARGEST) & (tl.abs(exact) < float("inf"))
+    return tl.where(huge, power, scale), tl.where(huge, exact + (top - highest), top)
+
+
 @triton.jit
 def row_state(lse_ptr, delta_ptr, line, rows, rows_left):
     """(lse in base 2, delta) of a tile's rows; those past the end or without a key get p = 0."""
