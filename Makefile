@@ -44,10 +44,11 @@ lint: $(DEV) ## set up the linters too, then ruff, mypy and import-linter
 format: $(DEV) ## let ruff format and mend the code
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
-wheel: $(READY) ## the wheel in dist/, with the CUDA extension where nvcc is, tried in a fresh environment
+wheel: $(READY) ## the wheel in dist/, with the CUDA extension (FASTATTN_CUDA_ARCHS= for none), tried in a fresh environment
 	@rm -rf build/lib* build/bdist* dist/fastattn-*
 	@echo "== building the wheel"
-	@$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps -v -w dist .
+	@FASTATTN_CUDA_ARCHS="$${FASTATTN_CUDA_ARCHS-80+PTX;90a}" \
+	    $(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps -v -w dist .
 	@echo "== trying it in a fresh environment"
 	@$(BIN)/python tests/house/fresh_install.py dist/fastattn-*.whl
 

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # Stands for the interpreter inside and outside of the environment: notes its arguments; `-m venv`
-# puts a copy of itself and a `fastattn` into the new environment; FAIL names a word to fail at.
+# puts a copy of itself and a `fastattn` into the new environment; FAIL names a word to fail at. The
+# architectures are noted that `pip wheel` builds for.
 PYTHON = """#!/bin/sh
-echo "$*" >> "$LOG"
+case "$*" in *" wheel "*) echo "$* for $FASTATTN_CUDA_ARCHS";; *) echo "$*";; esac >> "$LOG"
 if [ -n "$FAIL" ]; then case "$*" in *"$FAIL"*) exit 7;; esac; fi
 if [ "$1 $2" = "-m venv" ]; then
     mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/fastattn"
@@ -108,6 +109,15 @@ def test_a_wheel_is_built_and_tried(tree: Tree) -> None:
         ["tests/house/fresh_install.py", "dist/fastattn-*.whl"],
     ]
     assert len(tree.make("wheel", fail="-m pip", code=2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [([], "80+PTX;90a"), (["FASTATTN_CUDA_ARCHS=90a"], "90a"), (["FASTATTN_CUDA_ARCHS="], "")],
+)
+def test_a_wheel_asks_for_the_extension(given: list[str], asked: str, tree: Tree) -> None:
+    tree.make("test", *given)
+    assert tree.make("wheel", *given)[0].endswith(f". for {asked}")
 
 
 def test_changed_metadata_is_installed(tree: Tree) -> None:
