@@ -76,6 +76,15 @@ def test_another_torch_is_installed(tree: Tree) -> None:
     assert installs(tree.make("test"))[0].endswith(" torch")
 
 
+def test_the_oldest_torch_has_an_environment_of_its_own(tree: Tree) -> None:
+    tree.make("test")
+    calls = tree.make("test-oldest", "PYTEST_ARGS=tests/ops")
+    assert "-m venv .venv-oldest" in calls
+    assert installs(calls)[0].endswith(" torch==2.11.0 numpy<2.4")
+    assert calls[-1].endswith(" tests/ops")
+    assert installs(tree.make("test-oldest")) == installs(tree.make("test")) == []
+
+
 def test_other_architectures_are_installed(tree: Tree) -> None:
     tree.make("test")
     assert installs(tree.make("test", "FASTATTN_CUDA_ARCHS=80+PTX;90a"))
