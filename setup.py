@@ -1,6 +1,6 @@
 """Builds the optional CUDA extension when it can; else installs pure Python and says why.
 
-Whoever asks for the extension, by FASTATTN_CUDA_ARCHS or by the command build_ext, gets it or an error.
+Whoever asks for the extension, by FASTATTN_CUDA_ARCHS or by build_ext, gets it or an error.
 
 The extension is one shared library on torch's stable C ABI: it is compiled against torch's headers
 once and runs with every torch from TORCH_FLOOR on. pip shows these lines with -v.
