@@ -32,8 +32,8 @@ BACKWARD = "_scaled_dot_product_flash_attention_backward"
 def register() -> None:
     """Make "fastattn" known to `torch.nn.attention.activate_flash_attention_impl`.
 
-    Nothing changes before it is activated; `torch.nn.attention.restore_flash_attention_impl()`
-    ends that. Harmless if repeated.
+    Nothing changes before it is activated; `torch.nn.attention.restore_flash_attention_impl()`,
+    which torch 2.10 lacks, ends that. Harmless if repeated.
 
     Raises:
         RuntimeError: this version of torch has no such registry.
