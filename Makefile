@@ -1,5 +1,5 @@
 # Everything from a clean clone: `make demo`, `make test`. All set-up goes to $(VENV).
-TORCH       ?= torch#    a pip requirement: TORCH=torch==2.13.0 names another build
+TORCH       ?= torch#    what pip installs first: TORCH=torch==2.13.0 names another build
 PYTHON      ?= python3#  3.10 or later, to create $(VENV) with
 VENV        ?= .venv
 JOBS        ?= auto#     processes of pytest
@@ -20,10 +20,10 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-b
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel gpu-check gpu-sanitize gpu-bench gpu-tune clean FORCE
+.PHONY: help demo test test-oldest headers lint format wheel gpu-check gpu-sanitize gpu-bench gpu-tune clean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS)" \
 	    "FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)'"
 
@@ -35,6 +35,13 @@ test: $(READY) ## set up, then run the tests, in parallel; PYTEST_ARGS go to pyt
 	@echo "== pytest on $(JOBS) processes, one thread each $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
+# Triton 3.6, which torch 2.11 brings, interprets with a NumPy before 2.4.
+test-oldest: ## the tests with torch 2.11 and Triton 3.6, in an environment of their own
+	@$(MAKE) --no-print-directory test VENV='$(VENV)-oldest' TORCH='torch==2.11.0 numpy<2.4'
+
+headers: $(READY) ## compile csrc/ against the headers of torch 2.10, of the installed and of the newest one
+	@$(BIN)/python tests/compile/headers.py
+
 lint: $(DEV) ## set up the linters too, then ruff, mypy and import-linter
 	@echo "== ruff check" && $(BIN)/ruff check
 	@echo "== ruff format --check" && $(BIN)/ruff format --check
@@ -44,10 +51,11 @@ lint: $(DEV) ## set up the linters too, then ruff, mypy and import-linter
 format: $(DEV) ## let ruff format and mend the code
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
-wheel: $(READY) ## the wheel in dist/, with the CUDA extension where nvcc is, tried in a fresh environment
+wheel: $(READY) ## the wheel in dist/, with the CUDA extension (FASTATTN_CUDA_ARCHS= for none), tried in a fresh environment
 	@rm -rf build/lib* build/bdist* dist/fastattn-*
 	@echo "== building the wheel"
-	@$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps -v -w dist .
+	@FASTATTN_CUDA_ARCHS="$${FASTATTN_CUDA_ARCHS-80+PTX;90a}" \
+	    $(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps -v -w dist .
 	@echo "== trying it in a fresh environment"
 	@$(BIN)/python tests/house/fresh_install.py dist/fastattn-*.whl
 
@@ -73,7 +81,7 @@ gpu-tune: ## search the tile tables, 9 minutes, print the rows to change; GPU_AR
 	$(ON_GPU) -m fastattn tune --budget 500 --json '$(OUT)/tune.json' $(GPU_ARGS)
 
 clean: ## remove $(VENV), builds and caches
-	rm -rf '$(VENV)' build dist fastattn/_C.*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf '$(VENV)' '$(VENV)-oldest' build dist fastattn/_C.*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find fastattn tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Holds what was asked for; rewritten, and so newer than $(READY), only when that changes.
@@ -87,7 +95,7 @@ $(READY): pyproject.toml setup.py $(if $(FASTATTN_CUDA_ARCHS),$(CSRC)) $(VENV)/.
 	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv '$(VENV)' || { echo "on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "== installing $(TORCH) (some minutes the first time)"
-	@$(PIP) 'setuptools>=77' '$(TORCH)'
+	@$(PIP) 'setuptools>=77' $(TORCH:%='%')
 	@echo "== installing fastattn in place, with what its tests and its demo need"
 	@$(if $(FASTATTN_CUDA_ARCHS),,rm -f fastattn/_C.*.so)
 	@FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)' $(PIP) -e '.[test]'

@@ -1,5 +1,7 @@
 """Builds the optional CUDA extension when it can; else installs pure Python and says why.
 
+Whoever asks for the extension, by FASTATTN_CUDA_ARCHS or by build_ext, gets it or an error.
+
 The extension is one shared library on torch's stable C ABI: it is compiled against torch's headers
 once and runs with every torch from TORCH_FLOOR on. pip shows these lines with -v.
 
@@ -36,7 +38,14 @@ def say(line):
     print(f"fastattn: {line}", flush=True)
 
 
-def skipped(reason):
+def asked():
+    """Whether the extension was asked for: to be without it is an error then."""
+    return bool(entries_of(os.environ.get("FASTATTN_CUDA_ARCHS", ""))) or "build_ext" in sys.argv
+
+
+def go_without(reason):
+    if asked():
+        sys.exit(f"fastattn: the extension was asked for and cannot be built: {reason}")
     say(f"extension skipped, the package is pure Python: {reason}")
 
 
@@ -150,7 +159,7 @@ def manylinux(library):
 
 
 class BuildExtension(build_ext):
-    """nvcc, once a source, and no failure of it fails the install."""
+    """nvcc, once a source; its failure fails the install of those alone who asked for it."""
 
     def run(self):
         try:
@@ -158,7 +167,7 @@ class BuildExtension(build_ext):
         except (OSError, incremental.BuildError) as error:
             text, *output = str(error).splitlines()
             print("\n".join(output), flush=True)
-            skipped(text)
+            go_without(text)
             self.extensions = self.distribution.ext_modules = []
             # The wheel's tag was chosen when there was an extension to come.
             self.distribution.get_command_obj("bdist_wheel").root_is_pure = True
@@ -197,7 +206,7 @@ def main():
     archs = os.environ.get("FASTATTN_CUDA_ARCHS", DEFAULT_ARCHS)
     reason = skip_reason(sources, archs, find_nvcc(), find_torch())
     if reason is not None:
-        skipped(reason)
+        go_without(reason)
         setup()
         return
     setup(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulator.knobs import asked
 
 from fastattn import extension
 from fastattn.extension import CannotLoad, Capability, Library
@@ -102,6 +103,13 @@ def test_a_library_runs_on_cpu_tensors(tmp_path: Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.stdout == "held\n", run.stderr
+
+
+@pytest.mark.skipif(not asked(), reason="FASTATTN_CUDA_ARCHS does not ask for the extension")
+def test_what_was_asked_for_is_built_and_loads() -> None:
+    code = "from fastattn import extension; extension.load()"  # not here: only one can be loaded
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # --- what cannot be loaded ------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def scaled_dot_product_attention(
 
     - a query that sees no key gives 0, with zero gradients (torch: 0 or NaN, by version and
       kernel);
-    - `attn_mask` together with `is_causal` is an error, as torch documents (its CPU kernel takes
-      both and sees what both let through);
+    - `attn_mask` together with `is_causal` is an error, as torch documents (torch: an error, or
+      what both let through, by version and kernel);
     - `key` and `value` of different lengths are an error (its CPU kernel goes by value's);
     - so are a head_dim of 0 and no heads.
 
@@ -165,6 +165,9 @@ def _rerouted(
         else:
             return _run(call)
     if plain and _are_plain(attn_mask):
+        if query is not None and query.shape[-3:-2] == (0,):
+            # No heads, so no elements. torch 2.11 divides by their number on a CPU: a SIGFPE.
+            return query @ key.mT @ value
         return _ORIGINAL(query, key, value, attn_mask, dropout_p, is_causal, **options)
     # A subclass may compare the function that was called with torch's attribute.
     _standing.change(lent=1)

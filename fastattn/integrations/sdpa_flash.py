@@ -32,8 +32,8 @@ BACKWARD = "_scaled_dot_product_flash_attention_backward"
 def register() -> None:
     """Make "fastattn" known to `torch.nn.attention.activate_flash_attention_impl`.
 
-    Nothing changes before it is activated; `torch.nn.attention.restore_flash_attention_impl()`
-    ends that. Harmless if repeated.
+    Nothing changes before it is activated; `torch.nn.attention.restore_flash_attention_impl()`,
+    which torch 2.10 lacks, ends that. Harmless if repeated.
 
     Raises:
         RuntimeError: this version of torch has no such registry.
@@ -76,8 +76,8 @@ class Implementation:
                 f"{dispatch_key}, so there is nothing to replace; use fastattn.override_sdpa()"
             ) from error
         self._library: Library | None = Library("aten", "IMPL", dispatch_key)
-        self._library.impl(FORWARD, self._forward, dispatch_key, with_keyset=True)
-        self._library.impl(BACKWARD, self._backward, dispatch_key, with_keyset=True)
+        for name, function in ((FORWARD, self._forward), (BACKWARD, self._backward)):
+            self._library.impl(name, function, dispatch_key, with_keyset=True, allow_override=True)
 
     def remove(self) -> None:
         """Put back what was there before."""

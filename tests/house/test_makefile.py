@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # Stands for the interpreter inside and outside of the environment: notes its arguments; `-m venv`
-# puts a copy of itself and a `fastattn` into the new environment; FAIL names a word to fail at.
+# puts a copy of itself and a `fastattn` into the new environment; FAIL names a word to fail at. The
+# architectures are noted that `pip wheel` builds for.
 PYTHON = """#!/bin/sh
-echo "$*" >> "$LOG"
+case "$*" in *" wheel "*) echo "$* for $FASTATTN_CUDA_ARCHS";; *) echo "$*";; esac >> "$LOG"
 if [ -n "$FAIL" ]; then case "$*" in *"$FAIL"*) exit 7;; esac; fi
 if [ "$1 $2" = "-m venv" ]; then
     mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/fastattn"
@@ -75,6 +76,15 @@ def test_another_torch_is_installed(tree: Tree) -> None:
     assert installs(tree.make("test"))[0].endswith(" torch")
 
 
+def test_the_oldest_torch_has_an_environment_of_its_own(tree: Tree) -> None:
+    tree.make("test")
+    calls = tree.make("test-oldest", "PYTEST_ARGS=tests/ops")
+    assert "-m venv .venv-oldest" in calls
+    assert installs(calls)[0].endswith(" torch==2.11.0 numpy<2.4")
+    assert calls[-1].endswith(" tests/ops")
+    assert installs(tree.make("test-oldest")) == installs(tree.make("test")) == []
+
+
 def test_other_architectures_are_installed(tree: Tree) -> None:
     tree.make("test")
     assert installs(tree.make("test", "FASTATTN_CUDA_ARCHS=80+PTX;90a"))
@@ -108,6 +118,15 @@ def test_a_wheel_is_built_and_tried(tree: Tree) -> None:
         ["tests/house/fresh_install.py", "dist/fastattn-*.whl"],
     ]
     assert len(tree.make("wheel", fail="-m pip", code=2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [([], "80+PTX;90a"), (["FASTATTN_CUDA_ARCHS=90a"], "90a"), (["FASTATTN_CUDA_ARCHS="], "")],
+)
+def test_a_wheel_asks_for_the_extension(given: list[str], asked: str, tree: Tree) -> None:
+    tree.make("test", *given)
+    assert tree.make("wheel", *given)[0].endswith(f". for {asked}")
 
 
 def test_changed_metadata_is_installed(tree: Tree) -> None:

@@ -1,4 +1,4 @@
-"""setup.py: what it decides, and that no missing tool and no failing build fails an install."""
+"""setup.py: what it decides, and that only who asked for the extension fails without it."""
 
 from __future__ import annotations
 
@@ -89,17 +89,23 @@ def fake_nvcc(folder: Path, body: str = COMPILER) -> Path:
     return folder
 
 
-def build_wheel(root: Path, **environment: str) -> tuple[str, set[str], str]:
-    """Build as an installer does: the wheel's name, its files, what the build printed."""
+def run_build(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel as an installer does."""
     code = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
-    run = subprocess.run(
+    unset = ("CUDA_HOME", "CUDA_PATH", "FASTATTN_CUDA_ARCHS")
+    clean = {k: v for k, v in os.environ.items() if k not in unset}
+    return subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,
         env={**clean, **environment},
         capture_output=True,
         text=True,
     )
+
+
+def build_wheel(root: Path, **environment: str) -> tuple[str, set[str], str]:
+    """The wheel's name, its files, what the build printed."""
+    run = run_build(root, **environment)
     assert run.returncode == 0, run.stdout + run.stderr
     wheel = max((root / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime_ns)
     return wheel.name, set(zipfile.ZipFile(wheel).namelist()), run.stdout
@@ -212,6 +218,35 @@ def test_failing_compiler_gives_a_pure_wheel_and_a_line(tree: Path, tmp_path: Pa
     assert "compiled csrc/library.cu" in printed
     reason = f"csrc/bad.cu does not compile: {nvcc} exited with 3"
     assert f"fastattn: extension skipped, the package is pure Python: {reason}" in printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"FASTATTN_CUDA_ARCHS": "90a", "BAD": "bad.cu"}, "csrc/bad.cu does not compile: "),
+        ({"FASTATTN_CUDA_ARCHS": "75"}, "FASTATTN_CUDA_ARCHS has the entry '75'"),
+    ],
+)
+def test_who_asked_for_the_extension_gets_an_error(
+    environment: dict[str, str], reason: str, tree: Path, tmp_path: Path
+) -> None:
+    plant(tree)
+    (tree / "csrc" / "bad.cu").touch()
+    fake_nvcc(tmp_path / "bin")
+    run = run_build(tree, CUDA_HOME=str(tmp_path), **environment)
+    assert run.returncode != 0
+    assert f"fastattn: the extension was asked for and cannot be built: {reason}" in run.stderr
+    assert ("csrc/bad.cu: broken" in run.stdout) == ("BAD" in environment)
+    assert not list(tree.glob("dist/*.whl"))
+
+
+def test_the_command_that_builds_the_extension_asks_for_it(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTATTN_CUDA_ARCHS", raising=False)
+    assert not setup_py.asked()
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext", "--inplace"])
+    assert setup_py.asked()
 
 
 def test_working_compiler_gives_one_wheel_for_every_python(tree: Path, tmp_path: Path) -> None:

@@ -52,14 +52,18 @@ class AttentionSwap(torch.nn.Module):
 
     packed_by_mask_alone = True  # as "sdpa": see `attention_forward`
 
+    # The instance's __dict__ by a second name: to the torch.compile of torch 2.11 an item of
+    # `self.__dict__` is the attribute of that name, so that the property would ask itself.
+    _attributes = torch.nn.Module.__dict__["__dict__"]
+
     @property
     def config(self) -> Any:
-        config = self.__dict__["config"]
+        config = self._attributes["config"]
         return _FastattnConfig(config) if config._attn_implementation == REPLACED else config
 
     @config.setter
     def config(self, value: Any) -> None:
-        self.__dict__["config"] = value
+        self._attributes["config"] = value
 
 
 def _attention_refusal(module: torch.nn.Module) -> str | None:

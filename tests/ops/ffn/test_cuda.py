@@ -396,14 +396,17 @@ GELU_AUX, GELU_AUX_BIAS, DGELU, DGELU_BGRAD = 160, 164, 192, 208
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a fake cuBLASLt was told, and whose results were held to the numeric rule."""
-    folder = Path(__file__).parent / "cublaslt"
-    fake = tmp_path_factory.mktemp("cublaslt") / "libcublasLt.so.13"
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-fPIC", "-shared", f"-Wl,-soname,{fake.name}"]
-    subprocess.run([*command, str(folder / "fake.cpp"), "-o", str(fake)], check=True)
+    sources = Path(__file__).parent / "cublaslt"
+    folder = tmp_path_factory.mktemp("cublaslt")
+    for name in ("fake", "preload"):
+        command = ["g++", "-std=c++17", "-O2", "-Wall", "-fPIC", "-shared"]
+        source, library = sources / f"{name}.cpp", folder / f"{name}.so"
+        subprocess.run([*command, str(source), "-o", str(library)], check=True)
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    fakes = {"FAKE_CUBLASLT": str(folder / "fake.so"), "LD_PRELOAD": str(folder / "preload.so")}
     run = subprocess.run(
-        [sys.executable, str(folder / "program.py"), str(fake)],
-        env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, str(sources / "program.py")],
+        env=os.environ | {"PYTHONPATH": path} | fakes,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

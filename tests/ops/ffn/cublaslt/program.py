@@ -1,6 +1,7 @@
 """ffn's `cuda` backend in a process where the fake of fake.cpp is the cuBLASLt that torch carries.
 
-python program.py LIBRARY: prints what the fake was told, for tests/ops/ffn/test_cuda.py.
+Prints what the fake was told, for tests/ops/ffn/test_cuda.py, which runs it with preload.cpp loaded
+and the environment variable FAKE_CUBLASLT.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-import sys
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from ops.ffn.cases import Case, check, output_and_gradients  # noqa: E402
 
 from fastattn.ops.ffn import cuda  # noqa: E402
 
-fake = ctypes.CDLL(sys.argv[1])  # before anybody asks: it is found by its name, as torch's is
+fake = ctypes.CDLL(os.environ["FAKE_CUBLASLT"])
 fake.fake_calls.restype = ctypes.c_char_p
 
 
