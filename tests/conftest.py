@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str | None:
-    return None if torch.cuda.is_available() else f"Triton kernels are {triton_runs()}"
+    return None if torch.cuda.is_available() else f"triton: kernels are {triton_runs()}"
 
 
 @pytest.fixture(scope="session")
