@@ -6,6 +6,7 @@ interpreter runs them elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -42,10 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     elif reason is not None:
         raise pytest.UsageError(f"--triton ir: {reason}")
     else:
-        os.environ.pop("TRITON_INTERPRET", None)
-        session = ir.session()
-        session.__enter__()
-        config.add_cleanup(lambda: session.__exit__(None, None, None))
+        session = contextlib.ExitStack()
+        session.enter_context(ir.session())
+        config.add_cleanup(session.close)
 
 
 def pytest_report_header() -> str | None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -38,14 +39,13 @@ def unavailable() -> str | None:
         except metadata.PackageNotFoundError:
             return f"{package} is not installed: {fix}"
         if not version.startswith(wanted):
-            return f"it takes {package} {wanted.rstrip('.')}, this is {version}: {fix}"
+            return f"executing Triton's IR takes {package} {wanted.rstrip('.')}, this is {version}: {fix}"
     return None
 
 
 @contextlib.contextmanager
-def session() -> Iterator[Any]:
+def session() -> Iterator[None]:
     """Launches are executed by ttsem, and memory that nobody wrote holds NaN."""
-    os.environ[TRITON_ON_CPU] = "1"
     from ttsem import _fakedriver, harness, mlir, sanitize
 
     texts: dict[Any, str] = {}
@@ -61,15 +61,17 @@ def session() -> Iterator[Any]:
         raise AssertionError("the launch is too large to be checked for races: make it smaller")
 
     mlir.enable_generic_printing()
-    with contextlib.ExitStack() as undo:
-        undo.callback(setattr, harness, "ir_for_launch", harness.ir_for_launch)
-        undo.callback(setattr, mlir, "parse", mlir.parse)
-        harness.ir_for_launch, mlir.parse = ttir, functools.cache(mlir.parse)
-        undo.callback(torch.use_deterministic_algorithms, False)
-        torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
-        state = undo.enter_context(sanitize.session(cuda_is_cpu=False, on_unchecked=unchecked))
+    with (
+        mock.patch.dict(os.environ, {TRITON_ON_CPU: "1"}),
+        mock.patch.object(harness, "ir_for_launch", ttir),
+        mock.patch.object(mlir, "parse", functools.cache(mlir.parse)),
+        sanitize.session(cuda_is_cpu=False, on_unchecked=unchecked),
+    ):
+        os.environ.pop("TRITON_INTERPRET", None)
         _fakedriver.unstub_torch_cuda()  # there is no GPU, whatever Triton believes
-        yield state
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+        yield
+        torch.use_deterministic_algorithms(False)
 
 
 if __name__ == "__main__":  # fails, with the reason, where no kernel can be executed
