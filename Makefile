@@ -1,5 +1,6 @@
 # Everything from a clean clone: `make demo`, `make test`. All set-up goes to $(VENV).
 TORCH       ?= torch#    what pip installs first: TORCH=torch==2.13.0 names another build
+TRITON      ?=#          another, for a Triton in place of the one that torch brings
 PYTHON      ?= python3#  3.10 or later, to create $(VENV) with
 VENV        ?= .venv
 JOBS        ?= auto#     processes of pytest
@@ -13,14 +14,15 @@ GPU_ARGS    ?=
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV   := $(VENV)/.ready-dev
-ASKED := $(TORCH) $(FASTATTN_CUDA_ARCHS)
+ASKED := $(TORCH) $(TRITON) $(FASTATTN_CUDA_ARCHS)
 CSRC  := $(filter-out csrc/emulator/%,$(wildcard csrc/* csrc/*/*))
 # pip works offline when all that it is asked for is there, and an isolated build never is.
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest headers lint format wheel gpu-check gpu-sanitize gpu-bench gpu-tune clean FORCE
+.PHONY: help demo test test-ir test-oldest headers lint format wheel gpu-check gpu-sanitize gpu-bench \
+    gpu-tune clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +36,17 @@ demo: $(READY) ## set up, then train a small GPT, generate from it and swap fast
 test: $(READY) ## set up, then run the tests, in parallel; PYTEST_ARGS go to pytest
 	@echo "== pytest on $(JOBS) processes, one thread each $(PYTEST_ARGS)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+# Only Triton 3.8's IR can be executed: where torch brings another, in an environment of its own. The
+# tests that are left out name another backend; `make test` has them.
+test-ir: $(READY) ## run the ops' Triton kernels as compiled: their IR, executed on the CPU
+	@if $(BIN)/python tests/ir.py; then \
+	    echo "== pytest --triton ir on $(JOBS) processes, one thread each $(PYTEST_ARGS)"; \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal --triton ir \
+	        tests/test_ir.py tests/ops -k 'not cuda and not torch and not reference' $(PYTEST_ARGS); \
+	elif test -z '$(TRITON)'; then \
+	    $(MAKE) --no-print-directory test-ir VENV='$(VENV)/ir' TRITON=triton==3.8.0; \
+	else exit 1; fi
 
 # Triton 3.6, which torch 2.11 brings, interprets with a NumPy before 2.4.
 test-oldest: ## the tests with torch 2.11 and Triton 3.6, in an environment of their own
@@ -99,6 +112,9 @@ $(READY): pyproject.toml setup.py $(if $(FASTATTN_CUDA_ARCHS),$(CSRC)) $(VENV)/.
 	@echo "== installing fastattn in place, with what its tests and its demo need"
 	@$(if $(FASTATTN_CUDA_ARCHS),,rm -f fastattn/_C.*.so)
 	@FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)' $(PIP) -e '.[test]'
+	@$(if $(TRITON),$(PIP) --no-deps '$(TRITON)') # whatever Triton torch names
+	@$(PIP) --ignore-requires-python --no-deps ttsem==0.1.0 || \
+	    echo "== no ttsem: tests run Triton's kernels in its interpreter"
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@$(BIN)/python -c 'from fastattn import extension; print("CUDA extension", extension.status())'
 	@touch $@

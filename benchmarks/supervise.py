@@ -21,7 +21,7 @@ STARTING = 90.0  # seconds that the process has to import torch and open the GPU
 OVERTIME = 10.0  # seconds that a cell in progress may still take when the time is over
 RESTARTS = 5
 TIME_IS_OVER = "the time was over"
-BACKEND_VARIABLES = ("FASTATTN_BACKEND", "TRITON_INTERPRET")
+BACKEND_VARIABLES = ("FASTATTN_BACKEND", "FASTATTN_TRITON_ON_CPU", "TRITON_INTERPRET")
 
 
 def measure(

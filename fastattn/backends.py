@@ -11,7 +11,7 @@ alone, never the values of a tensor:
 
 A backend named by 1-3 either runs the call or raises `UnsupportedError` with the reason; it is
 never replaced in silence. Under 4 a backend may also *decline* a problem that it could run (the
-Triton interpreter on a CPU, a kernel that was measured to be slower than the next backend, or a
+Triton kernels on a CPU, a kernel that was measured to be slower than the next backend, or a
 CUDA C++ kernel that was not measured to be faster).
 """
 
@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -31,6 +31,7 @@ from fastattn import extension
 
 NAMES = ("cuda", "triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
+TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 
 _used: str | None = None  # what the innermost use_backend() names
 
@@ -80,7 +81,7 @@ class Backend:
     def declined(self, problem: Problem) -> str | None:
         """The reason why the automatic choice passes this backend over although it could run."""
         if self.name == "triton" and problem.device.type == "cpu":
-            return "Triton's interpreter is for tests: name backend='triton' to use it"
+            return "Triton kernels on a CPU are for tests: name backend='triton' to use them"
         if self.name == "cuda" and problem.device.type == "cpu":
             return "the CUDA kernels' emulator is for tests: name backend='cuda' to use it"
         declines = getattr(self.module, "declined", None)
@@ -97,9 +98,21 @@ def _constant(function: Any) -> Any:
 
 
 @_constant
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (fixed when Triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+def triton_runs() -> Literal["compiled", "interpreted", "executed"]:
+    """The way in which Triton kernels run in this process; fixed when Triton is imported.
+
+    "interpreted": TRITON_INTERPRET=1, Triton's interpreter runs their Python on the CPU.
+    "executed": FASTATTN_TRITON_ON_CPU=1 says that Triton's active driver takes CPU tensors. It
+    compiles the kernels and executes the result: the IR in our tests, which install such a driver.
+    "compiled": otherwise, for a GPU.
+    """
+
+    def on(variable: str) -> bool:
+        return os.environ.get(variable, "0").lower() in ("1", "true", "on", "y", "yes")
+
+    if on("TRITON_INTERPRET"):  # Triton itself asks nothing else
+        return "interpreted"
+    return "executed" if on(TRITON_ON_CPU) else "compiled"
 
 
 @_constant
@@ -112,7 +125,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     if not _installed("triton"):
         return "the package triton is not installed"
     if device.type == "cpu":
-        if triton_interpreted():
+        if triton_runs() != "compiled":
             return None
         return "Triton compiles for GPUs; on a CPU it needs TRITON_INTERPRET=1, for tests"
     if device.type != "cuda":

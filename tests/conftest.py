@@ -1,24 +1,55 @@
-"""One session-wide choice: on a GPU the kernels run compiled, else in Triton's interpreter."""
+"""One session-wide choice: what runs the Triton kernels.
+
+On a GPU they run compiled; without one, Triton's IR is executed where ttsem is (ir.py), and Triton's
+interpreter runs them elsewhere.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
+import ir
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-    torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist runs one worker per core
+from fastattn.backends import triton_runs
 
-import pytest
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist runs one worker per core
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz", "tests that draw whole problems (-m fuzz)")
     group.addoption("--draws", type=int, default=240, help="how many problems to draw")
     group.addoption("--seed", type=int, default=0, help="of the first one; the next is seed + 1")
+    parser.getgroup("triton", "Triton kernels without a GPU").addoption(
+        "--triton",
+        choices=("ir", "interpreter"),
+        help="execute their IR, or interpret their Python; by default the first where ttsem is",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before Triton is first imported, which settles it; in every process of pytest-xdist."""
+    if torch.cuda.is_available():
+        return
+    reason = ir.unavailable()
+    chosen = config.getoption("--triton") or ("interpreter" if reason else "ir")
+    if chosen == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif reason is not None:
+        raise pytest.UsageError(f"--triton ir: {reason}")
+    else:
+        session = contextlib.ExitStack()
+        session.enter_context(ir.session())
+        config.add_cleanup(session.close)
+
+
+def pytest_report_header() -> str | None:
+    return None if torch.cuda.is_available() else f"triton: kernels are {triton_runs()}"
 
 
 @pytest.fixture(scope="session")

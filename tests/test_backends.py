@@ -74,6 +74,30 @@ def test_the_emulator_is_never_the_automatic_choice(both: None) -> None:
         assert f"name backend='{name}'" in str(kernel(name).declined(Problem(CPU)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "runs", "reason"),
+    [
+        ("", "compiled", "Triton compiles for GPUs; on a CPU it needs TRITON_INTERPRET=1"),
+        ("TRITON_INTERPRET", "interpreted", "Triton's interpreter computes bfloat16 dots wrong"),
+        ("FASTATTN_TRITON_ON_CPU", "executed", "Triton kernels on a CPU are for tests"),
+        ("FASTATTN_TRITON_ON_CPU TRITON_INTERPRET", "interpreted", "bfloat16 dots wrong"),
+    ],
+)
+def test_what_runs_a_triton_kernel(
+    settings: str, runs: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FASTATTN_TRITON_ON_CPU", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, str(int(name in settings)))
+    assert backends.triton_runs() == runs
+    x = torch.ones(8, 8, 8, 8, dtype=torch.bfloat16)
+    weight = x[0, 0]
+    for call in (
+        (fastattn.attention, x, x, x),
+        (fastattn.ffn, x, weight, None, weight, None),
+    ):
+        assert reason in str(explanation_of(*call).reasons["triton"])
+
+
 X = torch.randn(2, 4, 2, 16)
 CALLS = {
     "attention": (X, X, X),

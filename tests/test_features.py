@@ -305,14 +305,24 @@ def elsewhere(described: Any, device: torch.device) -> Any:
     return dataclasses.replace(described, device=device)
 
 
-def found(feature: Feature, backend: str, device: str) -> tuple[str, str | None]:
+def as_usual(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backends answer as in a process where Triton interprets for a CPU, compiles for a GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(device == "cpu")))
+
+
+def found(
+    feature: Feature, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, str | None]:
     """The cell, from what the backend answers on both kinds of device."""
     module = next(b.module for b in feature.table if b.name == backend)
     described = feature.describe(device)
-    cpu, gpu = (
-        feature.refused.get(backend) or module.unsupported(elsewhere(described, torch.device(kind)))
-        for kind in ("cpu", "cuda")
-    )
+
+    def answer(kind: str) -> str | None:
+        as_usual(kind, monkeypatch)
+        on_kind = elsewhere(described, torch.device(kind))
+        return feature.refused.get(backend) or module.unsupported(on_kind)
+
+    cpu, gpu = answer("cpu"), answer("cuda")
     word = {(True, True): "yes", (True, False): "CPU", (False, True): "GPU", (False, False): "no"}
     return word[cpu is None, gpu is None], cpu or gpu
 
@@ -324,10 +334,11 @@ def test_table_has_every_feature() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FEATURES)
-def test_cell(name: str, backend: str, device: str) -> None:
+def test_cell(name: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feature = FEATURES[name]
-    word, reason = found(feature, backend, device)
+    word, reason = found(feature, backend, device, monkeypatch)
     assert (word, reason) == TABLE[name][backend], f"the README's cell {name!r}, {backend}"
+    as_usual(device, monkeypatch)
     if word in ("yes", {"cpu": "CPU", "cuda": "GPU"}[device]):
         feature.run(backend, device)
         return
@@ -352,7 +363,7 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+@pytest.mark.skipif(backends.triton_runs() != "interpreted", reason="counts in the interpreter")
 @pytest.mark.parametrize("name", MASKS)
 def test_tiles_in_the_docs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("fastattn.ops.attention.triton.forward")

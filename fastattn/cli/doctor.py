@@ -13,7 +13,13 @@ import torch
 
 import fastattn
 from fastattn import extension
-from fastattn.backends import ENVIRONMENT_VARIABLE, NAMES, Explanation, explanation_of
+from fastattn.backends import (
+    ENVIRONMENT_VARIABLE,
+    NAMES,
+    TRITON_ON_CPU,
+    Explanation,
+    explanation_of,
+)
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors")
 DTYPES = {
@@ -81,9 +87,9 @@ def _driver() -> str:
 
 
 def _settings() -> Iterator[str]:
-    for name in (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET"):
+    for name in (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", TRITON_ON_CPU):
         value = os.environ.get(name)
-        yield f"{name:<16}  {'not set' if value is None else repr(value)}"
+        yield f"{name:<22}  {'not set' if value is None else repr(value)}"
 
 
 def _available() -> list[torch.device]:

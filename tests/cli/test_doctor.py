@@ -23,7 +23,8 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> str:
 def test_versions_devices_and_settings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
+    for name in ("TRITON_INTERPRET", "FASTATTN_TRITON_ON_CPU"):
+        monkeypatch.delenv(name, raising=False)
     out = doctor(capsys)
     assert re.search(rf"^  fastattn +{re.escape(fastattn.__version__)}$", out, re.MULTILINE)
     assert re.search(rf"^  torch +{re.escape(torch.__version__)}$", out, re.MULTILINE)
@@ -32,6 +33,7 @@ def test_versions_devices_and_settings(
     assert extension.status() in out
     assert re.search(r"^  FASTATTN_BACKEND +not set$", out, re.MULTILINE)
     assert re.search(r"^  TRITON_INTERPRET +not set$", out, re.MULTILINE)
+    assert re.search(r"^  FASTATTN_TRITON_ON_CPU +not set$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

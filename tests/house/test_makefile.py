@@ -61,9 +61,10 @@ def installs(calls: list[str]) -> list[str]:
 def test_second_run_installs_nothing(tree: Tree) -> None:
     first = tree.make("test")
     assert [call for call in first if call.startswith("-m venv")] == ["-m venv .venv"]
-    named, package = installs(first)
+    named, package, executor = installs(first)
     assert named.endswith("setuptools>=77 torch")  # before the package, which would take any torch
     assert package.endswith("-e .[test]")
+    assert executor.endswith("--ignore-requires-python --no-deps ttsem==0.1.0")
     assert "== creating .venv" in tree.printed
     second = tree.make("test")
     assert len(second) == 1 and second[0].startswith("-m pytest")
@@ -140,11 +141,28 @@ def test_changed_metadata_is_installed(tree: Tree) -> None:
 def test_failed_set_up_is_taken_up_again(tree: Tree, step: str) -> None:
     calls = tree.make("test", fail=step, code=2)
     assert not any(call.startswith("-m pytest") for call in calls)
-    assert len(installs(tree.make("test"))) == 2
+    assert len(installs(tree.make("test"))) == 3
 
 
 def test_failing_tests_fail_make(tree: Tree) -> None:
     tree.make("test", fail="-m pytest", code=2)
+
+
+def test_without_ttsem_the_tests_run(tree: Tree) -> None:
+    assert tree.make("test", fail="ttsem==")[-1].startswith("-m pytest")
+    assert "no ttsem: tests run Triton's kernels in its interpreter" in tree.printed
+
+
+def test_the_ir_is_executed_where_it_can_be(tree: Tree) -> None:
+    """In the environment that is there, or in one of its own with the Triton that it takes."""
+    tree.make("test")
+    asked, tests = tree.make("test-ir", "JOBS=2")
+    assert asked == "tests/ir.py"
+    assert " -n 2 " in tests and " --triton ir tests/test_ir.py tests/ops -k " in tests
+    calls = tree.make("test-ir", fail="tests/ir.py", code=2)
+    assert "-m venv .venv/ir" in calls
+    assert any(call.endswith("--no-deps triton==3.8.0") for call in installs(calls))
+    assert calls[-1] == "tests/ir.py" and calls.count("tests/ir.py") == 2  # not again and again
 
 
 def test_arguments_are_passed_on(tree: Tree) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from fastattn import backends
 from fastattn.ops.common import launch
 from fastattn.ops.ffn import tiles
 from fastattn.ops.ffn.problem import FFNProblem
@@ -34,7 +35,7 @@ def unsupported(problem: FFNProblem) -> str | None:
         return "torch.func transforms and forward-mode AD need a differentiable backend"
     if problem.dtype == torch.float64:
         return "the Triton kernels compute in float32; torch and reference do float64"
-    if problem.device.type == "cpu" and problem.dtype == torch.bfloat16:
+    if problem.dtype == torch.bfloat16 and backends.triton_runs() == "interpreted":
         return "Triton's interpreter computes bfloat16 dots wrong"
     if problem.hidden > MAX_HIDDEN:
         return f"hidden {problem.hidden} is above {MAX_HIDDEN}"

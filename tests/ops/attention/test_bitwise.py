@@ -34,7 +34,7 @@ def bits(case: Case, problem: Problem, backend: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", REPEATED)
 def test_repeated_runs_give_the_same_bits(name: str, backend: str, device: str) -> None:
     case, runs = dataclasses.replace(REPEATED[name], device=device), 50
-    if backend == "triton" and device == "cpu":  # interpreted, program after program: seconds each
+    if backend == "triton" and device == "cpu":  # program after program: seconds each
         case = dataclasses.replace(case, batch=1, heads=2, kv_heads=1, head_dim=8)
         runs = 4
     problem = case.draw()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 import torch._dynamo.testing
 
 import fastattn
-from fastattn.backends import explanation_of
+from fastattn.backends import explanation_of, triton_runs
 from fastattn.ops.attention.call import Extras, Settings
 
 
@@ -456,13 +455,13 @@ def test_gradients_of_one_output_alone(device: str) -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_interpreter_is_never_chosen_unasked() -> None:
+def test_triton_on_a_cpu_is_never_chosen_unasked() -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here")
-    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert triton_runs() != "compiled"
     explanation = explanation_of(fastattn.attention, **tensors())
     assert explanation.backend == "torch"
-    assert "interpreter is for tests" in str(explanation.reasons["triton"])
+    assert "on a CPU are for tests" in str(explanation.reasons["triton"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")

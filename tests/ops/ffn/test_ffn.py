@@ -11,11 +11,14 @@ import torch
 from ops.ffn.cases import ACTIVATIONS, Case, check, output_and_gradients
 
 import fastattn
+from fastattn.backends import triton_runs
 from fastattn.ops.common import launch
 from fastattn.ops.ffn import aten, tiles
 
 BACKENDS = ("reference", "torch", "triton")
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# Of two bytes, in which every backend computes: Triton's interpreter does bfloat16 dots wrong.
+HALVES = (HALF,) if triton_runs() == "interpreted" else (HALF, BF16)
 LAYOUTS = ("linear", "conv1d")
 
 # Each case has its reason. "Tile" is of tiles.py, for the interpreter's 4 "multiprocessors".
@@ -62,7 +65,7 @@ def test_activations(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bfloat16(activation: str, backend: str, device: str) -> None:
-    if backend == "triton" and device == "cpu":
+    if backend == "triton" and triton_runs() == "interpreted":
         pytest.skip("Triton's interpreter computes bfloat16 dots wrong")
     for shape, hidden in (((66, 40), 50), ((3, 64), 128), ((128, 64), 256)):
         check(Case(shape, hidden, 24, BF16, activation, device=device), backend)
@@ -95,7 +98,7 @@ def test_random_problems(seed: int, device: str) -> None:
         shape=(*leading, r.randint(1, 150)),
         hidden=r.choice((r.randint(1, 150), 16 * r.randint(1, 20))),
         out_features=r.randint(1, 150),
-        dtype=r.choice((HALF, FLOAT)),
+        dtype=r.choice((*HALVES, FLOAT)),
         activation=r.choice(list(ACTIVATIONS)),
         layout=r.choice(LAYOUTS),
         bias1=r.random() < 0.7,
@@ -294,7 +297,7 @@ def test_a_bad_token_stays_alone(activation: str, backend: str, device: str) -> 
 # --- what it owes beyond the numbers -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize("dtype", (FLOAT, *HALVES))
 def test_same_inputs_same_bits(dtype: torch.dtype, device: str) -> None:
     case = Case((600, 40), 80, 48, dtype, device=device)
     inputs = case.inputs()

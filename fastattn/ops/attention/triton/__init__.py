@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from fastattn import backends
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.triton.backward import backward
 from fastattn.ops.attention.triton.cache import attention_with_kv_cache
@@ -28,7 +29,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return "torch.func transforms and forward-mode AD need a differentiable backend"
     if problem.dtype == torch.float64:
         return "the Triton kernels compute in float32; float64 is for torch and reference"
-    if problem.device.type == "cpu" and problem.dtype == torch.bfloat16:
+    if problem.dtype == torch.bfloat16 and backends.triton_runs() == "interpreted":
         return "Triton's interpreter computes bfloat16 dots wrong"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"head_dim {max(problem.head_dim, problem.head_dim_v)} is above {MAX_HEAD_DIM}"
