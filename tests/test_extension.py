@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator.knobs import asked
+from emulator.knobs import Emulator, asked
 
 from fastattn import extension
 from fastattn.extension import CannotLoad, Capability, Library
@@ -110,6 +110,20 @@ def test_what_was_asked_for_is_built_and_loads() -> None:
     code = "from fastattn import extension; extension.load()"  # not here: only one can be loaded
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("archs", "outcome"), [("90a", pytest.fail.Exception), ("", pytest.skip.Exception)]
+)
+def test_without_it_tests_fail_where_it_was_asked_for(
+    archs: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: tests of the `cuda` backend begin with Emulator()."""
+    plant(monkeypatch, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", archs)
+    with pytest.raises(outcome, match="not built, this is a pure Python install"):
+        Emulator()
 
 
 # --- what cannot be loaded ------------------------------------------------------------------------
