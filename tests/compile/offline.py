@@ -95,6 +95,8 @@ def measure(architecture: int, source: ASTSource, options: dict[str, Any]) -> di
         "shared": compiled.metadata.shared,
         "tensor_core": len(TENSOR_CORE.findall(sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128", sass)),
+        "narrow_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*[US](?:8|16)\b", sass)),
         "loop": main_loop(sass),
     }
 
@@ -323,9 +325,9 @@ def attention(
         )
 
     for dtype, head_dim, paged in caches:
-        q = empty(2, 1, 8, head_dim, dtype=dtype)
-        k = empty(2, 1, 2, head_dim, dtype=dtype)
-        keys = empty(*((512, 16) if paged else (2, 4096)), 2, head_dim, dtype=dtype)
+        q = empty(2, 1, 32, head_dim, dtype=dtype)
+        k = empty(2, 1, 8, head_dim, dtype=dtype)
+        keys = empty(*((512, 16) if paged else (2, 4096)), 8, head_dim, dtype=dtype)
         lengths, table = empty(2, dtype=torch.int32), empty(2, 256, dtype=torch.int32)
         angles = empty(4096, head_dim // 2)
 

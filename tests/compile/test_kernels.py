@@ -19,6 +19,8 @@ SPILLS = {
 EVERYTHING = 512  # with all features at once
 # float32 at wide heads: the tiles are as small as products can be.
 WIDE = {("_keys_kernel", 256): 1024, ("_keys_kernel", 512): 2304}
+# Kernels that store tiles of results, 16 bytes a thread. `_queries_kernel` with ROW_SUMS has no tile.
+STORES = ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_append_kernel")
 # Kernels whose time is in matrix products.
 PRODUCTS = {
     "attention": ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_bias_kernel"),
@@ -49,6 +51,10 @@ def test_resources(op: str, architecture: int) -> None:
             over.append(f"{name} spills {kernel['spills']} bytes: {kernel}")
         if kernel["shared"] > SHARED_MEMORY[architecture]:
             over.append(f"{name} takes {kernel['shared']} bytes of shared memory: {kernel}")
+        if op == "attention" and name in STORES:
+            never = name in ("_forward_kernel", "_keys_kernel") and not kernel["wide_stores"]
+            if never or kernel["narrow_stores"]:
+                over.append(f"{name} stores fewer than 16 bytes a thread: {kernel}")
         tensor_cores = kernel["dtype"] != "float32" or kernel.get("features") == "tf32x3"
         wanted = name in PRODUCTS[op] and tensor_cores
         if wanted and not kernel["tensor_core"]:

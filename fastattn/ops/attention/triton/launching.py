@@ -68,7 +68,7 @@ class Operands:
 
     def units(self, x: torch.Tensor) -> tuple[int, ...]:
         """(batch, token, head) strides in units of `align`."""
-        return tuple(n // self.align for n in token_strides(x, self.packed))
+        return units(x, self.align, self.packed)
 
     def widths(self) -> dict[str, Any]:
         return {
@@ -100,10 +100,6 @@ def operands(
     if packed:
         q, k, v = q[None], k[None], v[None]
     q, k, v = readable(q), readable(k), readable(v)
-    # 16 elements are what a wide load of any dtype needs; few layouts have less. The widths count
-    # too, or a dimension of size 1, which has no stride, would compile another kernel.
-    strides = (n for x in (q, k, v, *more) for n in token_strides(x, packed))
-    align = math.gcd(16, q.shape[3], v.shape[3], *strides)
     seqlen_k = k.shape[1] if capacity is None else capacity
     return Operands(
         q=q,
@@ -114,7 +110,7 @@ def operands(
         seqlen_k=seqlen_k,
         longest_q=settings.max_seqlen_q if packed else q.shape[1],
         longest_k=settings.max_seqlen_k if packed else seqlen_k,
-        align=align,
+        align=alignment(q, k, v, *more, packed=packed),
     )
 
 
@@ -130,6 +126,21 @@ def token_strides(x: torch.Tensor, packed: bool = False) -> tuple[int, int, int]
     """(batch, token, head) strides; those of dimensions of size 1, which may be anything, are 0."""
     batch, token, head = (0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()))
     return 0 if packed else batch, token, head
+
+
+def alignment(*tensors: torch.Tensor, packed: bool = False) -> int:
+    """The ALIGN of a kernel: elements that divide every stride and width, at most 16.
+
+    16 elements are what a wide load or store of any dtype needs; few layouts have less. The widths
+    count too, or a dimension of size 1, which has no stride, would compile another kernel.
+    """
+    strides = (n for x in tensors for n in token_strides(x, packed))
+    return math.gcd(16, *(x.shape[3] for x in tensors), *strides)
+
+
+def units(x: torch.Tensor, align: int, packed: bool = False) -> tuple[int, ...]:
+    """(batch, token, head) strides in units of `align`."""
+    return tuple(n // align for n in token_strides(x, packed))
 
 
 def outputs(x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
