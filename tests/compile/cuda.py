@@ -4,7 +4,7 @@
     python tests/compile/cuda.py --write    # accept it
 
 The table holds, for every kernel: registers, bytes that a thread spills, the instructions of its main
-loop by class (offline.py says which loop that is), and those that a trip through it issues (issue.py).
+loop by class and those that a trip through it issues (sass.py says which loop and which trip that is).
 Its numbers are those of one release of nvcc and of one architecture, both of which it names.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from compile.issue import trip  # noqa: E402
+from compile import sass  # noqa: E402
 from compile.offline import main_loop, tool  # noqa: E402
 
 import setup as build  # noqa: E402
@@ -58,7 +58,9 @@ def kernels(file: Path) -> dict[str, dict[str, Any]]:
         capture_output=True, text=True,
     ).stdout  # an object without kernels is an error to cuobjdump  # fmt: skip
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    bodies = {part.split(maxsplit=1)[0]: part for part in text.split("Function : ")[1:]}
+    bodies = {
+        part.split(maxsplit=1)[0]: sass.instructions(part) for part in text.split("Function : ")[1:]
+    }
     return {
         readable(name): {
             "registers": int(registers),
@@ -68,6 +70,14 @@ def kernels(file: Path) -> dict[str, dict[str, Any]]:
         }
         for name, registers, stack, local in usage
     }
+
+
+def trip(code: sass.Code) -> dict[str, int] | None:
+    """Of the main loop; None if it has no tensor core instruction."""
+    kinds = [sass.kind(x.opcode) for x in sass.trip(sass.main_loop(code))]
+    if "mma" not in kinds:
+        return None
+    return {"instructions": len(kinds), "tensor core": kinds.count("mma")}
 
 
 def readable(symbol: str) -> str:

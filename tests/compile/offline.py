@@ -26,17 +26,18 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import compute_cache_key, create_function_from_signature
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-# Tensor-core instructions: mma.sync, wgmma, tcgen05.
-TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+import torch  # noqa: E402
+import triton  # noqa: E402
+from compile import sass  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import compute_cache_key, create_function_from_signature  # noqa: E402
+
 # Classes of a loop's instructions, by how the opcode begins; the rest is arithmetic and control.
 CLASSES = {
-    "tensor core": TENSOR_CORE,
+    "tensor core": re.compile(r"(?:HMMA|HGMMA|UTC\w*MMA)\b"),  # mma.sync, wgmma, tcgen05
     "exponentials": re.compile(r"MUFU\b"),
     "global loads": re.compile(r"(?:LDG|LDGSTS|UTMALDG|UBLKCP)\b"),
     "shared accesses": re.compile(r"(?:LDS|LDSM|STS|STSM)\b"),
@@ -46,7 +47,8 @@ CLASSES = {
     ),
     "spill accesses": re.compile(r"(?:LDL|STL)\b"),
 }
-INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+# What the door `fastattn.ops.common.launch.launch` gives to every launch.
+OPTIONS = {"enable_fp_fusion": True}
 
 OFFLINE = Path(__file__)
 
@@ -68,7 +70,7 @@ def key_of(kernel: Any, architecture: int, args: tuple[Any, ...], constants: dic
 
     Asked of the code that a launch asks. A `meta` tensor has the address 0, thus aligned.
     """
-    _, specialisation, options = _binder(kernel, architecture)[1](*args, **constants)
+    _, specialisation, options = _binder(kernel, architecture)[1](*args, **constants, **OPTIONS)
     return f"{kernel.__name__} {compute_cache_key({}, specialisation, options)}"
 
 
@@ -77,73 +79,62 @@ def source_of(
 ) -> tuple[ASTSource, dict[str, Any]]:
     """What a launch with these arguments would compile, and with which options."""
     backend, bind = _binder(kernel, architecture)
+    constants = constants | OPTIONS
     options, *rest = kernel._pack_args(backend, constants, *bind(*args, **constants))
     return ASTSource(kernel, *rest), options.__dict__
 
 
-def measure(architecture: int, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
+def machine_code(architecture: int, source: ASTSource, options: dict[str, Any]) -> tuple[Any, str]:
+    """(what Triton compiled, its machine code as cuobjdump prints it, with its resources)."""
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        sass = _run(tool("cuobjdump"), "--dump-sass", "--dump-resource-usage", cubin.name)
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", sass)
+        return compiled, _run(tool("cuobjdump"), "--dump-sass", "--dump-resource-usage", cubin.name)
+
+
+def resources(text: str) -> tuple[int, int]:
+    """(registers, bytes that a thread spills) of the kernel that cuobjdump printed."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     registers, stack, local = map(int, usage.groups())
+    return registers, max(local, stack)
+
+
+def measure(architecture: int, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
+    compiled, text = machine_code(architecture, source, options)
+    registers, spills = resources(text)
+    code = sass.instructions(text)
+    opcodes = [x.opcode for x in code]
+
+    def number(pattern: str) -> int:
+        return sum(re.match(pattern, opcode) is not None for opcode in opcodes)
+
     return {
         "registers": registers,
-        "spills": max(local, stack),
+        "spills": spills,
         "shared": compiled.metadata.shared,
-        "tensor_core": len(TENSOR_CORE.findall(sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", sass)),
-        "loop": main_loop(sass),
+        "tensor_core": number(CLASSES["tensor core"].pattern),
+        "wide_loads": number(r"LDG\.E\.(?:\w+\.)*128"),
+        "wide_stores": number(r"STG\.E\.(?:\w+\.)*128"),
+        "narrow_stores": number(r"STG\.E\.(?:\w+\.)*[US](?:8|16)\b"),
+        "serialised": sass.serialised(code),
+        "overwritten": len(sass.overwritten_operands(code)),
+        "loop": main_loop(code),
     }
 
 
-def main_loop(sass: str) -> dict[str, Any]:
+def main_loop(code: sass.Code) -> dict[str, Any]:
     """How many instructions of which class the loop has in which the kernel's time goes.
 
-    Of the loops on tensor cores that hold no other such loop, it is the one with the most of these
-    instructions; of equal ones the shortest, for tiles without a mask, which are the many, take
-    less than those at its edge. A kernel without tensor cores has the loop with the most loads
-    instead, and one without a loop is counted as a whole.
+    sass.py says which one that is; a kernel without a loop is counted as a whole.
     """
-    code = [(int(at, 16), opcode, rest) for at, opcode, rest in INSTRUCTION.findall(sass)]
-    ends: dict[int, int] = {}  # of the loops, by their starts: branches backwards, not to itself
-    for at, opcode, rest in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
-        if opcode.startswith("BRA") and target and int(target[1], 16) < at:
-            ends[int(target[1], 16)] = at
-    loops = {
-        start: [opcode for at, opcode, _ in code if start <= at <= end]
-        for start, end in ends.items()
-    }
-    for wanted in (CLASSES["tensor core"], CLASSES["global loads"]):
-        most = {
-            start: number
-            for start, body in loops.items()
-            if (number := sum(wanted.match(opcode) is not None for opcode in body))
-        }
-        inner = [
-            start
-            for start in most
-            if not any(start < other and ends[other] <= ends[start] for other in most)
-        ]
-        if inner:
-            body = loops[max(inner, key=lambda start: (most[start], -len(loops[start])))]
-            return {"of": "the loop", **_by_class(body)}
-    # Behind the last instruction lies a branch to itself and padding.
-    body = [
-        opcode for at, opcode, rest in code if opcode != "NOP" and rest.split()[-1:] != [hex(at)]
-    ]
-    return {"of": "the whole kernel, which has no loop", **_by_class(body)}
-
-
-def _by_class(opcodes: list[str]) -> dict[str, int]:
+    loop = sass.main_loop(code)
     counts = {
-        name: sum(pattern.match(opcode) is not None for opcode in opcodes)
+        name: sum(pattern.match(x.opcode) is not None for x in loop or code)
         for name, pattern in CLASSES.items()
     }
-    return {"instructions": len(opcodes), **counts}
+    of = "the loop" if loop else "the whole kernel, which has no loop"
+    return {"of": of, "instructions": len(loop or code), **counts}
 
 
 def _run(*command: str) -> str:
@@ -211,8 +202,6 @@ def _tile(constants: dict[str, Any]) -> str:
 def report(op: str, architecture: int) -> list[dict[str, Any]]:
     """What the program prints, run in a process in which Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = str(OFFLINE.parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
     if "PYTEST_XDIST_WORKER" in environment:  # there is one of them for every core already
         environment["FASTATTN_COMPILE_WORKERS"] = "1"
     command = [sys.executable, str(OFFLINE), op, str(architecture)]
@@ -260,6 +249,7 @@ def attention(
 
     # What is loaded or computed for every score, alone where it is heavy, and all at once.
     features: dict[str, dict[str, Any]] = {
+        "full": {},
         "causal": {"causal": True},
         "window": {"causal": True, "window": (256, 0)},
         "mask": {"mask": empty(2, 1, 1024, 1024, dtype=torch.bool)},
@@ -279,7 +269,7 @@ def attention(
         },
     }  # fmt: skip
     every = [
-        *((torch.bfloat16, 128, name) for name in features if name != "tf32x3"),
+        *((torch.bfloat16, 128, name) for name in features if name not in ("full", "tf32x3")),
         *((torch.bfloat16, 64, name) for name in ("causal", "mask", "bias")),
         *((torch.bfloat16, 256, name) for name in ("causal", "bias")),
         (torch.float16, 512, "bias"),
@@ -323,9 +313,9 @@ def attention(
         )
 
     for dtype, head_dim, paged in caches:
-        q = empty(2, 1, 8, head_dim, dtype=dtype)
-        k = empty(2, 1, 2, head_dim, dtype=dtype)
-        keys = empty(*((512, 16) if paged else (2, 4096)), 2, head_dim, dtype=dtype)
+        q = empty(2, 1, 32, head_dim, dtype=dtype)
+        k = empty(2, 1, 8, head_dim, dtype=dtype)
+        keys = empty(*((512, 16) if paged else (2, 4096)), 8, head_dim, dtype=dtype)
         lengths, table = empty(2, dtype=torch.int32), empty(2, 256, dtype=torch.int32)
         angles = empty(4096, head_dim // 2)
 
@@ -454,12 +444,22 @@ ROWS = [
 # Those that sm_100 has of its own; its others are Hopper's.
 OWN_ROWS = [(torch.bfloat16, 128, name) for name in ("causal", "bias", "everything")]
 
+
+def main_loops() -> Grid:
+    """The calls of the table in docs/kernels.md."""
+    dtype = torch.bfloat16
+    masked = [(dtype, d, name) for d in (64, 128, 256) for name in ("full", "causal")]
+    yield from attention(masked, (), False)
+    yield from ffn([(dtype, 16384, "linear", "gelu_tanh", False)])
+
+
 GRIDS: dict[str, Callable[[], Grid]] = {
     "attention": attention,
     "attention, rows": functools.partial(attention, ROWS),
     "attention, own rows": functools.partial(attention, OWN_ROWS),
     "ffn": ffn,
     "layer_norm": layer_norm,
+    "table": main_loops,
     "hot": hot,
     "hottest": functools.partial(
         hot, "attention, causal, head_dim 128", "ffn, gelu_tanh", "layer_norm, hidden 4096"

@@ -1,9 +1,12 @@
 """Tile sizes of the attention kernels: one table, read by one pure function.
 
-The rows were chosen by compiling: the largest tiles whose registers (255 a thread) and shared
-memory (163 KB a block on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on sm_90 and 100) hold them.
-None has been tuned by measurement on a GPU yet: `fastattn tune` does that on the GPU at hand.
-`tests/compile` compiles the rows and holds them to budgets of spilled registers (test_kernels.py).
+The rows were chosen from machine code: of the tiles whose registers (255 a thread) and shared
+memory (163 KB a block on sm_80, 99 KB on sm_86, 89 and 120, 227 KB on sm_90 and 100) hold them,
+the one with the highest estimated share of the tensor cores' peak (docs/kernels.md). Three stages
+are the least that fetch ahead on sm_90: Triton issues a trip's copies after its products, and with
+two stages the next trip begins by waiting for them. None has been tuned by measurement on a GPU
+yet: `fastattn tune` does that on the GPU at hand. `tests/compile` compiles the rows and holds them
+to budgets of spilled registers (test_kernels.py).
 """
 
 from __future__ import annotations
@@ -46,17 +49,20 @@ BIAS = "bias"  # dbias: a tile of the scores stays, batches and heads stream
 # memory and warpgroup-wide matmuls; "blackwell" (sm_100) has rows where its tensor memory's code
 # takes more registers than Hopper's.
 _16_BIT = {
-    # 8 warps of 16 rows each are two warpgroups; 3 stages of 16 KB tiles hide the loads.
-    (FORWARD, "hopper", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-    # 32 KB of q and 2 x 64 KB of k and v.
-    (FORWARD, "hopper", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    # Half as many keys as below, so that 127 registers are enough and a multiprocessor holds two
+    # blocks, one of which multiplies while the other one is in its softmax.
+    (FORWARD, "hopper", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+    # 32 KB of q and 3 x 64 KB of k and v. With features 2 stages of 64 keys are products that wait
+    # for each other (ptxas C7515).
+    (FORWARD, "hopper", 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
     # The accumulator alone takes 128 registers a thread: 64 keys would spill 112 bytes.
-    (FORWARD, "hopper", 256): (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+    (FORWARD, "hopper", 256): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 3), Tile(64, 16, 8, 2)),
     (FORWARD, "hopper", 512): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     (FORWARD, "blackwell", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
     (FORWARD, "ampere", 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    (FORWARD, "ampere", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (FORWARD, "ampere", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    # 4 warps of 32 rows each read k and v from shared memory half as often as 8 of 16 rows.
+    (FORWARD, "ampere", 128): (Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (FORWARD, "ampere", 256): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
     (FORWARD, "ampere", 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
     (DECODE, "hopper", 64): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3), Tile(16, 64, 4, 2)),
     (DECODE, "hopper", 128): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 2)),
@@ -66,22 +72,30 @@ _16_BIT = {
     (DECODE, "ampere", 128): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
     (DECODE, "ampere", 256): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
     (DECODE, "ampere", 512): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
-    (KEYS, "hopper", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
-    # Two accumulators of 64 registers; 64 keys would halve the reuse of what streams.
-    (KEYS, "hopper", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-    (KEYS, "hopper", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (KEYS, "hopper", 64): (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
+    # Two accumulators of 64 registers; 64 keys would halve the reuse of what streams, and with 64
+    # queries Triton 3.9 spills inside the loop.
+    (KEYS, "hopper", 128): (Tile(32, 128, 8, 3), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+    # wgmma takes 64 keys, whose two accumulators leave too few registers: every such tile spills
+    # hundreds of bytes. This one multiplies by mma.sync, on two blocks a multiprocessor.
+    (KEYS, "hopper", 256): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     (KEYS, "hopper", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     (KEYS, "blackwell", 128): (Tile(32, 128, 8, 1), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
-    (KEYS, "ampere", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
-    (KEYS, "ampere", 128): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+    (KEYS, "ampere", 64): (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
+    # 98,816 bytes of the 99 KB that a block has on sm_86.
+    (KEYS, "ampere", 128): (Tile(32, 128, 8, 3), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
     (KEYS, "ampere", 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     (KEYS, "ampere", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    (QUERIES, "hopper", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-    (QUERIES, "hopper", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 16, 8, 1)),
+    # One warpgroup of at most 168 registers a thread, so that a multiprocessor holds three blocks.
+    (QUERIES, "hopper", 64): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
+    # With features 64 keys and 2 stages are products that wait for each other (ptxas C7515), and 3
+    # stages and a bias do not fit.
+    (QUERIES, "hopper", 128): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 16, 8, 1)),
     (QUERIES, "hopper", 256): (Tile(128, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
     (QUERIES, "hopper", 512): (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (QUERIES, "ampere", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-    (QUERIES, "ampere", 128): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+    # 32 rows a warp, as in the forward; a handful of spills in the loop buys twice the products.
+    (QUERIES, "ampere", 64): (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (QUERIES, "ampere", 128): (Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
     (QUERIES, "ampere", 256): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(64, 16, 8, 1)),
     (QUERIES, "ampere", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     (BIAS, "hopper", 64): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)),

@@ -215,7 +215,7 @@ def _keys_kernel(
     seqused_q_ptr,
     seqused_k_ptr,
     seed_ptr,
-    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k, v and dout
+    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, but those of lse
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh,
@@ -393,10 +393,10 @@ def _keys_kernel(
     dk = tl.where(inside[:, None], dk * softmax_scale, 0.0)
     dv = tl.where(inside[:, None], dv, 0.0)
     exists = columns < length_k - first_key
-    dk_base = dk_ptr + batch * stride_gb + kv_head * stride_gh + token * stride_gs
-    dv_base = dv_ptr + batch * stride_ob + kv_head * stride_oh + token * stride_os
-    store_tile(dk_base, dk, columns * stride_gs, exists, HEAD_DIM, BLOCK_D)
-    store_tile(dv_base, dv, columns * stride_os, exists, HEAD_DIM_V, BLOCK_DV)
+    dk_base = dk_ptr + (batch * stride_gb + kv_head * stride_gh + token * stride_gs) * ALIGN
+    dv_base = dv_ptr + (batch * stride_ob + kv_head * stride_oh + token * stride_os) * ALIGN
+    store_tile(dk_base, dk, columns * (stride_gs * ALIGN), exists, HEAD_DIM, BLOCK_D)
+    store_tile(dv_base, dv, columns * (stride_os * ALIGN), exists, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit
@@ -520,7 +520,7 @@ def _queries_kernel(
     seqused_q_ptr,
     seqused_k_ptr,
     seed_ptr,
-    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k, v and dout
+    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, but those of lse
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh,
@@ -677,8 +677,9 @@ def _queries_kernel(
     if ROW_SUMS:
         tl.store(dq_ptr + line + rows, dq, mask=inside)
     else:
-        dq_base = dq_ptr + batch * stride_gb + head * stride_gh + token * stride_gs
-        store_tile(dq_base, dq * softmax_scale, rows * stride_gs, inside, HEAD_DIM, BLOCK_D)
+        gs = stride_gs * ALIGN
+        dq_base = dq_ptr + (batch * stride_gb + head * stride_gh) * ALIGN + token * gs
+        store_tile(dq_base, dq * softmax_scale, rows * gs, inside, HEAD_DIM, BLOCK_D)
 
 
 class _Plan(NamedTuple):
@@ -826,8 +827,8 @@ def _plan(
         (tiles_n * x.kv_heads * x.batch,),
         (
             *strides,
-            *launching.result_strides(x.kv_heads, k.shape[-3], x.head_dim, x.packed),
-            *launching.result_strides(x.kv_heads, k.shape[-3], x.head_dim_v, x.packed),
+            *launching.result_strides(x, x.kv_heads, x.seqlen_k, x.head_dim),
+            *launching.result_strides(x, x.kv_heads, x.seqlen_k, x.head_dim_v),
             *launching.feature_strides(x, extras),
             *launching.block_strides(extras, transposed=True),
             x.kv_heads, group_size, x.seqlen_q, x.seqlen_k, tiles_n, *numbers,
@@ -844,7 +845,7 @@ def _plan(
             (tiles_m * x.heads * x.batch,),
             (
                 *strides,
-                *launching.result_strides(x.heads, x.seqlen_q, x.head_dim, x.packed),
+                *launching.result_strides(x, x.heads, x.seqlen_q, x.head_dim),
                 *launching.feature_strides(x, extras),
                 *launching.block_strides(extras, transposed=False),
                 x.heads, group_size, x.seqlen_q, x.seqlen_k, tiles_m, *numbers,

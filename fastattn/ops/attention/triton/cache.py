@@ -27,7 +27,7 @@ def _append_kernel(
     cache_indices_ptr,
     rotary_cos_ptr,
     rotary_sin_ptr,
-    stride_kcb, stride_kcs, stride_kch,
+    stride_kcb, stride_kcs, stride_kch,  # in units of ALIGN elements, as those below
     stride_vcb, stride_vcs, stride_vch,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
@@ -44,6 +44,7 @@ def _append_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROTARY_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """One program writes the heads of one token. What has no room in the cache is not written."""
@@ -67,8 +68,8 @@ def _append_kernel(
         row = inside[:, None]
         head = head.to(tl.int64)
         columns = tl.arange(0, BLOCK_D)[None, :]
-        k_base = k_ptr + batch * stride_kb + token * stride_ks
-        k_offsets = head * stride_kh
+        k_base = k_ptr + (batch * stride_kb + token * stride_ks) * ALIGN
+        k_offsets = head * stride_kh * ALIGN
         k = tl.load(
             k_base + (k_offsets[:, None] + columns), mask=row & (columns < HEAD_DIM), other=0.0
         )
@@ -78,12 +79,15 @@ def _append_kernel(
                 rotary_cos_ptr, rotary_sin_ptr, rotary_half, rotary_positions, ROTARY_INTERLEAVED,
                 BLOCK_D,
             )  # fmt: skip
-        target = k_cache_ptr + place * stride_kcb + slot * stride_kcs + head[:, None] * stride_kch
+        target = k_cache_ptr + (place * stride_kcb + slot * stride_kcs) * ALIGN
+        target += head[:, None] * stride_kch * ALIGN
         tl.store(target + columns, k, mask=row & (columns < HEAD_DIM))
         columns = tl.arange(0, BLOCK_DV)[None, :]
-        v_base = v_ptr + batch * stride_vb + token * stride_vs + head[:, None] * stride_vh
+        v_base = v_ptr + (batch * stride_vb + token * stride_vs) * ALIGN
+        v_base += head[:, None] * stride_vh * ALIGN
         v = tl.load(v_base + columns, mask=row & (columns < HEAD_DIM_V), other=0.0)
-        target = v_cache_ptr + place * stride_vcb + slot * stride_vcs + head[:, None] * stride_vch
+        target = v_cache_ptr + (place * stride_vcb + slot * stride_vcs) * ALIGN
+        target += head[:, None] * stride_vch * ALIGN
         tl.store(target + columns, v, mask=row & (columns < HEAD_DIM_V))
 
 
@@ -101,6 +105,7 @@ def _append(
     k, v = launching.readable(k), launching.readable(v)
     table = cache.block_table
     width, width_v = tiles.block_d(head_dim), tiles.block_d(v.shape[3])
+    align = launching.alignment(k_cache, v_cache, k, v)
     launch.launch(
         _append_kernel,
         (batch * seqlen_new,),
@@ -113,10 +118,10 @@ def _append(
         cache.indices,
         cache.rotary_cos,
         cache.rotary_sin,
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *launching.token_strides(k),
-        *launching.token_strides(v),
+        *launching.units(k_cache, align),
+        *launching.units(v_cache, align),
+        *launching.units(k, align),
+        *launching.units(v, align),
         0 if table is None else table.stride(0),
         kv_heads,
         seqlen_new,
@@ -129,6 +134,7 @@ def _append(
         BLOCK_D=width,
         BLOCK_DV=width_v,
         BLOCK_H=max(1, min(triton.next_power_of_2(kv_heads), 4096 // max(width, width_v))),
+        ALIGN=align,
         ROTARY_INTERLEAVED=cache.rotary_interleaved,
         num_warps=4,
         num_stages=1,

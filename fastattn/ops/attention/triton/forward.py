@@ -211,7 +211,7 @@ def _forward_kernel(
     cache_starts_ptr,  # (batch,)
     rotary_cos_ptr,
     rotary_sin_ptr,
-    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k and v
+    stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k, v and out
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh,
@@ -222,7 +222,7 @@ def _forward_kernel(
     stride_qd, stride_kd,  # of the documents, from batch to batch
     stride_block_b, stride_block_h,  # of block_offsets
     stride_table,
-    part_out_stride: tl.int64,  # from split to split
+    part_out_stride: tl.int64,  # from split to split, in units of ALIGN
     part_lse_stride: tl.int64,
     heads,
     group_size,
@@ -443,12 +443,13 @@ def _forward_kernel(
         acc *= inverse_keep
     lse = (top + tl.log2(total)) * LN_2
     token = q_start + query
-    out_offsets = batch * stride_ob + token * stride_os + (head + group) * stride_oh
+    # ALIGN comes last, so that the compiler sees that rows begin where a wide store may.
+    out_offsets = (batch * stride_ob + token * stride_os + (head + group) * stride_oh) * ALIGN
     lse_offsets = batch * stride_lb + (head + group) * stride_lh + token
     if SPLIT:
         if splits > 1:
             part = tl.cast(split, tl.int64)
-            part_base = part_out_ptr + part * part_out_stride
+            part_base = part_out_ptr + part * part_out_stride * ALIGN
             store_tile(part_base, acc, out_offsets, rows_inside, HEAD_DIM_V, BLOCK_DV)
             tl.store(part_lse_ptr + part * part_lse_stride + lse_offsets, lse, mask=rows_inside)
         else:
@@ -551,12 +552,12 @@ def _plan(
     rows = (1 if x.packed else x.batch) * x.seqlen_q * x.heads
     numbers = (
         *x.strides,
-        *launching.result_strides(x.heads, x.seqlen_q, x.head_dim_v, x.packed),
+        *launching.result_strides(x, x.heads, x.seqlen_q, x.head_dim_v),
         *launching.lse_strides(x),
         *launching.feature_strides(x, extras),
         *launching.block_strides(extras, transposed=False),
         0 if cache.block_table is None else cache.block_table.stride(0),
-        rows * x.head_dim_v,
+        rows * x.head_dim_v // x.align,
         rows,
         x.heads,
         group_size,

@@ -79,10 +79,7 @@ def layout(
     """
     cu_seqlens = extras.cu_seqlens_q
     packed = cu_seqlens is not None
-    # 16 elements are what a wide load of any dtype needs; few layouts have less. The widths count
-    # too, or a dimension of size 1, which has no stride, would compile another kernel.
-    strides = [n for x in (q, k, v, *more) for n in token_strides(x)]
-    align = math.gcd(16, q.shape[-1], v.shape[-1], *strides)
+    align = alignment(q, k, v, *more)
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3] if capacity is None else capacity
     return Layout(
         device=q.device,
@@ -98,7 +95,7 @@ def layout(
         longest_q=settings.max_seqlen_q if packed else seqlen_q,
         longest_k=settings.max_seqlen_k if packed else seqlen_k,
         align=align,
-        strides=tuple(n // align for n in strides),
+        strides=tuple(n for x in (q, k, v, *more) for n in units(x, align)),
     )
 
 
@@ -134,6 +131,21 @@ def token_strides(x: torch.Tensor) -> tuple[int, ...]:
     """
     strides = tuple(0 if n == 1 else s for n, s in zip(x.shape[:-1], x.stride()))
     return strides if x.dim() == 4 else (0, *strides)
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """The ALIGN of a kernel: elements that divide every stride and width, at most 16.
+
+    16 elements are what a wide load or store of any dtype needs; few layouts have less. The widths
+    count too, or a dimension of size 1, which has no stride, would compile another kernel.
+    """
+    strides = (n for x in tensors for n in token_strides(x))
+    return math.gcd(16, *(x.shape[-1] for x in tensors), *strides)
+
+
+def units(x: torch.Tensor, align: int) -> tuple[int, ...]:
+    """(batch, token, head) strides in units of `align`."""
+    return tuple(n // align for n in token_strides(x))
 
 
 def outputs(x: Layout, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,9 +197,10 @@ class Cache(NamedTuple):
 NO_CACHE = Cache()
 
 
-def result_strides(heads: int, tokens: int, width: int, packed: bool) -> tuple[int, int, int]:
-    """(batch, token, head) strides of a contiguous result; see `token_strides`."""
-    return 0 if packed else tokens * heads * width, heads * width, width
+def result_strides(x: Layout, heads: int, tokens: int, width: int) -> tuple[int, int, int]:
+    """(batch, token, head) strides of a contiguous result, in units of `align`."""
+    batch, token, head = tokens * heads * width, heads * width, width
+    return 0 if x.packed else batch // x.align, token // x.align, head // x.align
 
 
 def lse_strides(x: Layout) -> tuple[int, int]:
