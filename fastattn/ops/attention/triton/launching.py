@@ -133,13 +133,15 @@ def token_strides(x: torch.Tensor, packed: bool = False) -> tuple[int, int, int]
 
 
 def outputs(x: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse); of packed tokens some may be in no sequence, so that no kernel writes them."""
+    """(out, lse), which the kernels fill, tokens in no sequence included."""
     shape = (*x.q.shape[:3], x.head_dim_v)
-    if not x.packed:
-        lse = x.q.new_empty((x.batch, x.heads, x.seqlen_q), dtype=torch.float32)
-        return x.q.new_empty(shape), lse
-    lse = x.q.new_full((x.heads, x.seqlen_q), float("-inf"), dtype=torch.float32)
-    return x.q.new_zeros(shape[1:]), lse
+    lines = (x.heads, x.seqlen_q) if x.packed else (x.batch, x.heads, x.seqlen_q)
+    out = x.q.new_empty(shape[1:] if x.packed else shape)
+    lse = x.q.new_empty(lines, dtype=torch.float32)
+    if x.packed and not x.batch * x.longest_q:  # then no kernel runs
+        out.zero_()
+        lse.fill_(float("-inf"))
+    return out, lse
 
 
 def parts(out: torch.Tensor, lse: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
