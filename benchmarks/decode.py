@@ -1,9 +1,9 @@
 """Decoding: attention of a few new queries on a long cache of keys and values, contiguous or paged.
 
 One query for each sequence of a batch, on a full cache, or on one with room for many more keys
-(`--capacity`), which must cost nothing; `--page-size 0` is a contiguous one. The work is reading the
-keys and values, so rates are in bytes of these, and the ceiling is a copy of them (which reads and
-writes as many) in the same run.
+(`--capacity`), which must cost nothing; `--page-size 0` is a contiguous one. The work is reading
+the keys and values, so rates are in bytes of these, and the ceiling is a copy of them (which reads
+and writes as many) in the same run.
 """
 
 from __future__ import annotations

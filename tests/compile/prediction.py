@@ -257,7 +257,7 @@ SEQUENCES, HEADS, KV_HEADS, HEAD_DIM, KEYS = 64, 32, 8, 128, 8192
 
 
 def decode(emulator: Emulator) -> Iterator[Launch]:
-    group, splits = HEADS // KV_HEADS, cuda_cache.parts(KEYS, HEADS // KV_HEADS, 1, 1, None)[0]
+    group, splits = HEADS // KV_HEADS, cuda_cache.split(KEYS, 1, 1, HEADS // KV_HEADS, 1, None).most
 
     def step(kv_heads: int, keys: int) -> dict[str, Counts]:
         def call() -> None:

@@ -118,13 +118,13 @@ _32_BIT = {
 # of DECODE, packs those heads into one tile and splits the keys.
 DECODE_ROWS = 16
 
-# Keys of one part of a sequence, at least: its float32 result is then at most a hundredth of what it
-# reads. A constant, so that how a sequence is cut, and with it every bit of its result, follows from
-# its length alone.
+# Keys of one part of a sequence, at least: its float32 result is then at most a hundredth of what
+# it reads. A constant, so that how a sequence is cut, and with it every bit of its result, follows
+# from its length only.
 SPLIT_KEYS = 256
 
-# Parts of a sequence, counted over its key heads and tiles of queries: enough to fill a GPU with one
-# sequence. A longer one has longer parts, so that the memory for their results is bounded.
+# Parts of a sequence, counted over its key heads and tiles of queries: enough to fill a GPU with
+# one sequence. A longer one has longer parts, so that the memory for their results is bounded.
 MOST_PARTS = 512
 
 # Programs of a decode that a multiprocessor gets, a few times what it holds at once: they take the

@@ -8,8 +8,8 @@
                 dw2 = hidden^T dout, dw1 = x^T dpre, dx = dpre w1^T       one product each
 
 Each product is done by cuBLASLt where there is one that has the epilogue and an algorithm, unless
-`OWN` says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know gelu_tanh, ReLU and a bias; in
-the backward gelu_tanh alone, and then the hidden layer is formed by ATen.
+`OWN` says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know gelu_tanh, ReLU
+and a bias; in the backward gelu_tanh alone, and then the hidden layer is formed by ATen.
 
 float16 and bfloat16, sums in float32; any sizes and strides, but rows that are not aligned to 16
 bytes are read by the element. No atomics in our kernels: a row's bits depend on that row alone.
@@ -161,10 +161,11 @@ def _product(
     known = activation in ("none", "gelu_tanh", "relu")
     packed = bias is None or bias.stride(0) == 1
     number = ACTIVATIONS[activation]
+    done = False
     if known and packed and _by_cublaslt(kind, out, a, b):
-        if _ops().ffn_cublaslt_product(out, pre, _workspace(out), a, b, bias, number):
-            return
-    _ops().ffn_product(out, pre, a, b, bias, number, _tile_rows(out))
+        done = _ops().ffn_cublaslt_product(out, pre, _workspace(out), a, b, bias, number)
+    if not done:
+        _ops().ffn_product(out, pre, a, b, bias, number, _tile_rows(out))
 
 
 def _derivative(

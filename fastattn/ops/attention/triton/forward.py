@@ -16,7 +16,8 @@ carry no arithmetic of positions; the tiles that the band's edges or the key lim
     - / . /
 
 A few queries (decoding) would leave most of a GPU idle: then the query heads that share a key head
-are rows of one tile, and the keys are split among programs, whose results `merge.py` joins.
+are rows of one tile, and the keys of each sequence are cut into parts, whose results `merge.py`
+joins. There are as many programs as keep the GPU busy; they take the parts in turns.
 """
 
 from __future__ import annotations
@@ -280,7 +281,8 @@ def _forward_kernel(
             key_lengths_ptr, 0, batch_size, seqlen_k, seqlen_new, splits, split_length
         )[2]
         first = tl.program_id(0).to(tl.int64)
-        for item in range(first, parts * tiles_of_part, tl.num_programs(0)):
+        # What could be computed before the loop would hold a hundred registers in it.
+        for item in tl.range(first, parts * tiles_of_part, tl.num_programs(0), disable_licm=True):
             batch, split, _ = _find_part(
                 key_lengths_ptr, item // tiles_of_part, batch_size, seqlen_k, seqlen_new, splits,
                 split_length,
@@ -308,7 +310,7 @@ def _forward_kernel(
 
 @triton.jit
 def _find_part(lengths_ptr, number, batch_size, seqlen_k, seqlen_new, splits, split_length):
-    """(sequence, its part) of part `number` of the batch, and how many the batch has; in 64 bits."""
+    """(sequence, its part) of part `number` of the batch, and how many it has; in 64 bits."""
     if lengths_ptr is None:
         each = parts_of(seqlen_k, splits, split_length)
         found = tl.cast(number, tl.int64) // each
@@ -596,9 +598,7 @@ def attend(
     split = tiles.Split(1, tiles.SPLIT_KEYS, of_sequence * x.batch)
     if few:
         multiprocessors = launch.multiprocessors(x.q.device)
-        split = tiles.split(
-            x.longest_k, x.batch, of_sequence, multiprocessors, cache.num_splits
-        )
+        split = tiles.split(x.longest_k, x.batch, of_sequence, multiprocessors, cache.num_splits)
     part_out, part_lse = launching.parts(out, lse, split.most)
     ranges = None
     if extras.q_documents is not None:
