@@ -1,8 +1,9 @@
 """Decoding: attention of a few new queries on a long cache of keys and values, contiguous or paged.
 
-One query for each sequence of a batch, on a full cache; `--page-size 0` is a contiguous one. The
-work is reading the cache, so rates are in bytes of it, and the ceiling is a copy of the cache
-(which reads and writes its bytes) in the same run.
+One query for each sequence of a batch, on a full cache, or on one with room for many more keys
+(`--capacity`), which must cost nothing; `--page-size 0` is a contiguous one. The work is reading
+the keys and values, so rates are in bytes of these, and the ceiling is a copy of them (which reads
+and writes as many) in the same run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LARGEST_IN_FLOAT64 = 1 << 30  # bytes of a cache
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeCell(Cell):
-    """`seqlen_q` queries for each of `batch` sequences of `seqlen` keys."""
+    """`seqlen_q` queries for each of `batch` sequences of `seqlen` keys; room for `capacity`."""
 
     batch: int
     seqlen_q: int
@@ -32,13 +33,19 @@ class DecodeCell(Cell):
     kv_heads: int
     head_dim: int
     page_size: int
+    capacity: int = 0  # 0: seqlen
 
     bound = "copy"
 
     @property
     def axes(self) -> dict[str, Any]:
-        names = ("batch", "seqlen_q", "seqlen", "heads", "kv_heads", "head_dim", "page_size")
+        names = ("batch", "seqlen_q", "seqlen", "heads", "kv_heads", "head_dim", "page_size",
+                 "capacity")  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def room(self) -> int:
+        return self.capacity or self.seqlen
 
     @property
     def bytes(self) -> float:
@@ -56,25 +63,29 @@ class DecodeCell(Cell):
 
     @property
     def block_table(self) -> Tensor | None:
-        """Pages in no order, the same in every call."""
+        """Pages in no order, the same in every call; page 0 where a sequence has none yet."""
         if not self.page_size:
             return None
-        each = -(-self.seqlen // self.page_size)
+        each, columns = (-(-n // self.page_size) for n in (self.seqlen, self.room))
         order = torch.randperm(self.batch * each, generator=torch.Generator().manual_seed(0))
-        return order.view(self.batch, each).to(device=self.device, dtype=torch.int32)
+        table = torch.zeros(self.batch, columns, dtype=torch.int32)
+        table[:, :each] = order.view(self.batch, each)
+        return table.to(self.device)
 
     def inputs(self) -> tuple[Tensor, ...]:
         options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
-        rows, slots = self.batch, self.seqlen
-        if (table := self.block_table) is not None:
-            rows, slots = table.numel(), self.page_size
+        rows, slots = self.batch, self.room
+        if self.page_size:
+            rows, slots = self.batch * -(-self.seqlen // self.page_size), self.page_size
         q = torch.randn(self.batch, self.seqlen_q, self.heads, self.head_dim, **options)
         shape = (rows, slots, self.kv_heads, self.head_dim)
         return q, torch.randn(shape, **options), torch.randn(shape, **options)
 
     def definition(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if (table := self.block_table) is not None:
-            k, v = (x[table.long()].flatten(1, 2)[:, : self.seqlen] for x in (k, v))
+            pages = table[:, : -(-self.seqlen // self.page_size)].long()
+            k, v = (x[pages].flatten(1, 2) for x in (k, v))
+        k, v = (x[:, : self.seqlen] for x in (k, v))
         group = self.heads // self.kv_heads
         k, v = (x.repeat_interleave(group, 2) for x in (k, v))
         scores = torch.einsum("bihd,bjhd->bhij", q * self.head_dim**-0.5, k)
@@ -93,13 +104,16 @@ AXES: Mapping[str, Axis] = {
     "kv_heads": Axis("of keys and values"),
     "head_dim": Axis("of q, k and v"),
     "page_size": Axis("keys of a page; 0: a contiguous cache"),
+    "capacity": Axis("keys that each has room for; 0: as many as it has"),
     "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
 }
 
 
 def make(*, device: str, heads: int, kv_heads: int, dtype: str, **sizes: int) -> DecodeCell | None:
-    """The cell of one value for each axis; None where the heads do not divide."""
+    """The cell of one value for each axis; None where heads do not divide or keys have no room."""
     if heads % kv_heads or sizes["seqlen_q"] > sizes["seqlen"]:
+        return None
+    if 0 < sizes.get("capacity", 0) < sizes["seqlen"]:
         return None
     return DecodeCell(
         op="decode",
@@ -116,20 +130,27 @@ def grid(**axes: Sequence[Any]) -> Grid:
     """The axes named, the others at what is common."""
     common: dict[str, Sequence[Any]] = {
         "dtype": ["bfloat16"], "batch": [16], "seqlen_q": [1], "seqlen": [4096], "heads": [32],
-        "kv_heads": [32, 8], "head_dim": [128], "page_size": [16, 0],
+        "kv_heads": [32, 8], "head_dim": [128], "page_size": [16, 0], "capacity": [0],
     }  # fmt: skip
     return {**axes, **{name: values for name, values in common.items() if name not in axes}}
 
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+ROOM = 131072  # beside a length far below it
 PRESETS = {
-    ("cuda", "quick"): [grid(), grid(batch=[1], seqlen=[16384], page_size=[16], kv_heads=[8])],
+    ("cuda", "quick"): [
+        grid(),
+        grid(batch=[1], seqlen=[16384], page_size=[16], kv_heads=[8]),
+        grid(seqlen=[1024], page_size=[16], kv_heads=[8], capacity=[0, ROOM]),
+    ],
     ("cuda", "full"): [
         grid(seqlen=LENGTHS),
         grid(batch=[1, 4, 64], kv_heads=[8]),
         grid(page_size=[1, 64, 256], kv_heads=[8]),
         grid(head_dim=[64, 256], kv_heads=[8]),
         grid(seqlen_q=[2, 4], kv_heads=[8]),
+        grid(batch=[1, 16, 64], seqlen=[512, 4096], page_size=[16], kv_heads=[8], capacity=[ROOM]),
+        grid(seqlen=[512, 4096], page_size=[0], kv_heads=[8], capacity=[ROOM]),
     ],
     ("cuda", "paper"): [grid(seqlen=[2000, 4000, *LENGTHS])],
     ("cpu", "quick"): [

@@ -355,7 +355,7 @@ def decode_sdpa(cell: DecodeCell) -> Peer:
     grouped = cell.heads != cell.kv_heads
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k[:, : cell.seqlen], v[:, : cell.seqlen]))
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped).transpose(1, 2)
 
     return Peer(call)
@@ -392,8 +392,13 @@ def decode_flash_3(cell: DecodeCell) -> Peer:
 
 
 def decode_copy(cell: DecodeCell) -> Peer:
-    """A copy of the cache: it reads and writes its bytes once each."""
-    return Peer(lambda q, k, v: (k.clone(), v.clone()), ceiling=True, bytes=2.0 * cell.bytes)
+    """A copy of what the cache holds: it reads and writes its bytes once each."""
+    held = slice(None if cell.page_size else cell.seqlen)
+    return Peer(
+        lambda q, k, v: (k[:, held].clone(), v[:, held].clone()),
+        ceiling=True,
+        bytes=2.0 * cell.bytes,
+    )
 
 
 DECODE = {

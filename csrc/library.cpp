@@ -84,8 +84,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
       "rows, "
       "Tensor? starts, Tensor? alibi_slopes, Tensor? sink, Tensor? rotary_cos, Tensor? rotary_sin, "
       "bool rotary_interleaved, bool rotary_advances, int capacity, int appended, "
-      "int split_length, int window_left, int window_right, float softmax_scale, float softcap) "
-      "-> ()");
+      "int part_keys, int blocks, int window_left, int window_right, float softmax_scale, "
+      "float softcap) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
   m.impl("append_to_cache", TORCH_BOX(&fastattn::append_to_cache));
@@ -105,10 +105,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
   m.def("ffn_cublaslt_version() -> int");
   m.def(
       "ffn_cublaslt_product(Tensor(a!) out, Tensor(b!)? pre, Tensor(c!) workspace, Tensor a, "
-      "Tensor b, Tensor? bias, int activation) -> ()");
+      "Tensor b, Tensor? bias, int activation) -> bool");
   m.def(
       "ffn_cublaslt_product_derivative(Tensor(a!) out, Tensor(b!)? bias_gradient, "
-      "Tensor(c!) workspace, Tensor a, Tensor b, Tensor pre) -> ()");
+      "Tensor(c!) workspace, Tensor a, Tensor b, Tensor pre) -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, CompositeExplicitAutograd, m) {
   m.impl("ffn_cublaslt_version", TORCH_BOX(&fastattn::ffn::cublaslt_version));

@@ -158,6 +158,18 @@ void keys_kernel(FA_PARAMS(BackwardParams<typename Traits::Type>) p) {
   const int kv_head = work.head, batch = work.batch;
   const Band band = find_band(p, batch);
   const int first_key = work.tile * rows;
+  const Sequence gap = find_gap(p.cu_seqlens_k, batch, p.sequences, band.k, int64_t{p.tiles} * rows,
+                                p.seqlen_k);
+  if (gap.length > 0) {
+    if constexpr (Traits::dk) {
+      clear_rows<rows, Traits::threads>(p.dk, gap, kv_head, work.tile, p.tiles, p.head_dim,
+                                        p.aligned);
+    }
+    if constexpr (Traits::dv) {
+      clear_rows<rows, Traits::threads>(p.dv, gap, kv_head, work.tile, p.tiles, p.head_dim_v,
+                                        p.aligned);
+    }
+  }
   if (first_key >= band.k.length) return;
   const Range range = queries_for(band, first_key, first_key + rows - 1, columns);
   const int own_row = warp_index() * 16 * m_tiles;
@@ -305,6 +317,11 @@ void queries_kernel(FA_PARAMS(BackwardParams<typename Traits::Type>) p) {
   const int tile = p.high < unbounded ? p.tiles - 1 - work.tile : work.tile;  // longest first
   const Band band = find_band(p, batch);
   const int first_row = tile * rows;
+  const Sequence gap = find_gap(p.cu_seqlens_q, batch, p.sequences, band.q, int64_t{p.tiles} * rows,
+                                p.seqlen_q);
+  if (gap.length > 0) {
+    clear_rows<rows, Traits::threads>(p.dq, gap, head, tile, p.tiles, p.head_dim, p.aligned);
+  }
   if (first_row >= band.q.length) return;
   const int last_row = smaller(first_row + rows, band.q.length) - 1;
   const Range range = keys_for(band, first_row, last_row, columns);

@@ -29,15 +29,15 @@ void attend_to_cache(Tensor out, Tensor lse, OptionalTensor part_out, OptionalTe
                      OptionalTensor block_table, OptionalTensor rows, OptionalTensor starts,
                      OptionalTensor alibi_slopes, OptionalTensor sink, OptionalTensor rotary_cos,
                      OptionalTensor rotary_sin, bool rotary_interleaved, bool rotary_advances,
-                     int64_t capacity, int64_t appended, int64_t split_length,
-                     int64_t window_left, int64_t window_right, double softmax_scale,
+                     int64_t capacity, int64_t appended, int64_t part_keys,
+                     int64_t blocks, int64_t window_left, int64_t window_right, double softmax_scale,
                      double softcap) {
   const DecodeCall call{out,          lse,           part_out,     part_lse,
                         q,            k_cache,       v_cache,      lengths,
                         block_table,  rows,          starts,       alibi_slopes,
                         sink,         rotary_cos,    rotary_sin,   rotary_interleaved,
-                        rotary_advances, capacity,   appended,     split_length,
-                        window_left,  window_right,  softmax_scale, softcap};
+                        rotary_advances, capacity,   appended,     part_keys,
+                        blocks,       window_left,  window_right,  softmax_scale, softcap};
   const auto run = is_half(q) ? decode_of<half_t> : decode_of<bfloat16_t>;
   run(call);
 }

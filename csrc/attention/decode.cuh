@@ -4,7 +4,8 @@
 // The time goes into reading keys and values, once each. So the query heads that share a key head
 // are rows of one tile of 16, which mma.sync needs anyway, and each warp streams keys of its own:
 //
-//     block          one (sequence, key head, part of the keys, tile of rows)
+//     block          one (sequence, part of its keys, key head, tile of rows) after another: there
+//                    are as many blocks as the GPU keeps busy, whatever the cache has room for
 //     warp w         key tiles w, w + warps, ... of the part, 16 keys each
 //     ring of warp   K0 V0 K1 V1 ...: `slots` tiles, of which slots - 1 are under way by cp.async
 //
@@ -52,8 +53,8 @@ template <class T>
 struct DecodeParams {
   Global<T> out;           // (batch, seqlen_q, heads, head_dim_v), contiguous
   Global<float> lse;       // (batch, heads, seqlen_q), contiguous
-  Global<float> part_out;  // (splits, batch, seqlen_q, heads, part_width), if splits > 1
-  Global<float> part_lse;  // (splits, batch, seqlen_q, heads)
+  Global<float> part_out;  // (split.most, batch, seqlen_q, heads, part_width), if split.most > 1
+  Global<float> part_lse;  // (split.most, batch, seqlen_q, heads)
   Global<const T> q;       // (batch, seqlen_q, heads, head_dim)
   Global<const T> k, v;    // the cache
   Global<const float> slopes;  // of ALiBi, (batch or 1, heads)
@@ -62,7 +63,7 @@ struct DecodeParams {
   CacheParams cache;
   Rotary<T> rotary;
   int batch, seqlen_q, heads, group, row_tiles;
-  int splits, split_length;       // a multiple of decode_keys
+  Split split;
   int part_width;                 // head_dim_v up to a multiple of 4
   int window_left, window_right;  // -1: no bound
   float scale;                    // softmax_scale log2(e), or softmax_scale / softcap
@@ -141,34 +142,54 @@ FA_DEVICE void copy_tile(Tile<typename Traits::T, Traits::head_dim> to,
   }
 }
 
+// Finds the parts of all sequences, counted one sequence after another.
+struct PartSearch {
+  int sequence = 0;  // a multiple of 32
+  int before = 0;    // parts of the sequences before it
+
+  struct Part {
+    int batch, number;  // of the sequence; batch is -1 past the last part
+  };
+
+  // Part `wanted` of the call, which must not be less than it was before. For whole warps.
+  FA_DEVICE Part find(int wanted, const CacheParams& cache, const Split& split, int batch) {
+    for (; sequence < batch; sequence += warp_threads) {
+      const int own = sequence + lane_index();
+      const int parts = own < batch ? split.parts(keys_held(cache, own)) : 0;
+      int end = parts;  // of the parts up to this lane's sequence
+      FA_UNROLL
+      for (int step = 1; step < warp_threads; step *= 2) {
+        const int lower = shuffle(end, larger(lane_index() - step, 0));
+        if (lane_index() >= step) end += lower;
+      }
+      end += before;
+      const int number = wanted - (end - parts);
+      const bool mine = number >= 0 && number < parts;
+      if (ballot(mine) != 0) return {warp_sum(mine ? own : 0), warp_sum(mine ? number : 0)};
+      before = shuffle(end, warp_threads - 1);
+    }
+    return {-1, 0};
+  }
+};
+
+// The results of one tile of rows for one part of the keys.
 template <class Traits>
-FA_KERNEL(Traits::threads, Traits::blocks)
-void decode_kernel(FA_PARAMS(DecodeParams<typename Traits::T>) p) {
+FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch, int split,
+                           int kv_head, int row_tile) {
   using T = typename Traits::T;
   constexpr int D = Traits::head_dim, warps = Traits::warps, slots = Traits::slots;
   const CacheParams& cache = p.cache;
   const int thread = thread_index(), warp = warp_index(), lane = lane_index();
 
-  // Tiles of rows share their keys in the L2, key heads their pages of DRAM.
-  int rest = block_x();
-  const int row_tile = rest % p.row_tiles;
-  rest /= p.row_tiles;
-  const int kv_head = rest % cache.kv_heads;
-  rest /= cache.kv_heads;
-  const int split = rest % p.splits;
-  const int batch = rest / p.splits;
-
   const int length = keys_held(cache, batch);
-  const int split_start = split * p.split_length;
-  if (split > 0 && split_start >= length) return;  // merge.cuh does not read it
-
+  const int part_length = p.split.part_length(length), split_start = split * part_length;
   const int rows = p.seqlen_q * p.group;
   const int first_row = row_tile * decode_rows;
   const int last_row = smaller(first_row + decode_rows, rows) - 1;
   const int shift = length - p.seqlen_q;
   const int first_key = first_key_of(cache, batch, length);
   int begin = larger(split_start, first_key);
-  int end = smaller(length - split_start, p.split_length) + split_start;
+  int end = smaller(length - split_start, part_length) + split_start;
   if (p.window_left >= 0) begin = larger(begin, first_row / p.group + shift - p.window_left);
   if (p.window_right >= 0) end = smaller(end, last_row / p.group + shift + p.window_right + 1);
   begin -= begin % decode_keys;
@@ -360,6 +381,7 @@ void decode_kernel(FA_PARAMS(DecodeParams<typename Traits::T>) p) {
     whole.sum += load(totals + place) * share[w];
   }
   const float inverse = whole.inverse();
+  const bool is_whole = p.split.parts(length) == 1;
   const int64_t to = output_row(row);
   const int first_column = thread % row_threads * 4;
   for (int column = first_column; column < cache.head_dim_v; column += row_threads * 4) {
@@ -374,24 +396,39 @@ void decode_kernel(FA_PARAMS(DecodeParams<typename Traits::T>) p) {
     }
     FA_UNROLL
     for (int e = 0; e < 4; ++e) result[e] *= inverse;
-    if (p.splits > 1) {
-      store_vector(p.part_out + ((split * outputs + to) * p.part_width + column), result);
-    } else {
+    if (is_whole) {
       FA_UNROLL
       for (int e = 0; e < 4; ++e) {
         if (column + e < cache.head_dim_v) {
           store(p.out + (to * cache.head_dim_v + column + e), from_float<T>(result[e]));
         }
       }
+    } else {
+      store_vector(p.part_out + ((split * outputs + to) * p.part_width + column), result);
     }
   }
   if (first_column == 0) {
-    if (p.splits > 1) {
-      store(p.part_lse + (split * outputs + to), whole.lse());
-    } else {
+    if (is_whole) {
       const int query = row / p.group, head = kv_head * p.group + (row - query * p.group);
       store(p.lse + ((int64_t{batch} * p.heads + head) * p.seqlen_q + query), whole.lse());
+    } else {
+      store(p.part_lse + (split * outputs + to), whole.lse());
     }
+  }
+}
+
+template <class Traits>
+FA_KERNEL(Traits::threads, Traits::blocks)
+void decode_kernel(FA_PARAMS(DecodeParams<typename Traits::T>) p) {
+  // Tiles of rows share their keys in the L2, key heads their pages of DRAM.
+  const int tiles = p.cache.kv_heads * p.row_tiles;
+  PartSearch search;
+  for (int item = block_x();; item += grid_x()) {
+    const auto part = search.find(item / tiles, p.cache, p.split, p.batch);
+    if (part.batch < 0) return;
+    const int tile = item % tiles;
+    decode_part<Traits>(p, part.batch, part.number, tile / p.row_tiles, tile % p.row_tiles);
+    sync_block();  // shared memory is free again
   }
 }
 

@@ -13,9 +13,10 @@ void append_to_cache(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor 
                      std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
                      bool rotary_interleaved, int64_t capacity);
 
-// Attention of q on the first lengths + appended keys. With `part_out` (splits, batch, seqlen_q,
-// heads, head_dim_v up to a multiple of 4) and `part_lse` (splits, batch, seqlen_q, heads), both
-// float32, in parts of `split_length` keys, which are joined; without them in one.
+// Attention of q on the first lengths + appended keys, by `blocks` blocks. With `part_out` (most,
+// batch, seqlen_q, heads, head_dim_v up to a multiple of 4) and `part_lse` (most, batch, seqlen_q,
+// heads), both float32, in at most so many parts of `part_keys` keys or more, a multiple of 128,
+// which are joined; without them in one.
 void attend_to_cache(Tensor out, Tensor lse, std::optional<Tensor> part_out,
                      std::optional<Tensor> part_lse, Tensor q, Tensor k_cache, Tensor v_cache,
                      Tensor lengths, std::optional<Tensor> block_table, std::optional<Tensor> rows,
@@ -23,7 +24,7 @@ void attend_to_cache(Tensor out, Tensor lse, std::optional<Tensor> part_out,
                      std::optional<Tensor> sink, std::optional<Tensor> rotary_cos,
                      std::optional<Tensor> rotary_sin, bool rotary_interleaved,
                      bool rotary_advances, int64_t capacity, int64_t appended,
-                     int64_t split_length, int64_t window_left, int64_t window_right,
+                     int64_t part_keys, int64_t blocks, int64_t window_left, int64_t window_right,
                      double softmax_scale, double softcap);
 
 }  // namespace fastattn

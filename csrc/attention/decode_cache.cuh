@@ -42,6 +42,24 @@ FA_DEVICE int first_key_of(const CacheParams& cache, int batch, int length) {
   return static_cast<int>(cut(cache.starts[batch], 0, length));
 }
 
+// Parts end where key tiles do.
+constexpr int part_step = 128;
+
+// How the keys of a sequence are cut: by its own length alone, so that the bits of its result follow
+// from nothing else.
+struct Split {
+  int most;  // parts of a sequence
+  int keys;  // of a part, at least
+
+  FA_DEVICE int part_length(int length) const {
+    const int even = (length + most - 1) / most;
+    return larger((even + part_step - 1) / part_step * part_step, keys);
+  }
+  FA_DEVICE int parts(int length) const {
+    return length > 0 ? (length - 1) / part_length(length) + 1 : 1;
+  }
+};
+
 struct Place {
   int64_t page;
   int slot;
@@ -51,7 +69,8 @@ struct Place {
 FA_DEVICE Place place_of(const CacheParams& cache, int batch, int key) {
   if (cache.block_table) {
     const int page = key / cache.page_size;
-    return {cache.block_table[batch * cache.table_width + page], key - page * cache.page_size};
+    const int64_t entry = int64_t{batch} * cache.table_width + page;
+    return {cache.block_table[entry], key - page * cache.page_size};
   }
   return {cache.rows ? cache.rows[batch] : int64_t{batch}, key};
 }

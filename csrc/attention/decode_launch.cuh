@@ -1,6 +1,7 @@
 // The host's side of decode.cuh: tensors as the kernels' parameters, for one dtype and head_dim.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "attention/append.cuh"
@@ -19,7 +20,7 @@ struct DecodeCall {
   const OptionalTensor &block_table, &rows, &starts, &alibi_slopes, &sink;
   const OptionalTensor &rotary_cos, &rotary_sin;
   bool rotary_interleaved, rotary_advances;
-  int64_t capacity, appended, split_length, window_left, window_right;
+  int64_t capacity, appended, part_keys, blocks, window_left, window_right;
   double softmax_scale, softcap;
 };
 
@@ -46,6 +47,9 @@ inline CacheParams cache_params(const Tensor& k, const Tensor& v, const Tensor& 
   cache.head_dim = static_cast<int>(k.size(3));
   cache.head_dim_v = static_cast<int>(v.size(3));
   cache.by_vectors = are_aligned({k, v});
+  if (k.size(2) * std::max(k.size(3), v.size(3)) >= int64_t{1} << 31) {
+    throw std::runtime_error("fastattn: a token of the cache has 2^31 elements or more");
+  }
   return cache;
 }
 
@@ -115,9 +119,10 @@ void decode_as(const DecodeCall& call) {
   p.seqlen_q = static_cast<int>(q.size(1));
   p.heads = static_cast<int>(q.size(2));
   p.group = p.heads / p.cache.kv_heads;
-  p.row_tiles = (p.seqlen_q * p.group + decode_rows - 1) / decode_rows;
-  p.splits = call.part_out ? static_cast<int>(call.part_out->size(0)) : 1;
-  p.split_length = static_cast<int>(call.split_length);
+  const int64_t rows = q.size(1) * p.group, row_tiles = (rows + decode_rows - 1) / decode_rows;
+  p.row_tiles = static_cast<int>(row_tiles);
+  p.split.most = call.part_out ? static_cast<int>(call.part_out->size(0)) : 1;
+  p.split.keys = static_cast<int>(call.part_keys);
   p.part_width = call.part_out ? static_cast<int>(call.part_out->size(4)) : 0;
   p.window_left = static_cast<int>(call.window_left);
   p.window_right = static_cast<int>(call.window_right);
@@ -126,13 +131,15 @@ void decode_as(const DecodeCall& call) {
   p.cap = static_cast<float>(softcap * log2_e);
   p.q_by_vectors = are_aligned({q});
 
-  const Grid grid{q.size(0) * p.splits * p.cache.kv_heads * p.row_tiles};
-  if (grid.x >= int64_t{1} << 31) {
-    throw std::runtime_error("fastattn: decode has 2^31 blocks or more: give fewer sequences");
+  // The blocks count to one grid past the last part.
+  constexpr int64_t bound = int64_t{1} << 30;
+  if (q.size(0) * p.split.most * p.cache.kv_heads * row_tiles >= bound || rows >= bound ||
+      call.blocks >= bound) {
+    throw std::runtime_error("fastattn: decode has 2^30 parts or more: give fewer sequences");
   }
-  launch(decode_kernel<Traits>, "decode", grid, Traits::threads, Traits::shared_bytes,
+  launch(decode_kernel<Traits>, "decode", Grid{call.blocks}, Traits::threads, Traits::shared_bytes,
          device.stream(), p);
-  if (p.splits == 1) return;
+  if (p.split.most == 1) return;
 
   using Merging = MergeTraits<T, HeadDim>;
   MergeParams<T> m = {};
@@ -144,7 +151,7 @@ void decode_as(const DecodeCall& call) {
   m.batch = p.batch;
   m.seqlen_q = p.seqlen_q;
   m.heads = p.heads;
-  m.split_length = p.split_length;
+  m.split = p.split;
   m.part_width = p.part_width;
   launch(merge_kernel<Merging>, "merge", Grid{q.size(0) * q.size(1) * q.size(2)}, Merging::threads,
          Merging::shared_bytes, device.stream(), m);

@@ -116,6 +116,15 @@ void forward_kernel(FA_PARAMS(ForwardParams<typename Traits::Type>) p) {
   const int kv_head = head / p.group_size;
   const Band band = find_band(p, batch);
   const int first_row = tile * rows;
+  const Sequence gap = find_gap(p.cu_seqlens_q, batch, p.sequences, band.q, int64_t{p.tiles} * rows,
+                                p.seqlen_q);
+  if (gap.length > 0) {
+    clear_rows<rows, Traits::threads>(p.out, gap, head, tile, p.tiles, p.head_dim_v, p.aligned);
+    for (int64_t row = int64_t{tile} * Traits::threads + thread_index(); row < gap.length;
+         row += int64_t{p.tiles} * Traits::threads) {
+      store(p.lse + (head * p.lse_head + gap.start + row), -infinity);
+    }
+  }
   if (first_row >= band.q.length) return;
   const int last_row = smaller(first_row + rows, band.q.length) - 1;
   const Range range = keys_for(band, first_row, last_row, columns);

@@ -111,6 +111,7 @@ void set_call(AttentionParams<T>& p, const Call& call) {
   p.cu_seqlens_k = index(call.cu_seqlens_k);
   p.seqused_q = index(call.seqused_q);
   p.seqused_k = index(call.seqused_k);
+  p.sequences = static_cast<int>(call.batch());
   p.heads = static_cast<int>(call.q.size(2));
   p.group_size = static_cast<int>(call.q.size(2) / call.k.size(2));
   p.seqlen_q = static_cast<int>(call.q.size(1));

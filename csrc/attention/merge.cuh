@@ -2,7 +2,7 @@
 //
 //     lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s
 //
-// One block for a row. Groups of HeadDim / 4 threads, 4 columns each, take every groups-th part,
+// One block for a row; one of a sequence in one part has nothing to do. Groups of HeadDim / 4 threads, 4 columns each, take every groups-th part,
 // and their sums are added in their order: a result depends on the row's parts alone.
 #pragma once
 
@@ -28,11 +28,11 @@ template <class T>
 struct MergeParams {
   Global<T> out;                    // (batch, seqlen_q, heads, head_dim_v), contiguous
   Global<float> lse;                // (batch, heads, seqlen_q), contiguous
-  Global<const float> part_out;     // (splits, batch, seqlen_q, heads, part_width)
-  Global<const float> part_lse;     // (splits, batch, seqlen_q, heads)
+  Global<const float> part_out;     // (split.most, batch, seqlen_q, heads, part_width)
+  Global<const float> part_lse;     // (split.most, batch, seqlen_q, heads)
   CacheParams cache;
   int batch, seqlen_q, heads;
-  int split_length;
+  Split split;
   int part_width;  // a multiple of 4
 };
 
@@ -46,8 +46,8 @@ void merge_kernel(FA_PARAMS(MergeParams<typename Traits::T>) p) {
   const int head = static_cast<int>(row % p.heads);
   const int query = static_cast<int>(row / p.heads % p.seqlen_q);
   const int batch = static_cast<int>(row / p.heads / p.seqlen_q);
-  const int length = keys_held(p.cache, batch);
-  const int parts = length > 0 ? (length - 1) / p.split_length + 1 : 1;  // that hold its keys
+  const int parts = p.split.parts(keys_held(p.cache, batch));
+  if (parts == 1) return;
   const Global<const float> lse = p.part_lse + row;
 
   const Shared<float> sums = shared_memory<float>(0);

@@ -25,7 +25,7 @@ struct Index {
   FA_DEVICE explicit operator bool() const {
     return static_cast<bool>(narrow) || static_cast<bool>(wide);
   }
-  FA_DEVICE int64_t operator[](int i) const { return wide ? load(wide + i) : load(narrow + i); }
+  FA_DEVICE int64_t operator[](int64_t i) const { return wide ? load(wide + i) : load(narrow + i); }
 };
 
 // (batch, heads, seqlen_q, seqlen_k) with strides, 0 where it is broadcast.
@@ -56,6 +56,7 @@ struct AttentionParams {
   Matrix<const T> q, k, v;
   ScoreParams<T> scores;
   Index key_lengths, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;
+  int sequences;
   int heads, group_size, seqlen_q, seqlen_k;  // of a packed call all tokens
   int tiles;                                  // of the side that a block holds, of one sequence
   int low, high;  // the band relative to the diagonal; beyond `unbounded` for none
@@ -87,6 +88,17 @@ FA_DEVICE Sequence find_sequence(const Index& cu_seqlens, const Index& used, int
   }
   if (used) found.length = static_cast<int>(cut(used[batch], 0, found.length));
   return found;
+}
+
+// The tokens of a packed call from the end of a sequence's tiles, or of what is used of it, to the
+// next sequence, or behind the last one: no sequence has them, and their results are zero. There are
+// none of a padded call.
+FA_DEVICE Sequence find_gap(const Index& cu_seqlens, int batch, int sequences, Sequence sequence,
+                            int64_t covered, int tokens) {
+  if (!cu_seqlens) return {0, 0};
+  const int64_t start = sequence.start + cut(sequence.length, 0, covered);
+  const int64_t end = batch + 1 < sequences ? cut(cu_seqlens[batch + 1], start, tokens) : tokens;
+  return {start, static_cast<int>(end - start)};
 }
 
 // Which keys the queries of one sequence see: query i those from i + lowest to i + highest that lie

@@ -6,6 +6,7 @@
 // bytes and more need no padding for that.
 #pragma once
 
+#include "attention/params.cuh"
 #include "device/cp_async.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/memory.cuh"
@@ -37,6 +38,29 @@ struct Tile {
 template <class T, int Width>
 constexpr int tile_bytes(int rows) {
   return rows * Width * static_cast<int>(sizeof(T));
+}
+
+// Zeros in the first `width` elements of a block's share of a gap's rows: Rows in every tiles * Rows.
+template <int Rows, int Threads, class T>
+FA_DEVICE void clear_rows(const Matrix<T>& to, Sequence gap, int head, int tile, int tiles, int width,
+                          bool aligned) {
+  const int step = aligned ? chunk_elements : 1, steps = width / step;
+  Vector<T, chunk_elements> zeros;
+  FA_UNROLL
+  for (int e = 0; e < chunk_elements; ++e) zeros[e] = from_float<T>(0.0f);
+  for (int64_t first = int64_t{tile} * Rows; first < gap.length; first += int64_t{tiles} * Rows) {
+    const int rows = static_cast<int>(cut(gap.length - first, 0, Rows));
+    FA_ROLL
+    for (int i = thread_index(); i < rows * steps; i += Threads) {
+      const int row = i / steps, column = (i - row * steps) * step;
+      const Global<T> place = to.at(0, gap.start + first + row, head) + column;
+      if (aligned) {
+        store_vector(place, zeros);
+      } else {
+        store(place, zeros[0]);
+      }
+    }
+  }
 }
 
 // Copies the first `width` elements of Rows rows into a tile, by all Threads of the block: row r

@@ -10,8 +10,8 @@
 namespace fastattn {
 
 // Over groups of Lanes neighbouring lanes; every lane gets its group's result.
-template <int Lanes = warp_threads>
-FA_DEVICE float warp_sum(float value) {
+template <int Lanes = warp_threads, class T>
+FA_DEVICE T warp_sum(T value) {
   FA_UNROLL
   for (int mask = Lanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;

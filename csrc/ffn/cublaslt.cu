@@ -124,10 +124,11 @@ using Key = std::vector<int64_t>;
 
 std::mutex mutex;
 std::map<int, Handle> handles;  // by device
-std::map<Key, Algorithm> algorithms;
+std::map<Key, std::optional<Algorithm>> algorithms;  // none where cuBLASLt has none
 
-// out = epilogue(a b), of which `vector` is the bias or its gradient.
-void run(uint32_t epilogue, const Tensor& out, const std::optional<Tensor>& auxiliary,
+// out = epilogue(a b), of which `vector` is the bias or its gradient; false, and nothing is done, if
+// cuBLASLt has no algorithm for it.
+bool run(uint32_t epilogue, const Tensor& out, const std::optional<Tensor>& auxiliary,
          const std::optional<Tensor>& vector, const Tensor& workspace, const Tensor& a,
          const Tensor& b) {
   if (library() == nullptr) throw std::runtime_error("fastattn: there is no cuBLASLt");
@@ -187,7 +188,7 @@ void run(uint32_t epilogue, const Tensor& out, const std::optional<Tensor>& auxi
                 alignment(vector_data), alignment(auxiliary_data),
                 static_cast<int64_t>(workspace_bytes)};
   Handle handle;
-  Algorithm algorithm;
+  std::optional<Algorithm> algorithm;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     Handle& of_device = handles[out.get_device_index()];
@@ -211,23 +212,26 @@ void run(uint32_t epilogue, const Tensor& out, const std::optional<Tensor>& auxi
       prefer(PreferenceAttribute::alignment_d, aligned[2]);
       HeuristicResult best{};
       int found = 0;
-      check(lt.MatmulAlgoGetHeuristic(handle, desc.it, first_layout.it, second_layout.it,
-                                      result_layout.it, result_layout.it, preference.it, 1, &best,
-                                      &found),
-            "MatmulAlgoGetHeuristic");
-      constexpr Status not_supported = 15;  // CUBLAS_STATUS_NOT_SUPPORTED
-      check(found == 0 ? not_supported : best.state, "MatmulAlgoGetHeuristic");
-      algorithm = best.algorithm;
+      Status status = lt.MatmulAlgoGetHeuristic(handle, desc.it, first_layout.it,
+                                                second_layout.it, result_layout.it,
+                                                result_layout.it, preference.it, 1, &best, &found);
+      if (status == success) status = found == 0 ? not_supported : best.state;
+      if (status != not_supported) {
+        check(status, "MatmulAlgoGetHeuristic");
+        algorithm = best.algorithm;
+      }
       algorithms.emplace(key, algorithm);
     }
   }
+  if (!algorithm) return false;
 
   const float one = 1.0f, zero = 0.0f;
   check(lt.Matmul(handle, desc.it, &one, b.data_ptr(), first_layout.it, a.data_ptr(),
                   second_layout.it, &zero, result_data, result_layout.it, result_data,
-                  result_layout.it, &algorithm, workspace.data_ptr(), workspace_bytes,
+                  result_layout.it, &*algorithm, workspace.data_ptr(), workspace_bytes,
                   on.stream()),
         "Matmul");
+  return true;
 }
 
 }  // namespace
@@ -236,20 +240,20 @@ int64_t cublaslt_version() {
   return library() == nullptr ? 0 : static_cast<int64_t>(library()->GetVersion());
 }
 
-void cublaslt_product(Tensor out, std::optional<Tensor> pre, Tensor workspace, Tensor a, Tensor b,
+bool cublaslt_product(Tensor out, std::optional<Tensor> pre, Tensor workspace, Tensor a, Tensor b,
                       std::optional<Tensor> bias, int64_t activation) {
   uint32_t bits = 0;
   if (static_cast<Activation>(activation) == Activation::gelu_tanh) bits |= epilogue::gelu;
   if (static_cast<Activation>(activation) == Activation::relu) bits |= epilogue::relu;
   if (pre) bits |= epilogue::auxiliary;
   if (bias) bits |= epilogue::bias;
-  run(bits == 0 ? epilogue::plain : bits, out, pre, bias, workspace, a, b);
+  return run(bits == 0 ? epilogue::plain : bits, out, pre, bias, workspace, a, b);
 }
 
-void cublaslt_product_derivative(Tensor out, std::optional<Tensor> bias_gradient, Tensor workspace,
+bool cublaslt_product_derivative(Tensor out, std::optional<Tensor> bias_gradient, Tensor workspace,
                                  Tensor a, Tensor b, Tensor pre) {
   const uint32_t bits = bias_gradient ? epilogue::bias_gradient : 0;
-  run(epilogue::gelu_derivative | bits, out, pre, bias_gradient, workspace, a, b);
+  return run(epilogue::gelu_derivative | bits, out, pre, bias_gradient, workspace, a, b);
 }
 
 }  // namespace fastattn::ffn

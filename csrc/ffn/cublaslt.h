@@ -11,7 +11,7 @@
 namespace fastattn::cublaslt {
 
 using Status = int;  // cublasStatus_t
-constexpr Status success = 0;
+constexpr Status success = 0, not_supported = 15;
 
 enum DataType : int32_t { float32 = 0, float16 = 2, bfloat16 = 14 };  // cudaDataType_t
 enum ComputeType : int32_t { compute_float32 = 68 };                  // cublasComputeType_t

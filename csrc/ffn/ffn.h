@@ -30,13 +30,14 @@ void column_sums(Tensor sums, Tensor matrix, int64_t rows_per_part);
 int64_t cublaslt_version();
 
 // `product` by cuBLASLt (cublaslt.cu), for "gelu_tanh", "relu" and no activation, `pre` for the
-// first alone. All rows are aligned to 16 bytes; no size is zero.
-void cublaslt_product(Tensor out, std::optional<Tensor> pre, Tensor workspace, Tensor a, Tensor b,
+// first alone. All rows are aligned to 16 bytes; no size is zero. False, and nothing is done, if
+// cuBLASLt has no algorithm for such a product: it is asked once.
+bool cublaslt_product(Tensor out, std::optional<Tensor> pre, Tensor workspace, Tensor a, Tensor b,
                       std::optional<Tensor> bias, int64_t activation);
 
 // The same of `product_derivative`, for "gelu_tanh": out = (a b) activation'(pre), and
 // bias_gradient (n,) = the sums of its columns, if there is such a tensor.
-void cublaslt_product_derivative(Tensor out, std::optional<Tensor> bias_gradient, Tensor workspace,
+bool cublaslt_product_derivative(Tensor out, std::optional<Tensor> bias_gradient, Tensor workspace,
                                  Tensor a, Tensor b, Tensor pre);
 
 }  // namespace fastattn::ffn

@@ -41,7 +41,8 @@ Numbers and flags may be Python's, numpy's, or tensors with one element; of a te
 host waits for the value.
 
 Errors are those of the ops underneath (TypeError, ValueError, fastattn.UnsupportedError), under
-their names of the arguments.
+their names of the arguments; a block_table of a cache that is too short is a RuntimeError, as
+flash-attn's.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ import torch
 
 from fastattn.flash_attn.pages import gathered
 from fastattn.ops.attention import attention, attention_varlen, attention_with_kv_cache
+from fastattn.ops.attention.problem import values_are_checked
 
 
 def flash_attn_func(
@@ -260,6 +262,9 @@ def flash_attn_with_kvcache(
 
     Raises:
         ValueError: k without cache_seqlens; and as the op underneath.
+        RuntimeError: block_table has too few pages for cache_seqlens and the new keys, as
+            flash-attn says it. Where cache_seqlens is a tensor on a GPU that is not looked at,
+            unless FASTATTN_CHECK=1: no key beyond the pages is read or written.
     """
     if cache_seqlens is None:
         if k is not None:
@@ -273,7 +278,10 @@ def flash_attn_with_kvcache(
     batch = q.shape[0]
     if not isinstance(cache_seqlens, torch.Tensor) or not cache_seqlens.dim():
         filled = _integer("cache_seqlens", cache_seqlens)
+        _check_pages(block_table, k_cache, k, filled)
         cache_seqlens = torch.full((batch,), filled, dtype=torch.int32, device=q.device)
+    elif block_table is not None and values_are_checked(cache_seqlens) and cache_seqlens.numel():
+        _check_pages(block_table, k_cache, k, int(cache_seqlens.max()))
     if block_table is None and cache_batch_idx is None and k_cache.shape[0] > batch:
         k_cache, v_cache = k_cache[:batch], v_cache[:batch]
     with torch.no_grad():
@@ -286,6 +294,22 @@ def flash_attn_with_kvcache(
             alibi_slopes=alibi_slopes, num_splits=_integer("num_splits", num_splits),
             return_lse=return_softmax_lse,
         )  # fmt: skip
+
+
+def _check_pages(
+    block_table: torch.Tensor | None, k_cache: torch.Tensor, k: torch.Tensor | None, filled: int
+) -> None:
+    """Raise flash-attn's type of error if the longest sequence has no room; shapes are the op's."""
+    if block_table is None or block_table.dim() != 2:
+        return
+    new = 0 if k is None or k.dim() != 4 else k.shape[1]
+    columns, size = block_table.shape[1], k_cache.shape[1]
+    if filled + new > columns * size:
+        raise RuntimeError(
+            f"block_table has {columns} pages of {size} keys for a sequence, room for "
+            f"{columns * size}; cache_seqlens and the new keys need {filled + new}: give "
+            "block_table more columns"
+        )
 
 
 def _features(

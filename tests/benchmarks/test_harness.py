@@ -129,7 +129,7 @@ SIZES: dict[Any, dict[str, Any]] = {
     attention: {"batch": [2], "seqlen": [33], "heads": [4], "kv_heads": [4, 2], "head_dim": [16],
                 "window": [8], "compile": [False], "dtype": ["float32"]},
     decode: {"batch": [2], "seqlen_q": [1, 3], "seqlen": [33], "heads": [4], "kv_heads": [4, 2],
-             "head_dim": [16], "page_size": [0, 8], "dtype": ["float32"]},
+             "head_dim": [16], "page_size": [0, 8], "capacity": [0, 100], "dtype": ["float32"]},
     layer_norm: {"rows": [5, 16], "hidden": [33, 64], "compile": [False], "dtype": ["float32"]},
     ffn: {"rows": [9], "hidden": [16], "inner": [40], "compile": [False], "dtype": ["float32"]},
 }  # fmt: skip
@@ -273,12 +273,15 @@ def test_flash_attn_is_called_as_it_wants(
         assert row["peers"]["fa"].get("right"), row
 
 
+@pytest.mark.parametrize("capacity", [0, 1000])
 @pytest.mark.parametrize("page_size", [0, 256])
-def test_flash_attn_decodes_as_it_wants(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_decodes_as_it_wants(
+    page_size: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", fastattn.flash_attn)
     cell: Any = decode.make(
         device="cpu", heads=4, kv_heads=2, dtype="bfloat16", batch=2, seqlen_q=3, seqlen=300,
-        head_dim=16, page_size=page_size,
+        head_dim=16, page_size=page_size, capacity=capacity,
     )  # fmt: skip
     assert cell.measure(0.0, ["flash-attn 2"])["peers"]["flash-attn 2"]["right"]
 

@@ -952,3 +952,16 @@ def test_kvcache_new_keys_need_their_place() -> None:
     cache = Cache("cpu", torch.float32, new=1, said="nothing")
     with pytest.raises(ValueError, match=r"give cache_seqlens, an int or \(batch,\), with k"):
         cache.run()
+
+
+@pytest.mark.parametrize("said", ("tensor", "int"))
+@pytest.mark.parametrize("new", (0, 2))
+def test_kvcache_beyond_its_pages(new: int, said: str) -> None:
+    """What flash-attn raises; a cache that the pages just hold is none."""
+    cache = Cache("cpu", torch.float32, new=new, said=said, filled=(CAPACITY - new,) * 3, page=8)
+    cache.run()
+    cache.passed["cache_seqlens"] = cache.passed["cache_seqlens"] + 1
+    before = cache.k_cache.clone()
+    with pytest.raises(RuntimeError, match=f"^block_table has .* need {CAPACITY + 1}: "):
+        cache.run()
+    torch.testing.assert_close(cache.k_cache, before, rtol=0, atol=0, equal_nan=True)

@@ -300,14 +300,18 @@ def _packed(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One sequence after another; between them zeros."""
-    out = q.new_zeros(*q.shape[:2], v.shape[2])
-    lse = q.new_full(q.shape[1::-1], float("-inf"), dtype=modes.at_least_float32(q.dtype))
+    heads, precision = q.shape[1], modes.at_least_float32(q.dtype)
     starts_q, lengths_q = _starts_and_lengths(extras.cu_seqlens_q, extras.seqused_q)
     starts_k, lengths_k = _starts_and_lengths(extras.cu_seqlens_k, extras.seqused_k)
     parts, lses, end = [], [], 0
+
+    def pass_over(tokens: int) -> None:
+        if tokens or not parts:  # something has to be there to be joined
+            parts.append(q.new_zeros(tokens, heads, v.shape[2]))
+            lses.append(q.new_full((heads, tokens), float("-inf"), dtype=precision))
+
     for b, (i, n, j, m) in enumerate(zip(starts_q, lengths_q, starts_k, lengths_k)):
-        parts.append(out[end:i])
-        lses.append(lse[:, end:i])
+        pass_over(i - end)
         end = i + n
         if n and m:
             one, its = _alone(problem, extras, b, slice(i, end), slice(j, j + m))
@@ -315,14 +319,15 @@ def _packed(
                 one, q[None, i:end], k[None, j : j + m], v[None, j : j + m], its
             )
             parts.append(part[0])
-            lses.append(lse[:, i:end] if part_lse is None else part_lse[0])
+            if part_lse is not None:
+                lses.append(part_lse[0])
         else:
-            parts.append(out[i:end])
-            lses.append(lse[:, i:end])
-    result = torch.cat([*parts, out[end:]])
+            pass_over(n)
+    pass_over(q.shape[0] - end)
+    result = torch.cat(parts)
     if problem.needs_grad and not result.requires_grad:  # no sequence has a key
         result = result + zeros_of(q, k, v, extras.bias, extras.alibi_slopes).to(q.dtype)
-    return result, torch.cat([*lses, lse[:, end:]], 1) if problem.return_lse else None
+    return result, torch.cat(lses, 1) if problem.return_lse else None
 
 
 def _starts_and_lengths(

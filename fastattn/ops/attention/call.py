@@ -51,3 +51,14 @@ class Settings(NamedTuple):
     max_seqlen_k: int
     block_q: int  # tile of the block mask, else 0
     block_k: int
+
+
+def no_sequence(extras: Extras, longest: int) -> bool:
+    """Whether a packed call has no queries, or no keys, in any sequence, so that no kernel runs.
+
+    Otherwise the kernels of a sequence's tiles write the tokens after it that no sequence has.
+
+    Args:
+        longest: max_seqlen_q or max_seqlen_k.
+    """
+    return extras.cu_seqlens_q is not None and (extras.cu_seqlens_q.shape[0] == 1 or longest == 0)

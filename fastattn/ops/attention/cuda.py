@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastattn.ops.attention import cuda_cache, dropout
-from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.call import Extras, Settings, no_sequence
 from fastattn.ops.attention.cuda_cache import attention_with_kv_cache
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.sink import gradient as sink_gradient
@@ -53,13 +53,11 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a registered call; lse float32."""
-    shape = (*q.shape[:-1], v.shape[-1])
-    if extras.cu_seqlens_q is None:
-        out = q.new_empty(shape)
-        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    else:  # tokens that are in no sequence are written by no kernel
-        out = q.new_zeros(shape)
-        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse_shape = q.shape[1::-1] if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    lse = q.new_empty(lse_shape, dtype=torch.float32)
+    if no_sequence(extras, settings.max_seqlen_q):
+        return out.zero_(), lse.fill_(float("-inf"))
     mask, bias, slopes, sink, *lengths = _features(extras)
     torch.ops.fastattn_cuda.attention_forward(
         _padded(out), lse, *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, sink,
@@ -86,8 +84,12 @@ def backward(
     dbias is empty, and dsink where it is not wanted.
     """
     assert not bias_grad, "unsupported() refuses it"
-    allocate = torch.empty if extras.cu_seqlens_q is None else torch.zeros
-    dq, dk, dv = (allocate(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if no_sequence(extras, settings.max_seqlen_q):
+        dq.zero_()
+    if no_sequence(extras, settings.max_seqlen_k):
+        dk.zero_()
+        dv.zero_()
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     mask, bias, slopes, sink, *lengths = _features(extras)

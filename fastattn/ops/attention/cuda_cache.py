@@ -32,25 +32,22 @@ def unsupported(problem: CacheProblem) -> str | None:
     return None
 
 
-def parts(
-    capacity: int, rows: int, blocks: int, multiprocessors: int, wanted: int | None
-) -> tuple[int, int]:
-    """(parts of the keys, keys of a part) of a call with `rows` rows to a key head.
+def split(
+    capacity: int, batch: int, kv_heads: int, rows: int, multiprocessors: int, wanted: int | None
+) -> tiles.Split:
+    """The cut of a call with `rows` rows to a key head.
 
     A part's float32 result is small beside what it reads, so more tiles of rows have longer parts;
     of many, as in a prefill, there are blocks enough without any.
 
     Args:
-        blocks: of the call before splitting.
         wanted: num_splits of the call.
     """
     row_tiles = -(-rows // TILE_ROWS)
     if row_tiles > SPLIT_TILES:
-        return 1, max(1, capacity)
-    if wanted is not None:
-        return tiles.splits(capacity, blocks, multiprocessors, wanted)
-    length = tiles.SPLIT_KEYS * row_tiles
-    return max(1, -(-capacity // length)), length
+        wanted = 1
+    least = tiles.SPLIT_KEYS * row_tiles if wanted is None else None
+    return tiles.split(capacity, batch, kv_heads * row_tiles, multiprocessors, wanted, least)
 
 
 def attention_with_kv_cache(
@@ -74,14 +71,13 @@ def attention_with_kv_cache(
     lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
     if not lse.numel():
         return out, lse
-    blocks = batch * kv_heads * -(-tile_rows // TILE_ROWS)
-    splits, length = parts(
-        capacity, tile_rows, blocks, launch.multiprocessors(q.device), call.num_splits
+    cut = split(
+        capacity, batch, kv_heads, tile_rows, launch.multiprocessors(q.device), call.num_splits
     )
     part_out = part_lse = None
-    if splits > 1:
+    if cut.most > 1:
         width = -(-head_dim_v // 4) * 4  # the kernels write and read 16 bytes at once
-        part_lse = lse.new_empty((splits, batch, seqlen_q, heads))
+        part_lse = lse.new_empty((cut.most, batch, seqlen_q, heads))
         part_out = lse.new_empty((*part_lse.shape, width))
     # A side of the window that no key lies beyond hides nothing, and must not pass 2^31.
     left, right = (
@@ -91,8 +87,8 @@ def attention_with_kv_cache(
     torch.ops.fastattn_cuda.attend_to_cache(
         out, lse, part_out, part_lse, _readable(q), call.k, call.v, lengths, table, rows,
         _dense(call.starts), _dense(extras.alibi_slopes), _float32(extras.sink), cos, sin,
-        call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new, length, left,
-        right, settings.softmax_scale, settings.softcap,
+        call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new, cut.keys,
+        cut.programs, left, right, settings.softmax_scale, settings.softcap,
     )  # fmt: skip
     return out, lse
 

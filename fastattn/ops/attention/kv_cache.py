@@ -187,8 +187,9 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
         rotary_interleaved: pairs are columns (2c, 2c + 1), else (c, c + rotary_dim / 2).
         causal, window, softmax_scale, softcap, alibi_slopes, sink: as `attention`'s, the diagonal
             and the distances following n; "top_left" is not taken.
-        num_splits: None: parts of 256 keys, so that a sequence gets the same bits alone and in any
-            batch. 0: as many parts as fill the GPU. n: n parts.
+        num_splits: None: parts of 256 keys, or of more where a sequence would have too many, by its
+            length alone: it gets the same bits alone, in any batch and in a cache of any capacity.
+            0: as many parts as fill the GPU. n: n parts of each sequence.
         return_lse: return the log-sum-exp of the scores too.
         backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastattn.ops.attention.call import Extras, Settings
 
@@ -132,9 +132,18 @@ _32_BIT = {
 # of DECODE, packs those heads into one tile and splits the keys.
 DECODE_ROWS = 16
 
-# Keys of one split: its float32 result is then at most a hundredth of what it reads. A constant, so
-# that how a sequence is split, and with it every bit of its result, follows from its length alone.
+# Keys of one part of a sequence, at least: its float32 result is then at most a hundredth of what
+# it reads. A constant, so that how a sequence is cut, and with it every bit of its result, follows
+# from its length only.
 SPLIT_KEYS = 256
+
+# Parts of a sequence, counted over its key heads and tiles of queries: enough to fill a GPU with
+# one sequence. A longer one has longer parts, so that the memory for their results is bounded.
+MOST_PARTS = 512
+
+# Programs of a decode that a multiprocessor gets, a few times what it holds at once: they take the
+# parts that there are in turns, whatever the cache has room for.
+PROGRAMS = 16
 
 
 def block_d(head_dim: int) -> int:
@@ -207,19 +216,35 @@ def is_decode(seqlen_q: int, group_size: int) -> bool:
     return seqlen_q * group_size <= DECODE_ROWS
 
 
-def splits(
-    seqlen_k: int, programs: int, multiprocessors: int, wanted: int | None
-) -> tuple[int, int]:
-    """(parts of the keys, keys of a part) of a decode with `programs` programs before splitting.
+class Split(NamedTuple):
+    """How a decode is cut; `part_length` of the kernels has the rule for one sequence's keys."""
+
+    most: int  # parts of a sequence
+    keys: int  # of a part, at least
+    programs: int  # of the grid
+
+
+def split(
+    seqlen_k: int,
+    batch: int,
+    tiles: int,
+    multiprocessors: int,
+    wanted: int | None,
+    least: int | None = None,
+) -> Split:
+    """The cut of a decode of `batch` sequences, each `tiles` programs before splitting.
 
     Args:
-        wanted: None: parts of SPLIT_KEYS, whatever the batch is. 0: as many as fill the chip
-            twice. n: n parts.
+        seqlen_k: keys that a sequence can have. How many it has, the device knows alone.
+        wanted: None: parts of SPLIT_KEYS, or longer ones where a sequence would have more than its
+            share of MOST_PARTS, whatever the batch is. 0: as many as fill the chip twice. n: n
+            parts.
+        least: keys of a part, at least, a multiple of MAX_BLOCK_N, if not these.
     """
-    most = max(1, -(-seqlen_k // SPLIT_KEYS))
+    keys = least or (MAX_BLOCK_N if wanted else SPLIT_KEYS)
     if wanted is None:
-        return most, SPLIT_KEYS
-    parts = wanted or max(1, -(-2 * multiprocessors // max(1, programs)))
-    length = -(-max(1, seqlen_k) // min(parts, most if wanted == 0 else parts))
-    length = -(-length // MAX_BLOCK_N) * MAX_BLOCK_N
-    return max(1, -(-seqlen_k // length)), length
+        most = MOST_PARTS // max(1, tiles)
+    else:
+        most = wanted or -(-2 * multiprocessors // max(1, batch * tiles))
+    most = max(1, min(most, -(-seqlen_k // keys)))
+    return Split(most, keys, min(batch * tiles * most, multiprocessors * PROGRAMS))

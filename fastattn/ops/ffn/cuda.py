@@ -7,9 +7,9 @@
                 db1 = the sums of those, db2 = column sums of dout
                 dw2 = hidden^T dout, dw1 = x^T dpre, dx = dpre w1^T       one product each
 
-Each product is done by cuBLASLt where there is one that has the epilogue, unless `OWN` says that
-our kernel is faster, else by our kernel. cuBLASLt's epilogues know gelu_tanh, ReLU and a bias; in
-the backward gelu_tanh alone, and then the hidden layer is formed by ATen.
+Each product is done by cuBLASLt where there is one that has the epilogue and an algorithm, unless
+`OWN` says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know gelu_tanh, ReLU
+and a bias; in the backward gelu_tanh alone, and then the hidden layer is formed by ATen.
 
 float16 and bfloat16, sums in float32; any sizes and strides, but rows that are not aligned to 16
 bytes are read by the element. No atomics in our kernels: a row's bits depend on that row alone.
@@ -160,10 +160,12 @@ def _product(
     kind = "nothing" if activation == "none" else "activation"
     known = activation in ("none", "gelu_tanh", "relu")
     packed = bias is None or bias.stride(0) == 1
+    number = ACTIVATIONS[activation]
+    done = False
     if known and packed and _by_cublaslt(kind, out, a, b):
-        _ops().ffn_cublaslt_product(out, pre, _workspace(out), a, b, bias, ACTIVATIONS[activation])
-    else:
-        _ops().ffn_product(out, pre, a, b, bias, ACTIVATIONS[activation], _tile_rows(out))
+        done = _ops().ffn_cublaslt_product(out, pre, _workspace(out), a, b, bias, number)
+    if not done:
+        _ops().ffn_product(out, pre, a, b, bias, number, _tile_rows(out))
 
 
 def _derivative(
@@ -179,9 +181,9 @@ def _derivative(
     nothing = pre.new_empty(0)
     if activation == "gelu_tanh" and _by_cublaslt("derivative", dpre, drows, w2):
         db1 = pre.new_empty(pre.shape[1]) if need_sums else None
-        _ops().ffn_cublaslt_product_derivative(dpre, db1, _workspace(dpre), drows, w2, pre)
-        activated = F.gelu(pre, approximate="tanh") if need_activated else nothing
-        return dpre, activated, nothing if db1 is None else db1
+        if _ops().ffn_cublaslt_product_derivative(dpre, db1, _workspace(dpre), drows, w2, pre):
+            activated = F.gelu(pre, approximate="tanh") if need_activated else nothing
+            return dpre, activated, nothing if db1 is None else db1
     hidden = torch.empty_like(pre) if need_activated else None
     parts = (-(-pre.shape[0] // ROWS_OF_A_SUM), pre.shape[1])
     sums = pre.new_empty(parts, dtype=torch.float32) if need_sums else None

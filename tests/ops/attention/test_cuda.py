@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from emulator.knobs import Emulator
-from ops.attention import test_fuzz
+from ops.attention import test_fuzz, test_holes
 from ops.attention.cases import Case, call, check, poisoned, refusal
 from ops.attention.test_attention import CASES
 
@@ -317,3 +317,8 @@ def test_refuses(
     options = {n: x.to(device) for n, x in options.items()}
     with pytest.raises(fastattn.UnsupportedError, match=reason):
         fastattn.attention(q, q, q, backend="cuda", **options)
+
+
+@pytest.mark.parametrize("name", test_holes.GAPS)
+def test_gaps_between_packed_sequences(name: str, device: str, emulator: Emulator) -> None:
+    test_holes.check_gaps(name, "cuda", device)

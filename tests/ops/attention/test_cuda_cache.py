@@ -12,8 +12,9 @@ from ops.attention import test_kv_cache as table
 
 import fastattn
 from fastattn import attention_with_kv_cache
-from fastattn.ops.attention import problem
-from fastattn.ops.attention.cuda_cache import parts
+from fastattn.ops.attention import problem, tiles
+from fastattn.ops.attention.cuda_cache import split
+from fastattn.ops.common import launch
 from oracle import assert_close_to_reference
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -187,6 +188,29 @@ def test_pages_do_not_change_the_bits(device: str) -> None:
         assert all(map(torch.equal, run(table.moved(paged_call, device)), expected))
 
 
+def test_the_capacity_costs_nothing(device: str, emulator: Emulator) -> None:
+    def counted(call: dict[str, Any]) -> tuple[Any, ...]:
+        results: list[tuple[torch.Tensor, torch.Tensor]] = []
+        counts = emulator.counts(lambda: results.append(run(call)))
+        capacity = call["block_table"].shape[1] * 16
+        cut = split(capacity, 4, 2, 2, launch.multiprocessors(call["q"].device), None)
+        assert cut.most <= tiles.MOST_PARTS // 2
+        blocks = tiles.PROGRAMS * launch.multiprocessors(call["q"].device)
+        if counts is not None:
+            assert counts["decode"]["blocks"] <= blocks
+        return *results[0], cut
+
+    table.check_capacity(counted, device)
+
+
+def test_long_sequences_have_longer_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.check_longer_parts("cuda", device, monkeypatch)
+
+
+def test_many_sequences(device: str) -> None:
+    table.check_many_sequences("cuda", device)
+
+
 def test_splits_do_not_change_the_result(device: str) -> None:
     q, k, v = (
         normal(2, 2, 4, 32),
@@ -307,12 +331,14 @@ def test_what_is_not_supported(device: str) -> None:
         (257, 16, None, (2, 256)),
         (257, 17, None, (1, 512)),
         (8192, 64, None, (8, 1024)),
-        (8192, 65, None, (1, 8192)),  # a prefill has blocks enough
-        (1000, 4, 3, (3, 384)),
+        (8192, 65, None, (1, 128)),  # a prefill has blocks enough
+        (10**6, 4, None, (512, 256)),
+        (10**6, 40, None, (170, 768)),
+        (1000, 4, 3, (3, 128)),
         (8192, 4, 0, (32, 256)),
     ],
 )
-def test_parts(capacity: int, rows: int, wanted: int | None, expected: tuple[int, int]) -> None:
+def test_split(capacity: int, rows: int, wanted: int | None, expected: tuple[int, int]) -> None:
     """Not by the batch, unless the caller wants the GPU filled."""
-    for blocks in (1, 1000) if wanted != 0 else (1,):
-        assert parts(capacity, rows, blocks, 100, wanted) == expected
+    for batch in (1, 1000) if wanted != 0 else (1,):
+        assert split(capacity, batch, 1, rows, 100, wanted)[:2] == expected

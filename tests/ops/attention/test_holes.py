@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from ops.attention.cases import BACKENDS, LAYOUTS, Case, check, formula
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn.ops.attention.call import Extras
-from fastattn.ops.attention.problem import describe
+from fastattn.ops.attention.problem import check_varlen, describe
 
 KERNELS = ("reference", "triton")  # those that do every feature
 
@@ -266,6 +269,70 @@ def test_nan_and_inf_in_padding(name: str, seed: int, backend: str, device: str)
     """`check` fills what lies beyond the lengths with them; nothing of it may leak."""
     case = dataclasses.replace(PADDED[name], seed=seed, device=device, dtype=torch.float16)
     check(case, backend)
+
+
+class Fills(TorchDispatchMode):
+    """Counts what fills memory with one number, and gives what is not filled NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("zeros", "new_zeros", "full", "new_full", "zeros_like", "zero_", "fill_"):
+            self.seen.append(name)
+        if name in ("empty", "new_empty", "empty_like") and result.is_floating_point():
+            result.fill_(float("nan"))
+        return result
+
+
+# A tail of more tokens than a tile has, sequences of which little, nothing and all is used.
+GAPS: dict[str, dict[str, Any]] = {
+    "none": {"starts": (0, 40, 40, 177), "tail": 0},
+    "tail": {"starts": (0, 40, 40, 177), "tail": 300},
+    "seqused": {"starts": (0, 40, 40, 177), "tail": 5, "used": (3, 0, 137)},
+    "nothing is used": {"starts": (0, 40, 90), "tail": 1, "used": (0, 0)},
+    "no sequence": {"starts": (0,), "tail": 7},
+    "no token of a sequence": {"starts": (0, 0, 0), "tail": 7},
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_gaps_between_packed_sequences(name: str, device: str) -> None:
+    check_gaps(name, "triton", device)
+
+
+def check_gaps(name: str, backend: str, device: str) -> None:
+    """The kernels write 0, and -inf to the LSE; only without any sequence something else does."""
+    module = importlib.import_module(f"fastattn.ops.attention.{backend}")
+    case = GAPS[name]
+    starts, tail, used = case["starts"], case["tail"], case.get("used")
+    total = starts[-1] + tail
+    lengths = used or [b - a for a, b in itertools.pairwise(starts)]
+    inside = torch.zeros(total, dtype=torch.bool)
+    for start, n in zip(starts, lengths):
+        inside[start : start + n] = True
+
+    def draw(heads: int, width: int, seed: int) -> torch.Tensor:
+        x = normal(total, heads, width, seed=seed).half()
+        return x.masked_fill(~inside[:, None, None], float("nan")).to(device)
+
+    q, k, v, dout = (draw(*shape) for shape in ((4, 16, 0), (2, 16, 1), (2, 24, 2), (4, 24, 3)))
+    cu = torch.tensor(starts, dtype=torch.int32, device=device)
+    its = None if used is None else torch.tensor(used, dtype=torch.int32, device=device)
+    longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
+    settings, extras = check_varlen(
+        q, k, v, cu, cu, longest, longest, causal=True, seqused_q=its, seqused_k=its
+    )
+    with Fills() as fills:
+        out, lse = module.forward(q, k, v, extras, settings)
+        grads = module.backward(dout, None, out, lse, False, False, q, k, v, extras, settings)[:3]
+    assert bool(fills.seen) == (longest == 0)
+    for x in (out, *grads):
+        assert (x[~inside] == 0).all() and x.isfinite().all()
+    assert (lse[:, ~inside] == -torch.inf).all() and lse[:, inside].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

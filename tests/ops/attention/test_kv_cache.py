@@ -13,6 +13,8 @@ import torch
 import fastattn
 from fastattn import attention_with_kv_cache, merge_attention_states
 from fastattn.backends import triton_runs
+from fastattn.ops.attention import tiles
+from fastattn.ops.common import launch
 from oracle import assert_close_to_reference
 
 BACKENDS = ("reference", "torch", "triton")
@@ -294,6 +296,98 @@ def test_alone_and_in_a_batch(num_splits: int | None, device: str) -> None:
         one = slice(b, b + 1)
         alone = attention_with_kv_cache(q[one], k[one], v[one], lengths[one], **options)
         assert torch.equal(alone[0], out[one]) and torch.equal(alone[1], lse[one])
+
+
+def long_table(columns: int, device: str) -> dict[str, Any]:
+    """A call with the same keys for any `columns`: of a table of pages of 16."""
+    g = torch.Generator().manual_seed(0)
+    pages = torch.randperm(40, generator=g)
+    call = {
+        "q": torch.randn(4, 1, 4, 16, generator=g).half(),
+        "k_cache": torch.randn(40, 16, 2, 16, generator=g).half(),
+        "v_cache": torch.randn(40, 16, 2, 16, generator=g).half(),
+        "cache_lengths": torch.tensor([500, 3, 0, 257]),
+        "block_table": pages.repeat(-(-columns // 40))[:columns].expand(4, columns),
+    }
+    return moved(call, device)
+
+
+def check_capacity(run: Callable[[dict[str, Any]], Any], device: str) -> None:
+    """Any capacity gives the same bits; `run` returns out, LSE, and the launch's numbers."""
+    few, many, more = (run(long_table(columns, device)) for columns in (40, 5000, 80000))
+    for result in (many, more):
+        assert all(map(torch.equal, result[:2], few[:2]))
+    assert many[2:] == more[2:]
+
+
+def test_the_capacity_costs_nothing(device: str) -> None:
+    """Neither programs nor memory for results grow with what the table has room for."""
+
+    def run(call: dict[str, Any]) -> tuple[Any, ...]:
+        with launch.recorded() as launches:
+            out, lse = attention_with_kv_cache(**call, return_lse=True, backend="triton")
+        decode, merge = launches
+        assert merge.kernel.__name__ == "_merge_kernel"
+        part_out, part_lse = merge.args[:2]
+        programs = tiles.PROGRAMS * launch.multiprocessors(call["q"].device)
+        assert math.prod(decode.grid) <= programs
+        assert part_out.shape[0] <= tiles.MOST_PARTS // 2
+        return out, lse, decode.grid, part_out.shape, part_lse.shape
+
+    check_capacity(run, device)
+
+
+@pytest.mark.parametrize("backend", ("triton",))
+def test_long_sequences_have_longer_parts(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of them, and the same bits alone and in a batch."""
+    check_longer_parts(backend, device, monkeypatch)
+
+
+def check_longer_parts(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MOST_PARTS", 6)  # 3 for each of two key heads
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, 4, 16, generator=g).half().to(device)
+    k, v = (torch.randn(3, 1200, 2, 16, generator=g).half().to(device) for _ in range(2))
+    lengths = torch.tensor([1200, 769, 256], device=device)
+    options: dict[str, Any] = {"return_lse": True, "backend": backend}
+    out, lse = attention_with_kv_cache(q, k, v, lengths, **options)
+    call = moved({"q": q, "k_cache": k, "v_cache": v, "cache_lengths": lengths}, "cpu")
+    exact, eager = formula(call, torch.float64), formula(call, torch.float32)
+    assert_close_to_reference(
+        out, eager[0].half(), exact[0], name="out", ulps=16, max_factor=3.0, rms_factor=2.0
+    )
+    assert_close_to_reference(lse, eager[1], exact[1], name="lse", ulps=16)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = attention_with_kv_cache(q[one], k[one], v[one], lengths[one], **options)
+        assert torch.equal(alone[0], out[one]) and torch.equal(alone[1], lse[one])
+
+
+@pytest.mark.parametrize("backend", ("triton",))
+def test_many_sequences(backend: str, device: str) -> None:
+    check_many_sequences(backend, device)
+
+
+def check_many_sequences(backend: str, device: str) -> None:
+    """More than a program looks at at once, of no, one and two parts."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 20, (300,), generator=g)
+    lengths[::50] = torch.tensor([300, 0, 256, 257, 511, 512])
+    call = {
+        "q": torch.randn(300, 1, 1, 16, generator=g).half(),
+        "k_cache": torch.randn(40, 16, 1, 16, generator=g).half(),
+        "v_cache": torch.randn(40, 16, 1, 16, generator=g).half(),
+        "cache_lengths": lengths,
+        "block_table": torch.randint(0, 40, (300, 32), generator=g),
+    }
+    out, lse = attention_with_kv_cache(**moved(call, device), return_lse=True, backend=backend)
+    exact, eager = formula(call, torch.float64), formula(call, torch.float32)
+    assert_close_to_reference(
+        out, eager[0].half(), exact[0], name="out", ulps=16, max_factor=3.0, rms_factor=2.0
+    )
+    assert_close_to_reference(lse, eager[1], exact[1], name="lse", ulps=16)
 
 
 def test_splits_do_not_change_the_result(device: str) -> None:
@@ -715,7 +809,8 @@ def test_merge_kernel_leaves_out_what_has_no_weight(device: str) -> None:
     expected = merge_attention_states(part, part_lse)
     part = part.masked_fill((part_lse == -math.inf).mT[..., None], math.nan)
     out, lse = torch.empty(1, 2, 4, 16, device=device), torch.empty(1, 4, 2, device=device)
-    merge(part.to(device), part_lse.to(device), out, lse, None, 700, 0, 256)
+    split = tiles.Split(3, 256, 1)
+    merge(part.to(device), part_lse.to(device), out, lse, None, 700, 0, split)
     torch.testing.assert_close((out.cpu(), lse.cpu()), expected)
 
 

@@ -491,6 +491,14 @@ def test_cublaslt_is_asked_once_and_its_errors_are_raised(told: dict[str, Any]) 
         "b (24, 40) in float16, epilogue GELU_AUX_BIAS"
     )
     assert told["error of a heuristic"] == (
-        "fastattn: cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_NOT_SUPPORTED, for out (5, 40) = "
+        "fastattn: cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_INVALID_VALUE, for out (5, 40) = "
         "a (5, 24) b (24, 40) in float16, epilogue GELU_BIAS"
     )
+
+
+@in_the_emulator
+@pytest.mark.parametrize("answer", ("finds nothing", "supports nothing"))
+def test_without_an_algorithm_the_products_are_ours(answer: str, told: dict[str, Any]) -> None:
+    """`check` held them to the numeric rule; three equal products were asked about once."""
+    assert told[answer] == []
+    assert told[f"{answer}, asked"] == [[False] * 3, 1]

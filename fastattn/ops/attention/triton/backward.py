@@ -23,12 +23,14 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention import dropout, sink, tiles
-from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.call import Extras, Settings, no_sequence
 from fastattn.ops.attention.triton import launching
 from fastattn.ops.attention.triton.bias import bias_gradient
 from fastattn.ops.attention.triton.documents import tile_ranges
 from fastattn.ops.attention.triton.scores import (
     LOG2_E,
+    clear_rows,
+    gap,
     held,
     keep_tile,
     key_range,
@@ -259,6 +261,17 @@ def _keys_kernel(
     k_start, length_k = sequence(cu_seqlens_k_ptr, seqused_k_ptr, batch, seqlen_k)
     first_key = tile_n * BLOCK_N
     if cu_seqlens_k_ptr is not None:
+        covered = tl.minimum(length_k, tiles_n * BLOCK_N)
+        sequences = tl.num_programs(0) // tiles_n // kv_heads
+        gap_first, gap_end = gap(cu_seqlens_k_ptr, batch, sequences, k_start, covered, seqlen_k)
+        clear_rows(
+            dk_ptr, gap_first, gap_end, tile_n, tiles_n, kv_heads, kv_head, BLOCK_N, HEAD_DIM,
+            BLOCK_D,
+        )  # fmt: skip
+        clear_rows(
+            dv_ptr, gap_first, gap_end, tile_n, tiles_n, kv_heads, kv_head, BLOCK_N, HEAD_DIM_V,
+            BLOCK_DV,
+        )  # fmt: skip
         if first_key >= length_k:
             return
     shift = length_k - length_q
@@ -567,6 +580,13 @@ def _queries_kernel(
     k_start, length_k = sequence(cu_seqlens_k_ptr, seqused_k_ptr, batch, seqlen_k)
     first_row = tile_m * BLOCK_M
     if cu_seqlens_q_ptr is not None:
+        if not ROW_SUMS:
+            covered = tl.minimum(length_q, tiles_m * BLOCK_M)
+            sequences = tl.num_programs(0) // tiles_m // heads
+            gap_first, gap_end = gap(cu_seqlens_q_ptr, batch, sequences, q_start, covered, seqlen_q)
+            clear_rows(
+                dq_ptr, gap_first, gap_end, tile_m, tiles_m, heads, head, BLOCK_M, HEAD_DIM, BLOCK_D
+            )
         if first_row >= length_q:
             return
     shift = length_k - length_q
@@ -716,10 +736,12 @@ def backward(
 
     dbias and dsink are empty where they are not wanted.
     """
-    if extras.cu_seqlens_q is not None:  # no kernel writes tokens that are in no sequence
-        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    else:
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if no_sequence(extras, settings.max_seqlen_q):
+        dq.zero_()
+    if no_sequence(extras, settings.max_seqlen_k):
+        dk.zero_()
+        dv.zero_()
     q, k, v, dout, out = (launching.readable(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
     extras = launching.dense(extras)
@@ -743,7 +765,7 @@ def backward(
 
     if bias_grad and x.element_size < 4:
         # dS summed over many rows shows what rounding of `out` does to its row sum: compute it.
-        delta = torch.zeros_like(lse)
+        delta = torch.empty_like(lse)
         plan.row_sums(q, k, v, dout, lse, delta, delta, *by_queries)
         delta = delta if dlse is None else delta - dlse
     else:

@@ -16,7 +16,8 @@ carry no arithmetic of positions; the tiles that the band's edges or the key lim
     - / . /
 
 A few queries (decoding) would leave most of a GPU idle: then the query heads that share a key head
-are rows of one tile, and the keys are split among programs, whose results `merge.py` joins.
+are rows of one tile, and the keys of each sequence are cut into parts, whose results `merge.py`
+joins. There are as many programs as keep the GPU busy; they take the parts in turns.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ from fastattn.ops.attention.triton.rotary import rotated
 from fastattn.ops.attention.triton.scores import (
     LN_2,
     LOG2_E,
+    clear_rows,
     exact_beyond,
+    gap,
     held,
     keep_tile,
     key_range,
     load_tile,
+    part_length,
+    parts_of,
     score_tile,
     sequence,
     store_tile,
@@ -229,8 +234,9 @@ def _forward_kernel(
     seqlen_q,  # packed: total_q
     seqlen_k,
     tiles_m,
-    splits,
-    split_length,  # a multiple of BLOCK_N
+    batch_size,
+    splits,  # parts that a sequence has at most
+    split_length,  # keys of a part, at least; a multiple of BLOCK_N
     page_size,
     pages,  # or sequences of a padded cache
     seqlen_new,  # keys that the call appended to the cache
@@ -262,24 +268,138 @@ def _forward_kernel(
 ):  # fmt: skip
     # One grid axis, for batch * heads may pass 65535. Neighbours share a head, so its keys stay in
     # the L2; under a causal mask the longest rows of tiles start first.
-    program = tl.program_id(0)
-    split = 0
-    if SPLIT:
-        split = program % splits
-        program = program // splits
-    tile_m = program % tiles_m
-    if high is not None:
-        tile_m = tiles_m - 1 - tile_m
     head_tiles = heads // PACK
-    head = (program // tiles_m % head_tiles * PACK).to(tl.int64)
-    batch = (program // tiles_m // head_tiles).to(tl.int64)
+    call = (
+        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, mask_ptr, bias_ptr,
+        slopes_ptr, sink_ptr, key_lengths_ptr, q_documents_ptr, k_documents_ptr, ranges_ptr,
+        block_offsets_ptr, block_indices_ptr, block_partial_ptr, block_patterns_ptr,
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_q_ptr, seqused_k_ptr, seed_ptr, block_table_ptr,
+        cache_indices_ptr, cache_starts_ptr, rotary_cos_ptr, rotary_sin_ptr, stride_qb, stride_qs,
+        stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob,
+        stride_os, stride_oh, stride_lb, stride_lh, stride_mb, stride_mh, stride_mq, stride_mk,
+        stride_bb, stride_bh, stride_bq, stride_bk, stride_slope, stride_qd, stride_kd,
+        stride_block_b, stride_block_h, stride_table, part_out_stride, part_lse_stride, heads,
+        group_size, seqlen_q, seqlen_k, tiles_m, splits, split_length, page_size, pages, seqlen_new,
+        rotary_half, rotary_positions, low, high, scale, softcap, threshold, inverse_keep,
+    )  # fmt: skip
+    if SPLIT:
+        # Programs take the parts that the sequences have in turns. Key heads are neighbours: they
+        # share their pages of DRAM.
+        tiles_of_part = tiles_m * head_tiles
+        parts = _find_part(
+            key_lengths_ptr, 0, batch_size, seqlen_k, seqlen_new, splits, split_length
+        )[2]
+        first = tl.program_id(0).to(tl.int64)
+        # What could be computed before the loop would hold a hundred registers in it.
+        for item in tl.range(first, parts * tiles_of_part, tl.num_programs(0), disable_licm=True):
+            batch, split, _ = _find_part(
+                key_lengths_ptr, item // tiles_of_part, batch_size, seqlen_k, seqlen_new, splits,
+                split_length,
+            )  # fmt: skip
+            tile = (item % tiles_of_part).to(tl.int32)
+            _attend_rows(
+                batch, tile // tiles_m * PACK, tile % tiles_m, split, call,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_MASK_Q,
+                BLOCK_MASK_K, PACK, SPLIT, TOP_LEFT, LENGTH_DIAGONAL, ROTARY_INTERLEAVED,
+                ROTARY_ADVANCES, ALIGN, PRECISION, SCALE_POSITIVE,
+            )  # fmt: skip
+    else:
+        program = tl.program_id(0)
+        tile_m = program % tiles_m
+        if high is not None:
+            tile_m = tiles_m - 1 - tile_m
+        head = program // tiles_m % head_tiles * PACK
+        _attend_rows(
+            program // tiles_m // head_tiles, head, tile_m, 0, call,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_MASK_Q, BLOCK_MASK_K,
+            PACK, SPLIT, TOP_LEFT, LENGTH_DIAGONAL, ROTARY_INTERLEAVED, ROTARY_ADVANCES, ALIGN,
+            PRECISION, SCALE_POSITIVE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _find_part(lengths_ptr, number, batch_size, seqlen_k, seqlen_new, splits, split_length):
+    """(sequence, its part) of part `number` of the batch, and how many it has; in 64 bits."""
+    if lengths_ptr is None:
+        each = parts_of(seqlen_k, splits, split_length)
+        found = tl.cast(number, tl.int64) // each
+        part = (number - found * each).to(tl.int32)
+        total = tl.cast(batch_size, tl.int64) * each
+    else:
+        BLOCK: tl.constexpr = 128
+        found = tl.cast(0, tl.int64)
+        before = tl.cast(0, tl.int64)  # parts of the sequences before this one
+        total = tl.cast(0, tl.int64)
+        for first in range(0, batch_size, BLOCK):
+            b = first + tl.arange(0, BLOCK)
+            keys = held(lengths_ptr, tl.minimum(b, batch_size - 1), seqlen_k, seqlen_new)
+            parts = parts_of(keys, splits, split_length)
+            parts = tl.where(b < batch_size, parts, 0).to(tl.int64)
+            passed = (b < batch_size) & (total + tl.cumsum(parts, 0) <= number)
+            found += tl.sum(passed.to(tl.int64), 0)
+            before += tl.sum(tl.where(passed, parts, 0), 0)
+            total += tl.sum(parts, 0)
+        part = (number - before).to(tl.int32)
+    return found, part, total
+
+
+@triton.jit
+def _attend_rows(
+    batch,
+    head,  # the first one of the tile
+    tile_m,
+    split,  # the part of the keys, 0 if not SPLIT
+    call,  # the kernel's arguments but for batch_size
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_MASK_Q: tl.constexpr,
+    BLOCK_MASK_K: tl.constexpr,
+    PACK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    LENGTH_DIAGONAL: tl.constexpr,
+    ROTARY_INTERLEAVED: tl.constexpr,
+    ROTARY_ADVANCES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_POSITIVE: tl.constexpr,
+):
+    """The results of one tile of queries, for one part of the keys if SPLIT."""
+    (
+        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, mask_ptr, bias_ptr,
+        slopes_ptr, sink_ptr, key_lengths_ptr, q_documents_ptr, k_documents_ptr, ranges_ptr,
+        block_offsets_ptr, block_indices_ptr, block_partial_ptr, block_patterns_ptr,
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_q_ptr, seqused_k_ptr, seed_ptr, block_table_ptr,
+        cache_indices_ptr, cache_starts_ptr, rotary_cos_ptr, rotary_sin_ptr, stride_qb, stride_qs,
+        stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob,
+        stride_os, stride_oh, stride_lb, stride_lh, stride_mb, stride_mh, stride_mq, stride_mk,
+        stride_bb, stride_bh, stride_bq, stride_bk, stride_slope, stride_qd, stride_kd,
+        stride_block_b, stride_block_h, stride_table, part_out_stride, part_lse_stride, heads,
+        group_size, seqlen_q, seqlen_k, tiles_m, splits, split_length, page_size, pages, seqlen_new,
+        rotary_half, rotary_positions, low, high, scale, softcap, threshold, inverse_keep,
+    ) = call  # fmt: skip
+    batch = tl.cast(batch, tl.int64)
+    head = tl.cast(head, tl.int64)
     kv_head = head // group_size
 
     q_start, length_q = sequence(cu_seqlens_q_ptr, seqused_q_ptr, batch, seqlen_q)
     k_start, key_limit = sequence(cu_seqlens_k_ptr, seqused_k_ptr, batch, seqlen_k)
     first_row = tile_m * BLOCK_M
     if cu_seqlens_q_ptr is not None:
-        if first_row >= length_q * PACK:
+        covered = tl.minimum(length_q, tiles_m * BLOCK_M)
+        sequences = tl.num_programs(0) // tiles_m // heads
+        gap_first, gap_end = gap(cu_seqlens_q_ptr, batch, sequences, q_start, covered, seqlen_q)
+        clear_rows(
+            out_ptr, gap_first, gap_end, tile_m, tiles_m, heads, head, BLOCK_M, HEAD_DIM_V, BLOCK_DV
+        )
+        for n in range(gap_first + tile_m * BLOCK_M, gap_end, tiles_m * BLOCK_M):
+            row = n + tl.arange(0, BLOCK_M)
+            tl.store(lse_ptr + head * stride_lh + row, float("-inf"), mask=row < gap_end)
+        if first_row >= length_q:
             return
     length_k = key_limit
     if key_lengths_ptr is not None:
@@ -287,9 +407,6 @@ def _forward_kernel(
         if LENGTH_DIAGONAL:
             length_k = key_limit
     shift = length_k - length_q
-    if SPLIT:
-        if (split > 0) & (split * split_length >= key_limit):
-            return  # merge.py does not read it
     cache = batch
     if cache_indices_ptr is not None:
         cache = tl.load(cache_indices_ptr + batch).to(tl.int64)
@@ -381,8 +498,9 @@ def _forward_kernel(
         begin = tl.maximum(begin, tl.load(pair))
         end = tl.minimum(end, tl.load(pair + 1))
     if SPLIT:
-        begin = tl.maximum(begin, split * split_length)
-        end = tl.minimum(end, (split + 1) * split_length)
+        part_keys = part_length(key_limit, splits, split_length)
+        begin = tl.maximum(begin, split * part_keys)
+        end = tl.minimum(end, (split + 1) * part_keys)
     lowest = None
     if low is not None:
         lowest = low
@@ -447,7 +565,7 @@ def _forward_kernel(
     out_offsets = (batch * stride_ob + token * stride_os + (head + group) * stride_oh) * ALIGN
     lse_offsets = batch * stride_lb + (head + group) * stride_lh + token
     if SPLIT:
-        if splits > 1:
+        if parts_of(key_limit, splits, split_length) > 1:
             part = tl.cast(split, tl.int64)
             part_base = part_out_ptr + part * part_out_stride * ALIGN
             store_tile(part_base, acc, out_offsets, rows_inside, HEAD_DIM_V, BLOCK_DV)
@@ -467,8 +585,7 @@ class _Plan(NamedTuple):
     launch: launch.Prepared
     block_m: int
     tiles_m: int
-    splits: int
-    split_length: int
+    split: tiles.Split
 
 
 _plans: PlanCache[_Plan] = PlanCache()
@@ -499,7 +616,7 @@ def attend(
         _plans.put(key, plan)
     x = plan.x
     out, lse = launching.outputs(x, q)
-    part_out, part_lse = launching.parts(out, lse, plan.splits)
+    part_out, part_lse = launching.parts(out, lse, plan.split.most)
     ranges = None
     if extras.q_documents is not None:
         ranges = tile_ranges(x, extras, plan.block_m, plan.tiles_m, of_queries=True)
@@ -518,9 +635,10 @@ def attend(
         extras.dropout_seed,
         *cache.pointers,
     )
-    if plan.splits > 1:
+    if plan.split.most > 1:
         merge(
-            part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, cache.seqlen_new, plan.split_length,
+            part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, cache.seqlen_new,
+            plan.split,
         )  # fmt: skip
     return out, lse
 
@@ -543,12 +661,11 @@ def _plan(
         max(x.head_dim, x.head_dim_v), tiles.masking(extras, settings),
     ).within(settings.block_q, settings.block_k)  # fmt: skip
     tiles_m = triton.cdiv(x.longest_q * pack, tile.block_m)
-    programs = tiles_m * (x.heads // pack) * x.batch
-    splits, split_length = 1, tiles.SPLIT_KEYS
+    of_sequence = tiles_m * (x.heads // pack)
+    split = tiles.Split(1, tiles.SPLIT_KEYS, of_sequence * x.batch)
     if few:
-        splits, split_length = tiles.splits(
-            x.longest_k, programs, launch.multiprocessors(x.device), cache.num_splits
-        )
+        multiprocessors = launch.multiprocessors(x.device)
+        split = tiles.split(x.longest_k, x.batch, of_sequence, multiprocessors, cache.num_splits)
     rows = (1 if x.packed else x.batch) * x.seqlen_q * x.heads
     numbers = (
         *x.strides,
@@ -564,8 +681,9 @@ def _plan(
         x.seqlen_q,
         x.seqlen_k,
         tiles_m,
-        splits,
-        split_length,
+        x.batch,
+        split.most,
+        split.keys,
         k.shape[-3],
         k.shape[0],
         cache.seqlen_new,
@@ -578,7 +696,7 @@ def _plan(
     )
     prepared = launch.Prepared(
         _forward_kernel,
-        (programs * splits,),
+        (split.programs,),
         numbers,
         **x.widths(),
         BLOCK_M=tile.block_m,
@@ -596,4 +714,4 @@ def _plan(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return _Plan(x, prepared, tile.block_m, tiles_m, splits, split_length)
+    return _Plan(x, prepared, tile.block_m, tiles_m, split)

@@ -149,13 +149,14 @@ def units(x: torch.Tensor, align: int) -> tuple[int, ...]:
 
 
 def outputs(x: Layout, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse); of packed tokens some may be in no sequence, so that no kernel writes them."""
-    shape = (*q.shape[:-1], x.head_dim_v)
-    if not x.packed:
-        lse = q.new_empty((x.batch, x.heads, x.seqlen_q), dtype=torch.float32)
-        return q.new_empty(shape), lse
-    lse = q.new_full((x.heads, x.seqlen_q), float("-inf"), dtype=torch.float32)
-    return q.new_zeros(shape), lse
+    """(out, lse), which the kernels fill, tokens in no sequence included."""
+    lines = (x.heads, x.seqlen_q) if x.packed else (x.batch, x.heads, x.seqlen_q)
+    out = q.new_empty((*q.shape[:-1], x.head_dim_v))
+    lse = q.new_empty(lines, dtype=torch.float32)
+    if x.packed and not x.batch * x.longest_q:  # then no kernel runs
+        out.zero_()
+        lse.fill_(float("-inf"))
+    return out, lse
 
 
 def parts(out: torch.Tensor, lse: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, held
+from fastattn.ops.attention import tiles
+from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, held, parts_of
 from fastattn.ops.common import launch
 
 BLOCK_S = 8  # splits in flight
@@ -15,7 +16,7 @@ WARPS = 4
 
 @triton.jit(
     do_not_specialize=["stride_part", "stride_lse", "heads", "seqlen_q", "seqlen_k", "seqlen_new",
-                       "split_length"]
+                       "splits", "split_length"]
 )  # fmt: skip
 def _merge_kernel(
     part_ptr,  # (splits, batch, seqlen_q, heads, head_dim), float32, contiguous
@@ -29,12 +30,16 @@ def _merge_kernel(
     seqlen_q,
     seqlen_k,
     seqlen_new,
-    split_length,
+    splits,  # parts that a sequence has at most
+    split_length,  # keys of a part, at least
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One program for each row: out = sum_s w_s out_s with w_s = exp(lse_s - lse)."""
+    """One program for each row: out = sum_s w_s out_s with w_s = exp(lse_s - lse).
+
+    Rows of a sequence in one part are there already.
+    """
     row = tl.program_id(0).to(tl.int64)  # of (batch, seqlen_q, heads)
     head = row % heads
     query = row // heads % seqlen_q
@@ -43,14 +48,16 @@ def _merge_kernel(
     length = seqlen_k
     if key_lengths_ptr is not None:
         length = held(key_lengths_ptr, batch, seqlen_k, seqlen_new)
-    splits = tl.maximum(tl.cdiv(length, split_length), 1)  # those that hold keys of this sequence
+    parts = parts_of(length, splits, split_length)
+    if parts == 1:
+        return
     columns = tl.arange(0, BLOCK_D)
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, splits, BLOCK_S):
+    for first in range(0, parts, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
-        there = split < splits
+        there = split < parts
         split = split.to(tl.int64)
         lse = tl.load(part_lse_ptr + split * stride_lse + line, mask=there, other=float("-inf"))
         lse *= LOG2_E
@@ -83,9 +90,9 @@ def merge(
     key_lengths: torch.Tensor | None,
     seqlen_k: int,
     seqlen_new: int,
-    split_length: int,
+    split: tiles.Split,
 ) -> None:
-    """Write out and lse; split s has the keys from s * split_length on."""
+    """Write out and lse of the sequences that have several parts."""
     batch, seqlen_q, heads, head_dim = out.shape
     launch.launch(
         _merge_kernel,
@@ -101,7 +108,8 @@ def merge(
         seqlen_q,
         seqlen_k,
         seqlen_new,
-        split_length,
+        split.most,
+        split.keys,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_S=BLOCK_S,

@@ -11,8 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.ops.attention import tiles
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+PART_STEP = tl.constexpr(tiles.MAX_BLOCK_N)  # parts end where key tiles do
 
 
 @triton.jit
@@ -64,6 +67,22 @@ def held(lengths_ptr, batch, most, seqlen_new):
 
 
 @triton.jit
+def part_length(keys, splits, split_length):
+    """Keys of a part of a sequence: of `split_length` or more, so that there are at most `splits`.
+
+    It follows from the sequence's own length, and so do the bits of its result.
+    """
+    even = tl.cdiv(tl.cdiv(keys, splits), PART_STEP) * PART_STEP
+    return tl.maximum(even, split_length)
+
+
+@triton.jit
+def parts_of(keys, splits, split_length):
+    """Parts of a sequence; one of a sequence without keys."""
+    return tl.maximum(tl.cdiv(keys, part_length(keys, splits, split_length)), 1)
+
+
+@triton.jit
 def sequence(cu_seqlens_ptr, seqused_ptr, batch, seqlen):
     """(first token, tokens) of a sequence; `seqlen` is that of a padded tensor, or a packed total.
 
@@ -79,6 +98,41 @@ def sequence(cu_seqlens_ptr, seqused_ptr, batch, seqlen):
     if seqused_ptr is not None:
         length = held(seqused_ptr, batch, length, 0)
     return start, length
+
+
+@triton.jit
+def gap(cu_seqlens_ptr, batch, batch_size, start, covered, tokens):
+    """(first, end) of the packed tokens after a sequence's own that no sequence has.
+
+    They reach from `covered` tokens of it, which its tiles or seqused leave, to the next sequence,
+    or to the end of the tensor.
+    """
+    first = start + covered
+    stop = tl.load(cu_seqlens_ptr + batch + 1).to(tl.int64)
+    stop = tl.where(batch + 1 == batch_size, tokens, tl.minimum(stop, tokens))
+    return first, tl.maximum(first, stop)
+
+
+@triton.jit
+def clear_rows(
+    ptr,  # (tokens, heads, head_dim), contiguous
+    first,  # token
+    end,
+    tile,  # of `tiles`, which share the tokens
+    tiles,
+    heads,
+    head,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Zero a head's rows of the tokens from `first` to `end`, this tile's share of them."""
+    columns = tl.arange(0, BLOCK_D)
+    for n in range(first + tile * ROWS, end, tiles * ROWS):
+        token = n + tl.arange(0, ROWS)
+        pointers = ptr + ((token * heads + head) * HEAD_DIM)[:, None] + columns[None, :]
+        exists = (token < end)[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.store(pointers, tl.zeros((ROWS, BLOCK_D), ptr.dtype.element_ty), mask=exists)
 
 
 # tanh(x) for |x| < 0.625 as x + x^3 P(x^2), P fitted to a relative error of 5e-9.

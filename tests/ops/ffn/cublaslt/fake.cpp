@@ -16,7 +16,8 @@ namespace {
 enum { ok = 0, invalid_value = 7, not_supported = 15 };
 
 std::string calls;           // JSON objects, one a product
-int fail_matmul = 0, fail_heuristic = 0, heuristics = 0, alive = 0;
+int fail_matmul = 0, heuristics = 0, alive = 0;
+enum { works, finds_nothing, supports_nothing, fails } heuristic = works;
 const char* complaint = "";  // why the last call was refused
 
 struct Desc {
@@ -122,10 +123,8 @@ const char* fake_complaint() { return complaint; }
 int fake_heuristics() { return heuristics; }
 int fake_alive() { return alive; }
 void fake_reset() { calls.clear(); }
-void fake_fail(int matmul, int heuristic) {
-  fail_matmul = matmul;
-  fail_heuristic = heuristic;
-}
+void fake_fail(int matmul) { fail_matmul = matmul; }
+void fake_heuristic(int number) { heuristic = static_cast<decltype(heuristic)>(number); }
 
 size_t cublasLtGetVersion() { return 130101; }
 const char* cublasLtGetStatusName(int status) {
@@ -211,7 +210,9 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, Desc* desc, Layout* a, Layout* 
     const bool power = (alignment & (alignment - 1)) == 0;
     if (alignment < 16 || alignment > 256 || !power) return refuse("an alignment");
   }
-  *found = fail_heuristic ? 0 : 1;
+  if (heuristic == fails) return refuse("it fails");
+  if (heuristic == supports_nothing) return refuse("it supports nothing", not_supported);
+  *found = heuristic == finds_nothing ? 0 : 1;
   *results = {};
   results->algorithm.data[0] = d->rows;  // Matmul wants the algorithm of its own problem
   results->algorithm.data[7] = preference->workspace;

@@ -68,9 +68,18 @@ def main() -> dict[str, Any]:
     told["activation is ours above"] = _calls(lambda: ours(**inputs | {"x": inputs["x"][:17]}))
     cuda.OWN.clear()
 
-    fake.fake_fail(14, 0)
+    fake.fake_fail(14)
     told["error of a product"] = _error(lambda: output_and_gradients(ours, inputs, out[:, :16]))
-    fake.fake_fail(0, 1)
+    fake.fake_fail(0)
+    for tokens, (name, number) in enumerate({"finds": 1, "supports": 2}.items(), 30):
+        fake.fake_heuristic(number)
+        few = dataclasses.replace(case, shape=(tokens, 24))
+        told[f"{name} nothing"] = _calls(lambda few=few: check(few, "cuda"))
+        some = torch.empty(tokens, 40).half(), None, workspace, few.inputs()["x"], *arguments[4:]
+        before = fake.fake_heuristics()
+        answers = [torch.ops.fastattn_cuda.ffn_cublaslt_product(*some) for _ in range(3)]
+        told[f"{name} nothing, asked"] = answers, fake.fake_heuristics() - before
+    fake.fake_heuristic(3)
     told["error of a heuristic"] = _error(lambda: ours(**inputs | {"x": inputs["x"][:5]}))
     told["descriptors left alive"] = fake.fake_alive()
     return told
