@@ -1,10 +1,10 @@
 """Test and time fastattn on an NVIDIA GPU: one command in two parts, and no network.
 
-    right   four minutes at most: builds, tests, writes gpu_right.json (gpu_right.py)
-    fast    five minutes at most: benchmarks, writes gpu_fast.json and a file a subject (gpu_fast.py)
+    right   gpu_right.py: builds, then tests, four minutes at most; writes gpu_right.json
+    fast    gpu_fast.py: times, five minutes at most; writes gpu_fast.json and a file a subject
 
-Each part can be run by itself; the same command again goes on where the last one stopped. `--part
-fast --preset full --minutes 8.5`, which is `make gpu-bench`, measures hours of rows in parts.
+Each part can be run by itself; the same command again goes on where the last one stopped. With
+`--part fast --preset full --minutes 8.5`, which is `make gpu-bench`, hours of rows are measured so.
 
 Exit code, of both parts the gravest: 0 all that ran is right and holds its target, 1 something is
 wrong, broke or did not build, 2 it could not begin, 3 all that ran is right, but something was left

@@ -1,7 +1,7 @@
 """The second part of the GPU check: how fast it is. Every subject of the benchmarks, by its value.
 
-`<subject>-<preset>.json` has a subject's rows (schema.py), written after each one; a later run keeps
-them and measures the rest.
+`<subject>-<preset>.json` has a subject's rows (schema.py), written after each one; a later run
+keeps them and measures the rest.
 """
 
 from __future__ import annotations

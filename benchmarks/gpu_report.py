@@ -15,7 +15,8 @@ from checkout import ROOT
 from environment import environment
 from schema import write_json
 
-CODE = ("benchmarks", "csrc", "fastattn", "tests", "setup.py", "pyproject.toml")  # what is checked
+CODE = ("benchmarks", "csrc", "fastattn", "tests")  # folders
+SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".json", ".py", ".toml")
 
 
 class Exit(enum.IntEnum):
@@ -118,11 +119,8 @@ def _same(path: Path, data: dict[str, Any]) -> bool:
 def fingerprint() -> str:
     """A digest of the code that is checked: of what the files hold, whatever git says of them."""
     digest = hashlib.sha256()
-    for name in CODE:
-        files = sorted((ROOT / name).rglob("*")) if (ROOT / name).is_dir() else [ROOT / name]
-        for path in files:
-            if path.suffix in (".py", ".toml", ".cu", ".cuh", ".cpp", ".h", ".json") and (
-                "results" not in path.parts
-            ):
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    folders = (path for name in CODE for path in (ROOT / name).rglob("*"))
+    for path in sorted([*ROOT.glob("*"), *folders]):
+        if path.suffix in SUFFIXES and "results" not in path.parts:  # benchmarks write those
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

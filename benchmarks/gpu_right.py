@@ -20,13 +20,14 @@ import importlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ MINUTES = 3.7  # with the start of Python and the last test less than four
 BUILD_SECONDS = 120.0
 GRACE = 10.0  # seconds that an interrupted pytest has to end by itself
 LEAST = 10.0  # seconds in which a step can do something: it takes some to import torch
+PATIENCE = 100.0  # seconds after which a test must be stuck
 MOST_WORKERS = 16
 
 CONFORMANCE = ("tests/conformance",)
@@ -68,8 +70,7 @@ def check(report: Report, device: str, rooms: Sequence[str] = ROOMS) -> Verdict:
     """Take the steps in order, each with all the time that is left."""
     data = report.data
     if not report.goes_on:
-        for old in report.out.glob("right-*"):
-            old.unlink()
+        forget(report.out)
     environment = {}
     if device == "cuda":
         print("== build", flush=True)
@@ -91,9 +92,7 @@ def check(report: Report, device: str, rooms: Sequence[str] = ROOMS) -> Verdict:
     return verdict(data)
 
 
-def steps(
-    report: Report, device: str, rooms: Sequence[str], stack: ExitStack
-) -> Iterator[Step]:
+def steps(report: Report, device: str, rooms: Sequence[str], stack: ExitStack) -> Iterator[Step]:
     yield Step("conformance", CONFORMANCE)
     digests = (report.out / "right-digests").resolve()
     yield Step("sweep", SWEEP, environment={"FASTATTN_SWEEP_WRITE": str(digests)})
@@ -107,6 +106,12 @@ def steps(
                 | dict.fromkeys(ptxas.VARIABLES, other["path"]),
             )  # fmt: skip
     yield Step("suite", rooms)
+
+
+def forget(out: Path) -> None:
+    """Remove what a run of other code, or on another device, has left."""
+    for old in out.glob("right-*"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def architecture() -> str:
@@ -169,10 +174,8 @@ def run(
             return process.wait(timeout=max(seconds - GRACE, 0.0))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=GRACE)
-            except subprocess.TimeoutExpired:
-                pass
             return None
         finally:
             stop(process)
@@ -192,6 +195,7 @@ def run_tests(
     command = [sys.executable, "-m", "pytest", *step.paths, *step.options, "-q", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-p", "ledger"]
     command += ["--ledger", str(events.resolve()), "--passed", str(passed.resolve())]
+    command += ["--patience", str(PATIENCE)]
     command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
     chosen = child_environment() | environment | step.environment
     chosen["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), chosen["PYTHONPATH"]])

@@ -1,15 +1,16 @@
-"""A pytest plugin that writes each test down as it begins and ends, and leaves out what passed before.
+"""A pytest plugin: writes each test down as it begins and ends, leaves out what passed before.
 
-    pytest -p ledger --ledger FILE --passed FILE PATHS
+    pytest -p ledger --ledger FILE --passed FILE --patience SECONDS PATHS
 
 The ledger is there even if pytest has to be killed, and it names the tests that were running then.
-Files of the PATHS take turns, so that a run that is cut short has seen something of each. A worker of
-pytest-xdist whose GPU context a test has broken ends, lest the tests after it fail for nothing; xdist
-starts another one.
+Files of the PATHS take turns, so that a run that is cut short has seen something of each. A process
+of pytest-xdist ends if a test takes too long in it, or has broken the GPU's context, so that
+others do not wait or fail for it; the test has failed, and xdist starts another process.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -22,16 +23,17 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("ledger")
-    group.addoption("--ledger", type=Path, required=True, help="append to this file, a line an event")
-    group.addoption("--passed", type=Path, required=True, help="leave out these tests, one a line")
+    add = parser.getgroup("ledger").addoption
+    add("--ledger", type=Path, required=True, help="append to this file, a line an event")
+    add("--passed", type=Path, required=True, help="leave out these tests, one a line")
+    add("--patience", type=float, required=True, help="seconds that a test may take")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     passed = frozenset(config.getoption("passed").read_text().splitlines())
     config.pluginmanager.register(_Selection(passed))
     if hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Worker())
+        config.pluginmanager.register(_Worker(config.getoption("patience")))
     else:
         config.pluginmanager.register(_Writer(config.getoption("ledger")))
 
@@ -95,6 +97,15 @@ class _Writer:
 
 
 class _Worker:
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+
+    def pytest_runtest_logstart(self) -> None:
+        faulthandler.dump_traceback_later(self.patience, exit=True, file=sys.__stderr__)
+
+    def pytest_runtest_logfinish(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and context_lost():

@@ -35,7 +35,9 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Results], None]:
             if not (Path(folder) / name).exists():
                 pytest.skip("the first run has no results of this case")
             before = json.loads((Path(folder) / name).read_text())
-            other = sorted(key for key in found.keys() | before if found.get(key) != before.get(key))
+            other = sorted(
+                key for key in found.keys() | before if found.get(key) != before.get(key)
+            )
             assert not other, f"other bits than in the first run: {', '.join(other)}"
 
     return kept

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
@@ -49,11 +49,12 @@ def others(architecture: int) -> list[Ptxas]:
     """
     from triton.knobs import NvidiaTool
 
-    found = {}
+    found: dict[tuple[int, int], Ptxas] = {}
     for path in _places():
         tool = NvidiaTool.from_path(str(path))  # None unless it runs
         if tool is not None:
-            found.setdefault(_of(tool).version, _of(tool))
+            ptxas = _of(tool)
+            found.setdefault(ptxas.version, ptxas)
     found.pop(in_use(architecture).version, None)
     return sorted(found.values(), key=lambda ptxas: ptxas.version, reverse=True)
 
@@ -69,7 +70,7 @@ def _places() -> Iterator[Path]:
         yield Path(found)
 
 
-def _of(tool: object) -> Ptxas:
+def _of(tool: Any) -> Ptxas:
     major, minor = tool.version.split(".")
     return Ptxas(tool.path, (int(major), int(minor)))
 
@@ -87,5 +88,5 @@ def warning(architecture: int) -> str | None:
     place = newer[0].path if newer else "the ptxas of PyPI's nvidia-cuda-nvcc, 13.3 or later"
     return (
         "on Hopper, ptxas before 13.3 may overwrite registers that a wgmma still reads, and "
-        f"results are then wrong: set {VARIABLES[blackwell]} to {place}"
+        f"results may be wrong: set {VARIABLES[blackwell]} to {place}"
     )
