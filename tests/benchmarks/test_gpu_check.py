@@ -96,11 +96,12 @@ class Fake:
         rooms = ["--part", "right", "--rooms", "tests/ops", "tests/nn"]
         return gpu_check.main(["--out", str(self.out), *rooms, *arguments])
 
-    def suite(self, workers: int = 1) -> dict[str, Any]:
+    def suite(self, workers: int = 1, seconds: float = 100) -> dict[str, Any]:
         """What comes of the suite only."""
+        self.happened.unlink(missing_ok=True)
         self.out.mkdir(exist_ok=True)
         step = gpu_right.Step("suite", ["tests/ops", "tests/nn"])
-        return gpu_right.run_tests(step, self.out, 100, workers, {})
+        return gpu_right.run_tests(step, self.out, seconds, workers, {})
 
     @property
     def events(self) -> list[str]:
@@ -156,39 +157,36 @@ def test_what_the_steps_are_told(fake: Fake) -> None:
 
 
 def test_a_step_that_was_cut_short(fake: Fake) -> None:
-    """What it had done is kept, each room had its share, and what ran then is named."""
-    fake.assemblers(None)
-    for room in ("ops", "nn"):
-        fake.test(room, "first", "pass", "assert False, 'so wrong'" if room == "nn" else "pass")
-        fake.test(room, "second", "time.sleep(1000)")
+    """Each room had its share, what was done is kept, and what ran at the end is named."""
+    fake.test("ops", "second", "os.path.exists('fixed') or time.sleep(1000)")
+    fake.test("nn", "first", "pass", "assert os.path.exists('fixed'), 'so wrong'")
     start = time.monotonic()
-    assert fake.run("--minutes", "0.25") == Exit.WRONG
-    assert time.monotonic() - start < 15 + 5
-    suite = fake.data["tests"]["suite"]
-    assert suite["exit_code"] is None
-    assert suite["rooms"] == {
-        "tests/ops": {"passed": 2}, "tests/nn": {"passed": 1, "failed": 1},
-    }  # fmt: skip
-    (wrong,), (left_out,) = fake.verdict["wrong"], fake.verdict["left_out"]
-    assert "tests/nn/test_first.py::test_triton_1" in wrong and "so wrong" in wrong
-    assert "then ran tests/ops/test_second.py::test_triton_0" in left_out
+    result = fake.suite(seconds=12)
+    assert time.monotonic() - start < 12 + 5
+    assert result["exit_code"] is None
+    assert result["rooms"] == {"tests/ops": {"passed": 1}, "tests/nn": {"passed": 1, "failed": 1}}
+    said = gpu_right.verdict({"tests": {"suite": result}})
+    (wrong,), (left_out,) = said.wrong, said.left_out
+    assert (
+        wrong.startswith("suite: tests/nn/test_first.py::test_triton_1: ") and "so wrong" in wrong
+    )
+    assert left_out.endswith("then ran tests/ops/test_second.py::test_triton_0")
+    fake.write("fixed", "")
+    assert gpu_right.verdict({"tests": {"suite": fake.suite()}}) == Verdict()
+    assert fake.events == ["ops second", "nn first 1", "nn second"]
 
 
 def test_it_goes_on_where_it_stopped(fake: Fake) -> None:
-    """A test that has passed does not run again, one that failed or had no time does."""
+    """A test that has passed does not run again, unless the code has changed."""
     fake.assemblers(None)
-    fixed = "os.path.exists('fixed')"
-    fake.test("conformance", "second", f"assert {fixed}")
-    fake.test("ops", "second", f"{fixed} or time.sleep(1000)")
-    assert fake.run("--minutes", "0.25") == Exit.WRONG
+    fake.test("conformance", "second", "assert os.path.exists('fixed')")
+    assert fake.run() == Exit.WRONG
     fake.write("fixed", "")
     assert fake.run() == Exit.RIGHT
-    assert fake.events == ["build 90a", "conformance second", "ops second", "nn second"]
-    assert fake.data["tests"]["suite"]["passed_before"] == 2
+    assert fake.events == ["build 90a", "conformance second"]
+    assert fake.data["tests"]["suite"]["passed_before"] == 4
     assert fake.data["tests"]["suite"]["counts"] == {"passed": 4}
-    assert fake.run() == Exit.RIGHT
-    assert fake.events == ["build 90a"]
-    fake.write("fastattn/kernel.py", "pass")  # other code
+    fake.write("fastattn/kernel.py", "pass")
     assert fake.run() == Exit.RIGHT
     assert fake.events[-6:] == [*SWEEP, *SUITE]
 

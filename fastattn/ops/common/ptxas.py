@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
@@ -39,7 +41,9 @@ def in_use(architecture: int) -> Ptxas:
     """
     from triton.backends.nvidia.compiler import get_ptxas
 
-    return _of(get_ptxas(architecture))
+    tool = get_ptxas(architecture)
+    major, minor = tool.version.split(".")
+    return Ptxas(tool.path, (int(major), int(minor)))
 
 
 def others(architecture: int) -> list[Ptxas]:
@@ -47,14 +51,15 @@ def others(architecture: int) -> list[Ptxas]:
 
     Looked for in Triton, in NVIDIA's packages, in CUDA_HOME, on PATH and in /usr/local/cuda.
     """
-    from triton.knobs import NvidiaTool
-
     found: dict[tuple[int, int], Ptxas] = {}
     for path in _places():
-        tool = NvidiaTool.from_path(str(path))  # None unless it runs
-        if tool is not None:
-            ptxas = _of(tool)
-            found.setdefault(ptxas.version, ptxas)
+        try:
+            said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        except OSError:  # it cannot be run here
+            continue
+        if (release := re.search(r"release (\d+)\.(\d+)", said)) is not None:
+            version = int(release[1]), int(release[2])
+            found.setdefault(version, Ptxas(str(path), version))
     found.pop(in_use(architecture).version, None)
     return sorted(found.values(), key=lambda ptxas: ptxas.version, reverse=True)
 
@@ -68,11 +73,6 @@ def _places() -> Iterator[Path]:
     path = os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     if (found := shutil.which("ptxas", path=path)) is not None:
         yield Path(found)
-
-
-def _of(tool: Any) -> Ptxas:
-    major, minor = tool.version.split(".")
-    return Ptxas(tool.path, (int(major), int(minor)))
 
 
 def warning(architecture: int) -> str | None:
