@@ -47,14 +47,13 @@ def kernels_of(masking: str) -> list[str]:
 
 
 def of(dtype: str, width: int, masking: str) -> Case:
-    """With tiles inside the band, on its edge, and at the end of both sequences."""
+    """On a GPU with tiles inside the band, on its edge, and at the end of both sequences."""
     size = getattr(torch, dtype).itemsize
     rows = [tiles.tile(k, ARCHITECTURE, size, width, masking) for k in kernels_of(masking)]
-    whole = 3 if GPU else 1
-    seqlen_q = whole * max(tile.block_m for tile in rows) + 7
-    seqlen_k = seqlen_q + max(tile.block_n for tile in rows)
+    block_m, block_n = max(tile.block_m for tile in rows), max(tile.block_n for tile in rows)
+    seqlen_q, more = (3 * block_m + 7, block_n) if GPU else (block_m // 2 + 7, block_n // 2)
     return Case(
-        seqlen_q, seqlen_k, batch=1, heads=2 if GPU or masking == tiles.PLAIN else 1, kv_heads=1,
+        seqlen_q, seqlen_q + more, batch=1, heads=2 if GPU or masking == tiles.PLAIN else 1, kv_heads=1,
         head_dim=width, causal=True, dtype=getattr(torch, dtype), device=DEVICE.type,
         **FEATURES[masking],
     )  # fmt: skip
