@@ -21,8 +21,8 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-b
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ir test-oldest headers lint format wheel gpu-check gpu-sanitize gpu-bench \
-    gpu-tune clean FORCE
+.PHONY: help demo test test-ir test-oldest headers lint format wheel gpu-check gpu-right gpu-fast \
+    gpu-sanitize gpu-bench gpu-tune clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,13 +73,20 @@ wheel: $(READY) ## the wheel in dist/, with the CUDA extension (FASTATTN_CUDA_AR
 	@$(BIN)/python tests/house/fresh_install.py dist/fastattn-*.whl
 
 # The targets for a machine with an NVIDIA GPU install nothing and take no network: $(PYTHON) has torch.
-# gpu-check builds the CUDA extension into the checkout where nvcc is.
+# gpu-check builds the CUDA extension into the checkout. Make itself ends with 2 whatever failed; the
+# last line that is printed, and the results, have gpu_check.py's own exit code.
 ON_GPU = @test -n '$(OUT)' || { echo "$@ needs a folder for its results: make $@ OUT=folder"; exit 2; }; \
 	mkdir -p '$(OUT)'; echo "== $@ with $(PYTHON)"; \
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
-gpu-check: ## on an NVIDIA GPU: build, tests, then all benchmarks (quick), 9 minutes, to OUT=folder
+gpu-check: ## on an NVIDIA GPU: gpu-right, then gpu-fast, 9 minutes, to OUT=folder; again goes on
 	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' $(GPU_ARGS)
+
+gpu-right: ## build, every kernel at every tile, then other tests, 4 minutes
+	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' --part right $(GPU_ARGS)
+
+gpu-fast: ## all benchmarks (quick), 5 minutes
+	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' --part fast $(GPU_ARGS)
 
 gpu-sanitize: ## on an NVIDIA GPU: compute-sanitizer over the small cases of the CUDA kernels
 	@for tool in memcheck racecheck; do echo "== compute-sanitizer --tool $$tool"; \
@@ -88,7 +95,8 @@ gpu-sanitize: ## on an NVIDIA GPU: compute-sanitizer over the small cases of the
 	        || exit 1; done
 
 gpu-bench: ## the full benchmarks, 9 minutes of them; again goes on; GPU_ARGS="--subjects decode"
-	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' --preset full --tests $(GPU_ARGS)
+	$(ON_GPU) benchmarks/gpu_check.py --out '$(OUT)' --part fast --preset full --minutes 8.5 \
+	    $(GPU_ARGS)
 
 gpu-tune: ## search the tile tables, 9 minutes, print the rows to change; GPU_ARGS="--kernel keys"
 	$(ON_GPU) -m fastattn tune --budget 500 --json '$(OUT)/tune.json' $(GPU_ARGS)

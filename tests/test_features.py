@@ -35,6 +35,7 @@ class Feature:
     run: Callable[[str, str], None]  # (backend, device); raises UnsupportedError where refused
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # beyond the metadata
     table: tuple[backends.Backend, ...] = interface.BACKENDS
+    case: Case | None = None  # where `run` checks its output and gradients
 
 
 def described(case: Case, device: str, **more: Any) -> AttentionProblem:
@@ -54,7 +55,7 @@ def forward_and_backward(case: Case) -> Feature:
         call(on_device, drawn, backend, drawn.tensors)  # where it is refused, `check` is content
         check(on_device, backend)
 
-    return Feature(lambda device: described(case, device), run)
+    return Feature(lambda device: described(case, device), run, case=case)
 
 
 def with_lse(case: Case, gradient: bool) -> Feature:

@@ -20,6 +20,7 @@ from fastattn.backends import (
     Explanation,
     explanation_of,
 )
+from fastattn.ops.common import ptxas
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors")
 DTYPES = {
@@ -74,7 +75,20 @@ def _devices() -> Iterator[str]:
         gpu = torch.cuda.get_device_properties(index)
         memory = gpu.total_memory / 2**30
         yield f"GPU {index}      {gpu.name}, capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB"
+        for line in _assembler(10 * gpu.major + gpu.minor):
+            yield f"ptxas      {line}"
     yield f"extension  {extension.status()}"
+
+
+def _assembler(architecture: int) -> Iterator[str]:
+    """What would assemble Triton's kernels for a GPU, and a warning if it should not."""
+    try:
+        yield f"{ptxas.in_use(architecture)}"
+    except (ImportError, RuntimeError) as error:
+        yield f"none: {error}"
+        return
+    if (warning := ptxas.warning(architecture)) is not None:
+        yield f"WARNING: {warning}"
 
 
 def _driver() -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import fastattn
 from fastattn import backends, extension
 from fastattn.cli import main
 from fastattn.extension import CannotLoad, Library
+from fastattn.ops.common import ptxas
 
 
 def doctor(capsys: pytest.CaptureFixture[str]) -> str:
@@ -56,6 +59,83 @@ def test_the_extension(
     monkeypatch.setattr(extension, "_loaded", lambda path: library)
     monkeypatch.setattr(extension, "_no_gpu", lambda: reason)
     assert re.search(rf"^  extension  {line}$", doctor(capsys), re.MULTILINE)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Let torch have a GPU of a compute capability, and its tensors be on the CPU."""
+
+    def there_is(major: int, minor: int) -> None:
+        properties = SimpleNamespace(name="a GPU", major=major, minor=minor, total_memory=2**36)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: properties)
+        monkeypatch.setattr("fastattn.cli.doctor._available", lambda: [torch.device("cpu")])
+        monkeypatch.setattr(extension, "status", lambda: "built")
+
+    return there_is
+
+
+def assembler(folder: Path, version: str) -> str:
+    """A program that says that it is this ptxas."""
+    path = folder / f"ptxas-{version}"
+    path.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {version}, V{version}.1\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "warned"),
+    [((9, 0), "13.2", True), ((9, 0), "13.3", False), ((9, 0), "14.0", False),
+     ((8, 0), "12.8", False), ((10, 0), "12.9", False)],
+)  # fmt: skip
+def test_the_assembler_of_a_gpu(
+    capability: tuple[int, int], version: str, warned: bool, tmp_path: Path,
+    gpu: Callable[[int, int], None], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is named, and one that may miscompile on Hopper is warned of, with the fix."""
+    gpu(*capability)
+    path = assembler(tmp_path, version)
+    for name in ptxas.VARIABLES:
+        monkeypatch.setenv(name, path)
+    newer = assembler(tmp_path, "13.9")
+    monkeypatch.setattr(ptxas, "_places", lambda: iter([path, newer]))
+    out = doctor(capsys)
+    assert f"  ptxas      {path}, version {version}\n" in out
+    warning = rf"^  ptxas      WARNING: on Hopper.*set TRITON_PTXAS\w*_PATH to {newer}$"
+    assert (re.search(warning, out, re.MULTILINE) is not None) == warned
+    monkeypatch.setattr(ptxas, "_places", lambda: iter([path]))
+    assert ("PyPI's nvidia-cuda-nvcc" in doctor(capsys)) == warned
+
+
+def test_the_variable_that_the_fix_names_takes_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ptxas.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for architecture in (90, 100):
+        default = ptxas.in_use(architecture)
+        monkeypatch.setattr(ptxas, "HOPPER_FLOOR", (99, 0))  # whatever this Triton carries
+        warning = ptxas.warning(architecture)
+        if architecture >= 100:
+            assert warning is None
+            continue
+        variable = re.search(r"TRITON_PTXAS\w*_PATH", warning)[0]
+        path = assembler(tmp_path, "98.7")
+        monkeypatch.setenv(variable, path)
+        assert ptxas.in_use(architecture) == (path, (98, 7)) != default
+
+
+def test_other_assemblers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version once, the newest first, and not the one in use."""
+    used, *others = (assembler(tmp_path, version) for version in ("13.1", "12.9", "13.10", "13.1"))
+    broken = tmp_path / "ptxas"
+    broken.write_text("")
+    for name in ptxas.VARIABLES:
+        monkeypatch.setenv(name, used)
+    monkeypatch.setattr(ptxas, "_places", lambda: iter([*others, used, broken, tmp_path / "none"]))
+    assert [other.version for other in ptxas.others(90)] == [(13, 10), (12, 9)]
 
 
 def test_every_op_has_its_backend_and_the_reasons(

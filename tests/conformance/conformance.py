@@ -154,16 +154,17 @@ def run(device: str) -> dict[str, str]:
 
 
 def build_for_gpu() -> Path:
-    """The programs, compiled by nvcc for the GPU that is there."""
+    """The programs, compiled by nvcc for the GPU that is there. Processes that ask at once build once."""
     nvcc, (torch_folder, _) = build.find_nvcc(), build.find_torch()
     if nvcc is None:
         raise RuntimeError("nvcc was not found (looked in CUDA_HOME, PATH and /usr/local/cuda)")
     major, minor = torch.cuda.get_device_capability()
     compiler = build.compile_command(f"{major}{minor}", nvcc, torch_folder)
     folder = ROOT / "build" / "conformance-cuda"
-    objects = build.incremental.compile_all(compiler, [SOURCE], ROOT, folder, 1, build.say)
     output = folder / "conformance.so"
-    build.incremental.link(build.link_command(nvcc, torch_folder), objects, ROOT, output)
+    with library.locked(folder):
+        objects = build.incremental.compile_all(compiler, [SOURCE], ROOT, folder, 1, build.say)
+        build.incremental.link(build.link_command(nvcc, torch_folder), objects, ROOT, output)
     return output
 
 

@@ -69,7 +69,7 @@ def build(root: Path = ROOT, folder: Path = BUILD) -> Path:
 
 def _build(files: Sequence[str], root: Path, folder: Path, name: str) -> Path:
     library = folder / f"lib{name}.so"
-    with _locked(folder):
+    with locked(folder):
         objects = incremental.compile_all(
             compiler(), files, root, folder, incremental.cores(), _say,
             version=importlib.metadata.version("torch"),
@@ -97,7 +97,7 @@ def _torch() -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Alone among processes."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:

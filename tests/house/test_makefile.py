@@ -176,7 +176,12 @@ def test_arguments_are_passed_on(tree: Tree) -> None:
     ("target", "command"),
     [
         ("gpu-check", "benchmarks/gpu_check.py --out results"),
-        ("gpu-bench", "benchmarks/gpu_check.py --out results --preset full --tests"),
+        ("gpu-right", "benchmarks/gpu_check.py --out results --part right"),
+        ("gpu-fast", "benchmarks/gpu_check.py --out results --part fast"),
+        (
+            "gpu-bench",
+            "benchmarks/gpu_check.py --out results --part fast --preset full --minutes 8.5",
+        ),
         ("gpu-tune", "-m fastattn tune --budget 500 --json results/tune.json"),
     ],
 )

@@ -349,10 +349,10 @@ def has_lse(case: Case, backend: str) -> bool:
     return case.device == "cpu" and not case.dropout_p and same_width
 
 
-def check(case: Case, backend: str) -> None:
-    """`backend` on `case` against float64 under the rule, outputs and gradients.
+def check(case: Case, backend: str) -> dict[str, torch.Tensor | None]:
+    """`backend` on `case` against float64 under the rule: its outputs and gradients, by name.
 
-    A backend that does not do the case has to say so.
+    A backend that does not do the case has to say so; there are no results then.
     """
     problem = case.draw()
     reason = refusal(case, backend)
@@ -361,7 +361,7 @@ def check(case: Case, backend: str) -> None:
             call(case, problem, backend, problem.tensors)
         except fastattn.UnsupportedError as error:
             if reason in str(error):
-                return
+                return {}
             raise AssertionError(f"expected the reason {reason!r}, got {error}") from error
         raise AssertionError(f"{backend} runs what it does not do: {reason}")
 
@@ -402,6 +402,7 @@ def check(case: Case, backend: str) -> None:
                 terms=terms,
                 **factors,
             )
+    return actual
 
 
 def units(case: Case, backend: str) -> tuple[int, int]:

@@ -87,8 +87,10 @@ def output_and_gradients(
     return {"out": out, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
-def check(case: Case, backend: str | None, inputs: dict[str, Tensor] | None = None) -> None:
-    """Hold the output and every gradient of `backend` to the rule."""
+def check(
+    case: Case, backend: str | None, inputs: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Hold the output and every gradient of `backend` to the rule; they are returned by name."""
     inputs = case.inputs() if inputs is None else inputs
     shape = (*inputs["x"].shape[:-1], case.out_features)
     g = torch.Generator().manual_seed(case.seed + 1)
@@ -100,3 +102,4 @@ def check(case: Case, backend: str | None, inputs: dict[str, Tensor] | None = No
     for name, value in ours.items():
         assert value.dtype == case.dtype, f"{name} is {value.dtype}"
         assert_close_to_reference(value, eager[name], reference[name], name=name)
+    return ours

@@ -110,8 +110,10 @@ def outputs_and_gradients(
     return named | {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
 
 
-def check(case: Case, backend: str | None, inputs: dict[str, Tensor] | None = None) -> None:
-    """Outputs, dtypes and all gradients of `backend` under the rule of oracle.py."""
+def check(
+    case: Case, backend: str | None, inputs: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Outputs, dtypes and all gradients of `backend` under the rule; they are returned by name."""
     inputs = case.inputs() if inputs is None else inputs
     g = torch.Generator().manual_seed(case.seed + 1)
     shape = inputs["x"].shape
@@ -129,3 +131,4 @@ def check(case: Case, backend: str | None, inputs: dict[str, Tensor] | None = No
     for name, value in ours.items():
         assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, not {eager[name].dtype}"
         assert_close_to_reference(value, eager[name], exact[name], name=f"{name} of {case}")
+    return ours
