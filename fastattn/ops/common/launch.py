@@ -112,7 +112,8 @@ class Prepared:
             if self._aligned(pointers):
                 in_order = (constants[name] for name in kernel.arg_names if name in constants)
                 self._rest = (*numbers, *in_order)
-                self._run = compiled[(*grid, 1, 1)]
+                three_axes = (*grid, 1, 1)
+                self._run = compiled[three_axes]
 
     def _aligned(self, pointers: tuple[Any, ...]) -> bool:
         addresses = 0

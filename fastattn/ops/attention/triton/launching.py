@@ -111,7 +111,8 @@ def key(
     *more: torch.Tensor | None,
 ) -> Hashable:
     """All of a call's metadata: what a launcher computes from it is kept under this key."""
-    tensors = (q, k, v, *extras[:_BLOCKS], *extras[_BLOCKS + 1 :], *more, *(extras.blocks or ()))
+    single: tuple[Any, ...] = (*extras[:_BLOCKS], *extras[_BLOCKS + 1 :])
+    tensors = (q, k, v, *single, *more, *(extras.blocks or ()))
     facts = [x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors]
     return tuple(facts), settings, q.device, tuple(tiles.overrides.items())
 
@@ -218,7 +219,7 @@ _DENSE = (
 
 def dense(extras: Extras) -> Extras:
     """The extras with every vector contiguous; mask and bias keep their strides."""
-    given = [(name, x) for name, x in zip(Extras._fields, extras) if x is not None]
+    given: list[tuple[str, Any]] = [x for x in zip(Extras._fields, extras) if x[1] is not None]
     given = [(name, x.contiguous()) for name, x in given if name in _DENSE]
     return extras._replace(**dict(given)) if given else extras
 
