@@ -44,8 +44,9 @@ from fastattn.ops.common import ptxas
 MINUTES = 3.7  # with the start of Python and the last test less than four
 BUILD_SECONDS = 120.0
 GRACE = 10.0  # seconds that an interrupted pytest has to end by itself
-LEAST = 10.0  # seconds in which a step can do something: it takes some to import torch
-PATIENCE = 100.0  # seconds after which a test must be stuck
+LEAST = 20.0  # seconds in which a step can do something: it takes some to import torch
+# Seconds after which a test must be stuck; on a CPU the first one may compile the emulator.
+PATIENCE = {"cuda": 100.0, "cpu": 1000.0}
 MOST_WORKERS = 16
 
 CONFORMANCE = ("tests/conformance",)
@@ -85,7 +86,9 @@ def check(report: Report, device: str, rooms: Sequence[str] = ROOMS) -> Verdict:
             if report.left() < LEAST:
                 result: dict[str, Any] = {"skipped": "no time left to begin it"}
             else:
-                result = run_tests(step, report.out, report.left(), workers(), environment)
+                result = run_tests(
+                    step, report.out, report.left(), workers(), PATIENCE[device], environment
+                )
                 print(f"   {result['counts']} in {result['seconds']} s", flush=True)
             data["tests"][step.name] = result
             report.save()
@@ -185,7 +188,12 @@ def run(
 
 
 def run_tests(
-    step: Step, out: Path, seconds: float, workers: int, environment: Mapping[str, str]
+    step: Step,
+    out: Path,
+    seconds: float,
+    workers: int,
+    patience: float,
+    environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """Run what of a step has not passed yet, for at most `seconds`."""
     stem = out / f"right-{re.sub(r'[^a-z]+', '-', step.name)}"
@@ -195,7 +203,7 @@ def run_tests(
     command = [sys.executable, "-m", "pytest", *step.paths, *step.options, "-q", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-p", "ledger"]
     command += ["--ledger", str(events.resolve()), "--passed", str(passed.resolve())]
-    command += ["--patience", str(PATIENCE)]
+    command += ["--patience", str(patience)]
     command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
     chosen = child_environment() | environment | step.environment
     chosen["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), chosen["PYTHONPATH"]])

@@ -96,12 +96,14 @@ class Fake:
         rooms = ["--part", "right", "--rooms", "tests/ops", "tests/nn"]
         return gpu_check.main(["--out", str(self.out), *rooms, *arguments])
 
-    def suite(self, workers: int = 1, seconds: float = 100) -> dict[str, Any]:
+    def suite(
+        self, workers: int = 1, seconds: float = 100, patience: float = 100
+    ) -> dict[str, Any]:
         """What comes of the suite only."""
         self.happened.unlink(missing_ok=True)
         self.out.mkdir(exist_ok=True)
         step = gpu_right.Step("suite", ["tests/ops", "tests/nn"])
-        return gpu_right.run_tests(step, self.out, seconds, workers, {})
+        return gpu_right.run_tests(step, self.out, seconds, workers, patience, {})
 
     @property
     def events(self) -> list[str]:
@@ -257,9 +259,8 @@ CRASHES = {"crash": "os._exit(3)", "hang": "time.sleep(1000)"}
 
 @pytest.mark.parametrize("how", CRASHES)
 def test_a_process_that_crashes_or_hangs_costs_one_test(fake: Fake, how: str) -> None:
-    fake.set(gpu_right, "PATIENCE", 2.0)
     fake.test("ops", "first", CRASHES[how], "pass", "pass")
-    result = fake.suite(workers=2)
+    result = fake.suite(workers=2, patience=2)
     (said,) = wrong(result)
     assert said.startswith("suite: tests/ops/test_first.py::test_triton_0: ") and "crashed" in said
     assert result["counts"] == {"passed": 5, "error": 1}
