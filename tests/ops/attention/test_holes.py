@@ -15,6 +15,7 @@ from ops.attention.cases import BACKENDS, LAYOUTS, Case, check, formula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
+from fastattn.backends import triton_runs
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import check_varlen, describe
 
@@ -415,7 +416,13 @@ def test_more_than_65535_heads_and_sequences() -> None:
         assert all(x.grad.isfinite().all() for x in leaves)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a file stands behind the tensor: CPU only")
+on_a_file = pytest.mark.skipif(
+    triton_runs() != "interpreted",
+    reason="a sparse file of gigabytes stands behind the tensor, which only the interpreter can use",
+)
+
+
+@on_a_file
 def test_offsets_beyond_2_31(tmp_path: Path) -> None:
     """Views with strides of 2^31 elements over a sparse file, of which two pages are touched."""
     stride = 2**31
@@ -438,7 +445,7 @@ def test_offsets_beyond_2_31(tmp_path: Path) -> None:
     assert torch.equal(packed, dense[0])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a file stands behind the tensor: CPU only")
+@on_a_file
 def test_offsets_of_a_cache_beyond_2_31(tmp_path: Path) -> None:
     """130 tokens almost 2^24 elements apart, as far as no copy is made: new keys, and a page.
 
