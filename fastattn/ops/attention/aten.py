@@ -303,7 +303,9 @@ def _packed(
     heads, precision = q.shape[1], modes.at_least_float32(q.dtype)
     starts_q, lengths_q = _starts_and_lengths(extras.cu_seqlens_q, extras.seqused_q)
     starts_k, lengths_k = _starts_and_lengths(extras.cu_seqlens_k, extras.seqused_k)
-    parts, lses, end = [], [], 0
+    parts: list[torch.Tensor] = []
+    lses: list[torch.Tensor] = []
+    end = 0
 
     def pass_over(tokens: int) -> None:
         if tokens or not parts:  # something has to be there to be joined
