@@ -53,6 +53,8 @@ from fastattn.ops.attention.triton.scores import (
 from fastattn.ops.common import launch
 from fastattn.ops.common.plans import PlanCache
 
+SEQUENCES = tl.constexpr(128)  # that a program looks at at once to find its parts
+
 
 @triton.jit
 def _attend(
@@ -326,12 +328,11 @@ def _find_part(lengths_ptr, number, batch_size, seqlen_k, seqlen_new, splits, sp
         part = (number - found * each).to(tl.int32)
         total = tl.cast(batch_size, tl.int64) * each
     else:
-        BLOCK: tl.constexpr = 128
         found = tl.cast(0, tl.int64)
         before = tl.cast(0, tl.int64)  # parts of the sequences before this one
         total = tl.cast(0, tl.int64)
-        for first in range(0, batch_size, BLOCK):
-            b = first + tl.arange(0, BLOCK)
+        for first in range(0, batch_size, SEQUENCES):
+            b = first + tl.arange(0, SEQUENCES)
             keys = held(lengths_ptr, tl.minimum(b, batch_size - 1), seqlen_k, seqlen_new)
             parts = parts_of(keys, splits, split_length)
             parts = tl.where(b < batch_size, parts, 0).to(tl.int64)
