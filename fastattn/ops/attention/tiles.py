@@ -80,6 +80,8 @@ _16_BIT = {
     # hundreds of bytes. This one multiplies by mma.sync, on two blocks a multiprocessor.
     (KEYS, "hopper", 256): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     (KEYS, "hopper", 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    # Hopper's row would spill 368 bytes.
+    (KEYS, "blackwell", 64): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
     (KEYS, "blackwell", 128): (Tile(32, 128, 8, 1), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
     (KEYS, "ampere", 64): (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
     # 98,816 bytes of the 99 KB that a block has on sm_86.
