@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,19 +65,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return None
     for recorder in _recorders:
         recorder.append(Launch(kernel, grid, args, constants))
-    with _current(args[0]):
+    with contextlib.nullcontext() if _is_current(args[0]) else torch.cuda.device(args[0].device):
         # Products and sums as one instruction: Triton's default until 3.9, not after it.
         return kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
-_HERE = contextlib.nullcontext()
-
-
-def _current(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """A context in which the tensor's device is torch's current one."""
-    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return _HERE
+def _is_current(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's device is torch's current one, or a CPU."""
+    return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
 
 
 class Prepared:
@@ -101,9 +95,13 @@ class Prepared:
         self._run: Any = None  # of the compiled kernel
 
     def __call__(self, *pointers: Any) -> None:
-        if self._run is not None and not _recorders and self._aligned(pointers):
-            with _current(pointers[0]):
-                self._run(*pointers, *self._rest)
+        if (
+            self._run is not None
+            and not _recorders
+            and self._aligned(pointers)
+            and _is_current(pointers[0])
+        ):
+            self._run(*pointers, *self._rest)
             return
         kernel, grid, numbers, constants = self._launch
         compiled = launch(kernel, grid, *pointers, *numbers, **constants)

@@ -706,6 +706,7 @@ class _Plan(NamedTuple):
     """What follows from a call's metadata."""
 
     x: launching.Layout  # its strides are those of q, k, v, dout and out
+    copies: bool  # whether the kernels need copies of inputs
     delta: launch.Prepared
     row_sums: launch.Prepared
     keys: launch.Prepared
@@ -742,14 +743,14 @@ def backward(
     if no_sequence(extras, settings.max_seqlen_k):
         dk.zero_()
         dv.zero_()
-    q, k, v, dout, out = (launching.readable(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
-    extras = launching.dense(extras)
     key = launching.key(q, k, v, extras, settings, dout, out, dlse)
     plan = _plans.get(key)
-    if plan is None:
-        plan = _plan(dout, out, q, k, v, extras, settings)
-        _plans.put(key, plan)
+    if plan is None or plan.copies:
+        (q, k, v, dout, out), extras, copies = launching.prepared(extras, q, k, v, dout, out)
+        if plan is None:
+            plan = _plan(dout, out, q, k, v, extras, settings, copies)
+            _plans.put(key, plan)
     x = plan.x
     mask, bias, slopes, _, *rest = launching.feature_pointers(extras)
     features = (mask, bias, slopes, *rest)
@@ -793,6 +794,7 @@ def _plan(
     v: torch.Tensor,
     extras: Extras,
     settings: Settings,
+    copies: bool,
 ) -> _Plan:
     x = launching.layout(q, k, v, extras, settings, dout, out)
     architecture = launch.architecture(x.device)
@@ -879,5 +881,5 @@ def _plan(
         for row_sums in (True, False)
     )  # fmt: skip
     return _Plan(
-        x, delta, row_sums, keys, queries, tile_m.block_m, tiles_m, tile_n.block_n, tiles_n
+        x, copies, delta, row_sums, keys, queries, tile_m.block_m, tiles_m, tile_n.block_n, tiles_n
     )

@@ -583,6 +583,7 @@ class _Plan(NamedTuple):
     """What follows from a call's metadata."""
 
     x: launching.Layout
+    copies: bool  # whether the kernel needs copies of inputs
     launch: launch.Prepared
     block_m: int
     tiles_m: int
@@ -608,13 +609,13 @@ def attend(
     cache: launching.Cache = launching.NO_CACHE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose tile and split, launch, merge. `cache` has what a cache's keys are found by."""
-    q, k, v = launching.readable(q), launching.readable(k), launching.readable(v)
-    extras = launching.dense(extras)
     key = launching.key(q, k, v, extras, settings, *cache.pointers), cache.numbers
     plan = _plans.get(key)
-    if plan is None:
-        plan = _plan(q, k, v, extras, settings, cache)
-        _plans.put(key, plan)
+    if plan is None or plan.copies:
+        (q, k, v), extras, copies = launching.prepared(extras, q, k, v)
+        if plan is None:
+            plan = _plan(q, k, v, extras, settings, cache, copies)
+            _plans.put(key, plan)
     x = plan.x
     out, lse = launching.outputs(x, q)
     part_out, part_lse = launching.parts(out, lse, plan.split.most)
@@ -651,6 +652,7 @@ def _plan(
     extras: Extras,
     settings: Settings,
     cache: launching.Cache,
+    copies: bool,
 ) -> _Plan:
     x = launching.layout(q, k, v, extras, settings, capacity=cache.capacity)
     group_size = x.heads // x.kv_heads
@@ -715,4 +717,4 @@ def _plan(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return _Plan(x, prepared, tile.block_m, tiles_m, split)
+    return _Plan(x, copies, prepared, tile.block_m, tiles_m, split)

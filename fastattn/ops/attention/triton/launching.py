@@ -217,11 +217,22 @@ _DENSE = (
 )  # fmt: skip
 
 
-def dense(extras: Extras) -> Extras:
-    """The extras with every vector contiguous; mask and bias keep their strides."""
-    given: list[tuple[str, Any]] = [x for x in zip(Extras._fields, extras) if x[1] is not None]
-    given = [(name, x.contiguous()) for name, x in given if name in _DENSE]
-    return extras._replace(**dict(given)) if given else extras
+def prepared(
+    extras: Extras, *tensors: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], Extras, bool]:
+    """The tensors and extras as the kernels can read them, and whether any had to be copied.
+
+    Of the extras every vector is made contiguous; mask and bias keep their strides.
+    """
+    vectors: dict[str, Any] = {
+        name: x.contiguous()  # type: ignore[union-attr]
+        for name, x in zip(Extras._fields, extras)
+        if name in _DENSE and x is not None
+    }
+    given = (*tensors, *(getattr(extras, name) for name in vectors))
+    can_be_read = tuple(map(readable, tensors))
+    copies = any(x is not y for x, y in zip(given, (*can_be_read, *vectors.values())))
+    return can_be_read, extras._replace(**vectors), copies
 
 
 def feature_pointers(extras: Extras) -> tuple[torch.Tensor | None, ...]:
