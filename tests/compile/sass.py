@@ -111,10 +111,14 @@ def loops(code: Code) -> list[list[Instruction]]:
 
 def main_loop(code: Code) -> list[Instruction]:
     """Its body; a kernel without tensor cores has the loop with the most loads; empty: no loop."""
-    every = [(body, trip(body)) for body in loops(code)]
-    for wanted in (_PRODUCT, _LOAD):
-        number = [sum(wanted.match(x.opcode) is not None for x in one) for _, one in every]
-        some = [(n, -len(one), body) for n, (body, one) in zip(number, every) if n]
+    every = loops(code)
+    # A trip seeks products and copies, but jumps over the loads of rows that may not be there.
+    for wanted, ways in ((_PRODUCT, map(trip, every)), (_LOAD, every)):
+        some = [
+            (n, -len(way), body)
+            for way, body in zip(ways, every)
+            if (n := sum(wanted.match(x.opcode) is not None for x in way))
+        ]
         inner = [x for x in some if not any(_holds(x[2], other[2]) for other in some)]
         if inner:
             return max(inner, key=lambda x: x[:2])[2]

@@ -50,7 +50,9 @@ def test_resources(op: str, architecture: int) -> None:
         name = kernel["kernel"]
         if kernel["spills"] > spills_allowed(op, kernel):
             over.append(f"{name} spills {kernel['spills']} bytes: {kernel}")
-        rows_of_86 = op == "attention" and architecture == 80
+        # sm_86 takes the rows of sm_80, but for float32 above 256, which is refused there.
+        refused = kernel["dtype"] == "float32" and kernel.get("head_dim", 0) > 256
+        rows_of_86 = op == "attention" and architecture == 80 and not refused
         if kernel["shared"] > (SHARED_MEMORY_OF_86 if rows_of_86 else SHARED_MEMORY[architecture]):
             over.append(f"{name} takes {kernel['shared']} bytes of shared memory: {kernel}")
         if op == "attention" and name in STORES:

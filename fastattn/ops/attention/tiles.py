@@ -53,8 +53,8 @@ _16_BIT = {
     # blocks, one of which multiplies while the other one is in its softmax.
     (FORWARD, "hopper", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
     # 32 KB of q and 3 x 64 KB of k and v. With features 2 stages of 64 keys are products that wait
-    # for each other (ptxas C7515).
-    (FORWARD, "hopper", 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+    # for each other (ptxas C7515), and with all of them 2 stages of 32 keys.
+    (FORWARD, "hopper", 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 1)),
     # The accumulator alone takes 128 registers a thread: 64 keys would spill 112 bytes.
     (FORWARD, "hopper", 256): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 3), Tile(64, 16, 8, 2)),
     (FORWARD, "hopper", 512): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
@@ -207,10 +207,11 @@ def row(
     width = block_d(head_dim)
     if bytes_per_element == 4:
         return kernel, max(128, width)
+    width = max(64, width)
     chip = "hopper" if 90 <= architecture < 120 else "ampere"
     if 100 <= architecture < 120 and (kernel, "blackwell", width) in _16_BIT:
         chip = "blackwell"
-    return kernel, chip, max(64, width)
+    return kernel, chip, width
 
 
 def is_decode(seqlen_q: int, group_size: int) -> bool:
