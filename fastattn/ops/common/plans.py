@@ -23,6 +23,7 @@ class PlanCache(Generic[Plan]):
         self._plans: dict[Hashable, Plan] = {}
         self._capacity = capacity
         self.get = self._plans.get
+        self.clear = self._plans.clear
 
     def put(self, key: Hashable, plan: Any) -> None:
         if len(self._plans) >= self._capacity:
