@@ -803,7 +803,7 @@ def _plan(
     group_size = x.heads // x.kv_heads
     numbers = (
         *launching.band(settings),
-        settings.softmax_scale,
+        launching.in_float32(settings.softmax_scale),
         launching.scale(settings),
         settings.softcap or None,
         dropout.threshold(settings.dropout_p),

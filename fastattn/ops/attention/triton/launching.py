@@ -312,7 +312,12 @@ LEAST_SCALE = 1e-37
 
 def scale(settings: Settings) -> float:
     """What q k^T is multiplied with: to base 2, unless a softcap comes first."""
-    return settings.softmax_scale * (1.0 if settings.softcap else LOG2_E.value)
+    return in_float32(settings.softmax_scale * (1.0 if settings.softcap else LOG2_E.value))
+
+
+def in_float32(number: float) -> float:
+    """0 for what is smaller than a normal float32: Triton 3.6 would compute in float64 with it."""
+    return number if abs(number) >= 2.0**-126 else 0.0
 
 
 def rotary_sizes(cache: Cache) -> tuple[int, int]:
