@@ -6,7 +6,7 @@
    feature (tests/sweep);
 4. `second ptxas`: the Triton kernels of the sweep again, assembled by another ptxas, if there is
    one. Each case must have the bits that it had;
-5. `suite`: as many of the other tests as there is time for, a file of each room by turns.
+5. `suite`: as many of the other tests as there is time for, a file of each room in turn.
 
 Pytest's processes steal work from each other: each begins with a run of neighbouring tests, which
 share compiled kernels and fixtures, as `--dist loadfile` has it, but no process waits while another

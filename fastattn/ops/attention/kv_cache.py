@@ -188,7 +188,7 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
         causal, window, softmax_scale, softcap, alibi_slopes, sink: as `attention`'s, the diagonal
             and the distances following n; "top_left" is not taken.
         num_splits: None: parts of 256 keys, or of more where a sequence would have too many, by its
-            length alone: it gets the same bits alone, in any batch and in a cache of any capacity.
+            length only: it gets the same bits in a batch of one, in any batch and at any capacity.
             0: as many parts as fill the GPU. n: n parts of each sequence.
         return_lse: return the log-sum-exp of the scores too.
         backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.

@@ -238,7 +238,7 @@ def split(
     """The cut of a decode of `batch` sequences, each `tiles` programs before splitting.
 
     Args:
-        seqlen_k: keys that a sequence can have. How many it has, the device knows alone.
+        seqlen_k: keys that a sequence can have. Only the device knows how many it has.
         wanted: None: parts of SPLIT_KEYS, or longer ones where a sequence would have more than its
             share of MOST_PARTS, whatever the batch is. 0: as many as fill the chip twice. n: n
             parts.
