@@ -27,7 +27,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from fastattn import extension
+from fastattn import extension, measured
 
 NAMES = ("cuda", "triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
@@ -57,13 +57,10 @@ class Backend:
 
     `load` returns the module with the op's entry points; the kernels' modules are imported in it,
     at the first use, so that `import fastattn` costs neither Triton nor a compiled extension.
-    `slower(name, problem)` is the reason why the next one is preferred, by what was measured
-    (ops/common/slower.py, faster.py), or None.
     """
 
     name: str
     load: Callable[[], ModuleType]
-    slower: Callable[[str, Any], str | None] | None = None
 
     @property
     def module(self) -> ModuleType:
@@ -86,9 +83,7 @@ class Backend:
             return "the CUDA kernels' emulator is for tests: name backend='cuda' to use it"
         declines = getattr(self.module, "declined", None)
         reason: str | None = None if declines is None else declines(problem)
-        if reason is None and self.slower is not None:
-            return self.slower(self.name, problem)
-        return reason
+        return reason or measured.declined(self.name, problem)
 
 
 def _constant(function: Any) -> Any:

@@ -2,14 +2,9 @@
 
 The module's copy is run on random input with random weights three times: by its own class, by the
 class that shall replace it, and by its own class in float64. The replacement may be no less exact
-than the original, by the rule that fastattn's kernels are tested with:
-
-    max|ours - ref| <= 2 max|original - ref| + atol
-    rms(ours - ref) <= 1.5 rms(original - ref) + atol
-
-for every output, with autograd and without, and every gradient (of the inputs and of the weights),
-in eval and in train mode, with dropout switched off. `atol` is a few units in the last place of the
-result's scale.
+than the original, by the rule that fastattn's kernels are tested with (fastattn/rule.py): for every
+output, with autograd and without, and every gradient (of the inputs and of the weights), in eval
+and in train mode, with dropout switched off.
 
 Nothing of this touches the module: not its weights, gradients, training flag or hooks, and neither
 the random generators, nor the modes of autograd and autocast of the caller.
@@ -24,9 +19,8 @@ from typing import Any
 
 import torch
 
-MAX_FACTOR = 2.0
-RMS_FACTOR = 1.5
-ULPS = 4.0
+from fastattn import rule
+
 SEED = 20_231_117
 
 
@@ -211,24 +205,10 @@ def _run(
 
 
 def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """How `ours` breaks the rule of this module, or None."""
+    """How `ours` breaks the rule, or None."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return (
             f"{tuple(ours.shape)} {ours.dtype}, the original gives {tuple(theirs.shape)} "
             f"{theirs.dtype}"
         )
-    if not ours.numel():
-        return None
-    atol = ULPS * torch.finfo(ours.dtype).eps * expected.abs().max().item()
-    our_error, their_error = ours.double() - expected, theirs.double() - expected
-    for what, factor, error, bound in (
-        ("max", MAX_FACTOR, our_error.abs().max(), their_error.abs().max()),
-        ("rms", RMS_FACTOR, our_error.square().mean().sqrt(), their_error.square().mean().sqrt()),
-    ):
-        # Written so that NaN, on either side, counts as a violation.
-        if not error.item() <= factor * bound.item() + atol:
-            return (
-                f"{what} error {error.item():.3g} against float64, the original's is "
-                f"{bound.item():.3g} (at most {factor:g} times that + {atol:.1g})"
-            )
-    return None
+    return rule.compare(ours, theirs, expected).violation

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from fastattn.integrations import Report, accelerate
-from fastattn.integrations.proof import MAX_FACTOR, RMS_FACTOR, ULPS
 from fastattn.models import GPT
+from fastattn.rule import MAX_FACTOR, RMS_FACTOR, ULPS
 from fastattn.training.optional import require
 
 LEAST_ROUNDS = 5

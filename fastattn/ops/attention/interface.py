@@ -13,15 +13,13 @@ from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import NONE, Extras
 from fastattn.ops.attention.problem import Causal, Documents
-from fastattn.ops.common import modes, slower
+from fastattn.ops.common import modes
 from fastattn.ops.common.plans import PlanCache
 
-BACKENDS = slower.consulted(
-    (
-        *registration.KERNELS,
-        backends.Backend("torch", lambda: aten),
-        backends.Backend("reference", lambda: reference),
-    )
+BACKENDS = (
+    *registration.KERNELS,
+    backends.Backend("torch", lambda: aten),
+    backends.Backend("reference", lambda: reference),
 )
 
 Outputs = tuple[torch.Tensor, torch.Tensor]

@@ -18,7 +18,7 @@ from fastattn.ops.attention import aten, reference
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import NONE, Extras, Settings
 from fastattn.ops.attention.problem import AttentionProblem, Causal, check_index
-from fastattn.ops.common import faster, modes
+from fastattn.ops.common import modes
 from fastattn.ops.common.plans import PlanCache
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -83,7 +83,7 @@ class CacheProblem:
 
     @property
     def elements(self) -> int | None:
-        """The problem's size where backends are compared (ops/common/faster.py).
+        """The problem's size where backends are compared (measured.py).
 
         q's elements: how many keys there are, the device knows alone. None as in attention's.
         """
@@ -736,7 +736,6 @@ BACKENDS = (
         backends.Backend(
             name,
             functools.partial(_Kernel, name, load),  # type: ignore[arg-type]
-            faster.declined if name == "cuda" else None,
         )
         for name, load in _KERNELS.items()
     ),

@@ -52,7 +52,7 @@ class AttentionProblem:
 
     @property
     def elements(self) -> int | None:
-        """The problem's size where backends are compared (ops/common/slower.py).
+        """The problem's size where backends are compared (measured.py).
 
         The multiplications of q k^T, q's elements times seqlen_k; None for whatever is more than
         causal attention, which is not compared.

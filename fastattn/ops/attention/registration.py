@@ -20,7 +20,7 @@ from fastattn.ops.attention import dropout, reference
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import autograd, faster
+from fastattn.ops.common import autograd
 
 
 def _load_cuda() -> ModuleType:
@@ -36,7 +36,7 @@ def _load_triton() -> ModuleType:
 
 
 KERNELS = (
-    backends.Backend("cuda", _load_cuda, faster.declined),
+    backends.Backend("cuda", _load_cuda),
     backends.Backend("triton", _load_triton),
 )
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops.common import slower
 
 TYPES = frozenset((Tensor, torch.nn.Parameter))
 # Not float64, where attention prefers the reference.
@@ -29,14 +28,13 @@ _NOBODY = None, None
 def plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether these are tensors of one dtype on the CPU, for which nobody chooses a backend.
 
-    Who might: `use_backend`, the environment, and the table of what is slower. torch.compile has no
-    use for the short way. Transforms and autocast (`modes.plain`) are for an op to ask about, if
-    they change what it does.
+    Who might: `use_backend` and the environment. torch.compile has no use for the short way.
+    Transforms and autocast (`modes.plain`) are for an op to ask about, if they change what it does.
     """
     if torch.compiler.is_compiling() or type(x) not in TYPES:
         return False
     dtype = x.dtype
-    if dtype not in DTYPES or not x.is_cpu or slower.TABLE or backends.state() != _NOBODY:
+    if dtype not in DTYPES or not x.is_cpu or backends.state() != _NOBODY:
         return False
     for other in others:
         if other is not None and (other.dtype is not dtype or not other.is_cpu):

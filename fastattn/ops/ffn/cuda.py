@@ -8,8 +8,9 @@
                 dw2 = hidden^T dout, dw1 = x^T dpre, dx = dpre w1^T       one product each
 
 Each product is done by cuBLASLt where there is one that has the epilogue and an algorithm, unless
-`OWN` says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know gelu_tanh, ReLU
-and a bias; in the backward gelu_tanh alone, and then the hidden layer is formed by ATen.
+fastattn/measured.py says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know
+gelu_tanh, ReLU and a bias; in the backward gelu_tanh alone, and then the hidden layer is formed by
+ATen.
 
 float16 and bfloat16, sums in float32; any sizes and strides, but rows that are not aligned to 16
 bytes are read by the element. No atomics in our kernels: a row's bits depend on that row alone.
@@ -21,13 +22,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastattn import measured
 from fastattn.ops.common import launch
-from fastattn.ops.common.slower import devices
 from fastattn.ops.ffn.problem import FFNProblem
 from fastattn.ops.ffn.weights import columns, gradient_like
 
@@ -49,19 +50,9 @@ ROWS_OF_A_SUM = 32
 # Rows that one block of the column sums adds up, and up to which one block does the rest.
 ROWS_OF_A_PART, ROWS_OF_THE_LAST = 256, 1024
 
-
-class Own(NamedTuple):
-    """Our kernel is faster than cuBLASLt for products of so many multiplications."""
-
-    date: str
-    above: int = 0
-    below: int | None = None
-
-
-# By what follows the product ("activation", "derivative" or "nothing", the latter with or without a
-# bias), the dtype without "torch.", and the device as torch names it or as "sm_90". Empty: no GPU
-# has been measured yet, so cuBLASLt does what it can.
-OWN: dict[tuple[str, str, str], Own] = {}
+# The op of a row of measured.py, before what follows the product: "activation", "derivative", or
+# "nothing", the last one with or without a bias. Its size is the multiplications of the product.
+PRODUCT = "ffn's product, then "
 
 
 def unsupported(problem: FFNProblem) -> str | None:
@@ -239,14 +230,8 @@ def _by_cublaslt(kind: str, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor)
         return False
     if not all(map(_aligned, (out, a, b))):
         return False
-    if not OWN:
-        return True
-    dtype, size = str(out.dtype).removeprefix("torch."), out.numel() * a.shape[1]
-    for device in devices(out.device):
-        row = OWN.get((kind, dtype, device))
-        if row is not None:
-            return size < row.above or (row.below is not None and size > row.below)
-    return True
+    found = measured.find(PRODUCT + kind, "cuda", out.dtype, None, out.device)
+    return found is None or measured.slower(*found, out.numel() * a.shape[1]) is not None
 
 
 def _aligned(matrix: torch.Tensor) -> bool:

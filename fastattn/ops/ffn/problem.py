@@ -44,7 +44,7 @@ class FFNProblem:
 
     @property
     def elements(self) -> int | None:
-        """The problem's size where backends are compared (ops/common/slower.py).
+        """The problem's size where backends are compared (measured.py).
 
         The multiplications of the first product; None with `recompute`, which is not compared.
         """

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd, faster
+from fastattn.ops.common import autograd
 from fastattn.ops.ffn import reference
 from fastattn.ops.ffn.problem import FFNProblem, describe
 from fastattn.ops.ffn.weights import gradient_like
@@ -38,7 +38,7 @@ def _load_triton() -> ModuleType:
 
 
 KERNELS = (
-    backends.Backend("cuda", _load_cuda, faster.declined),
+    backends.Backend("cuda", _load_cuda),
     backends.Backend("triton", _load_triton),
 )
 

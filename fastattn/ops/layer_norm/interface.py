@@ -8,17 +8,15 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import modes, slower
+from fastattn.ops.common import modes
 from fastattn.ops.common.plans import PlanCache
 from fastattn.ops.layer_norm import aten, reference, registration
 from fastattn.ops.layer_norm import problem as _problem
 
-BACKENDS = slower.consulted(
-    (
-        *registration.KERNELS,
-        backends.Backend("torch", lambda: aten),
-        backends.Backend("reference", lambda: reference),
-    )
+BACKENDS = (
+    *registration.KERNELS,
+    backends.Backend("torch", lambda: aten),
+    backends.Backend("reference", lambda: reference),
 )
 
 _plans: PlanCache[tuple[_problem.NormProblem, Callable[..., Any]]] = PlanCache()

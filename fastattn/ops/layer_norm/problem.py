@@ -34,7 +34,7 @@ class NormProblem:
 
     @property
     def elements(self) -> int:
-        """The problem's size where backends are compared (ops/common/slower.py): x's elements."""
+        """The problem's size where backends are compared (measured.py): x's elements."""
         return math.prod(self.shape)
 
     @property

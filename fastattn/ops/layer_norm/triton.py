@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn import chips
 from fastattn.ops.common import launch
 from fastattn.ops.layer_norm import tiles
 from fastattn.ops.layer_norm.problem import NormProblem
@@ -522,7 +523,9 @@ def _registers(wide: bool, num_warps: int) -> dict[str, int]:
 
     Left alone, ptxas would rather spill a few than let fewer programs run at a time.
     """
-    return {} if wide else {"maxnreg": min(255, 65536 // (32 * num_warps))}
+    return (
+        {} if wide else {"maxnreg": min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))}
+    )
 
 
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:

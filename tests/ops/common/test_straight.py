@@ -13,8 +13,6 @@ from torch import Tensor
 import fastattn
 from fastattn.backends import explanation_of
 from fastattn.ops.attention import interface as attention_interface
-from fastattn.ops.common import slower
-from fastattn.ops.common.slower import Key, Slower
 from fastattn.ops.common.straight import DTYPES
 from fastattn.ops.ffn import interface as ffn_interface
 from fastattn.ops.layer_norm import interface as norm_interface
@@ -208,10 +206,6 @@ def test_whoever_chooses_is_asked(
         function(*arguments)
     with monkeypatch.context() as patched:
         patched.setenv("FASTATTN_BACKEND", "reference")
-        function(*arguments)
-    row = {Key("attention", "torch", "float32", False, "cpu"): Slower("reference", "2026-11-26")}
-    with monkeypatch.context() as patched:
-        patched.setattr(slower, "TABLE", row)
         function(*arguments)
     assert not any(straight[1:])
     function(*arguments)
