@@ -69,11 +69,12 @@ def compare(
     Raises:
         ValueError: the shapes differ.
     """
-    if ours.shape != reference.shape or eager.shape != reference.shape:
-        raise ValueError(
-            f"results must have the reference's shape {tuple(reference.shape)}; got "
-            f"{tuple(ours.shape)}, and {tuple(eager.shape)} of eager"
-        )
+    for name, x in (("result", ours), ("eager result", eager)):
+        if x.shape != reference.shape:
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)}, expected {tuple(reference.shape)}, the "
+                "reference's"
+            )
     if not reference.numel():
         return Comparison(0.0, 0.0, 0.0, 0.0, None)
     dtype = ours.dtype

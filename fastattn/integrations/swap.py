@@ -11,60 +11,28 @@ the original one, so `isinstance` holds and whatever is not replaced is inherite
 by the class, not by the instance, so a deep copy or a pickle of an accelerated model is accelerated
 and can be restored too.
 
-`TABLE` says which classes are known. A row names a `Recogniser`: the class with our forward, when
-it may be used, and how to call such a module for the proof (see `proof.py`) that comes before every
-swap.
+A class is known if it has a `Recogniser` (torch_nn.py, huggingface/gpt2.py): the class with our
+forward, when it may be used, and how to call such a module for the proof (see `proof.py`) that
+comes before every swap.
 """
 
 from __future__ import annotations
 
 import copyreg
 import fnmatch
-import importlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from fastattn.integrations.proof import Draw, Probe, configuration, disproof
+from fastattn.integrations import torch_nn
+from fastattn.integrations.proof import Draw, configuration, disproof
+from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.report import Entry, Report
-
-# The full name of a class -> the `Recogniser` that knows it, as "module:NAME", imported when an
-# instance is met: nothing here imports transformers.
-TABLE = {
-    "torch.nn.modules.linear.Linear": "fastattn.integrations.torch_nn:LINEAR",
-    "torch.nn.modules.normalization.LayerNorm": "fastattn.integrations.torch_nn:LAYER_NORM",
-    "torch.nn.modules.normalization.RMSNorm": "fastattn.integrations.torch_nn:RMS_NORM",
-    "transformers.models.gpt2.modeling_gpt2.GPT2Attention": (
-        "fastattn.integrations.huggingface.gpt2:ATTENTION"
-    ),
-    "transformers.models.gpt2.modeling_gpt2.GPT2MLP": (
-        "fastattn.integrations.huggingface.gpt2:FEED_FORWARD"
-    ),
-}
 
 ALREADY = "already runs on fastattn"
 UNKNOWN = "fastattn has nothing for this class"
-
-
-@dataclass(frozen=True)
-class Recogniser:
-    """How modules of one class are brought onto fastattn.
-
-    Attributes:
-        mixin: has our `forward`. Where it is no subclass of the original class, the new class
-            inherits from both, and `super().forward` in it is the original's.
-        refusal: the reason why an instance cannot run on `mixin`, or None. Asked of originals and
-            of swapped instances.
-        probes: the calls with which the two are compared, for a copy of an instance.
-        backend: the name of the fastattn backend that runs the first probe.
-    """
-
-    mixin: type
-    refusal: Callable[[torch.nn.Module], str | None]
-    probes: Callable[[torch.nn.Module, Draw], Sequence[Probe]]
-    backend: Callable[[torch.nn.Module, Probe], str | None]
 
 
 class Swapped:
@@ -88,20 +56,19 @@ def _new(original: type[torch.nn.Module], *args: Any) -> torch.nn.Module:
 
 
 def _recogniser(cls: type) -> Recogniser | None:
-    """The row of exactly this class, None if it is not in the table."""
-    path = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
-    if path is None:
-        return None
-    module, name = path.split(":")
-    found: Recogniser = getattr(importlib.import_module(module), name)
-    return found
+    """The one of exactly this class, None if there is none."""
+    if cls.__module__.startswith("transformers.models.gpt2."):
+        from fastattn.integrations.huggingface import gpt2  # transformers is optional
+
+        return gpt2.RECOGNISERS.get(cls)
+    return torch_nn.RECOGNISERS.get(cls)
 
 
 _replacements: dict[type, type[torch.nn.Module]] = {}  # made so far, by original class
 
 
 def replacement(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The class that instances of `original`, a class of the table, are swapped to."""
+    """The class that instances of `original`, a known class, are swapped to."""
     if original in _replacements:
         return _replacements[original]
     recogniser = _recogniser(original)
@@ -137,7 +104,7 @@ class _Unit:
 
 
 def _units(model: torch.nn.Module) -> Iterator[_Unit]:
-    """The modules of the table, and all others that are neither containers nor parts of those."""
+    """The known modules, and all others that are neither containers nor parts of those."""
     parts: set[torch.nn.Module] = set()
     for name, module in model.named_modules():
         cls = _original_of(module) or type(module)
@@ -312,7 +279,7 @@ def _kind(module: torch.nn.Module) -> tuple[torch.dtype, torch.device] | None:
 
 
 def _unknown(cls: type[torch.nn.Module]) -> str:
-    """Why a class that is not in the table is left alone."""
+    """Why a class without a recogniser is left alone."""
     if cls.__module__.partition(".")[0] == "fastattn":
         return ALREADY
     for base in cls.__mro__[1:]:

@@ -6,10 +6,10 @@ import torch
 
 from fastattn.backends import explanation_of
 from fastattn.integrations.proof import Draw, Probe
-from fastattn.integrations.swap import Recogniser
+from fastattn.integrations.recogniser import Recogniser
 from fastattn.nn import LayerNorm, Linear, RMSNorm
-from fastattn.ops.common.linear import MIN_WEIGHTS
 from fastattn.ops.layer_norm import layer_norm, rms_norm
+from fastattn.ops.linear.interface import MIN_WEIGHTS
 
 
 def _no_refusal(module: torch.nn.Module) -> str | None:
@@ -61,6 +61,8 @@ def _linear_backend(module: torch.nn.Module, probe: Probe) -> str | None:
     return "torch"  # a matrix product is a library's
 
 
-LINEAR = Recogniser(Linear, _linear_refusal, _linear_probes, _linear_backend)
-LAYER_NORM = Recogniser(LayerNorm, _no_refusal, _norm_probes, _layer_norm_backend)
-RMS_NORM = Recogniser(RMSNorm, _no_refusal, _norm_probes, _rms_norm_backend)
+RECOGNISERS = {
+    torch.nn.Linear: Recogniser(Linear, _linear_refusal, _linear_probes, _linear_backend),
+    torch.nn.LayerNorm: Recogniser(LayerNorm, _no_refusal, _norm_probes, _layer_norm_backend),
+    torch.nn.RMSNorm: Recogniser(RMSNorm, _no_refusal, _norm_probes, _rms_norm_backend),
+}

@@ -24,9 +24,9 @@ from fastattn import nn
 from fastattn.models import folder, generation
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
-from fastattn.models.loss import IGNORED, LARGE, cross_entropy
 from fastattn.nn.plain import is_plain
 from fastattn.ops.common import modes
+from fastattn.ops.cross_entropy.interface import IGNORED, LARGE, cross_entropy
 
 
 class GPT(torch.nn.Module):

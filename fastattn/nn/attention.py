@@ -13,7 +13,7 @@ from fastattn.nn.checks import check_probability
 from fastattn.nn.plain import is_plain
 from fastattn.ops.attention import attention
 from fastattn.ops.common import modes
-from fastattn.ops.common.linear import linear
+from fastattn.ops.linear import linear
 
 
 class KeyValueCache(Protocol):

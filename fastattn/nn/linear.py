@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops.common.linear import linear
+from fastattn.ops.linear import linear
 
 
 class Linear(torch.nn.Linear):

@@ -314,8 +314,8 @@ class TestProofDecides:
         mixin: type,
         reason: str,
     ) -> None:
-        row = dataclasses.replace(torch_nn.LAYER_NORM, mixin=mixin)
-        monkeypatch.setattr(torch_nn, "LAYER_NORM", row)
+        row = dataclasses.replace(torch_nn.RECOGNISERS[torch.nn.LayerNorm], mixin=mixin)
+        monkeypatch.setitem(torch_nn.RECOGNISERS, torch.nn.LayerNorm, row)
         report = fastattn.accelerate(model)
         assert names(report.swapped) == ["norm"]
         assert [type(layer[0]) for layer in model.layers] == [torch.nn.LayerNorm] * 2

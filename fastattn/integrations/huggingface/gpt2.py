@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from transformers import activations
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from fastattn.backends import explanation_of
 from fastattn.integrations.huggingface.dispatch import NAME
 from fastattn.integrations.proof import Draw, Probe
-from fastattn.integrations.swap import Recogniser
+from fastattn.integrations.recogniser import Recogniser
 from fastattn.nn.plain import is_plain
 from fastattn.ops.attention import attention
 from fastattn.ops.ffn import ffn
@@ -185,7 +186,11 @@ def _feed_forward_backend(module: Any, probe: Probe) -> str | None:
     ).backend
 
 
-ATTENTION = Recogniser(AttentionSwap, _attention_refusal, _attention_probes, _attention_backend)
-FEED_FORWARD = Recogniser(
-    FeedForwardSwap, _feed_forward_refusal, _feed_forward_probes, _feed_forward_backend
-)
+RECOGNISERS = {
+    GPT2Attention: Recogniser(
+        AttentionSwap, _attention_refusal, _attention_probes, _attention_backend
+    ),
+    GPT2MLP: Recogniser(
+        FeedForwardSwap, _feed_forward_refusal, _feed_forward_probes, _feed_forward_backend
+    ),
+}

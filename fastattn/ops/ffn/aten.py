@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.ops.common import modes
-from fastattn.ops.common.linear import linear
 from fastattn.ops.common.straight import ERRORS, plain
 from fastattn.ops.ffn.problem import ACTIVATIONS, FFNProblem
+from fastattn.ops.linear import linear
 
 
 def unsupported(problem: FFNProblem) -> str | None:

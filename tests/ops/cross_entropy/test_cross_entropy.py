@@ -1,4 +1,4 @@
-"""The loss by itself against F.cross_entropy; that the model has it right is tested with GPT."""
+"""Against F.cross_entropy; that the model has it right is tested with GPT."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn.models import loss
-from fastattn.models.loss import IGNORED, cross_entropy
+from fastattn.ops.cross_entropy import IGNORED, cross_entropy, interface
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few logits count as many, in chunks of two rows."""
-    monkeypatch.setattr(loss, "LARGE", 1)
-    monkeypatch.setattr(loss, "CHUNK", 2 * 11)
+    monkeypatch.setattr(interface, "LARGE", 1)
+    monkeypatch.setattr(interface, "CHUNK", 2 * 11)
 
 
 def _given(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +53,7 @@ def test_derivatives() -> None:
     targets = torch.tensor([3, 0, IGNORED, 1, 1])
 
     def function(logits: torch.Tensor) -> torch.Tensor:
-        return loss._CrossEntropy.apply(logits, targets)
+        return interface._CrossEntropy.apply(logits, targets)
 
     assert torch.autograd.gradcheck(function, logits)
     assert torch.autograd.gradgradcheck(function, logits)

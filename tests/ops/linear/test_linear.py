@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn.ops.common import linear as module
-from fastattn.ops.common.linear import linear
+from fastattn.ops.linear import interface as module
+from fastattn.ops.linear import linear
 from oracle import assert_close_to_reference
 
 
