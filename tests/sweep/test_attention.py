@@ -13,8 +13,7 @@ from ops.attention.cases import Case, check
 from sweep.device import ARCHITECTURE, DEVICE, DTYPES, GPU, HALVES
 
 from fastattn import attention_with_kv_cache
-from fastattn.cli import tune
-from fastattn.ops.attention import tiles
+from fastattn.ops.attention import tiles, tuning
 from oracle import assert_close_to_reference
 
 # Rows of the table that calls ask for: (row, masking).
@@ -154,9 +153,9 @@ def test_decode_triton(
 
 def test_every_row_is_swept() -> None:
     """The rows that the table has for this architecture are those that the cases above ask for."""
-    names = {str(dtype).removeprefix("torch."): name for name, dtype in tune.DTYPES.items()}
-    entries = tune.entries_of(
-        ARCHITECTURE, list(tune.KERNELS), [names[dtype] for dtype in DTYPES], tune.HEAD_DIMS,
+    names = {str(dtype).removeprefix("torch."): name for name, dtype in tuning.DTYPES.items()}
+    entries = tuning.entries_of(
+        ARCHITECTURE, list(tuning.KERNELS), [names[dtype] for dtype in DTYPES], tuning.HEAD_DIMS,
         tiles.MASKINGS,
     )  # fmt: skip
     swept = {
