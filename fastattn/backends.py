@@ -1,8 +1,9 @@
 """Which backend runs a call, and why not the others.
 
-An op knows several *backends*, each a module with an entry point and `unsupported(problem)`, which
-answers None or the reason why that backend cannot run that problem. The choice needs metadata
-alone, never the values of a tensor:
+An op has several *backends*, modules of its folder (`ROOMS`), all with the same entry points:
+`unsupported(problem)`, which answers None or the reason why that backend cannot run that problem,
+`forward`, and `backward` where it is a kernel's. The choice needs only metadata, never the values
+of a tensor:
 
     1. the `backend=` argument of the call,
     2. `with fastattn.use_backend("torch"):`, process-wide while the block runs,
@@ -18,8 +19,11 @@ CUDA C++ kernel that was not measured to be faster).
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -29,11 +33,20 @@ import torch
 
 from fastattn import extension, measured
 
-NAMES = ("cuda", "triton", "torch", "reference")
+# The module of an op's folder that is the backend, in the order in which they are tried.
+ROOMS = {"cuda": "cuda", "triton": "triton", "torch": "aten", "reference": "reference"}
+NAMES = tuple(ROOMS)
+KERNELS = ("cuda", "triton")  # behind the op's registered operator; the others are plain PyTorch
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 
 _used: str | None = None  # what the innermost use_backend() names
+
+
+def _constant(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 class UnsupportedError(RuntimeError):
@@ -55,8 +68,8 @@ class Problem(Protocol):
 class Backend:
     """One way to run one op.
 
-    `load` returns the module with the op's entry points; the kernels' modules are imported in it,
-    at the first use, so that `import fastattn` costs neither Triton nor a compiled extension.
+    `load` returns the module with the entry points, which is imported at the first use, so that
+    `import fastattn` costs neither Triton nor a compiled extension.
     """
 
     name: str
@@ -86,10 +99,27 @@ class Backend:
         return reason or measured.declined(self.name, problem)
 
 
-def _constant(function: Any) -> Any:
-    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
-    function._dynamo_marked_constant = True
-    return function
+@_constant
+def _import(path: str) -> None:
+    importlib.import_module(path)
+
+
+def _module(path: str) -> ModuleType:
+    _import(path)
+    return sys.modules[path]  # torch.compile calls no function of a module that is a constant
+
+
+def of_op(package: str) -> tuple[Backend, ...]:
+    """The backends of the op whose folder is `package`, e.g. "fastattn.ops.ffn", in order."""
+    return tuple(
+        Backend(name, functools.partial(_module, f"{package}.{room}"))
+        for name, room in ROOMS.items()
+    )
+
+
+def module_of(backends: tuple[Backend, ...], name: str) -> ModuleType:
+    """The module of the backend `name`."""
+    return next(backend for backend in backends if backend.name == name).module
 
 
 @_constant
@@ -218,7 +248,7 @@ def select(op: str, backends: tuple[Backend, ...], problem: Any, argument: str |
 
 
 def select_backward(
-    op: str, kernels: tuple[Backend, ...], problem: Any, forward: str, forced: bool
+    op: str, backends: tuple[Backend, ...], problem: Any, forward: str, forced: bool
 ) -> ModuleType:
     """The module that runs the backward of a call whose forward ran on the kernel `forward`.
 
@@ -229,6 +259,7 @@ def select_backward(
         UnsupportedError: none can.
     """
     reasons = {}
+    kernels = (backend for backend in backends if backend.name in KERNELS)
     for kernel in sorted(kernels, key=lambda kernel: kernel.name != forward):
         if kernel.name == forward or not forced:
             if (reason := kernel.unsupported(problem)) is None:

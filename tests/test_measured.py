@@ -17,10 +17,10 @@ from fastattn.measured import Faster, Key
 from fastattn.ops.attention import interface as attention_interface
 from fastattn.ops.attention import kv_cache
 from fastattn.ops.attention.problem import describe as describe_attention
-from fastattn.ops.common.plans import PlanCache
 from fastattn.ops.ffn import interface as ffn_interface
 from fastattn.ops.ffn.cuda import PRODUCT
 from fastattn.ops.ffn.problem import describe as describe_ffn
+from fastattn.ops.layer_norm import aten, reference
 from fastattn.ops.layer_norm import interface as norm_interface
 from fastattn.ops.layer_norm.problem import describe_layer_norm, describe_rms_norm
 
@@ -35,7 +35,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
     """Puts a row of the `torch` backend on a CPU into a table of its own."""
     monkeypatch.setattr(measured, "TABLE", {})
     for interface in INTERFACES:
-        monkeypatch.setattr(interface, "_plans", PlanCache())
+        interface._dispatch.plans.clear()
 
     def put(
         op: str, *, grad: bool | None = None, device: str = "cpu", dtype: str = "float32",
@@ -111,10 +111,8 @@ def test_the_call_runs_what_explain_says(plant: Plant, monkeypatch: pytest.Monke
 
         return spy
 
-    aten, reference = norm_interface.aten, norm_interface.reference
-    entry = aten.entry
-    monkeypatch.setattr(aten, "entry", lambda problem: spying("aten", entry(problem)))
-    monkeypatch.setattr(reference, "normalise", spying("reference", reference.normalise))
+    monkeypatch.setattr(aten, "forward", spying("aten", aten.forward))
+    monkeypatch.setattr(reference, "forward", spying("reference", reference.forward))
     plant("rms_norm", dtype="float64", least=22)
     x = torch.randn(3, 7).double()
     fastattn.rms_norm(x)
@@ -202,17 +200,18 @@ def test_compiled_graphs_know_no_size(plant: Plant) -> None:
     assert "torch.layer_norm(" in graphs[0].code
 
 
-def test_the_backward_of_a_kernel_does_not_ask(plant: Plant) -> None:
+def test_the_backward_of_a_kernel_does_not_ask(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It follows a forward that has kept its own things: there must be a kernel for it."""
     problem = describe_layer_norm(torch.randn(3, 7))
     module = types.ModuleType("kernels")
     module.unsupported = lambda problem: None  # type: ignore[attr-defined]
-    torch_backend = backends.Backend("torch", lambda: module)
-    plant("layer_norm", least=22)
-    assert torch_backend.declined(problem) is not None
-    assert (
-        backends.select_backward("layer_norm", (torch_backend,), problem, "torch", False) is module
-    )
+    monkeypatch.setattr(backends, "triton_unavailable", lambda device: None)
+    triton = backends.Backend("triton", lambda: module)
+    measured.TABLE[Key("layer_norm", "triton", "float32", None, "cpu")] = Faster("torch", DATE, 22)
+    assert measured.declined("triton", problem) is not None
+    assert backends.select_backward("layer_norm", (triton,), problem, "triton", False) is module
 
 
 def test_names_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ from fastattn import backends
 from fastattn.ops.attention import dropout
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings
-from fastattn.ops.attention.registration import KERNELS
+from fastattn.ops.attention.registration import BACKENDS
+
+KERNELS = tuple(backend for backend in BACKENDS if backend.name in backends.KERNELS)
 
 NAME = "fastattn"
 FORWARD = "_scaled_dot_product_flash_attention"

@@ -100,7 +100,7 @@ def straight(
         return None
 
 
-def attention(
+def forward(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if problem.packed:
@@ -172,7 +172,7 @@ def on_cache(
     if problem.seqlen_q == 1 and not problem.given:
         return _one_query(problem, q, k, v)
     one, its = _alone(problem, extras, b, slice(0, q.shape[1]), slice(0, k.shape[1]))
-    return attention(dataclasses.replace(one, batch=q.shape[0]), q, k, v, its)
+    return forward(dataclasses.replace(one, batch=q.shape[0]), q, k, v, its)
 
 
 def _one_query(
@@ -317,7 +317,7 @@ def _packed(
         end = i + n
         if n and m:
             one, its = _alone(problem, extras, b, slice(i, end), slice(j, j + m))
-            part, part_lse = attention(
+            part, part_lse = forward(
                 one, q[None, i:end], k[None, j : j + m], v[None, j : j + m], its
             )
             parts.append(part[0])

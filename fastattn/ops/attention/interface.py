@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
 import torch
 
 from fastattn import backends
-from fastattn.ops.attention import aten, reference, registration
+from fastattn.ops.attention import aten, registration
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import NONE, Extras
 from fastattn.ops.attention.problem import Causal, Documents
 from fastattn.ops.common import modes
-from fastattn.ops.common.plans import PlanCache
+from fastattn.ops.common.dispatch import Dispatch
 
-BACKENDS = (
-    *registration.KERNELS,
-    backends.Backend("torch", lambda: aten),
-    backends.Backend("reference", lambda: reference),
-)
+BACKENDS = registration.BACKENDS
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
-_plans: PlanCache[tuple[_problem.AttentionProblem, Callable[..., Any]]] = PlanCache()
+_dispatch: Dispatch[_problem.AttentionProblem] = Dispatch(BACKENDS, registration.run_kernel)
 
 
 def _metadata(x: Any) -> Any:
@@ -198,22 +193,11 @@ def attention(
             rare = None
         else:
             rare = _metadata((bias, alibi_slopes, sink, document_ids, block_mask))
-        if torch.compiler.is_compiling():
-            key, plan = None, None
-        else:
-            key = (
-                q.shape, q.dtype, q.device, q.requires_grad,
-                k.shape, k.dtype, k.device, k.requires_grad,
-                v.shape, v.dtype, v.device, v.requires_grad,
-                mask if mask is None else (mask.shape, mask.dtype, mask.device),
-                key_lengths
-                if key_lengths is None
-                else (key_lengths.shape, key_lengths.dtype, key_lengths.device),
-                causal, window, softmax_scale, softcap, dropout_p, fp32_precision, rare, return_lse,
-                backend, torch.is_grad_enabled(), modes.transformed(), backends.state(),
-            )  # fmt: skip
-            plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
+        key, plan = _dispatch.find(
+            (q, k, v, mask, key_lengths), causal, window, softmax_scale, softcap, dropout_p,
+            fp32_precision, rare, return_lse, backend,
+        )  # fmt: skip
+    except (AttributeError, TypeError):  # an argument is no tensor
         key, plan, rare = None, None, "unknown"
     if plan is None:
         described = _problem.describe(
@@ -222,11 +206,7 @@ def attention(
             document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
             fp32_precision=fp32_precision, return_lse=return_lse,
         )  # fmt: skip
-        chosen = backends.select("attention", BACKENDS, described, backend)
-        forced = backends.named(backend) is not None
-        plan = described, registration.entry(chosen, described, forced)
-        if key is not None:
-            _plans.put(key, plan)
+        plan = _dispatch.make(key, described, backend)
     described, run = plan
     if rare is not None or mask is not None:
         extras = _problem.gather(
@@ -340,8 +320,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         fp32_precision=fp32_precision,
     )  # fmt: skip
     described = _problem.of(q, k, v, extras, settings, return_lse=return_lse)
-    chosen = backends.select("attention_varlen", BACKENDS, described, backend)
-    run = registration.entry(chosen, described, backends.named(backend) is not None)
+    _, run = _dispatch.make(None, described, backend, "attention_varlen")
     out, lse = run(described, q, k, v, extras)
     return (out, lse) if return_lse else out
 

@@ -58,7 +58,7 @@ def straight(
         return None
 
 
-def ffn(
+def forward(
     problem: FFNProblem,
     x: torch.Tensor,
     w1: torch.Tensor,

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 from fastattn import measured
 from fastattn.ops.common import launch
+from fastattn.ops.ffn.matrices import as_rows, columns, gradient_like
 from fastattn.ops.ffn.problem import FFNProblem
-from fastattn.ops.ffn.weights import columns, gradient_like
 
 # As csrc/ffn/activation.cuh numbers them.
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "silu": 4}
@@ -83,7 +83,7 @@ def forward(
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (..., out_features), and pre (tokens, hidden) if `save_pre`, else without elements."""
-    rows, w1, w2 = _rows(x), columns(w1, layout), columns(w2, layout)
+    rows, w1, w2 = as_rows(x), columns(w1, layout), columns(w2, layout)
     shape = rows.shape[0], w1.shape[1]
     activated = rows.new_empty(shape)
     pre = rows.new_empty(shape) if save_pre and activation != "relu" else None
@@ -113,11 +113,11 @@ def backward(
     """
     need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
     dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
-    drows = _rows(dout)
+    drows = as_rows(dout)
     if need_db2:
         db2 = _column_sums(drows, x.dtype)
     if need_dx or need_dw1 or need_db1 or need_dw2:
-        rows = _rows(x)
+        rows = as_rows(x)
         into, back = columns(w1, layout), columns(w2, layout).t()
         if pre is None:
             pre = rows.new_empty((rows.shape[0], into.shape[1]))
@@ -258,10 +258,3 @@ def _tile_rows(out: torch.Tensor) -> int:
     tiles = -(-out.shape[0] // LARGE_TILE) * -(-out.shape[1] // LARGE_TILE)
     few = out.shape[0] <= SMALL_TILE or tiles < launch.multiprocessors(out.device)
     return SMALL_TILE if few else LARGE_TILE
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., features) as (tokens, features), contiguous in the features; a view where it can be."""
-    if x.dim() != 2:
-        x = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    return x if x.stride(-1) == 1 else x.contiguous()

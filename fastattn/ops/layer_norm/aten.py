@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,48 +56,25 @@ def straight(
     return out if residual is None else (out, stream)
 
 
-Normalise = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-def entry(problem: NormProblem) -> Normalise:
-    """What runs every call of this description; settled once, for ATen's call is short."""
-    precision = _promoted(problem)
-    if precision is not None:
-        return functools.partial(_normalise, precision)
-    shape, eps, center = (problem.hidden,), problem.eps, problem.center
-
-    def normalise(
-        problem: NormProblem,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        stream = x if residual is None else x + residual
-        if center:
-            return torch.layer_norm(stream, shape, weight, bias, eps), stream
-        return torch.rms_norm(stream, shape, weight, eps), stream
-
-    return normalise
-
-
-def _normalise(
-    precision: torch.dtype,
+def forward(
     problem: NormProblem,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, stream)."""
     stream = x if residual is None else x + residual
-    s = stream.to(precision)
-    weight = None if weight is None else weight.to(precision)
-    bias = None if bias is None else bias.to(precision)
+    precision, s = _promoted(problem), stream
+    if precision is not None:
+        s = stream.to(precision)
+        weight = None if weight is None else weight.to(precision)
+        bias = None if bias is None else bias.to(precision)
     if problem.center:
         out = torch.layer_norm(s, (problem.hidden,), weight, bias, problem.eps)
     else:
         out = torch.rms_norm(s, (problem.hidden,), weight, problem.eps)
-    return out.to(problem.out_dtype), stream
+    return out if precision is None else out.to(problem.out_dtype), stream
 
 
 def _promoted(problem: NormProblem) -> torch.dtype | None:

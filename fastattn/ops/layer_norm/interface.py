@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import modes
-from fastattn.ops.common.plans import PlanCache
-from fastattn.ops.layer_norm import aten, reference, registration
+from fastattn.ops.common.dispatch import Dispatch
+from fastattn.ops.layer_norm import aten, registration
 from fastattn.ops.layer_norm import problem as _problem
 
-BACKENDS = (
-    *registration.KERNELS,
-    backends.Backend("torch", lambda: aten),
-    backends.Backend("reference", lambda: reference),
-)
+BACKENDS = registration.BACKENDS
 
-_plans: PlanCache[tuple[_problem.NormProblem, Callable[..., Any]]] = PlanCache()
+_dispatch: Dispatch[_problem.NormProblem] = Dispatch(BACKENDS, registration.run_kernel)
 
 
 def layer_norm(
@@ -118,34 +110,10 @@ def _normalise(
     backend: str | None,
     center: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    try:
-        if torch.compiler.is_compiling():
-            key, plan = None, None
-        else:
-            device = x.device
-            key = (
-                x.shape, x.dtype, device, eps, center, backend,
-                weight if weight is None else weight.shape,
-                weight if weight is None else weight.dtype,
-                weight if weight is None else weight.device,
-                bias if bias is None else bias.shape,
-                bias if bias is None else bias.dtype,
-                bias if bias is None else bias.device,
-                residual
-                if residual is None
-                else (residual.shape, residual.dtype, residual.device),
-                modes.autocast_enabled(device.type), modes.transformed(), backends.state(),
-            )  # fmt: skip
-            plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
-        key, plan = None, None
+    key, plan = _dispatch.find((x, weight, bias, residual), eps, center, backend)
     if plan is None:
         described = _problem.describe(x, weight, bias, eps, residual, center=center)
-        chosen = backends.select(described.op, BACKENDS, described, backend)
-        forced = backends.named(backend) is not None
-        plan = described, registration.entry(chosen, described, forced)
-        if key is not None:
-            _plans.put(key, plan)
+        plan = _dispatch.make(key, described, backend)
     described, run = plan
     out, stream = run(described, x, weight, bias, residual)
     return out if residual is None else (out, stream)

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fastattn import chips
 from fastattn.ops.common import launch
-from fastattn.ops.layer_norm import tiles
+from fastattn.ops.layer_norm import results, tiles
 from fastattn.ops.layer_norm.problem import NormProblem
 
 
@@ -166,21 +166,12 @@ def forward(
     center: bool,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, stream, statistics); stream is empty without a residual.
-
-    statistics is float32: rstd, and with `center` mean, (2 or 1, ...).
-    """
-    *leading, hidden = x.shape
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if residual is None:
-        stream = out.new_empty(0)
-    else:
-        stream = torch.empty_like(out, dtype=torch.promote_types(x.dtype, residual.dtype))
-    shape = (2 if center else 1, *leading)
-    statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
+    """(out, stream, statistics), as results.py has them."""
+    out, stream, statistics = results.of_forward(x, residual, center, out_dtype)
     if out.numel() == 0:
         return out, stream, statistics
 
+    hidden = x.shape[-1]
     tile = tiles.forward(hidden)
     x, x_stride = _as_rows(x, tile.rows)
     residual_stride = x_stride
@@ -422,18 +413,12 @@ def backward(
     bias_dtype: torch.dtype | None,
     weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dresidual, dweight, dbias).
-
-    dresidual is empty if it would be dx again, dbias without `bias_dtype`, dweight without
-    `weight_grad`.
-    """
+    """(dx, dresidual, dweight, dbias), as results.py has them."""
+    dx, dresidual, dweight, dbias = results.of_backward(
+        stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad
+    )
     hidden, device = stream.shape[-1], stream.device
-    bias_grad = bias_dtype is not None
-    has_dresidual = residual_dtype is not None and residual_dtype != x_dtype
-    dx = torch.empty(stream.shape, dtype=x_dtype, device=device)
-    dresidual = dx.new_empty(dx.shape if has_dresidual else 0, dtype=residual_dtype)
-    dweight = weight.new_empty(hidden) if weight is not None and weight_grad else dx.new_empty(0)
-    dbias = dx.new_empty(hidden if bias_grad else 0, dtype=bias_dtype)
+    bias_grad, has_dresidual = bias_dtype is not None, dresidual.numel() > 0
     if stream.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
 

@@ -1,8 +1,15 @@
-"""The two layouts of a weight, seen as one."""
+"""Tensors of ffn as matrices: the tokens of x, and the two layouts of a weight seen as one."""
 
 from __future__ import annotations
 
 import torch
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., features) as (tokens, features), contiguous in the features; a view where it can be."""
+    if x.dim() != 2:
+        x = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def columns(weight: torch.Tensor, layout: str) -> torch.Tensor:
