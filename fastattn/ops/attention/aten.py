@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,9 @@ from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.reference import alibi, cut, visible, within, zeros_of
 from fastattn.ops.common import modes
-from fastattn.ops.common.straight import ERRORS, plain
 
 # Bound once: `fastattn.override_sdpa` may put our own function in its place.
-_SDPA = F.scaled_dot_product_attention
+SDPA = F.scaled_dot_product_attention
 
 # Rows of one mask: 512 rows of a 16k context are 8 MB, and large enough for ATen's own blocking.
 CHUNK = 512
@@ -66,38 +64,6 @@ def declined(problem: AttentionProblem) -> str | None:
     if problem.dtype == torch.float64 and problem.needs_grad:
         return "float64 is where derivatives are checked, and ATen's attention has no second one"
     return None
-
-
-def straight(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: object,
-    softmax_scale: float | None,
-) -> torch.Tensor | None:
-    """A plain call on a CPU (ops/common/straight.py) without other features; None for any other."""
-    try:
-        if not plain(q, k, v) or not modes.plain():
-            return None
-        if softmax_scale is not None and not (
-            type(softmax_scale) is float and SMALLEST <= softmax_scale < math.inf
-        ):
-            return None
-        shape, kv_shape = q.shape, k.shape
-        batch, seqlen_q, heads, head_dim = shape
-        kv_batch, seqlen_k, kv_heads, kv_head_dim = kv_shape
-        fits = batch == kv_batch and head_dim == kv_head_dim and heads % kv_heads == 0
-        if not fits or kv_shape != v.shape or 0 in shape or seqlen_k == 0:
-            return None
-        is_causal = causal is True and seqlen_q > 1
-        if (is_causal and seqlen_q != seqlen_k) or not isinstance(causal, bool):
-            return None
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        grouped = heads != kv_heads
-        out = _SDPA(q, k, v, None, 0.0, is_causal, scale=softmax_scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
-    except ERRORS:
-        return None
 
 
 def forward(
@@ -398,7 +364,7 @@ def _sdpa(
     if scale < SMALLEST:
         q, scale = q * scale, 1.0
     if not problem.return_lse:
-        out = _SDPA(
+        out = SDPA(
             q,
             k,
             v,

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast, overload
 import torch
 
 from fastattn import backends
-from fastattn.ops.attention import aten, registration
 from fastattn.ops.attention import problem as _problem
+from fastattn.ops.attention import registration, straight
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import NONE, Extras
 from fastattn.ops.attention.problem import Causal, Documents
@@ -179,7 +179,7 @@ def attention(
         and block_mask is None and type(softcap) is type(dropout_p) is float
         and not (softcap or dropout_p or return_lse) and fp32_precision == "ieee"
     ):  # fmt: skip
-        out = aten.straight(q, k, v, causal, softmax_scale)
+        out = straight.run(q, k, v, causal, softmax_scale)
         if out is not None:
             return out
     try:

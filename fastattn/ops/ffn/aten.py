@@ -17,45 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastattn.ops.common import modes
-from fastattn.ops.common.straight import ERRORS, plain
-from fastattn.ops.ffn.problem import ACTIVATIONS, FFNProblem
+from fastattn.ops.ffn.problem import FFNProblem
 from fastattn.ops.linear import linear
 
 
 def unsupported(problem: FFNProblem) -> str | None:
     return None
-
-
-def straight(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    activation: str,
-    layout: str,
-) -> torch.Tensor | None:
-    """A plain call on a CPU (ops/common/straight.py) without `recompute`; None for any other."""
-    try:
-        if not plain(x, w1, b1, w2, b2) or not modes.plain():
-            return None
-        if layout == "linear":
-            run, (hidden, _), (out_features, _) = _linear, w1.shape, w2.shape
-        elif layout == "conv1d":
-            run, (_, hidden), (_, out_features) = _conv1d, w1.shape, w2.shape
-        else:
-            return None
-        # ATen would broadcast a bias; that the other sizes fit, it says itself.
-        if (
-            (b1 is not None and b1.shape != (hidden,))
-            or (b2 is not None and b2.shape != (out_features,))
-            or activation not in ACTIVATIONS
-        ):
-            return None
-        return run(activation, False, x, w1, b1, w2, b2)
-    except ERRORS:
-        return None
 
 
 def forward(

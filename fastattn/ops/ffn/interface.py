@@ -6,8 +6,8 @@ import torch
 
 from fastattn import backends
 from fastattn.ops.common.dispatch import Dispatch
-from fastattn.ops.ffn import aten, registration
 from fastattn.ops.ffn import problem as _problem
+from fastattn.ops.ffn import registration
 
 BACKENDS = registration.BACKENDS
 
@@ -60,10 +60,6 @@ def ffn(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    if backend is None and recompute is False:
-        out = aten.straight(x, w1, b1, w2, b2, activation, layout)
-        if out is not None:
-            return out
     key, plan = _dispatch.find((x, w1, b1, w2, b2), activation, layout, recompute, backend)
     if plan is None:
         described = _problem.describe(
@@ -71,8 +67,8 @@ def ffn(
         )
         plan = _dispatch.make(key, described, backend)
     described, run = plan
-    result: torch.Tensor = run(described, x, w1, b1, w2, b2)
-    return result
+    out: torch.Tensor = run(described, x, w1, b1, w2, b2)
+    return out
 
 
 backends.register(ffn, _problem.describe, BACKENDS)

@@ -7,12 +7,9 @@ others are computed in the promoted dtype.
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any
 
 import torch
 
-from fastattn.ops.common.straight import ERRORS, plain
 from fastattn.ops.layer_norm.problem import NormProblem
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -20,40 +17,6 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def unsupported(problem: NormProblem) -> str | None:
     return None
-
-
-def straight(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: Any,
-    residual: torch.Tensor | None,
-    center: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
-    """A plain call on a CPU (ops/common/straight.py); None for any other.
-
-    Neither transforms nor autocast change what the backend does.
-    """
-    try:
-        if not plain(x, weight, bias, residual):
-            return None
-        # ATen takes any number; None it takes as rms_norm does.
-        valid = type(eps) is float and 0.0 <= eps < math.inf
-        if not valid and (center or eps is not None):
-            return None
-        stream = x
-        if residual is not None:
-            if residual.shape != x.shape:
-                return None
-            stream = x + residual
-        shape = (x.shape[-1],)
-        if center:
-            out = torch.layer_norm(stream, shape, weight, bias, eps)
-        else:
-            out = torch.rms_norm(stream, shape, weight, eps)
-    except ERRORS:
-        return None
-    return out if residual is None else (out, stream)
 
 
 def forward(

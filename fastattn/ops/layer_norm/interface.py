@@ -6,8 +6,8 @@ import torch
 
 from fastattn import backends
 from fastattn.ops.common.dispatch import Dispatch
-from fastattn.ops.layer_norm import aten, registration
 from fastattn.ops.layer_norm import problem as _problem
+from fastattn.ops.layer_norm import registration
 
 BACKENDS = registration.BACKENDS
 
@@ -53,10 +53,6 @@ def layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    if backend is None:
-        result = aten.straight(x, weight, bias, eps, residual, True)
-        if result is not None:
-            return result
     return _normalise(x, weight, bias, eps, residual, backend, True)
 
 
@@ -94,10 +90,6 @@ def rms_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    if backend is None:
-        result = aten.straight(x, weight, None, eps, residual, False)
-        if result is not None:
-            return result
     return _normalise(x, weight, None, eps, residual, backend, False)
 
 

@@ -217,7 +217,7 @@ def test_backward_under_another_choice(device: str, monkeypatch: pytest.MonkeyPa
     """Which backend runs a backward is settled by its forward, not by what surrounds it."""
     monkeypatch.setattr(backends.Backend, "declined", lambda self, problem: None)
     monkeypatch.setattr("fastattn.ops.attention.interface._dispatch.plans.get", lambda key: None)
-    monkeypatch.setattr("fastattn.ops.attention.aten.straight", lambda *call: None)
+    monkeypatch.setattr("fastattn.ops.attention.straight.run", lambda *call: None)
     inputs = tensors(device, 9, 9, 9)
     expected = results(lambda *x: attention(*x, backend="reference"), *inputs)
 
