@@ -38,7 +38,9 @@ def register(
         class Formula(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
+                # Below the keys that remember views: a result that is a view of a tensor made in
+                # here could not be modified in place outside.
+                with torch._C._AutoDispatchBelowADInplaceOrView():
                     output = tuple(run(*inputs))  # a list would be no output to autograd
                 setup_context(ctx, inputs, output)
                 return output
@@ -59,7 +61,7 @@ def register(
                     return differentiable_kernel(*inputs) if alone else differentiable_op(*inputs)
         if forward_ad._current_level >= 0:
             return differentiable_op(*inputs)  # which raises if an input has a tangent
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return kernel(*inputs) if alone else op(*inputs)
 
     library.impl(name, differentiable, "Autograd")
