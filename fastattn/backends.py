@@ -180,7 +180,7 @@ def named(argument: str | None) -> tuple[str, str] | None:
         return _known(argument, "backend"), f"backend={argument!r}"
     if _used is not None:
         return _used, f"fastattn.use_backend({_used!r})"
-    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    from_environment = _in_environment()
     if from_environment:
         _known(from_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
         return from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
@@ -188,16 +188,37 @@ def named(argument: str | None) -> tuple[str, str] | None:
 
 
 # The dict below os.environ, of bytes: every call looks into it, and the mapping takes 1.4 us to say
-# that a variable is not set.
+# that a variable is not set. torch.compile guards what is read from it, not what the mapping says.
 _environment: Any = getattr(os.environ, "_data", None)
-_KEY = os.fsencode(ENVIRONMENT_VARIABLE)
+_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)  # type: ignore[attr-defined]
+
+
+def _in_environment() -> str | None:
+    """What the environment variable says, None or "" if nothing."""
+    if not torch.compiler.is_compiling():
+        return os.environ.get(ENVIRONMENT_VARIABLE)
+    _set_in_environment()  # before torch.compile looks at the dict
+    if _environment is None:
+        return os.environ.get(ENVIRONMENT_VARIABLE)
+    value: bytes | str | None = _environment.get(_KEY)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+@_constant
+def _set_in_environment() -> None:
+    """Set the variable to "" if it is not set, for torch.compile.
+
+    The guard of a key that is there is its value; that of one that is not is the dict's length, by
+    which any new variable would compile all graphs once more.
+    """
+    os.environ.setdefault(ENVIRONMENT_VARIABLE, "")
 
 
 def state() -> tuple[str | None, Any]:
     """What a plan's cache key needs to know of the user's choice outside the call."""
     if _environment is None:
         return _used, os.environ.get(ENVIRONMENT_VARIABLE)
-    return _used, _environment.get(_KEY)
+    return _used, _environment.get(_KEY) or None
 
 
 @contextlib.contextmanager

@@ -120,3 +120,31 @@ def test_cuda_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             fastattn.UnsupportedError, match=f"cuda backend cannot run {op} on .*GPU"
         ):
             function(*CALLS[op], backend="cuda")
+
+
+def test_a_compiled_function_notices_a_choice_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By use_backend and by the environment alike; other variables compile nothing again."""
+    graphs: list[bool] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append("torch.layer_norm(" in graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fastattn.layer_norm, backend=keep, fullgraph=True)
+    x = torch.randn(3, 8)
+    compiled(x)
+    with fastattn.use_backend("reference"):
+        compiled(x)
+    assert graphs == [True, False]
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    compiled(x)
+    assert graphs == [True, False, False]
+    monkeypatch.setenv("FASTATTN_BACKEND", "torch")
+    compiled(x)
+    assert graphs == [True, False, False, True]
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    compiled(x)
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    compiled(x)
+    assert len(graphs) == 4
