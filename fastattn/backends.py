@@ -190,7 +190,7 @@ def named(argument: str | None) -> tuple[str, str] | None:
 # The dict below os.environ, of bytes: every call looks into it, and the mapping takes 1.4 us to say
 # that a variable is not set. torch.compile guards what is read from it, not what the mapping says.
 _environment: Any = getattr(os.environ, "_data", None)
-_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)  # type: ignore[attr-defined]
+_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 def _in_environment() -> str | None:

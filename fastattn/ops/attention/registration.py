@@ -11,13 +11,14 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import backends
 from fastattn.ops.attention import dropout, reference
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings, results
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import autograd
+from fastattn.ops.common import autograd, flops
 
 BACKENDS = backends.of_op("fastattn.ops.attention")
 
@@ -185,3 +186,34 @@ autograd.register(_library, "attention", _forward, _setup_context, _autograd)
 autograd.register(
     _library, "attention_backward", _backward, _backward_setup_context, _double_backward
 )
+
+
+# --- floating-point operations --------------------------------------------------------------------
+
+
+def _flops(q, k, v, *call):  # type: ignore[no-untyped-def]
+    """Two products; what a mask hides counts, as torch counts its own attention."""
+    return 2 * _scores(q, k, call) * (q.shape[-1] + v.shape[-1])
+
+
+def _backward_flops(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
+    """The scores again and the products for dq and dk; those for dp and dv."""
+    return 2 * _scores(q, k, call) * (3 * q.shape[-1] + 2 * v.shape[-1])
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, call: tuple[Any, ...]) -> int:
+    """Elements of the score matrices of all heads and sequences."""
+    if q.dim() == 4:
+        return q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+    extras, settings, _, _ = _split(call)
+    starts_q, starts_k = extras.cu_seqlens_q, extras.cu_seqlens_k
+    assert starts_q is not None and starts_k is not None
+    if starts_q.is_meta or isinstance(starts_q, FakeTensor):  # all as long as the longest
+        longest = settings.max_seqlen_q * settings.max_seqlen_k
+        return q.shape[1] * (starts_q.shape[0] - 1) * longest
+    of_q, of_k = (x.diff().clamp(min=0).cpu().long() for x in (starts_q, starts_k))
+    return q.shape[1] * int((of_q * of_k).sum())
+
+
+flops.register("attention", _flops)
+flops.register("attention_backward", _backward_flops)

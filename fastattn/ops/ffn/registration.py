@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd
+from fastattn.ops.common import autograd, flops
 from fastattn.ops.ffn import reference
 from fastattn.ops.ffn.matrices import gradient_like
 from fastattn.ops.ffn.problem import FFNProblem, describe
@@ -137,3 +137,25 @@ torch.library.register_fake("fastattn::ffn", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::ffn_backward", _backward_fake, lib=_library)
 autograd.register(_library, "ffn", _forward, _setup_context, _autograd)
 autograd.register(_library, "ffn_backward", _backward, _backward_setup_context, _double_backward)
+
+
+# --- floating-point operations --------------------------------------------------------------------
+
+
+def _flops(x, w1, b1, w2, *rest):  # type: ignore[no-untyped-def]
+    tokens = x.numel() // max(1, x.shape[-1])
+    return 2 * tokens * (w1.numel() + w2.numel())
+
+
+def _backward_flops(dout, x, w1, b1, w2, b2, pre, needs, *rest):  # type: ignore[no-untyped-def]
+    dx, dw1, db1, dw2, _ = needs
+    through = dx or dw1 or db1
+    # Of w1's size: pre again, dx, dw1. Of w2's: the hidden layer's gradient, dw2.
+    first = (pre is None and (through or dw2)) + dx + dw1
+    second = through + dw2
+    tokens = x.numel() // max(1, x.shape[-1])
+    return 2 * tokens * (first * w1.numel() + second * w2.numel())
+
+
+flops.register("ffn", _flops)
+flops.register("ffn_backward", _backward_flops)
