@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.triton import launching
-from fastattn.ops.attention.triton.scores import held, sequence
+from fastattn.ops.attention.triton.sequences import held, sequence
 from fastattn.ops.common import launch
 
 CHUNK = 1024

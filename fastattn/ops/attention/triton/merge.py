@@ -7,25 +7,24 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention import tiles
-from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, held, parts_of
+from fastattn.ops.attention.triton import launching
+from fastattn.ops.attention.triton.scores import LN_2, LOG2_E
+from fastattn.ops.attention.triton.sequences import held, parts_of
 from fastattn.ops.common import launch
 
 BLOCK_S = 8  # splits in flight
 WARPS = 4
 
 
-@triton.jit(
-    do_not_specialize=["stride_part", "stride_lse", "heads", "seqlen_q", "seqlen_k", "seqlen_new",
-                       "splits", "split_length"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=launching.SIZES)
 def _merge_kernel(
-    part_ptr,  # (splits, batch, seqlen_q, heads, head_dim), float32, contiguous
+    part_out_ptr,  # (splits, batch, seqlen_q, heads, head_dim), float32, contiguous
     part_lse_ptr,  # (splits, batch, heads, seqlen_q), contiguous
     out_ptr,  # (batch, seqlen_q, heads, head_dim), contiguous
     lse_ptr,
     key_lengths_ptr,  # (batch,) without seqlen_new, or None
-    stride_part: tl.int64,
-    stride_lse: tl.int64,
+    stride_part_out: tl.int64,
+    stride_part_lse: tl.int64,
     heads,
     seqlen_q,
     seqlen_k,
@@ -59,13 +58,17 @@ def _merge_kernel(
         split = first + tl.arange(0, BLOCK_S)
         there = split < parts
         split = split.to(tl.int64)
-        lse = tl.load(part_lse_ptr + split * stride_lse + line, mask=there, other=float("-inf"))
+        lse = tl.load(
+            part_lse_ptr + split * stride_part_lse + line, mask=there, other=float("-inf")
+        )
         lse *= LOG2_E
         new_top = tl.maximum(top, tl.max(lse, 0))
         harmless = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(lse - harmless)
         old = tl.exp2(top - harmless)
-        pointers = part_ptr + (split * stride_part + row * HEAD_DIM)[:, None] + columns[None, :]
+        pointers = (
+            part_out_ptr + (split * stride_part_out + row * HEAD_DIM)[:, None] + columns[None, :]
+        )
         # A split in which the row sees no key has no weight, and may hold 0 * NaN.
         exists = (lse != float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
         part = tl.load(pointers, mask=exists, other=0.0)
