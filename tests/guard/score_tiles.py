@@ -28,7 +28,7 @@ def _counted() -> Iterator[Counts]:
     counts: Counts = {}
     modules = {
         kernel: importlib.import_module(f"fastattn.ops.attention.triton.{name}")
-        for kernel, name in (("forward", "attend"), ("keys", "keys"), ("queries", "queries"))
+        for kernel, name in (("forward", "fold"), ("keys", "keys"), ("queries", "queries"))
     }
     functions = {name: module.score_tile for name, module in modules.items()}
 

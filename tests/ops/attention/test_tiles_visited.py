@@ -130,7 +130,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tiles]:
     """Tiles that are computed from now on, of the forward, the dK and dV, and the dQ kernel."""
     counts: dict[str, Tiles] = {name: Counter() for name in ("forward", "keys", "queries")}
     for name in counts:
-        file = "attend" if name == "forward" else name
+        file = "fold" if name == "forward" else name
         module = importlib.import_module(f"fastattn.ops.attention.triton.{file}")
         score_tile = module.score_tile
 

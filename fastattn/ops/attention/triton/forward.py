@@ -22,7 +22,7 @@ joins. There are as many programs as keep the GPU busy; they take the parts in t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,89 +31,23 @@ import triton.language as tl
 from fastattn.ops.attention import tiles
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.triton import launching
-from fastattn.ops.attention.triton.attend import attend_rows
 from fastattn.ops.attention.triton.blocks import Blocks
 from fastattn.ops.attention.triton.documents import tile_ranges
 from fastattn.ops.attention.triton.memory import Rows
 from fastattn.ops.attention.triton.merge import merge
+from fastattn.ops.attention.triton.rows import (
+    Cache,
+    Call,
+    Documents,
+    Lines,
+    Rotary,
+    Switches,
+    attend_rows,
+)
 from fastattn.ops.attention.triton.scores import Plane, Sizes
 from fastattn.ops.attention.triton.sequences import Lengths, Parts, find_part
 from fastattn.ops.common import launch
 from fastattn.ops.common.plans import PlanCache
-
-
-class Switches(NamedTuple):
-    """What else the forward kernel is compiled for."""
-
-    PACK: tl.constexpr  # query heads that are rows of one tile
-    SPLIT: tl.constexpr  # there may be several parts of the keys
-    TOP_LEFT: tl.constexpr  # the band begins in that corner, else it ends in the other one
-    LENGTH_DIAGONAL: tl.constexpr  # the diagonal follows key_lengths, as of a cache
-    ROTARY_INTERLEAVED: tl.constexpr
-    ROTARY_ADVANCES: tl.constexpr  # query i stands i after the first, else all at one position
-    SCALE_POSITIVE: tl.constexpr
-
-
-class Lines(NamedTuple):
-    """A tensor of (batch, head, query)."""
-
-    ptr: Any
-    batch: Any  # strides
-    head: Any
-
-
-class Documents(NamedTuple):
-    q_ptr: Any
-    k_ptr: Any
-    ranges_ptr: Any
-    q: Any  # strides from batch to batch
-    k: Any
-
-
-class Cache(NamedTuple):
-    table_ptr: Any
-    table: Any  # stride from batch to batch
-    indices_ptr: Any
-    starts_ptr: Any
-    page_size: Any
-    pages: Any
-
-
-class Rotary(NamedTuple):
-    cos_ptr: Any
-    sin_ptr: Any
-    half: Any
-    positions: Any
-
-
-class Call(NamedTuple):
-    """The kernel's arguments, in groups; the kernel's signature explains each."""
-
-    q: Rows
-    k: Rows
-    v: Rows
-    out: Rows
-    lse: Lines
-    parts: Parts
-    mask: Any  # Plane or None
-    bias: Any
-    slopes: Any  # (pointer, stride from batch to batch), or None
-    sink_ptr: Any
-    documents: Any  # Documents or None
-    blocks: Any  # Blocks or None
-    lengths: Lengths
-    cache: Cache
-    rotary: Any  # Rotary or None
-    seed_ptr: Any
-    threshold: Any
-    inverse_keep: Any
-    heads: Any
-    group_size: Any
-    tiles_m: Any
-    low: Any
-    high: Any
-    scale: Any
-    softcap: Any
 
 
 @triton.jit(do_not_specialize=launching.SIZES)

@@ -42,7 +42,7 @@ from fastattn.ops.attention.triton.scores import (
     row_state,
     score_tile,
 )
-from fastattn.ops.attention.triton.sequences import bound, gap, held, sequence
+from fastattn.ops.attention.triton.sequences import bound, gap, held, query_range, sequence
 from fastattn.ops.common import launch
 
 
@@ -176,15 +176,13 @@ def _keys_kernel(
     if cu_seqlens_k_ptr is not None:
         covered = tl.minimum(length_k, tiles_n * BLOCK_N)
         sequences = tl.num_programs(0) // tiles_n // kv_heads
-        gap_first, gap_end = gap(cu_seqlens_k_ptr, batch, sequences, k_start, covered, seqlen_k)
+        begin, stop = gap(cu_seqlens_k_ptr, batch, sequences, k_start, covered, seqlen_k)
         clear_rows(
-            dk_ptr, gap_first, gap_end, tile_n, tiles_n, kv_heads, kv_head, BLOCK_N, HEAD_DIM,
-            BLOCK_D,
-        )  # fmt: skip
+            dk_ptr, begin, stop, tile_n, tiles_n, kv_heads, kv_head, BLOCK_N, HEAD_DIM, BLOCK_D
+        )
         clear_rows(
-            dv_ptr, gap_first, gap_end, tile_n, tiles_n, kv_heads, kv_head, BLOCK_N, HEAD_DIM_V,
-            BLOCK_DV,
-        )  # fmt: skip
+            dv_ptr, begin, stop, tile_n, tiles_n, kv_heads, kv_head, BLOCK_N, HEAD_DIM_V, BLOCK_DV
+        )
         if first_key >= length_k:
             return
     shift = length_k - length_q
@@ -206,35 +204,16 @@ def _keys_kernel(
     if k_documents_ptr is not None:
         k_documents = k_documents_ptr + batch * stride_kd + k_start
 
-    # Queries from the first to the last that see a key of this tile; from `whole_start` to
-    # `whole_end` they see all of them. Rows of padding keys are garbage that no other row sees;
-    # they are zeroed at the end.
-    start = 0
-    whole_start = 0
+    # Rows of padding keys are garbage that no other row sees; they are zeroed at the end.
+    begin = 0
     end = length_q
     if ranges_ptr is not None:
         pair = ranges_ptr + (batch * tiles_n + tile_n) * 2
-        start = tl.load(pair)
+        begin = tl.load(pair)
         end = tl.minimum(end, tl.load(pair + 1))
-    if key_limit <= first_key:
-        end = 0
-    whole_end = end
-    if highest is not None:
-        start = tl.maximum(start, first_key - highest)
-        whole_start = first_key + BLOCK_N - 1 - highest
-    if lowest is not None:
-        end = tl.minimum(end, tl.minimum(first_key + BLOCK_N, key_limit) - lowest)
-        whole_end = tl.minimum(whole_end, first_key - lowest + 1)
-    first = tl.maximum(start, 0)
-    start = first // BLOCK_M * BLOCK_M
-    end = tl.where(first < end, end, start)
-    whole_end = tl.minimum(whole_end, end)
-    whole_start = tl.minimum(tl.cdiv(tl.maximum(whole_start, 0), BLOCK_M), tl.cdiv(end, BLOCK_M))
-    whole_start = tl.maximum(whole_start * BLOCK_M, start)
-    if low is not None:
-        whole_end = tl.maximum(whole_end, 0) // BLOCK_M * BLOCK_M
-    whole_end = tl.maximum(whole_end, whole_start)
-
+    start, whole_start, whole_end, end = query_range(
+        first_key, key_limit, begin, end, lowest, highest, BLOCK_M, BLOCK_N
+    )
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -300,8 +279,8 @@ def _keys_kernel(
             dropout=dropout,
         )
         if blocks is not None:
-            begin, stop = kept_range(blocks, batch, head, first_key, BLOCK_M)
-            dk, dv = _accumulate(dk, dv, begin, stop, x, sizes, True)
+            first, last = kept_range(blocks, batch, head, first_key, BLOCK_M)
+            dk, dv = _accumulate(dk, dv, first, last, x, sizes, True)
         else:
             if high is not None:
                 dk, dv = _accumulate(dk, dv, start, whole_start, x, sizes, True)

@@ -164,3 +164,39 @@ def key_range(
         whole_start = start
     whole_end = tl.maximum(tl.maximum(whole_end, 0) // BLOCK_N * BLOCK_N, whole_start)
     return start, whole_start, whole_end, end
+
+
+@triton.jit
+def query_range(
+    first_key,  # the first key of a tile
+    key_limit,  # keys from here on are padding
+    start,  # no query before it
+    end,  # and none from it on
+    low,
+    high,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(start, whole_start, whole_end, end): query tiles that a key tile has to visit.
+
+    Every query of the tiles from whole_start to whole_end sees all keys of the tile, padding apart.
+    """
+    if key_limit <= first_key:
+        end = 0
+    whole_start = 0
+    whole_end = end
+    if high is not None:
+        start = tl.maximum(start, first_key - high)
+        whole_start = first_key + BLOCK_N - 1 - high
+    if low is not None:
+        end = tl.minimum(end, tl.minimum(first_key + BLOCK_N, key_limit) - low)
+        whole_end = tl.minimum(whole_end, first_key - low + 1)
+    first = tl.maximum(start, 0)
+    start = first // BLOCK_M * BLOCK_M
+    end = tl.where(first < end, end, start)
+    whole_end = tl.minimum(whole_end, end)
+    whole_start = tl.minimum(tl.cdiv(tl.maximum(whole_start, 0), BLOCK_M), tl.cdiv(end, BLOCK_M))
+    whole_start = tl.maximum(whole_start * BLOCK_M, start)
+    if low is not None:
+        whole_end = tl.maximum(whole_end, 0) // BLOCK_M * BLOCK_M
+    return start, whole_start, tl.maximum(whole_end, whole_start), end

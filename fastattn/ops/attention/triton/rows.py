@@ -1,6 +1,7 @@
-"""One tile of queries of the forward pass: its rows, its walk along the keys, its results.
+"""One tile of queries of the forward pass, from its rows to its results.
 
-forward.py says what is computed, and has the kernel, which finds the tile.
+forward.py says what is computed and has the kernel, which finds the tile; fold.py has the loop
+along the keys.
 """
 
 from __future__ import annotations
@@ -10,30 +11,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention.triton.blocks import kept_range, kept_tile, pattern_of
-from fastattn.ops.attention.triton.memory import (
-    Rows,
-    Strip,
-    clear_rows,
-    load_rows,
-    load_tile,
-    store_tile,
-    strip,
-)
+from fastattn.ops.attention.triton.blocks import kept_range
+from fastattn.ops.attention.triton.fold import Pages, Queries, fold
+from fastattn.ops.attention.triton.memory import Rows, clear_rows, load_tile, store_tile, strip
 from fastattn.ops.attention.triton.rotary import rotated
-from fastattn.ops.attention.triton.scores import (
-    LN_2,
-    LOG2_E,
-    Dropout,
-    Lane,
-    Rule,
-    Tile,
-    exact_beyond,
-    keep_tile,
-    of_queries,
-    score_tile,
-)
+from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, Dropout, Lane, Rule, of_queries
 from fastattn.ops.attention.triton.sequences import (
+    Lengths,
+    Parts,
     bound,
     gap,
     held,
@@ -44,124 +29,84 @@ from fastattn.ops.attention.triton.sequences import (
 )
 
 
-class Pages(NamedTuple):
-    """Keys and values in pages of a cache."""
+class Lines(NamedTuple):
+    """A tensor of (batch, head, query)."""
 
-    table: Any  # pointer to the numbers of the sequence's pages
+    ptr: Any
+    batch: Any  # strides
+    head: Any
+
+
+class Documents(NamedTuple):
+    """Which document each token belongs to."""
+
+    q_ptr: Any
+    k_ptr: Any
+    ranges_ptr: Any  # (batch, tiles_m, 2): keys that they leave
+    q: Any  # strides from batch to batch
+    k: Any
+
+
+class Cache(NamedTuple):
+    """Where a cache has the keys of a sequence; the pointers are None for keys in a row."""
+
+    table_ptr: Any  # (batch, pages of a sequence)
+    table: Any  # stride from batch to batch
+    indices_ptr: Any  # (batch,)
+    starts_ptr: Any  # (batch,)
     page_size: Any
-    pages: Any  # of the cache
-    k: Rows  # whose batch is the page, and token the slot in it
+    pages: Any  # or sequences of a padded cache
+
+
+class Rotary(NamedTuple):
+    """Tables of (positions, half) by which the queries are turned."""
+
+    cos_ptr: Any
+    sin_ptr: Any
+    half: Any
+    positions: Any
+
+
+class Call(NamedTuple):
+    """The kernel's arguments, in groups; the kernel's signature explains each."""
+
+    q: Rows
+    k: Rows
     v: Rows
-
-
-class Queries(NamedTuple):
-    """A tile of queries, and what it takes to go along the keys."""
-
-    q: Any  # (BLOCK_M, BLOCK_D)
-    i: Any  # (BLOCK_M, 1) positions, of which the fields below have one value or one for each
-    inside: Any  # rows that exist
-    rule: Rule  # its scale is None where the maximum of unscaled scores is taken
-    scale: Any
-    k: Strip  # from key 0 on; of paged ones, from the start of page 0
-    v: Strip
-    pages: Any  # Pages or None
-    mask: Any  # Lane or None
+    out: Rows
+    lse: Lines
+    parts: Parts
+    mask: Any  # Plane or None
     bias: Any
-    q_documents: Any
+    slopes: Any  # (pointer, stride from batch to batch), or None
+    sink_ptr: Any
+    documents: Any  # Documents or None
     blocks: Any  # Blocks or None
-    pattern_row: Any  # offset of a row inside a tile of the block mask
-    dropout: Any  # Dropout or None
+    lengths: Lengths
+    cache: Cache
+    rotary: Any  # Rotary or None
+    seed_ptr: Any
+    threshold: Any
+    inverse_keep: Any
+    heads: Any
+    group_size: Any
+    tiles_m: Any
+    low: Any
+    high: Any
+    scale: Any
+    softcap: Any
 
 
-@triton.jit
-def _attend(
-    acc,  # (BLOCK_M, BLOCK_DV)
-    total,  # (BLOCK_M,) l
-    top,  # (BLOCK_M,) m
-    start,  # keys from start to end; with blocks: places in lists, times their subtiles
-    end,
-    x,  # Queries
-    sizes: tl.constexpr,
-    BOUNDARY: tl.constexpr,
-):
-    """Fold key tiles into the running softmax."""
-    local = tl.arange(0, sizes.BLOCK_N)
-    SCALED_LAST: tl.constexpr = x.rule.scale is None
-    if SCALED_LAST:
-        power = tl.exp2(tl.ceil(tl.log2(x.scale)))
-    step: tl.constexpr = sizes.BLOCK_N if x.blocks is None else 1
-    for t in range(start, end, step):
-        n = t
-        pattern = None
-        pattern_columns = None
-        if x.blocks is not None:
-            n, inner, entry = kept_tile(x.blocks, t, sizes.BLOCK_N)
-            if x.blocks.patterns_ptr is not None:
-                pattern = pattern_of(x.blocks, entry) + x.pattern_row
-                pattern_columns = inner + local[None, :]
-        j = n + local
-        inside = None
-        if BOUNDARY:
-            inside = j < x.rule.key_limit
-            if x.rule.first_key is not None:
-                inside = inside & (j >= x.rule.first_key)
-        if x.pages is None:
-            k = load_rows(x.k, n, local, inside, sizes.HEAD_DIM, sizes.BLOCK_D)
-        else:
-            page, slot = _find_slots(x.pages, j, x.rule.key_limit)
-            k_offsets = _slot_offsets(x.pages.k, page, slot, sizes)
-            k = load_tile(x.k.base, k_offsets, inside, sizes.HEAD_DIM, sizes.BLOCK_D)
-        tile = Tile(
-            inside=x.inside,
-            q_documents=x.q_documents,
-            mask=x.mask,
-            bias=x.bias,
-            first=n,
-            local=local[None, :],
-            pattern=pattern,
-            pattern_columns=pattern_columns,
-        )
-        products = tl.dot(x.q, k.T, input_precision=sizes.PRECISION)
-        scores, _ = score_tile(products, x.i, j[None, :], tile, x.rule, BOUNDARY, BOUNDARY)
-        highest = tl.max(scores, 1)
-        unscaled = highest
-        if SCALED_LAST:
-            highest *= x.scale
-        new_top = tl.maximum(top, highest)
-        # A row that has seen no key yet has the maximum -inf; -inf - -inf would be NaN.
-        harmless = tl.where(new_top == float("-inf"), 0.0, new_top)
-        if SCALED_LAST:
-            row_scale, row_top = exact_beyond(unscaled, highest, harmless, x.scale, power)
-            p = tl.exp2(scores * row_scale[:, None] - row_top[:, None])
-        else:
-            p = tl.exp2(scores - harmless[:, None])
-        alpha = tl.exp2(top - harmless)
-        total = total * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        if x.dropout is not None:
-            p = tl.where(keep_tile(x.dropout, x.i, n, sizes.BLOCK_N, False), p, 0.0)
-        if x.pages is None:
-            v = load_rows(x.v, n, local, inside, sizes.HEAD_DIM_V, sizes.BLOCK_DV)
-        else:
-            v_offsets = _slot_offsets(x.pages.v, page, slot, sizes)
-            v = load_tile(x.v.base, v_offsets, inside, sizes.HEAD_DIM_V, sizes.BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=sizes.PRECISION)
-        top = new_top
-    return acc, total, top
+class Switches(NamedTuple):
+    """What else the forward kernel is compiled for."""
 
-
-@triton.jit
-def _find_slots(x, j, key_limit):
-    """(pages, slots in them) of the keys j, in 64 bits."""
-    page = tl.load(x.table + j // x.page_size, mask=j < key_limit, other=0)
-    page = tl.minimum(tl.maximum(page, 0), x.pages - 1).to(tl.int64)
-    return page, (j % x.page_size).to(tl.int64)
-
-
-@triton.jit
-def _slot_offsets(x, page, slot, sizes: tl.constexpr):
-    # Both products are of 32-bit numbers, to 64 bits: one instruction each.
-    return (page * x.batch.to(tl.int64) + slot * x.token) * sizes.ALIGN
+    PACK: tl.constexpr  # query heads that are rows of one tile
+    SPLIT: tl.constexpr  # there may be several parts of the keys
+    TOP_LEFT: tl.constexpr  # the band begins in that corner, else it ends in the other one
+    LENGTH_DIAGONAL: tl.constexpr  # the diagonal follows key_lengths, as of a cache
+    ROTARY_INTERLEAVED: tl.constexpr
+    ROTARY_ADVANCES: tl.constexpr  # query i stands i after the first, else all at one position
+    SCALE_POSITIVE: tl.constexpr
 
 
 @triton.jit
@@ -171,8 +116,8 @@ def attend_rows(
     tile_m,
     part,  # of the keys, 0 if not SPLIT
     call,  # Call
-    sizes: tl.constexpr,
-    switches: tl.constexpr,
+    sizes: tl.constexpr,  # Sizes
+    switches: tl.constexpr,  # Switches
 ):
     """The results of one tile of queries, for one part of the keys if SPLIT."""
     PACK: tl.constexpr = switches.PACK
@@ -205,16 +150,24 @@ def attend_rows(
         first_key = tl.minimum(first_key, key_limit).to(tl.int32)
         begin = first_key
 
-    # Rows of the tile: PACK heads of each query. Positions inside the sequence, offsets in q.
+    # Rows of the tile: PACK heads of each query. Positions count inside the sequence, offsets from
+    # the tile's first row, in 32 bits; but from query 0 and in 64 bits for heads in one tile.
     local = tl.arange(0, sizes.BLOCK_M)
     row = first_row + local
     inside = row < length_q * PACK
     query = row // PACK
     group = row % PACK
+    i = query[:, None]
     if PACK == 1:
+        head_of_row = head
+        first = first_row
+        place = local[:, None]
         of_q = strip(call.q, batch, head, q_start + first_row, sizes.ALIGN)
         q_offsets = local * of_q.stride
     else:
+        head_of_row = (head + group)[:, None]
+        first = 0
+        place = i.to(tl.int64)
         of_q = strip(call.q, batch, head, q_start, sizes.ALIGN)
         q_offsets = query.to(tl.int64) * of_q.stride
         q_offsets += group.to(tl.int64) * call.q.head * sizes.ALIGN
@@ -232,17 +185,6 @@ def attend_rows(
         pages = Pages(table, cache.page_size, cache.pages, call.k, call.v)
         slot = tl.cast(0, tl.int64)
 
-    i = query[:, None]
-    head_of_row = head
-    if PACK > 1:
-        head_of_row = (head + group)[:, None]
-    # Offsets of the rows from the tile's first one: 32-bit, but for heads in one tile.
-    if PACK == 1:
-        place = local[:, None]
-        first = first_row
-    else:
-        place = i.to(tl.int64)
-        first = 0
     mask = None if call.mask is None else _lane(call.mask, batch, head, first, place, group)
     bias = None if call.bias is None else _lane(call.bias, batch, head, first, place, group)
     slope = None
@@ -302,7 +244,7 @@ def attend_rows(
     acc = tl.zeros((sizes.BLOCK_M, sizes.BLOCK_DV), tl.float32)
     if call.blocks is not None:
         start, end = kept_range(call.blocks, batch, head, first_row, sizes.BLOCK_N)
-        acc, total, top = _attend(acc, total, top, start, end, x, sizes, True)
+        acc, total, top = fold(acc, total, top, start, end, x, sizes, True)
     else:
         end = key_limit
         if call.documents is not None:
@@ -315,14 +257,14 @@ def attend_rows(
             end = tl.minimum(end, (part + 1) * part_keys)
         last_row = tl.minimum(first_row + sizes.BLOCK_M, length_q * PACK) - 1
         left_edge: tl.constexpr = call.low is not None or first_key is not None
+        first, last = first_row // PACK, last_row // PACK
         start, whole_start, whole_end, end = key_range(
-            first_row // PACK, last_row // PACK, begin, end, rule.low, rule.high, sizes.BLOCK_N,
-            left_edge,
-        )  # fmt: skip
+            first, last, begin, end, rule.low, rule.high, sizes.BLOCK_N, left_edge
+        )
         if left_edge:
-            acc, total, top = _attend(acc, total, top, start, whole_start, x, sizes, True)
-        acc, total, top = _attend(acc, total, top, whole_start, whole_end, x, sizes, False)
-        acc, total, top = _attend(acc, total, top, whole_end, end, x, sizes, True)
+            acc, total, top = fold(acc, total, top, start, whole_start, x, sizes, True)
+        acc, total, top = fold(acc, total, top, whole_start, whole_end, x, sizes, False)
+        acc, total, top = fold(acc, total, top, whole_end, end, x, sizes, True)
 
     # A row without a key has top -inf and total 0, made 1: out 0, lse -inf.
     total = tl.where(total == 0.0, 1.0, total)
@@ -331,12 +273,10 @@ def attend_rows(
         acc *= dropout.inverse_keep
     lse = (top + tl.log2(total)) * LN_2
     token = q_start + query
-    head_of_row = head + group
     # ALIGN comes last, so that the compiler sees that rows begin where a wide store may.
-    out_offsets = (
-        batch * call.out.batch + token * call.out.token + head_of_row * call.out.head
-    ) * sizes.ALIGN
-    lse_offsets = batch * call.lse.batch + head_of_row * call.lse.head + token
+    out_offsets = batch * call.out.batch + token * call.out.token + (head + group) * call.out.head
+    out_offsets = out_offsets * sizes.ALIGN
+    lse_offsets = batch * call.lse.batch + (head + group) * call.lse.head + token
     if switches.SPLIT and parts_of(key_limit, parts.most, parts.length) > 1:
         number = tl.cast(part, tl.int64)
         out_ptr = parts.out_ptr + number * parts.out * sizes.ALIGN
@@ -359,14 +299,15 @@ def _clear_gap(batch, head, tile_m, q_start, length_q, call, sizes: tl.constexpr
     """Tokens that no sequence has: out 0, lse -inf."""
     rows = call.tiles_m * sizes.BLOCK_M  # of all tiles of a sequence
     sequences = tl.num_programs(0) // call.tiles_m // call.heads
-    first, end = gap(
-        call.lengths.cu_seqlens_q_ptr, batch, sequences, q_start, tl.minimum(length_q, rows),
-        call.lengths.q,
-    )  # fmt: skip
+    covered = tl.minimum(length_q, rows)
+    cu_seqlens_ptr, tokens = call.lengths.cu_seqlens_q_ptr, call.lengths.q
+    first, end = gap(cu_seqlens_ptr, batch, sequences, q_start, covered, tokens)
+    BLOCK_M: tl.constexpr = sizes.BLOCK_M
+    HEAD_DIM: tl.constexpr = sizes.HEAD_DIM_V
     clear_rows(
-        call.out.ptr, first, end, tile_m, call.tiles_m, call.heads, head, sizes.BLOCK_M,
-        sizes.HEAD_DIM_V, sizes.BLOCK_DV,
+        call.out.ptr, first, end, tile_m, call.tiles_m, call.heads, head, BLOCK_M, HEAD_DIM,
+        sizes.BLOCK_DV,
     )  # fmt: skip
-    for n in range(first + tile_m * sizes.BLOCK_M, end, rows):
-        row = n + tl.arange(0, sizes.BLOCK_M)
+    for n in range(first + tile_m * BLOCK_M, end, rows):
+        row = n + tl.arange(0, BLOCK_M)
         tl.store(call.lse.ptr + head * call.lse.head + row, float("-inf"), mask=row < end)
