@@ -78,7 +78,8 @@ class Call(NamedTuple):
     parts: Parts
     mask: Any  # Plane or None
     bias: Any
-    slopes: Any  # (pointer, stride from batch to batch), or None
+    slopes_ptr: Any
+    stride_slope: Any
     sink_ptr: Any
     documents: Any  # Documents or None
     blocks: Any  # Blocks or None
@@ -188,8 +189,8 @@ def attend_rows(
     mask = None if call.mask is None else _lane(call.mask, batch, head, first, place, group)
     bias = None if call.bias is None else _lane(call.bias, batch, head, first, place, group)
     slope = None
-    if call.slopes is not None:
-        slope = tl.load(call.slopes[0] + batch * call.slopes[1] + head_of_row) * LOG2_E
+    if call.slopes_ptr is not None:
+        slope = tl.load(call.slopes_ptr + batch * call.stride_slope + head_of_row) * LOG2_E
     q_documents = None
     k_documents = None
     if call.documents is not None:
@@ -202,7 +203,7 @@ def attend_rows(
         dropout = Dropout(tl.load(call.seed_ptr), plane, call.threshold, call.inverse_keep)
     # Where scores are nothing but scaled products, the maximum is taken before scaling, which then
     # costs nothing: it is one instruction with the subtraction of the maximum.
-    plain: tl.constexpr = call.softcap is None and call.slopes is None and call.bias is None
+    plain: tl.constexpr = call.softcap is None and call.slopes_ptr is None and call.bias is None
     rule = Rule(
         scale=None if switches.SCALE_POSITIVE and plain else call.scale,
         softcap=call.softcap,
