@@ -26,7 +26,7 @@ from fastattn.ops.attention import sink, tiles
 from fastattn.ops.attention.call import Extras, Settings, no_sequence
 from fastattn.ops.attention.triton import keys, launching, queries
 from fastattn.ops.attention.triton.bias import bias_gradient
-from fastattn.ops.attention.triton.documents import tile_ranges
+from fastattn.ops.attention.triton.documents import TileRanges
 from fastattn.ops.attention.triton.memory import Rows, load_rows, strip
 from fastattn.ops.common import launch
 from fastattn.ops.common.plans import PlanCache
@@ -77,10 +77,8 @@ class _Plan(NamedTuple):
     row_sums: launch.Prepared
     keys: launch.Prepared
     queries: launch.Prepared
-    tile_m: int  # of the queries' kernel
-    tiles_m: int
-    tile_n: int  # of the keys' kernel
-    tiles_n: int
+    of_queries: TileRanges | None
+    of_keys: TileRanges | None
 
 
 _plans: PlanCache[_Plan] = PlanCache()
@@ -118,10 +116,8 @@ def backward(
             plan = _plan(dout, out, q, k, v, extras, settings, copies)
             _plans.put(key, plan)
     x = plan.x
-    of_queries = of_keys = None
-    if extras.q_documents is not None:
-        of_queries = tile_ranges(x, extras, plan.tile_m, plan.tiles_m, of_queries=True)
-        of_keys = tile_ranges(x, extras, plan.tile_n, plan.tiles_n, of_queries=False)
+    of_queries = None if plan.of_queries is None else plan.of_queries(extras)
+    of_keys = None if plan.of_keys is None else plan.of_keys(extras)
     by_queries = (of_queries, *launching.pointers(extras, transposed=False))
     by_keys = (of_keys, *launching.pointers(extras, transposed=True))
 
@@ -168,7 +164,11 @@ def _plan(
         num_warps=4,
         num_stages=1,
     )
-    of_keys, tile_n, tiles_n = keys.prepared(x, extras, settings)
+    by_keys, *tiles_of_keys = keys.prepared(x, extras, settings)
     row_sums, *_ = queries.prepared(x, extras, settings, row_sums=True)
-    of_queries, tile_m, tiles_m = queries.prepared(x, extras, settings, row_sums=False)
-    return _Plan(x, copies, delta, row_sums, of_keys, of_queries, tile_m, tiles_m, tile_n, tiles_n)
+    by_queries, *tiles_of_queries = queries.prepared(x, extras, settings, row_sums=False)
+    of_queries = of_keys = None
+    if extras.q_documents is not None:
+        of_queries = TileRanges(x, *tiles_of_queries, of_queries=True)
+        of_keys = TileRanges(x, *tiles_of_keys, of_queries=False)
+    return _Plan(x, copies, delta, row_sums, by_keys, by_queries, of_queries, of_keys)

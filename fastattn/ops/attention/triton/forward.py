@@ -30,11 +30,10 @@ import triton.language as tl
 
 from fastattn.ops.attention import tiles
 from fastattn.ops.attention.call import Extras, Settings
-from fastattn.ops.attention.triton import launching
+from fastattn.ops.attention.triton import launching, merge
 from fastattn.ops.attention.triton.blocks import Blocks
-from fastattn.ops.attention.triton.documents import tile_ranges
+from fastattn.ops.attention.triton.documents import TileRanges
 from fastattn.ops.attention.triton.memory import Rows
-from fastattn.ops.attention.triton.merge import merge
 from fastattn.ops.attention.triton.rows import (
     Cache,
     Call,
@@ -201,10 +200,10 @@ class _Plan(NamedTuple):
 
     x: launching.Layout
     copies: bool  # whether the kernel needs copies of inputs
+    ranges: TileRanges | None
     launch: launch.Prepared
-    block_m: int
-    tiles_m: int
-    split: tiles.Split
+    splits: int  # parts of a sequence at most
+    merge: launch.Prepared | None
 
 
 _plans: PlanCache[_Plan] = PlanCache()
@@ -235,10 +234,7 @@ def attend(
             _plans.put(key, plan)
     x = plan.x
     out, lse = launching.outputs(x, q)
-    part_out, part_lse = launching.parts(out, lse, plan.split.most)
-    ranges = None
-    if extras.q_documents is not None:
-        ranges = tile_ranges(x, extras, plan.block_m, plan.tiles_m, of_queries=True)
+    part_out, part_lse = launching.parts(out, lse, plan.splits)
     plan.launch(
         q,
         k,
@@ -248,15 +244,12 @@ def attend(
         part_out,
         part_lse,
         extras.sink,
-        ranges,
+        None if plan.ranges is None else plan.ranges(extras),
         *launching.pointers(extras, transposed=False),
         *cache.pointers,
     )
-    if plan.split.most > 1:
-        merge(
-            part_out, part_lse, out, lse, extras.key_lengths, x.longest_k, cache.seqlen_new,
-            plan.split,
-        )  # fmt: skip
+    if plan.merge is not None:
+        plan.merge(part_out, part_lse, out, lse, extras.key_lengths)
     return out, lse
 
 
@@ -316,4 +309,11 @@ def _plan(
         ROTARY_ADVANCES=cache.rotary_advances,
         SCALE_POSITIVE=launching.scale(settings) > launching.LEAST_SCALE,
     )
-    return _Plan(x, copies, prepared, tile.block_m, tiles_m, split)
+    ranges = None
+    if extras.q_documents is not None:
+        ranges = TileRanges(x, tile.block_m, tiles_m, of_queries=True)
+    join = None
+    if split.most > 1:
+        shape = (x.batch, x.seqlen_q, x.heads, x.head_dim_v)
+        join = merge.prepared(shape, x.longest_k, cache.seqlen_new, split)
+    return _Plan(x, copies, ranges, prepared, split.most, join)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -85,34 +84,22 @@ def _merge_kernel(
     tl.store(lse_ptr + line, (top + tl.log2(total)) * LN_2)
 
 
-def merge(
-    part_out: torch.Tensor,
-    part_lse: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    seqlen_k: int,
-    seqlen_new: int,
-    split: tiles.Split,
-) -> None:
-    """Write out and lse of the sequences that have several parts."""
-    batch, seqlen_q, heads, head_dim = out.shape
-    launch.launch(
+def prepared(
+    shape: tuple[int, ...], seqlen_k: int, seqlen_new: int, split: tiles.Split
+) -> launch.Prepared:
+    """The launch for an out of `shape`, to be called with the kernel's pointers.
+
+    It writes out and lse of the sequences that have several parts.
+    """
+    batch, seqlen_q, heads, head_dim = shape
+    rows = batch * seqlen_q * heads
+    numbers = (
+        rows * head_dim, rows, heads, seqlen_q, seqlen_k, seqlen_new, split.most, split.keys
+    )  # fmt: skip
+    return launch.Prepared(
         _merge_kernel,
-        (batch * seqlen_q * heads,),
-        part_out,
-        part_lse,
-        out,
-        lse,
-        key_lengths,
-        out.numel(),
-        lse.numel(),
-        heads,
-        seqlen_q,
-        seqlen_k,
-        seqlen_new,
-        split.most,
-        split.keys,
+        (rows,),
+        numbers,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_S=BLOCK_S,
