@@ -367,7 +367,7 @@ MASKS: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(backends.triton_runs() != "interpreted", reason="counts in the interpreter")
 @pytest.mark.parametrize("name", MASKS)
 def test_tiles_in_the_docs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = importlib.import_module("fastattn.ops.attention.triton.forward")
+    kernels = importlib.import_module("fastattn.ops.attention.triton.fold")
     score_tile, computed = kernels.score_tile, []
 
     def counted(products: Any, *args: Any) -> Any:

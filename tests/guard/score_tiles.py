@@ -27,23 +27,20 @@ def _counted() -> Iterator[Counts]:
     """By kernel: the shape of a tile, how many are computed from now on, and scores in them."""
     counts: Counts = {}
     modules = {
-        name: importlib.import_module(f"fastattn.ops.attention.triton.{name}")
-        for name in ("forward", "backward")
+        kernel: importlib.import_module(f"fastattn.ops.attention.triton.{name}")
+        for kernel, name in (("forward", "fold"), ("keys", "keys"), ("queries", "queries"))
     }
     functions = {name: module.score_tile for name, module in modules.items()}
 
-    def counting(module: str) -> Callable[..., Any]:
+    def counting(kernel: str) -> Callable[..., Any]:
         def score_tile(products: Any, i: Any, j: Any, *args: Any) -> Any:
             queries, keys = i.handle.data, j.handle.data
-            kernel = module if module == "forward" else "queries"
-            if module == "backward" and queries.shape[0] == 1:  # its tiles are keys by queries
-                kernel = "keys"
             shape = f"{queries.size} x {keys.size}"
             count = counts.setdefault(kernel, {"tile": shape, "tiles": 0, "scores": 0})
             assert count["tile"] == shape
             count["tiles"] += 1
             count["scores"] += queries.size * keys.size
-            return functions[module](products, i, j, *args)
+            return functions[kernel](products, i, j, *args)
 
         return score_tile
 
