@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +59,6 @@ def spread(values: Spread) -> str:
     said = outcome(values)
     word = "" if said == "faster" else f" {said}"
     return f"{ratio(values['median'])}{word} ({values['p20']:.2f}-{values['p80']:.2f})"
-
-
-def span(values: Sequence[Any], text: Callable[[Any], str]) -> str:
-    """From the least to the largest."""
-    return " to ".join(dict.fromkeys([text(min(values)), text(max(values))]))
 
 
 def axis_text(value: Any) -> str:

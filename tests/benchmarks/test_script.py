@@ -42,7 +42,7 @@ def test_alone_from_anywhere(tmp_path: Path) -> None:
     assert results["command"][0] == "benchmarks/ffn.py"
     (row,) = results["rows"]
     assert row["right"] and row["axes"]["inner"] == 64
-    assert row["peers"]["ours"]["samples"] and row["peers"]["eager"]["times_ours"]
+    assert row["peers"]["ours"]["rounds"] and row["peers"]["eager"]["times_ours"]
     assert results["environment"]["affinity"] and results["environment"]["threads"]
 
 
