@@ -117,7 +117,7 @@ def _times(row: Row) -> Spread | None:
     return {"median": ours["median_us"], "p20": ours["p20_us"], "p80": ours["p80_us"]}
 
 
-# --- which files, and what else differs ---------------------------------------------------------
+# --- which files, and what else differs -----------------------------------------------------------
 
 
 def _pairs(before: Path, after: Path) -> tuple[list[tuple[Run, Run]], list[str]]:

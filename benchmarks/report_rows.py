@@ -27,7 +27,7 @@ def outcome(times_ours: Spread) -> str:
     return "faster" if times_ours["median"] > 1 else "slower"
 
 
-# --- values -------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def digits(value: float) -> str:
@@ -101,7 +101,7 @@ def _letter(number: int) -> str:
     return before + chr(ord("a") + number % 26)
 
 
-# --- rows ---------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def groups(rows: Iterable[Row]) -> dict[Group, list[Row]]:

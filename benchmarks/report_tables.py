@@ -52,7 +52,7 @@ def filled(columns: Columns[Line], lines: Sequence[Line]) -> str:
     return table([columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells])
 
 
-# --- a group of rows ----------------------------------------------------------------------------
+# --- a group of rows ------------------------------------------------------------------------------
 
 
 def group_tables(rows: Sequence[Row], ceilings: set[str]) -> str:
@@ -133,7 +133,7 @@ def _axes_columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]
     return columns if varying and len(apart) == len(rows) else [("cell", _title), *columns]
 
 
-# --- cells of these tables ----------------------------------------------------------------------
+# --- cells of these tables ------------------------------------------------------------------------
 
 
 def _title(row: Row) -> str:
@@ -220,7 +220,7 @@ def _memory(row: Row, name: str, notes: Notes) -> str:
     return _with_remarks(" ".join(parts), entry, notes)
 
 
-# --- a run --------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def run_section(run: Run, method: Mapping[str, str]) -> str:

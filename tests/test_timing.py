@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import schema
-import timing
-from timing import Candidate, Sample, Spread
+
+from fastattn import timing
+from fastattn.timing import Candidate, Sample, Spread
 
 
 def spinning(seconds: float) -> Callable[[], None]:
