@@ -57,7 +57,8 @@ def build(
     if library:
         output = folder / library
         steps.append((output, objects, [*linker, *map(str, objects), "-o", str(output)]))
-    plan = f"builddir = {folder}\nrule run\n command = $run # {version}\n description = $out\n deps = gcc\n"
+    plan = f"builddir = {folder}\nrule run\n command = $run # {version}\n"
+    plan += " description = $out\n deps = gcc\n"
     for out, inputs, command in steps:
         plan += f"build {_path(out)}: run {' '.join(map(_path, inputs))}\n depfile = {out}.d\n"
         plan += f" run = {shlex.join(command).replace('$', '$$')}\n"
