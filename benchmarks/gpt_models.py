@@ -13,10 +13,10 @@ from typing import Any
 
 import checkout  # noqa: F401
 import torch
+from facts import is_tie
 from harness import Cell, chosen, failed
 from plain_gpt import PlainGPT
 from schema import Entry, Row
-from show import is_tie
 from torch import Tensor, nn
 
 import fastattn

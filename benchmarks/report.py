@@ -18,8 +18,8 @@ from pathlib import Path
 
 import report_compare
 from checkout import ROOT
+from facts import plain, table
 from report_files import ReportError, Run, load
-from report_rows import plain, table
 from report_tables import joined, run_section, summary_table
 from schema import SchemaError
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from facts import OURS, digits, duration, entry_of, failed
 from report_files import ReportError, Run, files_of, load_file
-from report_rows import OURS, digits, duration, entry_of, failed
 from schema import Row, Spread
 from show import table
 

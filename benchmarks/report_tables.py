@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from report_files import Run
-from report_rows import (
+from facts import (
     OURS,
     RATES,
     Against,
@@ -33,6 +32,7 @@ from report_rows import (
     table,
     tally,
 )
+from report_files import Run
 from schema import Entry, Row
 
 AGAINST = ("against", "cells", "geometric mean", "faster / tie / slower", "worst cell")

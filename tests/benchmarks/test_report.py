@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import facts
 import numpy
 import pytest
 import report
 import report_compare
-import report_rows
 import report_tables
 import schema
 from checkout import ROOT
@@ -342,7 +342,7 @@ def test_reasons_are_footnotes_and_equal_ones_share_a_letter() -> None:
     assert line_with(text, "| 3 | failed (b) |") and line_with(text, "| 4 | failed (c) |")
     assert re.search(r"\| 5 \| \S+ us wrong \|", text)
     assert line_with(text, "| 6 |", "1.00x tie (1.00-1.00) (d) |")
-    assert report_rows.tally(rows) == "6 cells, 2 failed, 1 wrong"
+    assert facts.tally(rows) == "6 cells, 2 failed, 1 wrong"
 
 
 def test_who_takes_no_part_has_no_column() -> None:
@@ -358,7 +358,7 @@ def test_who_takes_no_part_has_no_column() -> None:
 
 
 def test_letters_go_on_after_z() -> None:
-    notes = report_rows.Notes()
+    notes = facts.Notes()
     marks = [notes.mark(str(number)) for number in range(54)]
     assert [marks[i] for i in (0, 25, 26, 51, 52)] == ["(a)", "(z)", "(aa)", "(az)", "(ba)"]
 
@@ -435,7 +435,7 @@ def test_memory_alone_needs_no_times() -> None:
     ],
 )
 def test_ties(median: float, p20: float, p80: float, said: str) -> None:
-    assert report_rows.spread({"median": median, "p20": p20, "p80": p80}) == said
+    assert facts.spread({"median": median, "p20": p20, "p80": p80}) == said
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_ties(median: float, p20: float, p80: float, said: str) -> None:
     [(0.0, "0 us"), (0.1234, "0.123 us"), (12.34, "12.3 us"), (1234.5, "1.23 ms"), (7e7, "70.0 s")],
 )
 def test_durations(us: float, said: str) -> None:
-    assert report_rows.duration(us) == said
+    assert facts.duration(us) == said
 
 
 # --- comparing two runs -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a report says of rows: values as text, the tie rule, ours against a peer over many rows.
+"""What there is to say of rows: values as text, ties, who took part, ours against a peer.
 
 A ratio is a peer's time over ours, round by round: above 1 we are faster. Rows are grouped by op,
 direction and dtype.
@@ -13,11 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from schema import Entry, Row, Spread
-from show import OURS, is_tie
 
+OURS = "ours"
+TIE = 0.02  # medians that differ by less are equal, whatever the spread
 RATES = {"tflops": "TFLOP/s", "gbps": "GB/s", "tokens_per_second": "tokens/s"}
 
 Group = tuple[str, str, str]  # op, direction, dtype
+
+
+def is_tie(times_ours: Spread) -> bool:
+    """Whether 1 lies in the spread of the rounds, or the medians are as good as equal."""
+    within = times_ours["p20"] <= 1.0 <= times_ours["p80"]
+    return within or 1.0 - TIE <= times_ours["median"] <= 1.0 + TIE
 
 
 def outcome(times_ours: Spread) -> str:
