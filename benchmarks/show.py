@@ -109,7 +109,9 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     names = ("op", "direction", "dtype")
     constant = [n for n in names if len({row[n] for row in rows}) == 1]  # type: ignore[literal-required]
     told = [str(rows[0][n]) for n in constant]  # type: ignore[literal-required]
-    yield f"{' '.join([*told, axes_text(same)]).strip() or 'all rows'}; a peer's time over ours:"
+    measure = "time" if any("median_us" in entry_of(row, OURS) for row in rows) else "memory"
+    about = " ".join([*told, axes_text(same)]).strip() or "all rows"
+    yield f"{about}; a peer's {measure} over ours:"
 
     def what(row: Row) -> str:
         return " ".join(row[n] for n in names if n not in constant)  # type: ignore[literal-required]
