@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import attention
@@ -170,22 +170,6 @@ def test_presets_are_whole(module: Any, device: str) -> None:
             assert titles and len(titles) == len(set(titles))
 
 
-def test_papers_grid() -> None:
-    """FlashAttention's: 16k tokens, heads * head_dim = 2048; cuDNN's: 64 heads on 8."""
-    cells: list[Any] = attention.SUBJECT.cells("cuda", "paper")
-    own = [c for c in cells if c.feature == "none" and c.heads == c.kv_heads]
-    assert {(c.head_dim, c.seqlen) for c in own} == {
-        (d, n) for d in (64, 128, 256) for n in (512, 1024, 2048, 4096, 8192, 16384)
-    }
-    assert {(c.batch * c.seqlen, c.heads * c.head_dim) for c in own} == {(16384, 2048)}
-    assert {(c.causal, c.direction) for c in own} == {
-        (causal, d) for causal in (True, False) for d in (FORWARD, BACKWARD)
-    }
-    grouped = [c for c in cells if c.heads != c.kv_heads]
-    assert {(c.batch, c.heads, c.kv_heads, c.head_dim) for c in grouped} == {(1, 64, 8, 128)}
-    assert {c.window for c in cells if c.feature == "window"} == {1024}
-
-
 def test_share_of_the_ceiling_is_of_bytes_not_of_time() -> None:
     """A backward moves more than the copy beside it: at the same speed it takes longer."""
     axes = {"op": ["layer_norm"], "residual": [False], "direction": [BACKWARD]}
@@ -284,24 +268,3 @@ def test_flash_attn_decodes_as_it_wants(
         head_dim=16, page_size=page_size, capacity=capacity,
     )  # fmt: skip
     assert cell.measure(0.0, ["flash-attn 2"])["peers"]["flash-attn 2"]["right"]
-
-
-def test_xformers_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in of its function: (batch, seqlen, heads, head_dim), a mask by its class."""
-    masks = SimpleNamespace(LowerTriangularFromBottomRightLocalAttentionMask=lambda n: ("local", n))
-
-    def attend(q: Any, k: Any, v: Any, attn_bias: Any) -> torch.Tensor:
-        window = None if attn_bias == "causal" else (attn_bias[1] - 1, 0)
-        return fastattn.attention(q, k, v, causal=True, window=window)
-
-    fmha = SimpleNamespace(
-        LowerTriangularMask=lambda: "causal",
-        fmha=SimpleNamespace(attn_bias=masks),
-        memory_efficient_attention=attend,
-    )
-    monkeypatch.setattr(attention, "imported", lambda module, package: fmha)
-    monkeypatch.setattr(attention, "on_a_gpu", lambda cell, package: None)
-    against = {"ours": attention.ours, "xformers": attention.xformers}
-    for feature in ("none", "window"):
-        row = small(against, feature=feature, window=4).measure(seconds=0.0)
-        assert row["peers"]["xformers"]["right"], row

@@ -190,10 +190,7 @@ def refusal(place: Place, capsys: pytest.CaptureFixture[str], *options: str | Pa
     ("device", "facts", "said"),
     [
         ("cpu", {"device": ""}, "results.environment.device is empty"),
-        ("cpu", {"date": " "}, "results.environment.date is empty"),
-        ("cpu", {"commit": ""}, "results.environment.commit is empty"),
         ("cpu", {"packages": {"torch": None}}, "results.environment.packages['torch'] is missing"),
-        ("cpu", {"packages": {}}, "results.environment.packages['torch'] is missing"),
         ("cuda", {"cuda": None}, "results.environment.cuda is missing"),
         ("cpu", {"rows": 2 * gpt_rows()}, "results.rows[1].title is there twice"),
     ],
@@ -209,16 +206,6 @@ def test_a_place_that_is_not_told_is_refused(
     assert said in message and "gpt-full-0.json" in message
 
 
-def test_what_does_not_fit_the_schema_is_refused(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data: Any = results("gpt", gpt_rows())
-    data["rows"][0]["peers"]["ours"]["median_us"] = "fast"
-    schema.write_json(place.results / "bad.json", data)
-    message = refusal(place, capsys)
-    assert "bad.json" in message and "results.rows[0].peers['ours'].median_us" in message
-
-
 @pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[]"])
 def test_what_cannot_be_read_is_refused(
     place: Place, capsys: pytest.CaptureFixture[str], content: bytes | None
@@ -226,13 +213,6 @@ def test_what_cannot_be_read_is_refused(
     if content is not None:
         (place.folder / "x.json").write_bytes(content)
     assert "x.json" in refusal(place, capsys, place.folder / "x.json")
-
-
-def test_a_folder_without_results_is_refused(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place.results.mkdir()
-    assert str(place.results) in refusal(place, capsys)
 
 
 def test_two_commits_of_one_subject_device_and_preset_are_refused(
@@ -302,12 +282,6 @@ def test_the_page_says_where_what_and_how(place: Place) -> None:
     line_with(page, "| NVIDIA H100 | attention, preset `full` | 16 cells | sdpa | 16 | 1.30x |")
 
 
-def test_without_a_gpu_the_page_says_so(place: Place) -> None:
-    place.put(results("gpt", gpt_rows()))
-    assert place.report() == 0
-    assert f"Measured on: AMD EPYC (CPU). {report.NO_GPU}\n" in place.page
-
-
 def test_a_cell_has_time_rate_share_and_ratios() -> None:
     rows = [x for x in attention_rows() if x["direction"] == "forward"]
     text = report_tables.group_tables(rows, {"gemms"})
@@ -357,12 +331,6 @@ def test_who_takes_no_part_has_no_column() -> None:
     assert "- b took no part: not installed; no backward" in text
 
 
-def test_letters_go_on_after_z() -> None:
-    notes = facts.Notes()
-    marks = [notes.mark(str(number)) for number in range(54)]
-    assert [marks[i] for i in (0, 25, 26, 51, 52)] == ["(a)", "(z)", "(aa)", "(az)", "(ba)"]
-
-
 def test_means_leave_out_what_is_wrong() -> None:
     ours = [10.0] * ROUNDS
     peers = [
@@ -404,12 +372,6 @@ def test_generation_has_tokens_and_steps() -> None:
     assert "| 71.1 | 14.0 ms |" in cell and ", step 29.0 ms |" in cell
 
 
-def test_rows_of_equal_axes_are_told_apart_by_their_titles() -> None:
-    rows = [row("call", {"ours": entry(samples(1.0))}, {"n": 1}, title=x) for x in ("one", "two")]
-    text = report_tables.group_tables(rows, set())
-    assert line_with(text, "| one |") and line_with(text, "| two |")
-
-
 def test_memory_alone_needs_no_times() -> None:
     peers: Any = {"ours": {"peak_bytes": 1 << 20}, "a": {"peak_bytes": 3 << 20}}
     rows = [row("attention", peers, {"n": 1})]
@@ -425,25 +387,13 @@ def test_memory_alone_needs_no_times() -> None:
     [
         (1.32, 1.30, 1.34, "1.32x (1.30-1.34)"),
         (1.32, 0.99, 1.50, "1.32x tie (0.99-1.50)"),
-        (1.32, 1.00, 1.50, "1.32x tie (1.00-1.50)"),
-        (0.80, 0.70, 1.01, "0.80x tie (0.70-1.01)"),
         (1.015, 1.01, 1.02, "1.01x tie (1.01-1.02)"),
-        (0.985, 0.98, 0.99, "0.98x tie (0.98-0.99)"),
-        (1.03, 1.02, 1.04, "1.03x (1.02-1.04)"),
         (0.80, 0.79, 0.81, "0.80x slower (0.79-0.81)"),
         (0.004, 0.003, 0.005, "0.00400x slower (0.00-0.01)"),
     ],
 )
 def test_ties(median: float, p20: float, p80: float, said: str) -> None:
     assert facts.spread({"median": median, "p20": p20, "p80": p80}) == said
-
-
-@pytest.mark.parametrize(
-    ("us", "said"),
-    [(0.0, "0 us"), (0.1234, "0.123 us"), (12.34, "12.3 us"), (1234.5, "1.23 ms"), (7e7, "70.0 s")],
-)
-def test_durations(us: float, said: str) -> None:
-    assert facts.duration(us) == said
 
 
 # --- comparing two runs -------------------------------------------------------------------------
@@ -468,9 +418,7 @@ def verdict(a: Row, b: Row) -> str:
         (1.5, 0.9, report_compare.NOISE),
         (1.04, 0.001, report_compare.NOISE),
         (1.07, 0.001, report_compare.REGRESSION),
-        (1.0, 0.01, report_compare.NOISE),
         (0.5, 0.01, report_compare.IMPROVEMENT),
-        (0.97, 0.001, report_compare.NOISE),
     ],
 )
 def test_a_regression_is_outside_the_noise(factor: float, noise: float, said: str) -> None:
@@ -567,12 +515,6 @@ def test_what_cannot_be_compared_is_refused(
     assert said in capsys.readouterr().err
     assert report.main(["--compare", str(a), str(tmp_path)]) == 2
     assert "two files or two folders" in capsys.readouterr().err
-
-
-def test_compare_takes_no_other_files(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        report.main(["x.json", "--compare", "a", "b"])
-    assert stopped.value.code == 2
 
 
 # --- the script ---------------------------------------------------------------------------------
