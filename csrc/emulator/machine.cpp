@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "emulator/checks.h"
 #include "emulator/counts.h"
 #include "emulator/fiber.h"
 

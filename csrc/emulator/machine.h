@@ -86,6 +86,12 @@ struct Launch {
 void run(const Launch& launch);
 int thread_bound(const void* kernel);
 
+// The machine tells the checks of memory, which define these, how far it is: at the beginning of a
+// launch and of a block, and when the lanes of a warp have met or ended.
+void memory_begin_launch(int64_t blocks);
+void memory_begin_block(int shared_bytes);
+void count_accesses(int warp);
+
 void set_seed(uint64_t seed);
 
 enum class Checks { fast, all };  // fast: bounds, alignment, deadlock and divergence only

@@ -6,8 +6,9 @@
 #include <memory>
 #include <vector>
 
-#include "emulator/checks.h"
 #include "emulator/machine.h"
+#include "emulator/region.h"
+#include "emulator/where.h"
 
 namespace fastattn::emulator {
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "emulator/checks.h"
 #include "emulator/counts.h"
 #include "emulator/machine.h"
 #include "emulator/records.h"

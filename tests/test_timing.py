@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import schema
-import timing
-from timing import Candidate, Sample, Spread
+
+from fastattn import timing
+from fastattn.timing import Candidate, Sample, Spread
 
 
 def spinning(seconds: float) -> Callable[[], None]:
@@ -106,8 +107,7 @@ def test_rotation_takes_every_set_of_inputs_in_turn() -> None:
 def test_spread_is_median_and_percentiles() -> None:
     assert Spread.of(range(11)) == Spread(median=5.0, p20=2.0, p80=8.0)
     entry = Sample((3e-6, 1e-6, 2e-6), calls=7).as_dict()
-    assert entry.pop("samples") == [3.0, 1.0, 2.0]
     assert entry == pytest.approx(
         {"median_us": 2.0, "p20_us": 1.4, "p80_us": 2.6, "rounds": 3, "calls": 7}
     )
-    schema.check(entry | {"samples": [3.0]}, schema.Entry)
+    schema.check(entry, schema.Entry)

@@ -1,4 +1,4 @@
-"""What a report says of rows: values as text, the tie rule, ours against a peer over many rows.
+"""What there is to say of rows: values as text, ties, who took part, ours against a peer.
 
 A ratio is a peer's time over ours, round by round: above 1 we are faster. Rows are grouped by op,
 direction and dtype.
@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from schema import Entry, Row, Spread
-from show import OURS, is_tie
 
+OURS = "ours"
+TIE = 0.02  # medians that differ by less are equal, whatever the spread
 RATES = {"tflops": "TFLOP/s", "gbps": "GB/s", "tokens_per_second": "tokens/s"}
 
 Group = tuple[str, str, str]  # op, direction, dtype
+
+
+def is_tie(times_ours: Spread) -> bool:
+    """Whether 1 lies in the spread of the rounds, or the medians are as good as equal."""
+    within = times_ours["p20"] <= 1.0 <= times_ours["p80"]
+    return within or 1.0 - TIE <= times_ours["median"] <= 1.0 + TIE
 
 
 def outcome(times_ours: Spread) -> str:
@@ -27,7 +34,7 @@ def outcome(times_ours: Spread) -> str:
     return "faster" if times_ours["median"] > 1 else "slower"
 
 
-# --- values -------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def digits(value: float) -> str:
@@ -59,11 +66,6 @@ def spread(values: Spread) -> str:
     said = outcome(values)
     word = "" if said == "faster" else f" {said}"
     return f"{ratio(values['median'])}{word} ({values['p20']:.2f}-{values['p80']:.2f})"
-
-
-def span(values: Sequence[Any], text: Callable[[Any], str]) -> str:
-    """From the least to the largest."""
-    return " to ".join(dict.fromkeys([text(min(values)), text(max(values))]))
 
 
 def axis_text(value: Any) -> str:
@@ -106,7 +108,7 @@ def _letter(number: int) -> str:
     return before + chr(ord("a") + number % 26)
 
 
-# --- rows ---------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def groups(rows: Iterable[Row]) -> dict[Group, list[Row]]:

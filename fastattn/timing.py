@@ -1,10 +1,10 @@
-"""Timing by turns: every candidate runs once a round, so that drift of the machine hits all alike.
+"""Interleaved timing: every candidate runs once a round, so that drift hits all alike.
 
 The clock is `timeit` on the CPU (garbage collection off) and a pair of CUDA events around a batch
-of launches on a GPU. One value a round is kept for each candidate; what is compared is the ratio
-(or difference) of two candidates inside a round, of which the median and the spread over the
-rounds are reported. (torch.utils.benchmark.Timer makes two uncounted calls before each value, which
-would triple a training step, and triton.testing.do_bench times one function at a time.)
+of launches on a GPU. One value a round is kept for each candidate. Compared are the ratios (or
+differences) of two candidates inside a round: their median and their spread over the rounds.
+(torch.utils.benchmark.Timer makes two uncounted calls before each value, which would triple a
+training step, and triton.testing.do_bench times one function at a time.)
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        p20, median, p80 = numpy.percentile(list(values), [20, 50, 80]).tolist()
+        percentiles: list[float] = numpy.percentile(list(values), [20, 50, 80]).tolist()
+        p20, median, p80 = percentiles
         return cls(median, p20, p80)
 
     def as_dict(self, scale: float = 1.0, suffix: str = "") -> dict[str, float]:
@@ -62,10 +63,9 @@ class Sample:
         return self.spread.median
 
     def as_dict(self) -> dict[str, Any]:
-        """As schema.Entry has it: microseconds, the values themselves included."""
-        samples = [float(f"{1e6 * seconds:.6g}") for seconds in self.seconds]
-        rounds = {"rounds": len(samples), "calls": self.calls}
-        return {"samples": samples} | self.spread.as_dict(1e6, "_us") | rounds
+        """Microseconds: `median_us`, `p20_us`, `p80_us`, and how many `rounds` and `calls`."""
+        rounds = {"rounds": len(self.seconds), "calls": self.calls}
+        return self.spread.as_dict(1e6, "_us") | rounds
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def interleave(
     seconds: float = math.inf,
     least_rounds: int = 3,
 ) -> dict[str, Sample]:
-    """Time the candidates by turns.
+    """Time the candidates, interleaved.
 
     Args:
         candidates: what to time; every second round runs them in the opposite order.
