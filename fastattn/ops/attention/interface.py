@@ -200,7 +200,7 @@ def attention(
             rare = None
         else:
             rare = _metadata((bias, alibi_slopes, sink, document_ids, block_mask))
-        if torch.compiler.is_compiling():
+        if modes.recorded():
             key, plan = None, None
         else:
             key = (
@@ -215,7 +215,7 @@ def attention(
                 backend, torch.is_grad_enabled(), modes.transformed(), backends.state(),
             )  # fmt: skip
             plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, or of symbolic size
         key, plan, rare = None, None, "unknown"
     if plan is None:
         described = _problem.describe(

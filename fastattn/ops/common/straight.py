@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops.common import slower
+from fastattn.ops.common import modes, slower
 
 TYPES = frozenset((Tensor, torch.nn.Parameter))
 # Not float64, where attention prefers the reference.
@@ -29,11 +29,11 @@ _NOBODY = None, None
 def plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether these are tensors of one dtype on the CPU, for which nobody chooses a backend.
 
-    Who might: `use_backend`, the environment, and the table of what is slower. torch.compile has no
+    Who might: `use_backend`, the environment, and the table of what is slower. A recording has no
     use for the short way. Transforms and autocast (`modes.plain`) are for an op to ask about, if
     they change what it does.
     """
-    if torch.compiler.is_compiling() or type(x) not in TYPES:
+    if modes.recorded() or type(x) not in TYPES or x.is_nested:
         return False
     dtype = x.dtype
     if dtype not in DTYPES or not x.is_cpu or slower.TABLE or backends.state() != _NOBODY:

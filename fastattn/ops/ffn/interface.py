@@ -75,7 +75,7 @@ def ffn(
         if out is not None:
             return out
     try:
-        if torch.compiler.is_compiling():
+        if modes.recorded():
             key, plan = None, None
         else:
             device = x.device
@@ -89,7 +89,7 @@ def ffn(
                 torch.is_grad_enabled(), modes.transformed(), modes.autocast_dtype(device.type),
             )  # fmt: skip
             plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, or of symbolic size
         key, plan = None, None
     if plan is None:
         described = _problem.describe(

@@ -121,7 +121,7 @@ def _normalise(
     center: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     try:
-        if torch.compiler.is_compiling():
+        if modes.recorded():
             key, plan = None, None
         else:
             device = x.device
@@ -139,7 +139,7 @@ def _normalise(
                 modes.autocast_enabled(device.type), modes.transformed(), backends.state(),
             )  # fmt: skip
             plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, or of symbolic size
         key, plan = None, None
     if plan is None:
         described = _problem.describe(x, weight, bias, eps, residual, center=center)
