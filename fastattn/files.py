@@ -65,9 +65,10 @@ def folder_written_beside(
     the last to come. The files' modes follow the umask.
     """
     exists = folder.is_dir()
-    if not exists:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = (folder if exists else folder.parent) / f".saving-{secrets.token_hex(4)}"
+    place = folder.absolute()
+    while not place.is_dir():
+        place = place.parent
+    beside = place / f".saving-{secrets.token_hex(4)}"
     beside.mkdir()
     try:
         yield beside
@@ -81,6 +82,7 @@ def folder_written_beside(
         if exists:
             _exchange(beside, folder, last, replaces)
         else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -12,6 +12,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+COMPUTING_WEIGHTS = (BasePruningMethod, SpectralNorm, WeightNorm)  # forward pre-hooks
+
 
 def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     """Return True if calling ``module`` is ``cls.forward`` on its ordinary weights, and no more.
@@ -61,5 +63,5 @@ def refresh(module: torch.nn.Module) -> None:
     they are read.)
     """
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
+        if isinstance(hook, COMPUTING_WEIGHTS):
             hook(module, ())

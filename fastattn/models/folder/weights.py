@@ -39,7 +39,8 @@ def weights_of(model: GPT) -> tuple[dict[str, Tensor], bool, bool]:
     if strangers:
         raise ValueError(
             f"a GPT-2 folder has no place for the parameters {', '.join(strangers)}: merge "
-            "adapters into the weights before saving, or save model.state_dict()"
+            "adapters into the weights before saving, save parts of FSDP1 inside "
+            "FullyShardedDataParallel.summon_full_params(model), or save model.state_dict()"
         )
     values = {name: place.value() for name, place in places.items()}
     sharded = any(hasattr(value, "full_tensor") for value in values.values())

@@ -238,10 +238,10 @@ def check_varlen(
             found = _check_cu_seqlens(side, cu, used, maximum, x.shape[0])
         if maximum is None:
             if found is None:
-                if modes.transformed() or (modes.recorded() and not torch.compiler.is_compiling()):
+                if not (torch.compiler.is_compiling() or modes.readable(cu)):
                     raise ValueError(
-                        f"max_seqlen_{side} must be given under torch.func transforms, tracing and "
-                        f"fake tensors, where cu_seqlens_{side} cannot be read"
+                        f"max_seqlen_{side} must be given where cu_seqlens_{side} cannot be read: "
+                        "under vmap, with fake tensors, and while calls are traced"
                     )
                 found = int(cu.diff().max()) if cu.shape[0] > 1 else 0
             maximum = found

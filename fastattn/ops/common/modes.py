@@ -64,13 +64,13 @@ def recorded() -> bool:
 def readable(tensor: torch.Tensor) -> bool:
     """Whether the host may read values of `tensor`, for a check: it has some, and nobody records.
 
-    Reading may wait for the device.
+    Not those of a tensor that a torch.func transform has wrapped. Reading may wait for the device.
     """
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not tensor.is_meta
         and not recorded()
-        and not transformed()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
