@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastattn.files import write_text
 from fastattn.models import GPT, GPTConfig
 from fastattn.training import (
     History,
@@ -32,7 +33,6 @@ from fastattn.training import (
     train,
 )
 from fastattn.training.comparison import Comparison, compare
-from fastattn.training.files import write_text
 from fastattn.training.optional import require
 
 PROMPTS = ("今天天气很好", "And God said unto")

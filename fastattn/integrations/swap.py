@@ -30,6 +30,7 @@ from fastattn.integrations import torch_nn
 from fastattn.integrations.proof import Draw, configuration, disproof
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.report import Entry, Report
+from fastattn.nn.plain import COMPUTING_WEIGHTS
 
 ALREADY = "already runs on fastattn"
 UNKNOWN = "fastattn has nothing for this class"
@@ -294,12 +295,16 @@ def _unfit(module: torch.nn.Module) -> str | None:
         return "dispatched or offloaded by Hugging Face accelerate (device_map)"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
+    if any(isinstance(hook, COMPUTING_WEIGHTS) for hook in module._forward_pre_hooks.values()):
+        return "its weights are computed before each forward (pruned, or normed weights)"
     kinds = set()
     for name, parameter in module.named_parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"{name} is a {type(parameter).__name__} (sharded, quantised or not initialised)"
         if parameter.is_meta:
             return f"{name} is on the meta device: load the weights first"
+        if parameter.layout is not torch.strided:
+            return f"{name} is not dense ({parameter.layout})"
         if not parameter.is_floating_point():
             return f"{name} is quantised ({parameter.dtype})"
         kinds.add((parameter.dtype, parameter.device))

@@ -8,14 +8,16 @@ streams. The loop knows nothing of files, progress bars or folders.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+from fastattn.nn.checks import check_integer, check_number, check_seed
+from fastattn.nn.mode import in_mode
 from fastattn.training.data import check_stream, consecutive_batches, sample_batch
 from fastattn.training.history import Evaluation, History, Step
 
@@ -42,6 +44,7 @@ class TrainingConfig:
         seed: of the order of the batches.
 
     Raises:
+        TypeError: a value has another type; the message names it.
         ValueError: a value is out of range; the message names it.
     """
 
@@ -61,15 +64,24 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "context", "evaluation_interval", "evaluation_tokens"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+            count = check_integer(name, getattr(self, name))
+            _check(name, count, count >= 1, "at least 1")
+        warmup = check_integer("warmup_steps", self.warmup_steps)
+        _check("warmup_steps", warmup, warmup >= 0, "at least 0")
+        check_seed("seed", check_integer("seed", self.seed))
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "max_gradient_norm"):
+            check_number(name, getattr(self, name))
         rate, final = self.learning_rate, self.final_learning_rate
         _check("learning_rate", rate, 0 < rate < math.inf, "positive and finite")
         _check("final_learning_rate", final, 0 <= final <= rate, f"in [0, learning_rate={rate:g}]")
         _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+        _check("max_gradient_norm", self.max_gradient_norm, self.max_gradient_norm > 0, "positive")
+        if not isinstance(self.betas, (tuple, list)):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        for beta in self.betas:
+            check_number("each of betas", beta)
         valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _check("betas", self.betas, valid, "two numbers in [0, 1)")
-        _check("max_gradient_norm", self.max_gradient_norm, self.max_gradient_norm > 0, "positive")
         _check("precision", self.precision, self.precision in PRECISIONS, f"one of {PRECISIONS}")
 
     def learning_rate_at(self, step: int) -> float:
@@ -104,6 +116,9 @@ def train(
 ) -> History:
     """Train `model` in place, on its own device, and return the record.
 
+    Meanwhile the model is in train mode; of a model that is in it already, the modules that are in
+    eval mode stay so. Afterwards each module has its own mode again.
+
     The same model, data, config and number of threads give the same bits on a CPU. Dropout draws
     from torch's global generator. Ctrl-C ends the run: the model stays usable, with the steps made
     so far, and the record says `interrupted`.
@@ -115,12 +130,17 @@ def train(
         on_progress: called after each step and each validation with the record so far.
 
     Raises:
-        ValueError: a stream is shorter than context + 1 tokens.
+        ValueError: a stream is shorter than context + 1 tokens, or nothing is there to train.
         FloatingPointError: the loss is no longer finite; the message says at which step.
     """
     check_stream(training, config.context, "training")
     check_stream(validation, config.context, "validation")
-    device = next(model.parameters()).device
+    device = _device(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of model requires a gradient, so that nothing would be trained: unfreeze "
+            "some of them with requires_grad_(True)"
+        )
     training = training.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     groups = decay_groups(model, config.weight_decay)
@@ -134,7 +154,9 @@ def train(
         if on_progress is not None:
             on_progress(history)
 
-    model.train()
+    mode = contextlib.ExitStack()
+    if not model.training:
+        mode.enter_context(in_mode(model, training=True))
     try:
         validate(0)
         for step in range(1, config.steps + 1):
@@ -143,7 +165,7 @@ def train(
                 group["lr"] = config.learning_rate_at(step)
             inputs, targets = sample_batch(training, config.batch_size, config.context, generator)
             with _autocast(device, config.precision):
-                _, loss = model(inputs, targets)
+                loss = _loss(model, inputs, targets)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
             # .item() waits for the device, so that the clock below is honest.
@@ -169,6 +191,8 @@ def train(
     except KeyboardInterrupt:
         history.interrupted = True
         optimizer.zero_grad(set_to_none=True)
+    finally:
+        mode.close()
     return history
 
 
@@ -176,26 +200,41 @@ def train(
 def evaluate(model: torch.nn.Module, tokens: torch.Tensor, config: TrainingConfig) -> float:
     """Mean loss in nats per token over the stream's first windows, in eval mode.
 
+    Afterwards each module of the model has its own mode again.
+
     Args:
         tokens: (N,) int64; at most `config.evaluation_tokens` of it are used, at least one window.
     """
-    device = next(model.parameters()).device
+    device = _device(model)
     count = max(config.evaluation_tokens, config.context)
-    was_training = model.training
-    model.eval()
-    try:
-        total, targets_seen = 0.0, 0
-        stream = tokens[: count + 1].to(device)
+    total, targets_seen = 0.0, 0
+    stream = tokens[: count + 1].to(device)
+    with in_mode(model, training=False):
         for inputs, targets in consecutive_batches(stream, config.batch_size, config.context):
             with _autocast(device, config.precision):
-                _, loss = model(inputs, targets)
+                loss = _loss(model, inputs, targets)
             total += loss.item() * targets.numel()
             targets_seen += targets.numel()
-    finally:
-        model.train(was_training)
     return total / targets_seen
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+def _device(model: torch.nn.Module) -> torch.device:
+    for parameter in model.parameters():
+        return parameter.device
+    raise ValueError("model has no parameters: there is nothing to train or to evaluate")
+
+
+def _loss(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    result = model(inputs, targets)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise TypeError(
+            "model(inputs, targets) must return the pair (logits, loss), got "
+            f"{type(result).__name__}: wrap it in a module that does"
+        )
+    loss: torch.Tensor = result[1]
+    return loss
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)

@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean over the targets (N,) that count, in float32: NaN if none does; logits (N, V)."""
     logits = logits.float()
     suited = logits.is_cpu and type(logits) is Tensor and logits.numel() >= LARGE
-    if not suited or torch.compiler.is_compiling() or modes.transformed():
+    if not suited or modes.recorded() or modes.transformed():
         return F.cross_entropy(logits, targets, ignore_index=IGNORED)
     return _CrossEntropy.apply(logits, targets)
 

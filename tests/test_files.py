@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.training.files import write_text, written_beside
+from fastattn.files import write_text, written_beside
 
 
 def test_the_file_and_its_folder_are_made(tmp_path: Path) -> None:
