@@ -11,9 +11,10 @@ the original one, so `isinstance` holds and whatever is not replaced is inherite
 by the class, not by the instance, so a deep copy or a pickle of an accelerated model is accelerated
 and can be restored too.
 
-`TABLE` says which classes are known. A row names a `Recogniser`: the class with our forward, when
-it may be used, and how to call such a module for the proof (see `proof.py`) that comes before every
-swap.
+Classes of torch are known by a table (torch_nn.py). Any other module is examined by what it
+contains (hypotheses/). Each hypothesis that fits gives a `Recogniser`: what our forward would be,
+when it may be used and how to call such a module. The proof (proof.py) decides, and the first that
+is proven is swapped in.
 """
 
 from __future__ import annotations
@@ -136,11 +137,11 @@ def _units(model: torch.nn.Module) -> Iterator[_Unit]:
 def accelerate(model: torch.nn.Module, *, exclude: Iterable[str] = ()) -> Report:
     """Run the modules of `model` that fastattn knows on fastattn, in place.
 
-    Known are `torch.nn.LayerNorm` and `RMSNorm` in any model, and attention and MLP of Hugging
-    Face's GPT-2. Every distinct configuration is first proven by a probe: ours against the
-    original on random input, outputs and gradients, no less exact against float64. What fails, and
-    what cannot be swapped (quantised, sharded, offloaded, subclassed, not yet loaded), is left
-    alone with the reason in the report.
+    Norms, MLPs and attentions of any class are swapped where fastattn can prove that it computes
+    the same (`fastattn.integrations.hypotheses`). Every distinct configuration is first proven by a
+    probe: ours against the original on random input, outputs and gradients, no less exact against
+    float64. What fails, and what cannot be swapped (quantised, sharded, offloaded, not yet loaded),
+    is left alone with the reason in the report.
 
     Weights are shared, not copied; `state_dict`, `save_pretrained`, hooks, names, optimisers and
     `isinstance` are as before. Calling it twice is harmless: the second report says "already".
@@ -274,42 +275,36 @@ class _Examiner:
         self._findings: dict[Hashable, _Finding] = {}
 
     def __call__(self, module: torch.nn.Module) -> _Finding:
-        refused: str | None = None
-        for recogniser in _recognisers(module):
-            if (refusal := recogniser.refusal(module)) is not None:
-                refused = refused or refusal
-        if refused is not None:
-            return _Finding(reason=refused)
-        key = configuration(module)
+        found = [(recogniser, recogniser.refusal(module)) for recogniser in _recognisers(module)]
+        fit = [recogniser for recogniser, refusal in found if refusal is None]
+        if not fit:
+            return _Finding(reason=found[0][1])
+        key = configuration(module), tuple((r.mixin, r.bound) for r in fit)
         if key not in self._findings:
-            self._findings[key] = self._find(module)
+            self._findings[key] = self._find(module, fit)
         return self._findings[key]
 
-    def _find(self, module: torch.nn.Module) -> _Finding:
+    def _find(self, module: torch.nn.Module, recognisers: Iterable[Recogniser]) -> _Finding:
         """The first recogniser that is proven; else the one whose results were nearest."""
         original = _original_of(module) or type(module)
+        guessed = original not in TABLE
         dtype, device = _kind(module) or self._default
         nearest: tuple[float, str] | None = None
-        for recogniser in _recognisers(module):
-            # A hypothesis has to hold in the dtypes, too, to which the model may be cast.
-            dtypes = [dtype, *(HYPOTHESIS_DTYPES if original not in TABLE else ())]
-            for tried in dict.fromkeys(dtypes):
-                miss = disproof(
-                    module, original, replacement(original, recogniser), recogniser,
-                    Draw(tried, device),
-                )  # fmt: skip
-                if miss is not None:
-                    break
-            else:
+        for recogniser in recognisers:
+            cls = replacement(original, recogniser)
+            # A hypothesis also has to hold in the dtypes to which the model may be cast.
+            tried = dict.fromkeys((dtype, *(HYPOTHESIS_DTYPES if guessed else ())))
+            draws = [Draw(each, device) for each in tried]
+            misses = (disproof(module, original, cls, recogniser, draw) for draw in draws)
+            miss = next(filter(None, misses), None)
+            if miss is None:
                 with torch.inference_mode(False), torch.enable_grad():
                     probe = recogniser.probes(module, Draw(dtype, device))[0]
                     return _Finding(recogniser, recogniser.backend(module, probe))
-            reason = miss.reason
-            if original not in TABLE:
-                reason = f"no {recogniser.words}: {reason}"
             if nearest is None or miss.factor < nearest[0]:
-                nearest = miss.factor, reason
-        assert nearest is not None, "only recognised modules are examined"
+                taken_for = f"no {recogniser.words}: " if guessed else ""
+                nearest = miss.factor, taken_for + miss.reason
+        assert nearest is not None
         return _Finding(reason=nearest[1])
 
 

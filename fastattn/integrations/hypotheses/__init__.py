@@ -1,4 +1,4 @@
-"""What a module of an unknown class may be, from what it contains.
+"""Guesses at a module of an unknown class, from what it contains.
 
 A hypothesis looks at the shapes of a module's parameters, at its children and at its plain
 attributes, never at its name, and answers with the `Recogniser`s under which the module could run.
@@ -13,15 +13,16 @@ from collections.abc import Iterator
 
 import torch
 
-from fastattn.integrations.hypotheses import feed_forward, norm
+from fastattn.integrations.hypotheses import attention, feed_forward, norm
 from fastattn.integrations.recogniser import Recogniser
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
     """The hypotheses that fit `module`, the likeliest first."""
-    yield from norm.of(module)
-    yield from feed_forward.of(module)
     if "transformers" in sys.modules:
         from fastattn.integrations.huggingface import swap
 
         yield from swap.of(module)
+    yield from attention.of(module)
+    yield from norm.of(module)
+    yield from feed_forward.of(module)

@@ -35,7 +35,9 @@ class FeedForward:
 
     Attributes:
         layout: "linear" or "conv1d", as `fastattn.ffn` has it.
+        activation: as `fastattn.ffn` has it; None for one that it has not.
         act: the attribute with the activation, None if there is none.
+        act_type: the class of what is there.
         dropout: the module that drops elements of the output; dropouts of the hidden layer are in
             `inside`.
     """
@@ -43,13 +45,14 @@ class FeedForward:
     fc1: str
     fc2: str
     layout: str
-    activation: str
+    activation: str | None
     act: str | None
+    act_type: type | None
     dropout: str | None
     inside: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"MLP {self.fc1}, {self.activation}, {self.fc2}"
+        return f"MLP of {self.fc1}, {self.activation}, {self.fc2}"
 
     def arguments(self, module: Any, x: torch.Tensor) -> tuple[Any, ...]:
         fc1, fc2 = module._modules[self.fc1], module._modules[self.fc2]
@@ -96,13 +99,18 @@ def recogniser(bound: FeedForward) -> Recogniser:
 
 def _refusal(module: torch.nn.Module, bound: FeedForward) -> str | None:
     """Why the parts of `module` cannot be computed without being called, or None."""
-    names = [bound.fc1, bound.fc2]
-    if bound.act in module._modules:
-        names.append(bound.act)
-    for name in names:
-        part = module._modules[name]
+    act = None if bound.act is None else getattr(module, bound.act)
+    if bound.activation is None or (act is not None and type(act) is not bound.act_type):
+        return f"its activation {type(act).__name__} is none of {sorted(ACTIVATIONS)}"
+    parts = {bound.fc1: module._modules[bound.fc1], bound.fc2: module._modules[bound.fc2]}
+    if not all(map(_sizes, parts.values())):
+        strange = next(name for name, part in parts.items() if not _sizes(part))
+        return f"{strange} is a {type(parts[strange]).__name__} that must be called itself"
+    if isinstance(act, torch.nn.Module):
+        parts[str(bound.act)] = act
+    for name, part in parts.items():
         assert part is not None
-        if not is_plain(part, getattr(part, "_fastattn_original", type(part))):
+        if not is_plain(part, type(part)):
             return (
                 f"{name} is a {type(part).__name__} that must be called itself: "
                 "it has hooks, an adapter or a weight of another kind"
@@ -156,7 +164,10 @@ def _feed_forwards(module: torch.nn.Module) -> Iterator[FeedForward]:
     if len(acts) > 1:
         return
     act = acts[0] if acts else None
-    known = [*ACTIVATIONS] if act is None else _names(getattr(module, act))
+    act_type = None if act is None else type(getattr(module, act))
+    known: list[str | None] = [*ACTIVATIONS]
+    if act is not None:
+        known = [*_names(getattr(module, act))] or [None]
     for (fc1, fc2), activation in itertools.product(itertools.permutations(layers), known):
         first, second = layers[fc1], layers[fc2]
         if type(first).__name__ != type(second).__name__ or _sizes(first)[1] != _sizes(second)[0]:
@@ -164,7 +175,7 @@ def _feed_forwards(module: torch.nn.Module) -> Iterator[FeedForward]:
         layout = "conv1d" if type(first).__name__ == "Conv1D" else "linear"
         for dropout in (*dropouts, None):
             inside = tuple(n for n in dropouts if n != dropout)
-            yield FeedForward(fc1, fc2, layout, activation, act, dropout, inside)
+            yield FeedForward(fc1, fc2, layout, activation, act, act_type, dropout, inside)
 
 
 def _sizes(layer: torch.nn.Module | None) -> tuple[int, ...]:
