@@ -12,10 +12,6 @@ from fastattn.ops.layer_norm import layer_norm, rms_norm
 from fastattn.ops.linear.interface import MIN_WEIGHTS, mkl_is_slow
 
 
-def _no_refusal(module: torch.nn.Module) -> str | None:
-    return None
-
-
 def _norm_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
     assert isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
     # A mean that is far from 0: where a norm loses digits if it does.
@@ -63,8 +59,9 @@ def _linear_backend(module: torch.nn.Module, probe: Probe) -> str | None:
     return "torch"  # a matrix product is a library's
 
 
-RECOGNISERS = {
-    torch.nn.Linear: Recogniser(Linear, _linear_refusal, _linear_probes, _linear_backend),
-    torch.nn.LayerNorm: Recogniser(LayerNorm, _no_refusal, _norm_probes, _layer_norm_backend),
-    torch.nn.RMSNorm: Recogniser(RMSNorm, _no_refusal, _norm_probes, _rms_norm_backend),
+# By exact class; a subclass may have another forward.
+TABLE: dict[type[torch.nn.Module], Recogniser] = {
+    torch.nn.Linear: Recogniser("Linear", Linear, _linear_probes, _linear_backend, _linear_refusal),
+    torch.nn.LayerNorm: Recogniser("LayerNorm", LayerNorm, _norm_probes, _layer_norm_backend),
+    torch.nn.RMSNorm: Recogniser("RMSNorm", RMSNorm, _norm_probes, _rms_norm_backend),
 }
