@@ -60,7 +60,7 @@ struct Scope {
 void memory_begin_launch(int64_t blocks);
 void memory_begin_block(int shared_bytes);
 
-// What lanes did since their warp met the last time; count_accesses makes Counts of it.
+// The lanes' actions since their warp last met; count_accesses makes Counts of it.
 void note_access(int thread, const void* at, int bytes, bool shared, Where where);
 void forget_accesses();
 void count_accesses(int warp);
