@@ -1,4 +1,4 @@
-"""The features table of the README, cell by cell: what it says is what the backends do.
+"""The table of docs/features.md, cell by cell: it says the same as the backends do.
 
 A cell is what a backend answers for the call on a CPU and on a GPU, from the call's metadata; on
 the device at hand the call is then run, and is right against float64 or refused for that reason.
@@ -24,7 +24,7 @@ from fastattn.ops.attention import interface, kv_cache, problem
 from fastattn.ops.attention.problem import AttentionProblem
 
 COLUMNS = ("triton", "torch", "reference")
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+FEATURES_PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
 NO_SECOND = "ATen's fused attention has no second derivative"  # it says so in no metadata
 
 
@@ -279,12 +279,12 @@ FEATURES = {
 }  # fmt: skip
 
 
-def readme_table() -> dict[str, dict[str, tuple[str, str | None]]]:
+def features_table() -> dict[str, dict[str, tuple[str, str | None]]]:
     """{feature: {backend: (word, reason)}} of the table and the notes below it."""
     found = re.search(
-        r"^\| feature \|.*\n\|[-|]+\|\n((?:\|.*\n)+)\n((?:- \([a-z]\) .*\n)+)", README, re.M
+        r"^\| feature \|.*\n\|[-|]+\|\n((?:\|.*\n)+)\n((?:- \([a-z]\) .*\n)+)", FEATURES_PAGE, re.M
     )
-    assert found, "the README has no features table with notes"
+    assert found, "docs/features.md has no table with notes"
     notes = dict(re.findall(r"- \((\w)\) (.*)", found[2]))
     header = [name.strip("` ") for name in found[0].split("\n")[0].split("|")[2:-1]]
     table = {}
@@ -296,7 +296,7 @@ def readme_table() -> dict[str, dict[str, tuple[str, str | None]]]:
     return table
 
 
-TABLE = readme_table()
+TABLE = features_table()
 
 
 def elsewhere(described: Any, device: torch.device) -> Any:
@@ -339,7 +339,7 @@ def test_table_has_every_feature() -> None:
 def test_cell(name: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feature = FEATURES[name]
     word, reason = found(feature, backend, device, monkeypatch)
-    assert (word, reason) == TABLE[name][backend], f"the README's cell {name!r}, {backend}"
+    assert (word, reason) == TABLE[name][backend], f"the cell {name!r}, {backend}"
     as_usual(device, monkeypatch)
     if word in ("yes", {"cpu": "CPU", "cuda": "GPU"}[device]):
         feature.run(backend, device)
