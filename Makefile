@@ -22,7 +22,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-b
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ir test-oldest headers lint format wheel gpu-check gpu-right gpu-fast \
+.PHONY: help demo test test-all test-ir test-oldest headers lint format wheel gpu-check gpu-right gpu-fast \
     gpu-sanitize gpu-bench gpu-tune clean FORCE
 
 help: ## this list
@@ -34,17 +34,24 @@ demo: $(MODEL) ## set up, then train a small GPT, and run it and a pretrained Ll
 	@echo "== fastattn demo $(DEMO_ARGS)"
 	@$(BIN)/fastattn demo $(DEMO_ARGS)
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+
 test: $(READY) ## set up, then run the tests, in parallel; PYTEST_ARGS go to pytest
 	@echo "== pytest on $(JOBS) processes, one thread each $(PYTEST_ARGS)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not long' $(PYTEST_ARGS)
+
+test-all: test ## make test, then the grids that it leaves out, then make test-ir
+	@echo "== pytest -m long on $(JOBS) processes, one thread each"
+	@$(PYTEST) -m long
+	@$(MAKE) --no-print-directory test-ir
 
 # Only Triton 3.8's IR can be executed: where torch brings another, in an environment of its own. The
 # tests that are left out name another backend; `make test` has them.
 test-ir: $(READY) ## run the ops' Triton kernels as compiled: their IR, executed on the CPU
 	@if $(BIN)/python tests/ir.py; then \
 	    echo "== pytest --triton ir on $(JOBS) processes, one thread each $(PYTEST_ARGS)"; \
-	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal --triton ir \
-	        tests/test_ir.py tests/ops -k 'not cuda and not torch and not reference' $(PYTEST_ARGS); \
+	    $(PYTEST) --triton ir tests/test_ir.py tests/ops \
+	        -k 'not cuda and not torch and not reference' $(PYTEST_ARGS); \
 	elif test -z '$(TRITON)'; then \
 	    $(MAKE) --no-print-directory test-ir VENV='$(VENV)/ir' TRITON=triton==3.8.0; \
 	else exit 1; fi
