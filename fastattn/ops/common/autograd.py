@@ -20,7 +20,7 @@ def register(
 ) -> None:
     """Give the op `fastattn::name` its kernel and a derivative.
 
-    torch.library.register_autograd makes the function's context anew from a description of the
+    torch.library.register_autograd makes the function's context again from a description of the
     schema in every call, which costs the host 20 us; this one takes 4. A forward-mode derivative
     raises here.
 
