@@ -24,11 +24,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / "cuda"  # objects are kept there, and compiled anew when something changed
+BUILD = ROOT / "build" / "cuda"  # of the objects
 
 sys.path.append(str(ROOT / "csrc"))
 
-import incremental  # noqa: E402
+import builder  # noqa: E402
 
 TORCH_FLOOR = (2, 10)
 DEFAULT_ARCHS = "80+PTX;90a"
@@ -122,7 +122,7 @@ def torch_version_flag():
 
 
 def compile_command(archs, nvcc, torch_folder):
-    """What incremental.py adds a source and an output to."""
+    """builder.py adds a source and an output to it."""
     return [
         *(nvcc, "-x", "cu", "-std=c++17", "-O3", *gencode_flags(archs)),
         *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"),
@@ -164,10 +164,8 @@ class BuildExtension(build_ext):
     def run(self):
         try:
             super().run()
-        except (OSError, incremental.BuildError) as error:
-            text, *output = str(error).splitlines()
-            print("\n".join(output), flush=True)
-            go_without(text)
+        except (OSError, builder.BuildError) as error:
+            go_without(str(error).splitlines()[0])
             self.extensions = self.distribution.ext_modules = []
             # The wheel's tag was chosen when there was an extension to come.
             self.distribution.get_command_obj("bdist_wheel").root_is_pure = True
@@ -175,19 +173,19 @@ class BuildExtension(build_ext):
     def build_extension(self, ext):
         archs = ";".join(entries_of(os.environ.get("FASTATTN_CUDA_ARCHS", DEFAULT_ARCHS)))
         max_jobs = os.environ.get("MAX_JOBS", "")
-        jobs = int(max_jobs) if max_jobs.isdecimal() else incremental.cores()
+        jobs = int(max_jobs) if max_jobs.isdecimal() else builder.cores()
         nvcc, (torch_folder, _) = find_nvcc(), find_torch()
         compiler = compile_command(archs, nvcc, torch_folder)
         say(f"building the extension for {archs}, {jobs} processes: " + " ".join(compiler))
         began = time.monotonic()
-        objects = incremental.compile_all(
-            compiler, ext.sources, ROOT, BUILD, jobs, say, version=str(os.stat(nvcc).st_mtime_ns)
-        )
-        library = BUILD / "_C.so"
-        incremental.link(link_command(nvcc, torch_folder), objects, ROOT, library)
+        builder.build(
+            compiler, ext.sources, ROOT, BUILD,
+            linker=link_command(nvcc, torch_folder), library="_C.so", jobs=jobs,
+            version=str(os.stat(nvcc).st_mtime_ns), say=say,
+        )  # fmt: skip
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(library, output)
+        shutil.copy(BUILD / "_C.so", output)
         say(f"built the extension for {archs} in {time.monotonic() - began:.0f} s: {output.name}")
 
 

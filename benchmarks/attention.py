@@ -9,20 +9,26 @@ heads on 8, and a window of 1024.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import checkout  # noqa: F401
-import peers
 import torch
-from harness import BACKWARD, DIRECTIONS, FORWARD, Cell
+from harness import BACKWARD, DIRECTIONS, FORWARD, OURS, Cell
+from peer import Peer, Refused, compiled, first, imported, matmul, on_a_gpu
 from script import Axis, Grid, Subject, boolean, main
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
 
 TOKENS = {"cuda": 16384, "cpu": 2048}  # batch * seqlen where the batch is left open
 WIDTH = {"cuda": 2048, "cpu": 512}  # heads * head_dim where the heads are left open
 FEATURES = ("none", "window", "softcap", "alibi", "bias")
+SOFTCAP = 30.0
+MATRIX_LIMIT = 4 << 30  # bytes of scores or masks that a peer may build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class AttentionCell(Cell):
         return q, k, v, torch.randn(1, self.heads, self.seqlen, self.seqlen, **options)
 
     def definition(self, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
-        return peers.attention_formula(self, q, k, v, *bias)
+        return formula(self, q, k, v, *bias)
 
     def part(self, tensor: Tensor) -> Tensor:
         """One key head of one sequence: in float64 the score matrix of all would not fit."""
@@ -94,6 +100,242 @@ class AttentionCell(Cell):
         i = torch.arange(self.seqlen, device=self.device)
         seen = i <= i[:, None]
         return seen & (i > i[:, None] - self.window) if self.feature == "window" else seen
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def ours(cell: AttentionCell) -> Peer:
+    options: dict[str, Any] = {"causal": cell.causal}
+    if cell.feature == "window":
+        options["window"] = (cell.window - 1, 0)
+    elif cell.feature == "softcap":
+        options["softcap"] = SOFTCAP
+    elif cell.feature == "alibi":
+        options["alibi_slopes"] = cell.slopes
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        return fastattn.attention(q, k, v, bias=bias[0] if bias else None, **options)
+
+    return Peer(call)
+
+
+def formula(cell: AttentionCell, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v as it is written, in the dtype of the inputs."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, seqlen, head_dim)
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if cell.feature == "softcap":
+        scores = SOFTCAP * torch.tanh(scores / SOFTCAP)
+    if cell.feature == "alibi":
+        scores = scores - alibi(cell, scores.dtype)[: scores.shape[1]]
+    if bias:
+        scores = scores + bias[0]
+    if (seen := cell.seen()) is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def alibi(cell: AttentionCell, dtype: torch.dtype) -> Tensor:
+    """What ALiBi takes from the scores, (heads, seqlen, seqlen)."""
+    i = torch.arange(cell.seqlen, device=cell.device)
+    return (cell.slopes[:, None, None] * (i[:, None] - i).abs()).to(dtype)
+
+
+def _bounded(cell: AttentionCell, batch: int, what: str) -> None:
+    size = batch * cell.heads * cell.seqlen**2 * cell.torch_dtype.itemsize
+    if size > MATRIX_LIMIT:
+        raise Refused(f"{what} would take {size / 2**30:.0f} GiB")
+
+
+def eager(cell: AttentionCell) -> Peer:
+    _bounded(cell, cell.batch, "the score matrix")
+    return Peer(lambda *inputs: formula(cell, *inputs))
+
+
+def eager_compiled(cell: AttentionCell) -> Peer:
+    return compiled(eager(cell))
+
+
+def sdpa(cell: AttentionCell) -> Peer:
+    """As PyTorch's users write it: a flag where it has one, else a mask made beforehand."""
+    if cell.feature == "softcap":
+        raise Refused("F.scaled_dot_product_attention has no softcap")
+    mask = None
+    if cell.feature == "window":
+        mask = cell.seen()
+    elif cell.feature == "alibi":
+        _bounded(cell, 1, "the mask")
+        mask = -alibi(cell, cell.torch_dtype)
+        if (seen := cell.seen()) is not None:
+            mask = mask.masked_fill(~seen, float("-inf"))
+    elif cell.feature == "bias":
+        _bounded(cell, 1, "the mask")
+    is_causal = cell.causal and cell.feature == "none"
+    hidden = None if (seen := cell.seen()) is None else ~seen
+    grouped = cell.heads != cell.kv_heads
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        added = mask
+        if bias:
+            added = bias[0] if hidden is None else bias[0].masked_fill(hidden, float("-inf"))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q, k, v, added, is_causal=is_causal, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+
+    return Peer(sdpa)
+
+
+def _forced(backend: SDPBackend) -> Callable[[AttentionCell], Peer]:
+    return lambda cell: replace(sdpa(cell), context=lambda: sdpa_kernel(backend))
+
+
+sdpa_flash = _forced(SDPBackend.FLASH_ATTENTION)
+sdpa_cudnn = _forced(SDPBackend.CUDNN_ATTENTION)
+sdpa_efficient = _forced(SDPBackend.EFFICIENT_ATTENTION)
+
+
+def sdpa_math(cell: AttentionCell) -> Peer:
+    _bounded(cell, cell.batch, "the score matrix")
+    return _forced(SDPBackend.MATH)(cell)
+
+
+def flex(cell: AttentionCell) -> Peer:
+    """torch's FlexAttention, compiled; its block mask is made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if cell.feature == "bias" and cell.backward:
+        raise Refused("the gradient of a bias in FlexAttention adds with atomics; not compared")
+    slopes = cell.slopes if cell.feature == "alibi" else None
+
+    def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = i >= j
+        return seen & (i - j < cell.window) if cell.feature == "window" else seen
+
+    blocks = None
+    if cell.causal:
+        blocks = create_block_mask(rule, None, None, cell.seqlen, cell.seqlen, device=cell.device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if cell.feature == "softcap":
+                return SOFTCAP * torch.tanh(s / SOFTCAP)
+            if slopes is not None:
+                return s - slopes[h] * (i - j).abs()
+            return s + bias[0][0, h, i, j] if bias else s
+
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mod = None if cell.feature in ("none", "window") else score
+        grouped = cell.heads != cell.kv_heads
+        return flex_attention(
+            q, k, v, score_mod=mod, block_mask=blocks, enable_gqa=grouped
+        ).transpose(1, 2)
+
+    return compiled(Peer(call))
+
+
+def _flash_options(cell: AttentionCell, package: str) -> dict[str, Any]:
+    """flash-attn's words for the cell's features."""
+    if cell.dtype == "float32":
+        raise Refused(f"{package} has no float32")
+    if cell.feature == "bias":
+        raise Refused(f"{package} has no bias")
+    options: dict[str, Any] = {"causal": cell.causal}
+    if cell.feature == "window":
+        options["window_size"] = (cell.window - 1, 0)
+    elif cell.feature == "softcap":
+        options["softcap"] = SOFTCAP
+    elif cell.feature == "alibi":
+        if package != "flash-attn 2":
+            raise Refused(f"{package} has no ALiBi")
+        options["alibi_slopes"] = cell.slopes
+    return options
+
+
+def _flash(module: str, package: str) -> Callable[[AttentionCell], Peer]:
+    def make(cell: AttentionCell) -> Peer:
+        function = imported(module, package).flash_attn_func
+        options = _flash_options(cell, package)
+        return Peer(lambda q, k, v: first(function(q, k, v, **options)))
+
+    return make
+
+
+flash_attn_2 = _flash("flash_attn", "flash-attn 2")
+flash_attn_3 = _flash("flash_attn_interface", "flash-attn 3")
+flash_attn_4 = _flash("flash_attn.cute", "flash-attn 4")
+
+
+def xformers(cell: AttentionCell) -> Peer:
+    fmha = imported("xformers.ops", "xformers")
+    on_a_gpu(cell, "xformers")
+    if cell.feature not in ("none", "window"):
+        raise Refused("measured without features and with a window")
+    if cell.heads != cell.kv_heads:
+        raise Refused("grouped heads need another layout there")
+    mask = fmha.LowerTriangularMask() if cell.causal else None
+    if cell.feature == "window":
+        local = fmha.fmha.attn_bias.LowerTriangularFromBottomRightLocalAttentionMask
+        mask = local(cell.window)
+    return Peer(lambda q, k, v: fmha.memory_efficient_attention(q, k, v, attn_bias=mask))
+
+
+def cudnn_frontend(cell: AttentionCell) -> Peer:
+    """cuDNN's graph of attention, built for the cell by its own Python package; forward."""
+    cudnn = imported("cudnn", "nvidia-cudnn-frontend")
+    on_a_gpu(cell, "cuDNN")
+    if cell.backward or cell.feature not in ("none", "window") or cell.dtype == "float32":
+        raise Refused("measured forward in 16 bits, without features and with a window")
+    q, k, v = (x.transpose(1, 2) for x in cell.inputs())
+    kind = getattr(cudnn.data_type, {"bfloat16": "BFLOAT16", "float16": "HALF"}[cell.dtype])
+    graph = cudnn.pygraph(
+        io_data_type=kind,
+        intermediate_data_type=cudnn.data_type.FLOAT,
+        compute_data_type=cudnn.data_type.FLOAT,
+    )
+    names = [graph.tensor_like(x) for x in (q, k, v)]
+    options: dict[str, Any] = {"use_causal_mask": cell.causal}
+    if cell.feature == "window":
+        options["diagonal_band_left_bound"] = cell.window
+    result, _ = graph.sdpa(
+        q=names[0], k=names[1], v=names[2], is_inference=True,
+        attn_scale=cell.head_dim**-0.5, **options,
+    )  # fmt: skip
+    result.set_output(True).set_dim(list(q.shape)).set_stride(list(q.stride()))
+    graph.build([cudnn.heur_mode.A])
+    workspace = torch.empty(graph.get_workspace_size(), device=cell.device, dtype=torch.uint8)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        tensors = (x.transpose(1, 2) for x in (q, k, v, out))
+        graph.execute(dict(zip((*names, result), tensors)), workspace)
+        return out
+
+    return Peer(call)
+
+
+PEERS = {
+    OURS: ours,
+    "matmul": matmul,
+    "eager": eager,
+    "sdpa": sdpa,
+    "sdpa flash": sdpa_flash,
+    "sdpa cudnn": sdpa_cudnn,
+    "sdpa efficient": sdpa_efficient,
+    "sdpa math": sdpa_math,
+    "flash-attn 2": flash_attn_2,
+    "flash-attn 3": flash_attn_3,
+    "flash-attn 4": flash_attn_4,
+    "xformers": xformers,
+    "cudnn frontend": cudnn_frontend,
+}
+COMPILED = {"compiled": eager_compiled, "flex": flex}
+
+
+# --- the script -----------------------------------------------------------------------------------
 
 
 def automatic(text: str) -> int | str:
@@ -141,7 +383,7 @@ def make(
         device=device,
         dtype=dtype,
         direction=direction,
-        against={**peers.ATTENTION, **(peers.ATTENTION_COMPILED if compile else {})},
+        against={**PEERS, **(COMPILED if compile else {})},
         batch=1 if feature == "bias" and direction != FORWARD else batch,
         seqlen=seqlen,
         heads=heads,

@@ -8,16 +8,19 @@ and writes as many) in the same run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import checkout  # noqa: F401
-import peers
 import torch
-from harness import Cell
+from harness import OURS, Cell
+from peer import Peer, Refused, first, imported
 from script import Axis, Grid, Subject, main
 from torch import Tensor
+from torch.nn import functional as F
+
+import fastattn
 
 LARGEST_IN_FLOAT64 = 1 << 30  # bytes of a cache
 
@@ -96,6 +99,92 @@ class DecodeCell(Cell):
         )
 
 
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def _ours(num_splits: int | None) -> Callable[[DecodeCell], Peer]:
+    def make(cell: DecodeCell) -> Peer:
+        lengths, table = cell.lengths, cell.block_table
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return fastattn.attention_with_kv_cache(
+                q, k, v, lengths, block_table=table, causal=True, num_splits=num_splits
+            )
+
+        return Peer(call)
+
+    return make
+
+
+def sdpa(cell: DecodeCell) -> Peer:
+    if cell.page_size:
+        raise Refused("F.scaled_dot_product_attention knows no pages")
+    mask = None
+    if cell.seqlen_q > 1:
+        mask = torch.ones(cell.seqlen_q, cell.seqlen, dtype=torch.bool, device=cell.device)
+        mask = mask.tril(cell.seqlen - cell.seqlen_q)
+    grouped = cell.heads != cell.kv_heads
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k[:, : cell.seqlen], v[:, : cell.seqlen]))
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped).transpose(1, 2)
+
+    return Peer(call)
+
+
+def eager(cell: DecodeCell) -> Peer:
+    return Peer(cell.definition)
+
+
+def flash_attn_2(cell: DecodeCell) -> Peer:
+    function = imported("flash_attn", "flash-attn 2").flash_attn_with_kvcache
+    if cell.dtype == "float32":
+        raise Refused("flash-attn 2 has no float32")
+    if cell.page_size % 256:
+        raise Refused("its pages are multiples of 256 keys")
+    lengths, table = cell.lengths, cell.block_table
+    return Peer(
+        lambda q, k, v: function(
+            q, k, v, cache_seqlens=lengths, block_table=table, causal=True
+        )
+    )  # fmt: skip
+
+
+def flash_attn_3(cell: DecodeCell) -> Peer:
+    function = imported("flash_attn_interface", "flash-attn 3").flash_attn_with_kvcache
+    if cell.dtype == "float32":
+        raise Refused("flash-attn 3 has no float32")
+    lengths, table = cell.lengths, cell.block_table
+    return Peer(
+        lambda q, k, v: first(
+            function(q, k, v, cache_seqlens=lengths, page_table=table, causal=True)
+        )
+    )
+
+
+def copy(cell: DecodeCell) -> Peer:
+    """A copy of what the cache holds: it reads and writes its bytes once each."""
+    held = slice(None if cell.page_size else cell.seqlen)
+    return Peer(
+        lambda q, k, v: (k[:, held].clone(), v[:, held].clone()),
+        ceiling=True,
+        bytes=2.0 * cell.bytes,
+    )
+
+
+PEERS = {
+    OURS: _ours(None),
+    "copy": copy,
+    "ours by occupancy": _ours(0),
+    "eager": eager,
+    "sdpa": sdpa,
+    "flash-attn 2": flash_attn_2,
+    "flash-attn 3": flash_attn_3,
+}
+
+
+# --- the script -----------------------------------------------------------------------------------
+
 AXES: Mapping[str, Axis] = {
     "batch": Axis("sequences"),
     "seqlen_q": Axis("new queries of each, causal among themselves"),
@@ -119,7 +208,7 @@ def make(*, device: str, heads: int, kv_heads: int, dtype: str, **sizes: int) ->
         op="decode",
         device=device,
         dtype=dtype,
-        against=peers.DECODE,
+        against=PEERS,
         heads=heads,
         kv_heads=kv_heads,
         **sizes,

@@ -7,16 +7,19 @@ direction in the same run: two forward, four more backward, without bias and act
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import checkout  # noqa: F401
-import peers
 import torch
-from harness import BACKWARD, DIRECTIONS, FORWARD, Cell
+from harness import BACKWARD, DIRECTIONS, FORWARD, OURS, Cell
+from peer import Outputs, Peer, Refused, compiled, on_a_gpu
 from script import Axis, Grid, Subject, boolean, main
 from torch import Tensor
+from torch.nn import functional as F
+
+import fastattn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +56,93 @@ class FeedForwardCell(Cell):
             w1, w2 = w1.t().contiguous(), w2.t().contiguous()
         return x, w1, b1, w2, b2
 
-    def definition(self, *inputs: Tensor) -> peers.Outputs:
-        return peers.ffn_eager(self).function(*inputs)
+    def definition(self, *inputs: Tensor) -> Outputs:
+        return eager(self).function(*inputs)
 
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def ours(cell: FeedForwardCell) -> Peer:
+    return Peer(lambda *inputs: fastattn.ffn(*inputs, cell.activation, layout=cell.layout))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def eager(cell: FeedForwardCell) -> Peer:
+    activation = ACTIVATIONS[cell.activation]
+
+    def linear(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(activation(F.linear(x, w1, b1)), w2, b2)
+
+    def conv1d(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return torch.addmm(b2, activation(torch.addmm(b1, x, w1)), w2)
+
+    return Peer(linear if cell.layout == "linear" else conv1d)
+
+
+def epilogue(cell: FeedForwardCell) -> Peer:
+    """ATen's product with bias and activation in cuBLASLt's epilogue; it has no backward."""
+    if cell.backward:
+        raise Refused("torch._addmm_activation has no backward")
+    on_a_gpu(cell, "the epilogue of cuBLASLt")
+    if cell.activation not in ("gelu_tanh", "relu"):
+        raise Refused("the epilogue has GELU by tanh and ReLU")
+    use_gelu = cell.activation == "gelu_tanh"
+
+    def call(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        if cell.layout == "linear":
+            w1, w2 = w1.t(), w2.t()
+        h = torch._addmm_activation(b1, x, w1, use_gelu=use_gelu)
+        return torch.addmm(b2, h, w2)
+
+    return Peer(call)
+
+
+def eager_compiled(cell: FeedForwardCell) -> Peer:
+    return compiled(eager(cell))
+
+
+def gemms(cell: FeedForwardCell) -> Peer:
+    """The bare matrix products of the direction, without bias and activation."""
+
+    def forward(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return x @ w1 @ w2
+
+    def backward(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+        h = x @ w2.t()  # x stands for the gradient of the output too: the shapes are the same
+        return h @ w1.t(), x.t() @ h, h.t() @ x
+
+    def gemms(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Outputs:
+        if cell.layout == "linear":
+            w1, w2 = w1.t(), w2.t()
+        done: tuple[Tensor, ...] = ()
+        if cell.direction != "backward":
+            done += (forward(x, w1, w2),)
+        if cell.backward:
+            done += backward(x, w1, w2)
+        return done
+
+    return Peer(gemms, ceiling=True)
+
+
+PEERS = {OURS: ours, "gemms": gemms, "eager": eager, "aten epilogue": epilogue}
+COMPILED = {"compiled": eager_compiled}
+
+
+# --- the script -----------------------------------------------------------------------------------
 
 AXES: Mapping[str, Axis] = {
     "rows": Axis("tokens"),
     "hidden": Axis("of x"),
     "inner": Axis("units between; 0: four times hidden"),
-    "activation": Axis("between the products", kind=str, choices=tuple(peers.ACTIVATIONS)),
+    "activation": Axis("between the products", kind=str, choices=tuple(ACTIVATIONS)),
     "layout": Axis("of the weights", kind=str, choices=("linear", "conv1d")),
     "direction": Axis("what is timed", kind=str, choices=DIRECTIONS),
     "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
@@ -87,7 +168,7 @@ def make(
         device=device,
         dtype=dtype,
         direction=direction,
-        against={**peers.FFN, **(peers.FFN_COMPILED if compile else {})},
+        against={**PEERS, **(COMPILED if compile else {})},
         rows=rows,
         hidden=hidden,
         inner=inner or 4 * hidden,

@@ -20,36 +20,138 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import checkout  # noqa: F401
 import torch
-from harness import OURS, synchronize, timed_by_turns
-from peers_gpt import (
+from gpt_models import (
     ACCELERATED,
-    GENERATE,
-    GENERATE_COMPILED,
     SIZES,
     TRANSFORMERS,
     ModelCell,
     Models,
-    Writer,
     each,
     no_slower,
     parameters,
-    write_transformers,
 )
+from harness import OURS, synchronize, timed_by_turns
+from peer import Refused
 from schema import Entry, Row
 from script import Axis, Grid, Subject, boolean, main
-from timing import Candidate, Sample, difference, ratio
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+from fastattn.timing import Candidate, Sample, difference, ratio
 
 GENERATION = "generation"
 CHECKED = 32  # new tokens that are compared
 ONE_TOKEN = ", one token"
 FASTER = 1.2
 TARGET = f"ours {FASTER} times as fast as transformers"
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+# Greedy: prompts (B, T), padded on the left, their mask (B, T) or None where there is no padding,
+# and how many tokens to add -> those, (B, n).
+Writer = Callable[[Tensor, "Tensor | None", int], Tensor]
+
+
+def ours(models: Models, batch: int, capacity: int) -> Writer:
+    model = models.ours
+
+    def generate(ids: Tensor, mask: Tensor | None, count: int) -> Tensor:
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=count, eos_token_id=())
+        return out[:, ids.shape[1] :]
+
+    return generate
+
+
+def _by_transformers(model: Any, **options: Any) -> Writer:
+    model.eval()
+
+    def generate(ids: Tensor, mask: Tensor | None, count: int) -> Tensor:
+        mask = torch.ones_like(ids) if mask is None else mask
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0,
+            **options,
+        )  # fmt: skip
+        return out[:, ids.shape[1] :]
+
+    return generate
+
+
+def transformers(models: Models, batch: int, capacity: int) -> Writer:
+    """Its default cache, which grows."""
+    return _by_transformers(models.transformers())
+
+
+def accelerated(models: Models, batch: int, capacity: int) -> Writer:
+    model = models.transformers()
+    fastattn.accelerate(model)
+    return _by_transformers(model)
+
+
+def static(models: Models, batch: int, capacity: int) -> Writer:
+    return _by_transformers(
+        models.transformers(), cache_implementation="static", disable_compile=True
+    )
+
+
+def static_compiled(models: Models, batch: int, capacity: int) -> Writer:
+    """By transformers' own torch.compile."""
+    if models.device == "cpu":
+        raise Refused("transformers compiles generation on GPUs alone")
+    return _by_transformers(models.transformers(), cache_implementation="static")
+
+
+def gpt_fast(models: Models, batch: int, capacity: int, compile: bool = False) -> Writer:
+    """gpt-fast's recipe: a static cache, a prefill, then a one-token step, compiled if asked for.
+
+    Compiled, attention is left to the compiler as the formula.
+    """
+    model = models.plain.eval()
+    model.make_room(batch, capacity)
+    step: Callable[[Tensor, Tensor], Tensor] = model.next
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    if compile:
+        step = torch.compile(model.next, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        context = functools.partial(sdpa_kernel, SDPBackend.MATH)
+
+    @torch.no_grad()
+    def generate(ids: Tensor, mask: Tensor | None, count: int) -> Tensor:
+        model.begin(torch.ones_like(ids) if mask is None else mask)
+        tokens = model.next(ids, torch.arange(ids.shape[1], device=ids.device))
+        new = [tokens]
+        slot = torch.tensor([ids.shape[1]], device=ids.device)
+        with context():
+            for _ in range(count - 1):
+                tokens = step(tokens, slot).clone()  # a graph gives the same memory every time
+                slot += 1
+                new.append(tokens)
+        return torch.cat(new, 1)
+
+    return generate
+
+
+PEERS: Mapping[str, Callable[[Models, int, int], Writer]] = {
+    OURS: ours,
+    ACCELERATED: accelerated,
+    TRANSFORMERS: transformers,
+    "transformers static": static,
+    "gpt-fast": gpt_fast,
+}
+COMPILED: Mapping[str, Callable[[Models, int, int], Writer]] = {
+    "transformers static": static_compiled,
+    "gpt-fast": functools.partial(gpt_fast, compile=True),
+}
+
+
+# --- cells ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +246,7 @@ class GenerateCell(ModelCell):
     def expected(self, models: Models, ids: Tensor) -> Tensor:
         """What transformers gives in float32: (prompts, tokens), unequal prompts one by one."""
         count = min(CHECKED, self.new_tokens)
-        write = write_transformers(models, self.prompts, self.prompt + count)
+        write = transformers(models, self.prompts, self.prompt + count)
         if not self.unequal:
             return write(ids, None, count)
         alone = [row[None, self.prompt - length :] for row, length in zip(ids, self.lengths)]
@@ -178,6 +280,8 @@ class GenerateCell(ModelCell):
                 entry["share"] = entry["gbps"] / entries[self.bound]["gbps"]
 
 
+# --- the script -----------------------------------------------------------------------------------
+
 AXES: Mapping[str, Axis] = {
     "model": Axis("size of GPT-2", kind=str, choices=tuple(SIZES)),
     "prompts": Axis("the batch"),
@@ -209,7 +313,7 @@ def make(
         direction=GENERATION,
         device=device,
         dtype=dtype,
-        against={**GENERATE, **(GENERATE_COMPILED if compile else {})},
+        against={**PEERS, **(COMPILED if compile else {})},
         target=promise if device == "cpu" and not compile else None,
         model=model,
         prompts=prompts,

@@ -24,30 +24,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import checkout  # noqa: F401
-import peers
 import torch
-from harness import OURS, compare, synchronize, timed_by_turns
-from memory import TRAINING, peak_bytes
-from peers_gpt import (
+from counting import peak_bytes
+from gpt_models import (
     ACCELERATED,
+    CLIP,
     SIZES,
-    TRAIN,
-    TRAIN_COMPILED,
     TRANSFORMERS,
-    Learner,
     ModelCell,
     Models,
     autocast,
     each,
     no_slower,
     parameters,
-    training_step,
 )
+from harness import OURS, compare, synchronize, timed_by_turns
+from peer import matmul
 from schema import Entry, Peak, Row
 from script import Axis, Grid, Subject, boolean, main
-from timing import Candidate, Sample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+import fastattn
+from fastattn.timing import Candidate, Sample
+
+TRAINING = "training step"
 
 # TFLOP/s of dense bfloat16 products with float32 sums, by words of the device's name, the first
 # that fits: NVIDIA's data sheets (those of Hopper and Ada state twice as much, with sparsity).
@@ -97,6 +98,85 @@ def peak(device: str) -> Peak | None:
     }
 
 
+# --- peers ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model in training. `forward`: ids and targets (B, T) -> logits (B, T, >= V) and the loss.
+
+    The targets are the tokens that follow: nothing is shifted.
+    """
+
+    model: nn.Module
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def compiled(learner: Learner) -> Learner:
+    return Learner(learner.model, torch.compile(learner.forward, dynamic=False))
+
+
+def training_step(
+    models: Models, learner: Learner, ids: Tensor, dtype: torch.dtype
+) -> Callable[[], object]:
+    """Forward, backward, clipping and AdamW on the tokens (B, T + 1)."""
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    optimizer = models.optimizer(learner.model)
+    learner.model.train()
+
+    def step() -> None:
+        with autocast(models.device, dtype):
+            loss = learner.forward(inputs, targets)[1]
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(models: Models) -> Learner:
+    return Learner(models.ours, models.ours)
+
+
+def transformers(models: Models, attention: str = "sdpa") -> Learner:
+    model = models.transformers(attention)
+
+    def forward(ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        out = model(input_ids=ids, labels=ids, shift_labels=targets, use_cache=False)
+        return out.logits, out.loss
+
+    return Learner(model, forward)
+
+
+def accelerated(models: Models) -> Learner:
+    learner = transformers(models)
+    fastattn.accelerate(learner.model)
+    return learner
+
+
+def nanogpt(models: Models) -> Learner:
+    """nanoGPT's recipe, which is all but the compilation: see `PlainGPT` and `training_step`."""
+    return Learner(models.plain, models.plain)
+
+
+PEERS: Mapping[str, Callable[[Models], Learner]] = {
+    OURS: ours,
+    ACCELERATED: accelerated,
+    TRANSFORMERS: transformers,
+    "transformers eager": lambda models: transformers(models, "eager"),
+    "nanogpt": nanogpt,
+}
+COMPILED: Mapping[str, Callable[[Models], Learner]] = {
+    "nanogpt": lambda models: compiled(nanogpt(models)),
+    "ours compiled": lambda models: compiled(ours(models)),
+    "transformers compiled": lambda models: compiled(transformers(models)),
+}
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainCell(ModelCell):
     """A step on `batch` sequences of `seqlen` tokens."""
@@ -134,7 +214,7 @@ class TrainCell(ModelCell):
         models = Models(self.model, self.device, self.dropout)
         ids = models.random_ids(self.batch, self.seqlen + 1)
         exact, eager = self.definition_of(models, ids[:1, : min(FEW, self.seqlen)])
-        product = peers.matmul(self)
+        product = matmul(self)
         candidates = [Candidate(self.bound, product.function)]
 
         def attempt(name: str, make: Callable[[Models], Learner]) -> Entry:
@@ -205,6 +285,8 @@ class TrainCell(ModelCell):
             entries[name]["share"] = entries[name]["tflops"] / entries[self.bound]["tflops"]
 
 
+# --- the script -----------------------------------------------------------------------------------
+
 AXES: Mapping[str, Axis] = {
     "model": Axis("size of GPT-2", kind=str, choices=tuple(SIZES)),
     "batch": Axis("sequences of a step"),
@@ -233,7 +315,7 @@ def make(
         direction=TRAINING,
         device=device,
         dtype=dtype,
-        against={**TRAIN, **(TRAIN_COMPILED if compile else {})},
+        against={**PEERS, **(COMPILED if compile else {})},
         target=NO_SLOWER if device == "cpu" and not compile else None,
         model=model,
         batch=batch,

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from environment import ROW_FIELDS, nvidia_smi
-from peers import Outputs, Peer, Refused
+from peer import Outputs, Peer, Refused
 from schema import Entry, Error, Row
-from timing import Candidate, Sample, batch_time, interleave, ratio, rotating
 from torch import Tensor
 
 from fastattn import rule
+from fastattn.timing import Candidate, Sample, batch_time, interleave, ratio, rotating
 
 OURS = "ours"
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -41,7 +41,7 @@ class DeviceLost(Exception):
 class Cell:
     """What is measured, apart from how. Every subject derives its cells from this.
 
-    `against` holds functions of peers.py by name, `OURS` among them. BACKWARD times the backward
+    `against` holds the makers of its peers by name, `OURS` among them. BACKWARD times the backward
     alone, BOTH a forward and its backward.
     """
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import checkout  # noqa: F401
 import stub_driver
 import torch
-from timing import Candidate, interleave, ratio
 
 from fastattn.ops.common import launch
+from fastattn.timing import Candidate, interleave, ratio
 
 TARGETS = {"forward": 20.0, "forward + backward": 45.0}
 

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import checkout  # noqa: F401
-import peers
 import torch
-from harness import BACKWARD, DIRECTIONS, FORWARD, Cell
+from harness import BACKWARD, DIRECTIONS, FORWARD, OURS, Cell
+from peer import Outputs, Peer, Refused, compiled, first, imported, on_a_gpu
 from script import Axis, Grid, Subject, boolean, main
 from torch import Tensor
+from torch.nn import functional as F
+
+import fastattn
+
+EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +60,83 @@ class NormCell(Cell):
 
     def definition(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, r: Tensor | None = None
-    ) -> peers.Outputs:
+    ) -> Outputs:
         if self.op == "rms_norm":
-            return x * (x.square().mean(-1, keepdim=True) + peers.NORM_EPS).rsqrt() * weight
+            return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
         total = x if r is None else x + r
         centred = total - total.mean(-1, keepdim=True)
         variance = centred.square().mean(-1, keepdim=True)
-        out = centred * (variance + peers.NORM_EPS).rsqrt() * weight + bias
+        out = centred * (variance + EPS).rsqrt() * weight + bias
         return out if r is None else (out, total)
 
-    def plain(self, *inputs: Tensor) -> peers.Outputs:
-        return peers.norm_eager(self).function(*inputs)
+    def plain(self, *inputs: Tensor) -> Outputs:
+        return eager(self).function(*inputs)
 
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def ours(cell: NormCell) -> Peer:
+    if cell.op == "rms_norm":
+        return Peer(lambda x, w: fastattn.rms_norm(x, w, EPS))
+    if cell.residual:
+        return Peer(lambda x, w, b, r: fastattn.layer_norm(x, w, b, residual=r))
+    return Peer(lambda x, w, b: fastattn.layer_norm(x, w, b))
+
+
+def eager(cell: NormCell) -> Peer:
+    shape = (cell.hidden,)
+    if cell.op == "rms_norm":
+        return Peer(lambda x, w: F.rms_norm(x, shape, w, EPS))
+    if not cell.residual:
+        return Peer(lambda x, w, b: F.layer_norm(x, shape, w, b))
+
+    def with_residual(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Outputs:
+        total = x + r
+        return F.layer_norm(total, shape, w, b), total
+
+    return Peer(with_residual)
+
+
+def eager_compiled(cell: NormCell) -> Peer:
+    return compiled(eager(cell))
+
+
+def liger(cell: NormCell) -> Peer:
+    functional = imported("liger_kernel.transformers.functional", "Liger-Kernel")
+    on_a_gpu(cell, "Liger-Kernel")
+    if cell.residual:
+        raise Refused("its LayerNorm takes no residual")
+    if cell.op == "rms_norm":
+        return Peer(lambda x, w: functional.liger_rms_norm(x, w, EPS))
+    return Peer(lambda x, w, b: functional.liger_layer_norm(x, w, b, EPS))
+
+
+def quack(cell: NormCell) -> Peer:
+    function = imported("quack", "quack").rmsnorm
+    on_a_gpu(cell, "quack")
+    if cell.op != "rms_norm":
+        raise Refused("quack's LayerNorm has no backward and no bias")
+    return Peer(lambda x, w: first(function(x, w, eps=EPS)))
+
+
+def copy(cell: NormCell) -> Peer:
+    """A copy of x: it reads and writes the bytes of x once each."""
+    moved = 2.0 * cell.rows * cell.hidden * cell.torch_dtype.itemsize
+    return Peer(lambda x, *_: x.clone(), ceiling=True, bytes=moved)
+
+
+PEERS = {
+    OURS: ours,
+    "copy": copy,
+    "eager": eager,
+    "liger": liger,
+    "quack": quack,
+}
+COMPILED = {"compiled": eager_compiled}
+
+
+# --- the script -----------------------------------------------------------------------------------
 
 AXES: Mapping[str, Axis] = {
     "op": Axis("which norm", kind=str, choices=("layer_norm", "rms_norm")),
@@ -98,7 +168,7 @@ def make(
         device=device,
         dtype=dtype,
         direction=direction,
-        against={**peers.NORM, **(peers.NORM_COMPILED if compile else {})},
+        against={**PEERS, **(COMPILED if compile else {})},
         rows=rows,
         hidden=hidden,
         residual=residual,

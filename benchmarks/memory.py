@@ -14,65 +14,25 @@ not with its square (`AttentionMemory`).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import attention
 import checkout  # noqa: F401
 import ffn
+import gpt_models
+import gpt_train
 import layer_norm
-import peers_gpt
 import torch
+from counting import peak_bytes, saved_bytes
 from harness import BOTH, FORWARD, OURS, Cell, as_tuple, chosen
 from schema import Entry, Row
 from script import Axis, Grid, Subject, boolean, main
 from torch import Tensor
 
-TRAINING = "training step"
 # Bytes that an op may take whatever the length: workspaces; the state of a random generator.
 WORKSPACE, STATE = 4 << 20, 1 << 16
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages are of levels 0 to 5
-
-
-# --- counting -------------------------------------------------------------------------------------
-
-
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The most memory that one call holds beyond what is held before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def saved_bytes(forward: Callable[[], object], given: Iterable[Tensor]) -> int:
-    """The storages that `forward` keeps for its backward, each once, without those of `given`."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()  # held until all are counted, so that no address comes twice
-    there = {tensor.untyped_storage().data_ptr() for tensor in given}
-    del out
-    return sum(size for address, size in kept.items() if address not in there)
 
 
 # --- cells ----------------------------------------------------------------------------------------
@@ -86,7 +46,7 @@ class MemoryCell(Cell):
 
     @property
     def limit(self) -> float:  # type: ignore[override]
-        return peers_gpt.PATIENCE[self.device, self.compile]
+        return gpt_models.PATIENCE[self.device, self.compile]
 
     def entry(self, make: Callable[..., Any]) -> Entry:
         """Of the peer that `make` makes."""
@@ -102,7 +62,7 @@ class MemoryCell(Cell):
         if self.compile:
             torch._dynamo.reset()
         against = chosen(self.against, peers, self.bound)
-        entries = peers_gpt.each(against, lambda name, make: self.entry(make), self.device)
+        entries = gpt_models.each(against, lambda name, make: self.entry(make), self.device)
         row = self.row(entries)
         del row["reference"]  # results are compared in the op's own script
         row["right"] = "peak_bytes" in entries[OURS]
@@ -200,19 +160,19 @@ class TrainingMemory(MemoryCell):
         return {"model": self.model, "batch": self.batch, "seqlen": self.seqlen}
 
     def entry(self, make: Callable[..., Any]) -> Entry:
-        with peers_gpt.quiet():
+        with gpt_models.quiet():
             return self.step_entry(make)
 
-    def step_entry(self, make: Callable[[peers_gpt.Models], peers_gpt.Learner]) -> Entry:
-        models = peers_gpt.Models(self.model, self.device)
+    def step_entry(self, make: Callable[[gpt_models.Models], gpt_train.Learner]) -> Entry:
+        models = gpt_models.Models(self.model, self.device)
         learner = make(models)
         ids = models.random_ids(self.batch, self.seqlen + 1)
-        step = peers_gpt.training_step(models, learner, ids, self.torch_dtype)
+        step = gpt_train.training_step(models, learner, ids, self.torch_dtype)
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         given = [inputs, targets, *learner.model.parameters()]
 
         def forward() -> object:
-            with peers_gpt.autocast(self.device, self.torch_dtype):
+            with gpt_models.autocast(self.device, self.torch_dtype):
                 return learner.forward(inputs, targets)
 
         step()
@@ -235,7 +195,7 @@ AXES: Mapping[str, Axis] = {
     "causal": Axis("yes or no; of attention", kind=boolean),
     "rows": Axis("tokens of layer_norm and ffn"),
     "hidden": Axis("of a row; ffn has four times as many units between"),
-    "model": Axis("of gpt", kind=str, choices=tuple(peers_gpt.SIZES)),
+    "model": Axis("of gpt", kind=str, choices=tuple(gpt_models.SIZES)),
     "direction": Axis("of a gpt always a training step", kind=str, choices=(FORWARD, BOTH)),
     "dtype": Axis("of the tensors; of a gpt by autocast", kind=str,
                   choices=("bfloat16", "float16", "float32")),
@@ -265,8 +225,8 @@ def make(
         if direction != BOTH or dtype == "float16":  # which would want a scaled loss
             return None
         return TrainingMemory(
-            op=op, direction=TRAINING, model=model, batch=batch, seqlen=seqlen,
-            against={**peers_gpt.TRAIN, **(peers_gpt.TRAIN_COMPILED if compile else {})},
+            op=op, direction=gpt_train.TRAINING, model=model, batch=batch, seqlen=seqlen,
+            against={**gpt_train.PEERS, **(gpt_train.COMPILED if compile else {})},
             **common,
         )  # fmt: skip
     common |= {"direction": direction}

@@ -31,22 +31,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import attention
 import checkout  # noqa: F401
-import peers
-from attention import AttentionCell
-from ffn import FeedForwardCell
+import decode
+import ffn
+import layer_norm
 from harness import BOTH, FORWARD, OURS, Cell
-from layer_norm import NormCell
 from never_slower_table import NEXT, RAN_ON, faster, print_table, table
-from peers import Outputs, Peer
+from peer import Outputs, Peer
+from peer import compiled as compiled_peer
 from schema import Row
 from script import Axis, Grid, Subject, boolean, main
-from timing import Sample, Spread
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastattn
 from fastattn.backends import NAMES, explanation_of, use_backend
+from fastattn.timing import Sample, Spread
 
 FACTOR, ALLOWANCE = 1.05, 5e-6
 RULE = "t <= 1.05 t_eager + 5 us"
@@ -100,7 +101,7 @@ class Judged(Cell):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm(Judged, NormCell):
+class Norm(Judged, layer_norm.NormCell):
     """layer_norm or rms_norm."""
 
 
@@ -121,24 +122,24 @@ class ResidualRMSNorm(Norm):
 
 
 def residual_rms_norm_ours(cell: ResidualRMSNorm) -> Peer:
-    return Peer(lambda x, w, r: fastattn.rms_norm(x, w, peers.NORM_EPS, residual=r))
+    return Peer(lambda x, w, r: fastattn.rms_norm(x, w, layer_norm.EPS, residual=r))
 
 
 def residual_rms_norm_eager(cell: ResidualRMSNorm) -> Peer:
     def call(x: Tensor, w: Tensor, r: Tensor) -> Outputs:
         total = x + r
-        return F.rms_norm(total, (cell.hidden,), w, peers.NORM_EPS), total
+        return F.rms_norm(total, (cell.hidden,), w, layer_norm.EPS), total
 
     return Peer(call)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedForward(Judged, FeedForwardCell):
+class FeedForward(Judged, ffn.FeedForwardCell):
     """ffn."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfAttention(Judged, AttentionCell):
+class SelfAttention(Judged, attention.AttentionCell):
     """As many queries as keys."""
 
 
@@ -166,7 +167,7 @@ class Attention(SelfAttention):
 
 def attention_eager(cell: Attention) -> Peer:
     """SDPA's causality starts at the top left corner: a mask instead, unless all is seen."""
-    return peers.decode_sdpa(cell) if cell.causal else peers.attention_sdpa(cell)  # type: ignore[arg-type]
+    return decode.sdpa(cell) if cell.causal else attention.sdpa(cell)  # type: ignore[arg-type]
 
 
 # --- the grid -------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ AXES: Mapping[str, Axis] = {
     "shape": Axis("e.g. 33x1023, 64x256x1024 or 1x1:257x8:2x64; of the ops that it fits", kind=str),
     "residual": Axis("a norm adds one first", kind=boolean),
     "causal": Axis("attention", kind=boolean),
-    "activation": Axis("of ffn", kind=str, choices=tuple(peers.ACTIVATIONS)),
+    "activation": Axis("of ffn", kind=str, choices=tuple(ffn.ACTIVATIONS)),
     "layout": Axis("of ffn's weights", kind=str, choices=("linear", "conv1d")),
     "direction": Axis("what is timed", kind=str, choices=(FORWARD, BOTH)),
     "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
@@ -208,17 +209,17 @@ def make(
         (batch,), seqlens, heads, (head_dim,) = sizes
         own = {"batch": batch, "heads": heads[0], "kv_heads": heads[-1], "head_dim": head_dim}
         own |= {"seqlen": seqlens[-1], "causal": causal}
-        kind, ours, eager = SelfAttention, peers.attention_ours, peers.attention_sdpa
+        kind, ours, eager = SelfAttention, attention.ours, attention.sdpa
         if len(seqlens) > 1:
             own["seqlen_q"] = seqlens[0]
             kind, eager = Attention, attention_eager
     elif op == "ffn":
         own = dict(zip(("rows", "hidden", "inner"), (size for (size,) in sizes)))
         own |= {"activation": activation, "layout": layout}
-        kind, ours, eager = FeedForward, peers.ffn_ours, peers.ffn_eager
+        kind, ours, eager = FeedForward, ffn.ours, ffn.eager
     else:
         own = dict(zip(("rows", "hidden"), (size for (size,) in sizes))) | {"residual": residual}
-        kind, ours, eager = Norm, peers.norm_ours, peers.norm_eager
+        kind, ours, eager = Norm, layer_norm.ours, layer_norm.eager
         if op == "rms_norm" and residual:
             kind = ResidualRMSNorm
             ours, eager = residual_rms_norm_ours, residual_rms_norm_eager
@@ -226,7 +227,7 @@ def make(
     if backend == "cuda":
         against[NEXT] = forced(ours, NEXT)
     if compile:
-        against["compiled"] = lambda cell: peers.compiled(eager(cell))
+        against["compiled"] = lambda cell: compiled_peer(eager(cell))
     return kind(
         op=op, device=device, dtype=dtype, direction=direction, backend=backend, against=against,
         **own,

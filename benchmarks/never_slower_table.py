@@ -9,8 +9,8 @@ from typing import Any
 
 import checkout  # noqa: F401
 import schema
+from facts import outcome
 from harness import FORWARD, OURS
-from report_rows import outcome
 from schema import Results, Row
 
 from fastattn.measured import Faster, Key

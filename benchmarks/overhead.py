@@ -27,14 +27,14 @@ from unittest import mock
 import checkout  # noqa: F401
 import torch
 from harness import OURS, as_tuple, timed_by_turns
-from peers import Outputs, first
+from peer import Outputs, first
 from schema import Entry, Row
 from script import Axis, Grid, Subject, main
-from timing import Candidate, Sample, difference
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastattn
+from fastattn.timing import Candidate, Sample, difference
 
 ATEN = "ATen"
 DEFAULT, KERNEL, PUBLIC = TABLES = ("default", "kernel", "public")

@@ -1,12 +1,9 @@
-"""The report on results files: tables of the README, docs/performance.md and its plots.
+"""The report on results files, which is docs/performance.md.
 
     python benchmarks/report.py                    # of all files below benchmarks/results
     python benchmarks/report.py FILE FOLDER ...
-    python benchmarks/report.py --check            # is what is written up to date?
+    python benchmarks/report.py --check            # is the page up to date?
     python benchmarks/report.py --compare A B      # is anything of ours slower in B than in A?
-
-In the README what stands between `<!-- benchmarks:begin NAME -->` and
-`<!-- benchmarks:end NAME -->` is replaced, and nothing else; NAME is a subject or "summary".
 
 Exit code: 0 done, 1 --check found a difference or --compare a regression, 2 refused: the message
 names the file and the place.
@@ -15,22 +12,16 @@ names the file and the place.
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import report_compare
-import report_plots
 from checkout import ROOT
+from facts import plain, table
 from report_files import ReportError, Run, load
-from report_rows import Group, plain, table
-from report_tables import joined, run_section, subject_table, summary_table
+from report_tables import joined, run_section, summary_table
 from schema import SchemaError
-
-SUMMARY = "summary"
-MARKER = re.compile(r"<!--\s*benchmarks:(.*?)\s*-->")
 
 INTRODUCTION = """\
 # Performance
@@ -45,9 +36,6 @@ is within 2% of it, it is a tie. "ours +3.0 us" is our time less the peer's. All
 timed all the same and says "wrong"; means over cells leave it out. "-" is a cell that a peer cannot
 do, "failed" what should not have failed: the reasons are under the table."""
 
-RATIOS = "Ratios are a peer's time over ours: above 1 fastattn is faster."
-MEANS = f"""\
-Of peers: the geometric mean over the cells and, in brackets, the worst cell. {RATIOS}"""
 NO_GPU = "Nothing has been measured on a GPU."
 
 
@@ -59,13 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.compare:
             return report_compare.compare(*arguments.compare)
-        return report(
-            load(arguments.files or [ROOT / "benchmarks" / "results"]),
-            arguments.readme,
-            arguments.performance,
-            arguments.figures,
-            check=arguments.check,
-        )
+        runs = load(arguments.files or [ROOT / "benchmarks" / "results"])
+        return report(runs, arguments.page, check=arguments.check)
     except (ReportError, SchemaError) as refusal:
         print(f"report.py: {refusal}", file=sys.stderr)
         return 2
@@ -78,115 +61,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="results files, or folders of them"
     )
-    docs = ROOT / "docs"
-    for option, default in (
-        ("--readme", ROOT / "README.md"),
-        ("--performance", docs / "performance.md"),
-        ("--figures", docs / "figures"),
-    ):
-        said = f"default {default.relative_to(ROOT)}"
-        parser.add_argument(option, type=Path, default=default, metavar="PATH", help=said)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the texts differ")
+    default = ROOT / "docs" / "performance.md"
+    said = f"default: {default.relative_to(ROOT)}"
+    parser.add_argument("--page", type=Path, default=default, metavar="PATH", help=said)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page differs")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="files or folders"
     )
     return parser
 
 
-def report(runs: Sequence[Run], readme: Path, performance: Path, figures: Path, check: bool) -> int:
-    """Write README, page and plots, or with `check` say which of the two texts would change."""
-    unable = report_plots.missing()
-    plots = [] if unable else report_plots.plan(runs)
-    if unable:
-        print(f"no plots: {unable}")
-    folder = _link(figures, performance)
-
-    def images(run: Run, group: Group) -> list[str]:
-        of = [plot for plot in plots if plot.run is run and plot.group == group]
-        return [f"![{plain(plot.title)}]({folder}/{plot.file})" for plot in of]
-
-    before = _text(readme)
-    texts = {
-        readme: with_regions(before, regions(runs, _link(performance, readme)), str(readme)),
-        performance: page(runs, images, f"No plots were made: {unable}." if unable else ""),
-    }
-    stale = [path for path, text in texts.items() if not path.exists() or _text(path) != text]
+def report(runs: Sequence[Run], path: Path, check: bool) -> int:
+    """Write the page, or with `check` say whether it would change."""
+    text = page(runs)
+    if path.exists() and path.read_text() == text:
+        return 0
     if check:
-        for path in stale:
-            print(f"not up to date: {path}")
-        return int(bool(stale))
-    for path in stale:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(texts[path].encode())
-        print(f"written: {path}")
-    styles = report_plots.styles(runs)
-    for plot in plots:
-        report_plots.draw(plot, styles, figures / plot.file)
-    if plots:
-        print(f"written: {len(plots)} plots in {figures}")
+        print(f"not up to date: {path}")
+        return 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"written: {path}")
     return 0
 
 
-def _link(target: Path, page: Path) -> str:
-    """As `page` names `target`."""
-    return Path(os.path.relpath(target, page.parent)).as_posix()
-
-
-def _text(path: Path) -> str:
-    """With the line ends that it has."""
-    try:
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as failure:
-        raise ReportError(f"{path}: {failure}") from failure
-
-
-# --- the README ---------------------------------------------------------------------------------
-
-
-def regions(runs: Sequence[Run], page: str) -> dict[str, str]:
-    """What can stand between markers, by name; `page` has all cells."""
-    subjects: dict[str, list[Run]] = {}
-    for run in runs:
-        subjects.setdefault(run.data["subject"], []).append(run)
-    cells = f"All cells: [{page}]({page})."
-    tables = {
-        name: joined([subject_table(of), f"{MEANS}\n{cells}"]) for name, of in subjects.items()
-    }
-    return tables | {SUMMARY: joined([_measured(runs), summary_table(runs), f"{RATIOS} {cells}"])}
-
-
-def with_regions(text: str, tables: dict[str, str], where: str) -> str:
-    """`text` with its marked regions replaced, all else as it was."""
-    parts: list[str] = []
-    opened: str | None = None
-    end = 0
-    for marker in MARKER.finditer(text):
-        place = f"{where}:{text.count(chr(10), 0, marker.start()) + 1}"
-        word, _, name = marker[1].partition(" ")
-        if word not in ("begin", "end") or name not in tables:
-            known = ", ".join(sorted(tables))
-            raise ReportError(f"{place}: {marker[0]} must say begin or end, and one of {known}")
-        if opened is not None and (word, name) != ("end", opened):
-            raise ReportError(f"{place}: {marker[0]}, but benchmarks:begin {opened} is not closed")
-        if opened is None and word == "end":
-            raise ReportError(f"{place}: {marker[0]} closes nothing")
-        if word == "begin":
-            opened = name
-            parts += [text[end : marker.end()], f"\n\n{tables[name]}\n\n"]
-        else:
-            opened, end = None, marker.start()
-    if opened is not None:
-        raise ReportError(f"{where}: benchmarks:begin {opened} is not closed")
-    return "".join([*parts, text[end:]])
-
-
-# --- docs/performance.md ------------------------------------------------------------------------
-
-
-def page(runs: Sequence[Run], images: Callable[[Run, Group], Sequence[str]], note: str) -> str:
-    """The whole page: a section for each device, in it one for each run."""
+def page(runs: Sequence[Run]) -> str:
+    """The whole page: the summary, then a section for each device, in it one for each run."""
     shared = _shared_method(runs)
-    parts = [INTRODUCTION, _measured(runs), LEGEND, note]
+    parts = [INTRODUCTION, _measured(runs), LEGEND, summary_table(runs)]
     if shared:
         parts += ["Of all runs:", "\n".join(f"- {name}: {plain(x)}" for name, x in shared.items())]
     devices: dict[tuple[str, str], list[Run]] = {}
@@ -196,7 +98,7 @@ def page(runs: Sequence[Run], images: Callable[[Run, Group], Sequence[str]], not
         parts += [f"## {plain(device)}", _hardware(of), _environments(of)]
         for run in of:
             own = {name: x for name, x in run.data["method"].items() if name not in shared}
-            parts.append(run_section(run, own, lambda group, run=run: images(run, group)))
+            parts.append(run_section(run, own))
     return joined(parts) + "\n"
 
 

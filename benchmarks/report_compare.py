@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
+from facts import OURS, digits, duration, entry_of, failed
 from report_files import ReportError, Run, files_of, load_file
-from report_rows import OURS, digits, duration, entry_of, failed
-from schema import Row
+from schema import Row, Spread
 from show import table
 
 FACTOR = 1.05  # a median that moved by less is no regression, however little noise there is
@@ -68,19 +67,17 @@ def change_of(a: Row, b: Row) -> Change:
         verdict = "right now" if b["right"] else "right in neither"
         verdict = f"{REGRESSION}: right before" if a["right"] else verdict
         return Change(title, _state(a), _state(b), "", verdict)
-    values = _values(a, b)
-    if values is None:
+    spreads = _spreads(a, b)
+    if spreads is None:
         return Change(title, _state(a), _state(b), "", "not timed in both")
-    before, after, text = values
-    (low_a, median_a, high_a), (low_b, median_b, high_b) = (
-        numpy.percentile(x, (20, 50, 80)).tolist() for x in (before, after)
-    )
+    before, after, text = spreads
+    factor = after["median"] / before["median"]
     verdict = NOISE
-    if low_b > high_a and median_b > FACTOR * median_a:
+    if after["p20"] > before["p80"] and factor > FACTOR:
         verdict = REGRESSION
-    elif high_b < low_a and median_a > FACTOR * median_b:
+    elif after["p80"] < before["p20"] and factor < 1 / FACTOR:
         verdict = IMPROVEMENT
-    return Change(title, text(median_a), text(median_b), f"{median_b / median_a:.3f}", verdict)
+    return Change(title, text(before["median"]), text(after["median"]), f"{factor:.3f}", verdict)
 
 
 def _state(row: Row) -> str:
@@ -89,28 +86,38 @@ def _state(row: Row) -> str:
     return "right" if row["right"] else "wrong"
 
 
-def _values(a: Row, b: Row) -> tuple[list[float], list[float], Callable[[float], str]] | None:
-    """What is compared, one value a round, and how it is written; None if one side has none."""
+def _spreads(a: Row, b: Row) -> tuple[Spread, Spread, Callable[[float], str]] | None:
+    """What is compared of both rows, and how it is written; None if one side was not timed."""
     bound = a.get("bound")
     if bound is not None and bound == b.get("bound"):
         before, after = _over(a, bound), _over(b, bound)
         if before and after:
             return before, after, lambda value: f"{digits(value)} of {bound}"
-    before, after = _samples(a, OURS), _samples(b, OURS)
+    before, after = _times(a), _times(b)
     return (before, after, duration) if before and after else None
 
 
-def _over(row: Row, bound: str) -> list[float]:
-    """Our time over the ceiling's in every round; empty where they did not take turns."""
-    ours, ceiling = _samples(row, OURS), _samples(row, bound)
-    return [x / y for x, y in zip(ours, ceiling)] if len(ours) == len(ceiling) else []
+def _over(row: Row, bound: str) -> Spread | None:
+    """Our time over the ceiling's, of which the file has the inverse."""
+    inverse = entry_of(row, bound).get("times_ours")
+    if inverse is None:
+        return None
+    return {
+        "median": 1 / inverse["median"],
+        "p20": 1 / inverse["p80"],
+        "p80": 1 / inverse["p20"],
+    }
 
 
-def _samples(row: Row, peer: str) -> list[float]:
-    return entry_of(row, peer).get("samples", [])
+def _times(row: Row) -> Spread | None:
+    """Ours, in microseconds."""
+    ours = entry_of(row, OURS)
+    if "median_us" not in ours:
+        return None
+    return {"median": ours["median_us"], "p20": ours["p20_us"], "p80": ours["p80_us"]}
 
 
-# --- which files, and what else differs ---------------------------------------------------------
+# --- which files, and what else differs -----------------------------------------------------------
 
 
 def _pairs(before: Path, after: Path) -> tuple[list[tuple[Run, Run]], list[str]]:

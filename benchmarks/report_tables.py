@@ -1,4 +1,4 @@
-"""Results as Markdown: tables of a group of rows, the section of a run, tables of the README."""
+"""Results as Markdown: tables of a group of rows, the section of a run, the summary."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from report_files import Run
-from report_rows import (
+from facts import (
     OURS,
     RATES,
     Against,
-    Group,
     Notes,
     absent,
     against,
@@ -29,12 +27,12 @@ from report_rows import (
     peers_of,
     plain,
     ratio,
-    span,
     split_axes,
     spread,
     table,
     tally,
 )
+from report_files import Run
 from schema import Entry, Row
 
 AGAINST = ("against", "cells", "geometric mean", "faster / tie / slower", "worst cell")
@@ -54,7 +52,7 @@ def filled(columns: Columns[Line], lines: Sequence[Line]) -> str:
     return table([columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells])
 
 
-# --- a group of rows ----------------------------------------------------------------------------
+# --- a group of rows ------------------------------------------------------------------------------
 
 
 def group_tables(rows: Sequence[Row], ceilings: set[str]) -> str:
@@ -135,7 +133,7 @@ def _axes_columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]
     return columns if varying and len(apart) == len(rows) else [("cell", _title), *columns]
 
 
-# --- cells of these tables ----------------------------------------------------------------------
+# --- cells of these tables ------------------------------------------------------------------------
 
 
 def _title(row: Row) -> str:
@@ -222,18 +220,15 @@ def _memory(row: Row, name: str, notes: Notes) -> str:
     return _with_remarks(" ".join(parts), entry, notes)
 
 
-# --- a run --------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
-def run_section(
-    run: Run, method: Mapping[str, str], images: Callable[[Group], Sequence[str]]
-) -> str:
-    """All of one file: what was run and how, its groups, its targets, what was skipped.
+def run_section(run: Run, method: Mapping[str, str]) -> str:
+    """All of one file: command, method, groups, targets, skipped cells.
 
     Args:
         run: the file.
-        method: what of its method is not said elsewhere.
-        images: Markdown of the plots of a group.
+        method: the part of its method that is not said elsewhere.
     """
     data = run.data
     counts = f"{tally(data['rows'])}, {len(data['skipped'])} skipped"
@@ -249,7 +244,7 @@ def run_section(
     ceilings = ceilings_of(data["rows"])
     for group, rows in groups(data["rows"]).items():
         op, direction, dtype = group
-        parts += [f"#### {op} {direction}, {dtype}", group_tables(rows, ceilings), *images(group)]
+        parts += [f"#### {op} {direction}, {dtype}", group_tables(rows, ceilings)]
     parts.append(targets_table(data["rows"]))
     if data["skipped"]:
         lines = [f"- {plain(cell['title'])}: {plain(cell['why'])}" for cell in data["skipped"]]
@@ -258,7 +253,7 @@ def run_section(
 
 
 def _command(words: Sequence[str]) -> str:
-    """As a shell takes it: a script alone is not executable."""
+    """As a shell takes it: a script itself is not executable."""
     return shlex.join(["python", *words] if words[:1] and words[0].endswith(".py") else words)
 
 
@@ -293,55 +288,6 @@ def _margin(row: Row) -> tuple[float, str]:
         return ratios[least], f"{ratio(ratios[least])} against {least}"
     share = entry_of(row, OURS).get("share")
     return (-math.inf, "") if share is None else (share, f"{share:.0%} of {row.get('bound')}")
-
-
-# --- the README ---------------------------------------------------------------------------------
-
-
-def subject_table(runs: Sequence[Run]) -> str:
-    """One subject on all devices, a line for each group; of peers the mean and the worst cell."""
-    parts = []
-    for run in runs:
-        rows = run.data["rows"]
-        columns: list[Any] = [
-            (run.data["subject"], lambda line: " ".join(line[0])),
-            ("measured", lambda line: tally(line[1])),
-            ("ours", lambda line: _range(line[1])),
-            ("share of ceiling", lambda line: _shares(line[1])),
-            *((name, partial(_mean, name=name)) for name in competitors(rows)),
-            ("targets held", lambda line: _held([row for row in line[1] if "target" in row])),
-        ]
-        told = f"{plain(run.device)}, preset `{run.data['preset']}`, {run.environment['date'][:10]}"
-        told += f", commit {run.commit}, torch {run.environment['packages']['torch']}"
-        skipped = len(run.data["skipped"])
-        parts += [
-            f"{told}; {skipped} cells skipped:" if skipped else f"{told}:",
-            filled(columns, list(groups(rows).items())),
-        ]
-    return joined(parts)
-
-
-def _range(rows: Sequence[Row]) -> str:
-    """The first of our rate, time and memory that was measured, from the least to the largest."""
-    entries: list[Mapping[str, Any]] = [entry_of(row, OURS) for row in rows]
-    kinds = [(name, digits, f" {unit}") for name, unit in RATES.items()]
-    for name, text, unit in (*kinds, ("median_us", duration, ""), ("peak_bytes", memory, "")):
-        if values := [entry[name] for entry in entries if name in entry]:
-            return span(values, text) + unit
-    return ""
-
-
-def _shares(rows: Sequence[Row]) -> str:
-    shares: dict[str, list[float]] = {}
-    for row in rows:
-        if "bound" in row and "share" in entry_of(row, OURS):
-            shares.setdefault(row["bound"], []).append(entry_of(row, OURS)["share"])
-    return ", ".join(f"{span(x, '{:.0%}'.format)} of {bound}" for bound, x in shares.items())
-
-
-def _mean(line: tuple[Group, Sequence[Row]], name: str) -> str:
-    of = Against.of(line[1], name)
-    return "" if of is None else f"{ratio(of.mean)} ({ratio(of.least)})"
 
 
 def summary_table(runs: Sequence[Run]) -> str:

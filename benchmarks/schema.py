@@ -14,7 +14,8 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
-SCHEMA = "fastattn benchmark 2"
+SCHEMA = "fastattn benchmark 3"
+WIDTH = 500  # of a line of a file: that of a peer
 
 Number = float | str  # a string where it is not finite
 
@@ -48,8 +49,8 @@ class Entry(TypedDict, total=False):
         refused: why the peer is absent, or cannot do this row.
         error: what broke, where that should not break (ours, or a ceiling).
         ceiling: it does not do the row's work, only what bounds it: a copy, matrix products.
-        samples: microseconds a call, one value a round; `median_us`, `p20_us` and `p80_us` are
-            their percentiles, `calls` how many calls one value is the mean of.
+        median_us, p20_us, p80_us: of the times of a call, one value a round; each value is the
+            mean of `calls` calls.
         first_call_seconds: compilation and captures included; in no other number.
         right: whether all `errors` are within.
         times_ours: this peer's time over ours inside a round; above 1 we are faster.
@@ -65,7 +66,6 @@ class Entry(TypedDict, total=False):
     refused: str
     error: str
     ceiling: bool
-    samples: list[float]
     median_us: float
     p20_us: float
     p80_us: float
@@ -135,9 +135,7 @@ class Cuda(TypedDict):
     multiprocessors: int
     memory_bytes: int
     l2_bytes: int
-    sdpa_order: list[
-        str
-    ]  # the backends of F.scaled_dot_product_attention as this torch prefers them
+    sdpa_order: list[str]  # F.scaled_dot_product_attention's backends as this torch prefers them
     busy: list[str]  # other processes on the GPU when the run began, and its use of the chip
     nvidia_smi: dict[str, str] | None  # driver, clocks, power, temperature
 
@@ -168,7 +166,7 @@ class Peak(TypedDict):
 
 
 class _Results(TypedDict):
-    schema: Literal["fastattn benchmark 2"]
+    schema: Literal["fastattn benchmark 3"]
     subject: str
     device: Literal["cpu", "cuda"]
     preset: str
@@ -238,9 +236,9 @@ def check(data: object, kind: Any = Results, place: str = "results") -> None:
 
 
 def finite(data: object) -> object:
-    """JSON knows no NaN and no infinity: they become strings."""
-    if isinstance(data, float) and not math.isfinite(data):
-        return str(data)
+    """Six significant digits of every number; NaN and infinity, which JSON lacks, as strings."""
+    if isinstance(data, float):
+        return float(f"{data:.6g}") if math.isfinite(data) else str(data)
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -260,8 +258,20 @@ def write_json(path: str | os.PathLike[str], data: object) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    partial.write_text(text_of(finite(data)) + "\n")
     os.replace(partial, target)
+
+
+def text_of(data: object, margin: str = "") -> str:
+    """JSON; an object or a list that fits on a line stays on one."""
+    line = json.dumps(data, allow_nan=False)
+    if len(margin) + len(line) < WIDTH or not data or not isinstance(data, (dict, list)):
+        return line
+    within = margin + " "
+    if isinstance(data, dict):
+        parts = [f"{json.dumps(str(name))}: {text_of(x, within)}" for name, x in data.items()]
+        return "{\n" + ",\n".join(within + part for part in parts) + f"\n{margin}}}"
+    return "[\n" + ",\n".join(within + text_of(x, within) for x in data) + f"\n{margin}]"
 
 
 def read(path: str | os.PathLike[str]) -> Results:

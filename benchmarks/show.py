@@ -1,147 +1,183 @@
-"""What a run shows: progress while it goes on, then who wins by how much."""
+"""The output of a run: progress while it goes on, then a table that fits WIDTH columns."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from schema import Entry, Results, Row, Spread
+from facts import (
+    OURS,
+    RATES,
+    absent,
+    against,
+    axes_text,
+    competitors,
+    digits,
+    duration,
+    entry_of,
+    failed,
+    is_tie,
+    memory,
+    split_axes,
+)
+from schema import Entry, Results, Row
 
-OURS = "ours"
-TIE = 0.02  # medians that differ by less are equal, whatever the spread
-
-
-def verdict(times_ours: Spread) -> str:
-    """Of a peer's time over ours: "tie" where the rounds do not decide, else a factor."""
-    if is_tie(times_ours):
-        return "tie"
-    return f"{times_ours['median']:.2f}x"
-
-
-def is_tie(times_ours: Spread) -> bool:
-    """Whether 1 lies in the spread of the rounds, or the medians are as good as equal."""
-    within = times_ours["p20"] <= 1.0 <= times_ours["p80"]
-    return within or 1.0 - TIE <= times_ours["median"] <= 1.0 + TIE
-
-
-def rate(entry: Entry, bound: str = "") -> str:
-    """A time and what it means: the rate, its share of the ceiling."""
-    text = f"{entry['median_us']:.1f} us"
-    for key, unit in (("tflops", "TFLOP/s"), ("gbps", "GB/s"), ("tokens_per_second", "tokens/s")):
-        if key in entry:
-            text += f", {entry[key]:.4g} {unit}"  # type: ignore[literal-required]
-    if "share" in entry and bound:
-        text += f" ({entry['share']:.0%} of {bound})"
-    if "mfu" in entry:
-        text += f" ({entry['mfu']:.1%} MFU)"
-    return text
+WIDTH = 100
+LEAST_SHAPE = 16  # columns of what tells the rows apart; longer texts take several lines
+NOT_INSTALLED = " is not installed"  # how such a refusal ends
 
 
-def fastest(row: Row) -> tuple[str, Entry] | None:
-    """The right peer, not ours and no ceiling, that takes the least time."""
-    able = {
-        name: entry
-        for name, entry in row.get("peers", {}).items()
-        if name != OURS and "times_ours" in entry and entry.get("right", True)
-        and not entry.get("ceiling")
-    }  # fmt: skip
-    if not able:
-        return None
-    return min(able.items(), key=lambda item: item[1]["times_ours"]["median"])
-
-
-def against(row: Row) -> str:
-    """Who wins the row by how much; in microseconds where that is what counts."""
-    for name, entry in row.get("peers", {}).items():
-        if "above_us" in entry:
-            return f"ours {entry['above_us']['median']:+.1f} us against {name}"
-    best = fastest(row)
-    if best is None:
-        return ""
-    name, times_ours = best[0], best[1]["times_ours"]
-    if is_tie(times_ours):
-        return f"tie with {name}"
-    if times_ours["median"] > 1.0:
-        return f"ours by {times_ours['median']:.2f}x before {name}"
-    return f"{name} by {1.0 / times_ours['median']:.2f}x"
+# --- one row --------------------------------------------------------------------------------------
 
 
 def one_line(row: Row) -> str:
     """A row in one line: our time, and everyone else's as a multiple of it."""
-    if "error" in row:
-        return f"{row['title']}: FAILED, {row['error']}"
-    ours = row["peers"].get(OURS, {})
-    if "error" in ours:
-        return f"{row['title']}: FAILED, {ours['error']}"
-    others = []
-    for name, entry in row["peers"].items():
-        if "times_ours" in entry:
-            wrong = "" if entry.get("right", True) else " (wrong)"
-            others.append(f"{name} {verdict(entry['times_ours'])}{wrong}")
-        elif name != OURS and "peak_bytes" not in entry:
-            others.append(f"{name} -")
-    said = [_measured(ours, row)] if _measured(ours, row) else []
-    said += [f"time of {', '.join(others)}"] if others else []
-    said += [missed] if (missed := _missed(row)) else []
+    ours = entry_of(row, OURS)
+    if (why := row.get("error") or ours.get("error")) is not None:
+        return f"{row['title']}: FAILED, {why}"
+    said = [f"{text} {name}" for name, text in _measured(row) if text]
+    times = [f"{n} {_peer(row, n)}" for n, entry in row["peers"].items() if "times_ours" in entry]
+    said += [f"time of {', '.join(times)}"] if times else []
+    said += [f"MISSED: {row.get('target')}"] if row.get("holds") is False else []
     return f"{row['title']}:{'' if row['right'] else ' WRONG;'} {'; '.join(said)}"
 
 
-def _measured(entry: Entry, row: Row) -> str:
-    text = rate(entry, row.get("bound", "")) if "median_us" in entry else ""
-    for key in ("peak_bytes", "saved_bytes"):
-        if key in entry:
-            size = f"{entry[key] / 2**20:.1f} MiB {key.removesuffix('_bytes')}"  # type: ignore[literal-required]
-            text += f", {size}" if text else size
-    return text
+def _measured(row: Row) -> Iterator[tuple[str, str]]:
+    """What was measured of ours, by name; empty texts for what was not."""
+    ours = entry_of(row, OURS)
+    time = duration(ours["median_us"]) if "median_us" in ours else ""
+    yield OURS, "FAILED" if failed(row) else time
+    for key, unit in RATES.items():
+        yield unit, digits(ours[key]) if key in ours else ""  # type: ignore[literal-required]
+    yield "step", duration(ours["decode_step_us"]["median"]) if "decode_step_us" in ours else ""
+    yield "MFU", f"{ours['mfu']:.1%}" if "mfu" in ours else ""
+    yield f"of {row.get('bound')}", f"{ours['share']:.0%}" if "share" in ours else ""
+    yield "peak", memory(ours["peak_bytes"]) if "peak_bytes" in ours else ""
+    yield "saved", memory(ours["saved_bytes"]) if "saved_bytes" in ours else ""
 
 
-def _missed(row: Row) -> str:
-    return f"MISSED: {row.get('target')}" if row.get("holds") is False else ""
+def _peer(row: Row, name: str) -> str:
+    """A peer's time, or else its memory, as a multiple of ours."""
+    entry, ours = entry_of(row, name), entry_of(row, OURS)
+    text = _times(entry)
+    if not text and "peak_bytes" in entry and ours.get("peak_bytes"):
+        text = f"{entry['peak_bytes'] / ours['peak_bytes']:.2f}x"
+    wrong = " wrong" if entry.get("right") is False else ""
+    return f"{text or '-'}{wrong}"
+
+
+def _times(entry: Entry) -> str:
+    if "above_us" in entry:
+        return f"{-entry['above_us']['median']:+.1f} us"
+    if "times_ours" not in entry:
+        return ""
+    return "tie" if is_tie(entry["times_ours"]) else f"{entry['times_ours']['median']:.2f}x"
+
+
+# --- all rows -------------------------------------------------------------------------------------
 
 
 def summary(results: Results) -> str:
     """The table at the end of a run, and what it comes to."""
-    rows = []
-    for row in results["rows"]:
-        if "error" in row or "error" in row["peers"].get(OURS, {}):
-            why = row.get("error") or row["peers"][OURS]["error"]
-            rows.append((row["title"], "FAILED", why))
-            continue
-        said = [against(row), _missed(row), "" if row["right"] else "WRONG"]
-        measured = _measured(row["peers"].get(OURS, {}), row)
-        rows.append((row["title"], measured, "; ".join(filter(None, said))))
-    lines = [table(("", OURS, "who wins"), rows)]
+    rows = results["rows"]
+    measured = [row for row in rows if "error" not in row]
+    lines = list(_tables(measured)) if measured else []
+    for row in rows:
+        if (why := row.get("error") or entry_of(row, OURS).get("error")) is not None:
+            lines.append(f"FAILED: {row['title']}: {why}")
+        elif not row["right"]:
+            lines.append(f"WRONG: {row['title']}")
+        elif row.get("holds") is False:
+            lines.append(f"MISSED: {row['title']}: {row.get('target')}")
     lines += [f"left out: {skipped['title']}: {skipped['why']}" for skipped in results["skipped"]]
-    lines += standings(results["rows"])
-    return "\n".join(lines)
+    lines += standings(measured)
+    return "\n".join(part for line in lines for part in _wrapped(line))
+
+
+def _wrapped(line: str) -> list[str]:
+    if len(line) <= WIDTH:
+        return [line]
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[str]:
+    """What, shape, ours and a column a peer; peers that do not fit have a table after it."""
+    varying, same = split_axes(rows)
+    names = ("op", "direction", "dtype")
+    constant = [n for n in names if len({row[n] for row in rows}) == 1]  # type: ignore[literal-required]
+    told = [str(rows[0][n]) for n in constant]  # type: ignore[literal-required]
+    measure = "time" if any("median_us" in entry_of(row, OURS) for row in rows) else "memory"
+    about = " ".join([*told, axes_text(same)]).strip() or "all rows"
+    yield f"{about}; a peer's {measure} over ours:"
+
+    def what(row: Row) -> str:
+        return " ".join(row[n] for n in names if n not in constant)  # type: ignore[literal-required]
+
+    def shape(row: Row) -> str:
+        axes = axes_text({n: row["axes"][n] for n in varying if n in row["axes"]})
+        return " ".join(filter(None, [what(row), axes])) or "-"
+
+    shapes = [shape(row) for row in rows]
+    units = dict.fromkeys(unit for row in rows for unit, text in _measured(row) if text)
+    ours = [[unit, *(dict(_measured(row)).get(unit, "") for row in rows)] for unit in units]
+    peers = [
+        [name, *(_peer(row, name) for row in rows)]
+        for name in competitors(rows)
+        if not absent(rows, name)
+    ]
+    first = True
+    while first or peers:
+        columns = ours if first else []
+        room = WIDTH - LEAST_SHAPE - sum(map(_width, columns))
+        count = 0
+        while count < len(peers) and (room := room - _width(peers[count])) >= 0:
+            count += 1
+        count = max(count, 0 if first else 1)
+        columns, peers, first = [*columns, *peers[:count]], peers[count:], False
+        yield from _table(shapes, columns)
+
+
+def _width(column: Sequence[str]) -> int:
+    """Of a column and the two spaces before it; its name takes as many lines as it has words."""
+    return 2 + max(len(text) for text in [*column[0].split(), *column[1:]])
+
+
+def _table(shapes: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [_width(column) for column in columns]
+    room = min(max(map(len, shapes)), WIDTH - sum(widths))
+    heads = [column[0].split() for column in columns]
+    height = max((len(words) for words in heads), default=0)
+    for n in range(height):
+        words = [(height * [""] + words)[n - height] for words in heads]
+        line = "".join(word.rjust(width) for word, width in zip(words, widths))
+        yield (" " * room + line).rstrip()
+    yield "-" * (room + sum(widths))
+    for number, text in enumerate(shapes, 1):
+        first, *more = textwrap.wrap(text, room) or [""]
+        values = (column[number].rjust(width) for column, width in zip(columns, widths))
+        yield (first.ljust(room) + "".join(values)).rstrip()
+        yield from (f"  {line}" for line in more)
 
 
 def standings(rows: Sequence[Row]) -> list[str]:
-    """Against each peer, where it is right: wins, ties, losses, the geometric mean of its time."""
-    import numpy
-
-    met: dict[str, list[tuple[Spread, str]]] = {}
-    refused: dict[str, str] = {}
+    """Against each peer, where it is right: wins, ties, losses; who took no part; targets."""
+    lines = [
+        f"against {of.peer}: faster / tie / slower {of.counts}; its time over ours: geometric mean "
+        f"{of.mean:.2f}, worst {of.least:.2f} ({of.worst['title']})"
+        for of in against(rows)
+    ]
+    reasons: dict[str, str] = {}
     for row in rows:
         for name, entry in row.get("peers", {}).items():
-            if "refused" in entry:
-                refused.setdefault(name, entry["refused"])
-            if "times_ours" in entry and entry.get("right", True) and not entry.get("ceiling"):
-                met.setdefault(name, []).append((entry["times_ours"], row["title"]))
-    lines = []
-    for name, rated in met.items():
-        spreads = [spread for spread, _ in rated]
-        ties = sum(map(is_tie, spreads))
-        won = sum(not is_tie(s) and s["median"] > 1.0 for s in spreads)
-        mean = float(numpy.exp(numpy.mean(numpy.log([s["median"] for s in spreads]))))
-        worst, title = min((spread["median"], title) for spread, title in rated)
-        lines.append(
-            f"against {name}: {won} won, {ties} tied within noise, {len(spreads) - won - ties} "
-            f"lost; its time over ours: geometric mean {mean:.2f}, worst {worst:.2f} ({title})"
-        )
-    lines += [f"{name} took no part: {why}" for name, why in refused.items() if name not in met]
+            if "refused" in entry and absent(rows, name):
+                reasons.setdefault(name, entry["refused"])
+    missing = [name for name, why in reasons.items() if why.endswith(NOT_INSTALLED)]
+    if missing:
+        lines.append(f"not installed: {', '.join(missing)}")
+    lines += [f"{n} took no part: {why}" for n, why in reasons.items() if n not in missing]
     targets = [row for row in rows if "holds" in row]
     if targets:
         held = sum(row["holds"] for row in targets)

@@ -33,12 +33,6 @@ struct Shared {
   FA_DEVICE Shared operator+(int elements) const { return {pointer + elements}; }
 };
 
-// The same place as one of elements of another type, const where T is.
-template <class U, class T>
-FA_HOST_DEVICE Global<U> cast(Global<T> place) {
-  return {reinterpret_cast<U*>(place.pointer)};
-}
-
 // The same place as the first element of another type.
 template <class U, class T>
 FA_HOST_DEVICE Global<U> place_as(Global<T> place) {

@@ -14,18 +14,11 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
+#include "emulator/region.h"
 #include "emulator/where.h"
 
 namespace fastattn::emulator {
-
-// A tensor's memory as a launcher gave it to a kernel.
-struct Region {
-  uintptr_t begin = 0, end = 0;
-  bool output = false, launched = false;
-  std::string text;  // of which kind and shape
-};
 
 enum class Access { read, write, atomic };
 
@@ -56,13 +49,8 @@ struct Scope {
   Scope& operator=(const Scope&) = delete;
 };
 
-// The machine's side.
-void memory_begin_launch(int64_t blocks);
-void memory_begin_block(int shared_bytes);
-
-// What lanes did since their warp met the last time; count_accesses makes Counts of it.
+// The lanes' actions since their warp last met; count_accesses makes Counts of it.
 void note_access(int thread, const void* at, int bytes, bool shared, Where where);
 void forget_accesses();
-void count_accesses(int warp);
 
 }  // namespace fastattn::emulator

@@ -54,7 +54,7 @@ Warp& warp_of(int thread);
 // All lanes of the running thread's warp.
 void meet(const Meeting& meeting, void* argument, Where where);
 
-// What the lane `source` of the warp gave.
+// The value that the lane `source` of the warp gave.
 uint32_t exchange(uint32_t value, int source, Where where);
 uint32_t vote(bool predicate, Where where);
 void sync_lanes(Where where);
@@ -85,6 +85,12 @@ struct Launch {
 };
 void run(const Launch& launch);
 int thread_bound(const void* kernel);
+
+// The machine tells the checks of memory, which define these, how far it is: at the beginning of a
+// launch and of a block, and when the lanes of a warp have met or ended.
+void memory_begin_launch(int64_t blocks);
+void memory_begin_block(int shared_bytes);
+void count_accesses(int warp);
 
 void set_seed(uint64_t seed);
 

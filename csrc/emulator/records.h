@@ -1,4 +1,4 @@
-// Who touched a byte: what the checks of memory remember.
+// The threads that touched a byte, as the checks of memory remember them.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,9 @@
 #include <memory>
 #include <vector>
 
-#include "emulator/checks.h"
 #include "emulator/machine.h"
+#include "emulator/region.h"
+#include "emulator/where.h"
 
 namespace fastattn::emulator {
 
@@ -52,7 +53,7 @@ struct Cell {
   }
 };
 
-// What a byte's state is made of.
+// The parts of a byte's state.
 constexpr uint8_t initialised = 1, writable = 2, in_copy = 4;
 
 // The shadow of some bytes side by side.

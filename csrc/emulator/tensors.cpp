@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "emulator/checks.h"
 #include "emulator/machine.h"
 #include "emulator/records.h"
 

@@ -1,29 +1,43 @@
-"""What `accelerate` has to know of a class of modules to swap it."""
+"""One way in which modules of a class may be run on fastattn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastattn.integrations.proof import Draw, Probe
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Recogniser:
-    """How modules of one class are brought onto fastattn.
+    """How a module is brought onto fastattn, to be proven before it is.
 
     Attributes:
+        words: what the module is taken for, for reports.
         mixin: has our `forward`. Where it is no subclass of the original class, the new class
             inherits from both, and `super().forward` in it is the original's.
-        refusal: the reason why an instance cannot run on `mixin`, or None. Asked of originals and
-            of swapped instances.
         probes: the calls with which the two are compared, for a copy of an instance.
         backend: the name of the fastattn backend that runs the first probe.
+        refusal: the reason why an instance cannot run on `mixin` at present, or None. Asked of
+            originals and of swapped instances.
+        premise: the reason why it cannot be what it is taken for, or None; asked of a copy that may
+            be run.
+        bound: where a module whose class is not known keeps its parts; `mixin` reads it from its
+            class, as `_fastattn_bound`, and `mixin.recogniser(bound)` is this object again. None
+            for a mixin that needs nothing of the kind.
     """
 
+    words: str
     mixin: type
-    refusal: Callable[[torch.nn.Module], str | None]
     probes: Callable[[torch.nn.Module, Draw], Sequence[Probe]]
     backend: Callable[[torch.nn.Module, Probe], str | None]
+    refusal: Callable[[torch.nn.Module], str | None] = _nothing
+    premise: Callable[[torch.nn.Module, Draw], str | None] = _nothing
+    bound: Hashable = None

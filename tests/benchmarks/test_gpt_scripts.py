@@ -15,9 +15,11 @@ pytest.importorskip("transformers")
 
 import gpt_generate
 import gpt_train
-import peers_gpt
-from peers_gpt import Learner, Models, Writer
-from timing import Sample
+from gpt_generate import Writer
+from gpt_models import Models
+from gpt_train import Learner
+
+from fastattn.timing import Sample
 
 QUICK = 0.01  # seconds of timing
 
@@ -51,7 +53,7 @@ def test_every_learner_is_right_and_measured(axes: dict[str, Any]) -> None:
     row = schema.finite(cell.measure(QUICK))
     schema.check(row, schema.Row)
     assert row["right"] and "holds" in row
-    assert row["peers"].keys() == peers_gpt.TRAIN.keys() | {"matmul"}
+    assert row["peers"].keys() == gpt_train.PEERS.keys() | {"matmul"}
     for name, entry in row["peers"].items():
         assert entry.get("ceiling", entry.get("right")), (name, entry)
         assert entry["tflops"] > 0 and entry["share"] > 0, name
@@ -70,7 +72,7 @@ def test_every_writer_is_right_and_measured(axes: dict[str, Any]) -> None:
     row = schema.finite(cell.measure(QUICK))
     schema.check(row, schema.Row)
     assert row["right"] and "holds" in row
-    assert row["peers"].keys() == peers_gpt.GENERATE.keys() | {"copy"}
+    assert row["peers"].keys() == gpt_generate.PEERS.keys() | {"copy"}
     for name, entry in row["peers"].items():
         assert entry.get("ceiling", entry.get("right")), (name, entry)
         assert entry["gbps"] > 0 and entry["share"] > 0, name
@@ -100,12 +102,6 @@ def test_presets(subject: Any) -> None:
         subject.cells("cpu", "paper")
 
 
-def test_what_does_not_fit_makes_no_cell() -> None:
-    cells = gpt_train.SUBJECT.cells("cpu", "quick", {"model": ["tiny"], "seqlen": [64, 65]})
-    assert {cell.seqlen for cell in cells} == {64}
-    assert not gpt_generate.SUBJECT.cells("cpu", "quick", {"model": ["tiny"], "prompt": [64]})
-
-
 # --- wrong peers --------------------------------------------------------------------------------
 
 
@@ -113,7 +109,7 @@ def with_forward(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> A
     """A learner like transformers', its logits and loss changed."""
 
     def make(models: Models) -> Learner:
-        learner = peers_gpt.train_transformers(models)
+        learner = gpt_train.transformers(models)
         return Learner(learner.model, lambda *tokens: change(*learner.forward(*tokens)))
 
     return make
@@ -131,7 +127,7 @@ def wrong_loss(logits: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("change", [wrong_logits, wrong_loss])
 def test_a_wrong_learner_is_timed_and_shown(change: Any, ours: bool) -> None:
     wrong = with_forward(change)
-    against = {"ours": wrong if ours else peers_gpt.train_ours, "other": wrong}
+    against = {"ours": wrong if ours else gpt_train.ours, "other": wrong}
     row = dataclasses.replace(training(), against=against).measure(QUICK)
     entry = row["peers"]["other"]
     assert entry["right"] is False and entry["times_ours"]["median"] > 0
@@ -141,7 +137,7 @@ def test_a_wrong_learner_is_timed_and_shown(change: Any, ours: bool) -> None:
 
 
 def wrong_writer(models: Models, batch: int, capacity: int) -> Writer:
-    write = peers_gpt.write_transformers(models, batch, capacity)
+    write = gpt_generate.transformers(models, batch, capacity)
 
     def generate(ids: Tensor, mask: Tensor | None, count: int) -> Tensor:
         tokens = write(ids, mask, count).clone()
@@ -152,12 +148,12 @@ def wrong_writer(models: Models, batch: int, capacity: int) -> Writer:
 
 
 def short_writer(models: Models, batch: int, capacity: int) -> Writer:
-    write = peers_gpt.write_transformers(models, batch, capacity)
+    write = gpt_generate.transformers(models, batch, capacity)
     return lambda ids, mask, count: write(ids, mask, count)[:, 1:]
 
 
 def test_a_wrong_writer_is_timed_and_shown() -> None:
-    against = {"ours": peers_gpt.write_ours, "wrong": wrong_writer, "short": short_writer}
+    against = {"ours": gpt_generate.ours, "wrong": wrong_writer, "short": short_writer}
     row = dataclasses.replace(generation(), against=against).measure(QUICK)
     entries = row["peers"]
     assert row["right"] and entries["ours"]["right"]
@@ -170,10 +166,10 @@ def test_a_wrong_writer_is_timed_and_shown() -> None:
 
 def test_a_writer_that_sees_the_padding_is_wrong() -> None:
     def blind(models: Models, batch: int, capacity: int) -> Writer:
-        write = peers_gpt.write_transformers(models, batch, capacity)
+        write = gpt_generate.transformers(models, batch, capacity)
         return lambda ids, mask, count: write(ids, None, count)
 
-    against = {"ours": peers_gpt.write_ours, "blind": blind}
+    against = {"ours": gpt_generate.ours, "blind": blind}
     cell = dataclasses.replace(generation(prompts=4, unequal=True), against=against)
     assert cell.measure(QUICK)["peers"]["blind"]["right"] is False
 
@@ -182,7 +178,7 @@ def test_peers_that_fail_stay_in_their_own_entry() -> None:
     def broken(models: Models) -> Learner:
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
-    against = {"ours": peers_gpt.train_ours, "big": broken}
+    against = {"ours": gpt_train.ours, "big": broken}
     row = dataclasses.replace(training(), against=against).measure(QUICK)
     assert row["right"]
     assert row["peers"]["big"] == {"refused": "OutOfMemoryError: tried to allocate 1 TiB"}
@@ -229,24 +225,14 @@ def test_mfu(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100-PCIE-40GB", 312.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA GeForce RTX 4090", 165.0),
         # Not the chip of that name, or none that is known.
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA H20", None),
-        ("NVIDIA GeForce RTX 4080", None),
     ],
 )
 def test_peaks(name: str, tflops: float | None) -> None:
     assert gpt_train.peak_of(name) == tflops
-
-
-def test_no_peak_on_a_cpu() -> None:
-    assert gpt_train.peak("cpu") is None
 
 
 def test_generation_counts_the_weights_once_a_token() -> None:
@@ -314,25 +300,18 @@ def test_a_row_says_whether_it_holds(factor: float, monkeypatch: pytest.MonkeyPa
 
 def test_peers_share_the_weights_and_no_step_changes_them() -> None:
     models = Models("tiny", "cpu", dropout=0.1)
-    learners = [make(models) for make in peers_gpt.TRAIN.values()]
+    learners = [make(models) for make in gpt_train.PEERS.values()]
     theirs = [learner for learner in learners if hasattr(learner.model, "transformer")]
     weights = {id(learner.model.transformer.wte.weight) for learner in theirs}
     assert len(theirs) == 3 and len(weights) == 1
     ids = models.random_ids(2, 9)
     before = {id(p): p.clone() for x in learners for p in x.model.parameters()}
     for learner in learners:
-        peers_gpt.training_step(models, learner, ids, torch.float32)()
+        gpt_train.training_step(models, learner, ids, torch.float32)()
         for parameter in learner.model.parameters():
             assert torch.equal(parameter, before[id(parameter)])
             assert parameter.grad is None
     assert len({models.optimizer(learner.model) for learner in learners}) == 3
-
-
-def test_parameters_leave_out_the_positions() -> None:
-    size = peers_gpt.SIZES["tiny"]
-    model = Models("tiny", "cpu").ours
-    every = sum(p.numel() for p in model.parameters())
-    assert peers_gpt.parameters("tiny") == every - size["n_positions"] * size["n_embd"]
 
 
 def test_the_padded_vocabulary_is_never_written() -> None:
@@ -342,5 +321,5 @@ def test_the_padded_vocabulary_is_never_written() -> None:
     assert plain.vocab_size == 250 and plain.wte.weight.shape[0] == 256
     with torch.no_grad():
         plain.wte.weight[:250] = -plain.wte.weight[:250].abs()
-    write = peers_gpt.write_gpt_fast(models, 2, 12)
+    write = gpt_generate.gpt_fast(models, 2, 12)
     assert write(models.random_ids(2, 4), None, 8).max() < 250

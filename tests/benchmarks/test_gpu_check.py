@@ -17,7 +17,6 @@ import gpu_right
 import ledger
 import pytest
 import schema
-import supervise
 from gpu_report import Exit, Verdict
 
 from fastattn.cli import bench
@@ -215,22 +214,6 @@ def test_an_extension_that_does_not_build_is_wrong_and_the_rest_runs(fake: Fake)
     assert fake.events[-4:] == SUITE
 
 
-def test_an_extension_that_cannot_run_here_is_wrong(fake: Fake) -> None:
-    fake.set(gpu_right.extension, "unavailable", lambda device: "no code for this GPU")
-    fake.set(gpu_right, "LEAST", 1000.0)  # only the build
-    assert fake.run() == Exit.WRONG
-    (said,) = fake.verdict["wrong"]
-    assert said == "build: the CUDA extension is not there: no code for this GPU"
-
-
-def test_a_build_without_end_is_left_out(fake: Fake) -> None:
-    fake.set(gpu_right, "BUILD_SECONDS", 2.0)
-    fake.set(gpu_right, "LEAST", 1000.0)  # only the build
-    fake.builds("import time; time.sleep(1000)")
-    assert fake.run() == Exit.LEFT_OUT
-    assert fake.verdict["left_out"][0] == "build: the time was over"
-
-
 def test_steps_without_time_are_left_out(fake: Fake) -> None:
     fake.set(gpu_right, "LEAST", 100.0)
     assert fake.run("--minutes", "1") == Exit.LEFT_OUT
@@ -240,12 +223,6 @@ def test_steps_without_time_are_left_out(fake: Fake) -> None:
 
 def wrong(result: dict[str, Any]) -> list[str]:
     return gpu_right.verdict({"tests": {"suite": result}}).wrong
-
-
-def test_a_suite_without_a_test_is_wrong(fake: Fake) -> None:
-    for path in fake.folder.glob("tests/*/*.py"):
-        path.unlink()
-    assert wrong(fake.suite()) == ["suite: pytest ended with exit code 5"]
 
 
 def test_a_file_that_cannot_be_imported_is_wrong(fake: Fake) -> None:
@@ -264,30 +241,6 @@ def test_a_process_that_crashes_or_hangs_costs_one_test(fake: Fake, how: str) ->
     (said,) = wrong(result)
     assert said.startswith("suite: tests/ops/test_first.py::test_triton_0: ") and "crashed" in said
     assert result["counts"] == {"passed": 5, "error": 1}
-
-
-TORCH = """
-from types import SimpleNamespace
-
-lost = []
-
-def synchronize():
-    if lost:
-        raise RuntimeError("an illegal memory access was encountered")
-
-cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
-"""
-
-
-def test_a_lost_context_costs_one_test(fake: Fake) -> None:
-    """A process in which CUDA fails for good is replaced."""
-    fake.write("torch.py", TORCH)
-    use = "import sys; sys.path.insert(0, os.getcwd()); import torch; assert not torch.lost"
-    fake.test("ops", "first", f"{use}; torch.lost.append(1); assert 0, 'broke'", use, use, use)
-    result = fake.suite(workers=2)
-    (said,) = wrong(result)
-    assert "test_triton_0" in said and "broke" in said
-    assert result["counts"] == {"passed": 6, "failed": 1}
 
 
 # --- the ledger -----------------------------------------------------------------------------------
@@ -324,10 +277,9 @@ def test_error_at_the_end(breaks):
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_outcomes_and_reasons(fake: Fake, workers: int) -> None:
+def test_outcomes_and_reasons(fake: Fake) -> None:
     fake.write("tests/nn/test_first.py", OUTCOMES)
-    result = fake.suite(workers)
+    result = fake.suite(workers=2)
     assert result["exit_code"] == 1 and not result["running"]
     assert result["counts"] == {"passed": 4, "failed": 1, "skipped": 2, "error": 2}
     reasons = {test.rpartition("::")[2]: why for test, why in result["failures"].items()}
@@ -355,20 +307,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 # --- exit codes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("said", "code"),
-    [
-        (Verdict(), 0),
-        (Verdict(wrong=["x"], missed=["x"], left_out=["x"]), 1),
-        (Verdict(missed=["x"], left_out=["x"]), 4),
-        (Verdict(left_out=["x"]), 3),
-    ],
-)
-def test_exit_code_of_a_verdict(said: Verdict, code: int) -> None:
-    assert said.exit == code
-
-
-@pytest.mark.parametrize(("right", "fast"), list(itertools.product((0, 1, 3), (0, 1, 3, 4))))
+@pytest.mark.parametrize(("right", "fast"), [(0, 0), (3, 0), (3, 4), (1, 4), (0, 1)])
 def test_exit_code_of_both_parts(
     right: int, fast: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,11 +369,6 @@ def test_a_subject_has_its_own_file_and_goes_on(
     assert schema.read(tmp_path / "ffn-quick.json")["rows"] == rows
 
 
-def test_subjects_without_time_are_left_out(tmp_path: Path) -> None:
-    found = subjects(tmp_path, "ffn", "decode", seconds=-1)
-    assert found["decode"] == {"file": "decode-quick.json", "skipped": "no time left to begin it"}
-
-
 def test_a_subject_that_cannot_begin_is_wrong(tmp_path: Path) -> None:
     found = subjects(tmp_path, "ffn", preset="paper")  # which it has on a GPU alone
     assert found["ffn"]["exit_code"] == 2
@@ -475,18 +409,6 @@ def test_targets_missed_are_told_from_wrong_results(
     monkeypatch.setattr(gpu_fast, "read", lambda file: {"rows": [row], "skipped": skipped})
     entry = {"exit_code": 1, **gpu_fast.outcome(Path("file"))}
     assert gpu_fast.verdict({"subjects": {"ffn": entry}}) == expected
-
-
-def test_a_results_file_that_is_broken_is_wrong(tmp_path: Path) -> None:
-    (tmp_path / "ffn.json").write_text("{")
-    entry = gpu_fast.outcome(tmp_path / "ffn.json")
-    assert len(gpu_fast.verdict({"subjects": {"ffn": entry}}).wrong) == 1
-
-
-def test_both_parts_fit_their_minutes() -> None:
-    assert sum(gpu_fast.SUBJECTS.values()) <= gpu_fast.MINUTES * 60
-    assert gpu_fast.MINUTES * 60 + supervise.OVERTIME <= 5 * 60
-    assert gpu_right.MINUTES * 60 + 15 <= 4 * 60  # Python, torch, and what must be killed
 
 
 @pytest.mark.parametrize("name", gpu_fast.SUBJECTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import attention
@@ -11,17 +11,17 @@ import decode
 import ffn
 import harness
 import layer_norm
-import peers
+import peer
 import pytest
 import schema
 import torch
 from attention import AttentionCell
 from harness import BACKWARD, BOTH, DIRECTIONS, FORWARD, Cell
-from peers import Peer, Refused
-from timing import Sample
+from peer import Peer, Refused
 
 import fastattn.flash_attn
 import oracle
+from fastattn.timing import Sample
 
 
 def small(against: dict, direction: str = FORWARD, **options: Any) -> AttentionCell:
@@ -49,17 +49,17 @@ def refusing(cell: AttentionCell) -> Peer:
 
 
 def wrong(cell: AttentionCell) -> Peer:
-    return Peer(lambda *inputs: peers.attention_formula(cell, *inputs) + 1e-3)
+    return Peer(lambda *inputs: attention.formula(cell, *inputs) + 1e-3)
 
 
 def misshapen(cell: AttentionCell) -> Peer:
-    return Peer(lambda *inputs: peers.attention_formula(cell, *inputs)[:, :1])
+    return Peer(lambda *inputs: attention.formula(cell, *inputs)[:, :1])
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_peers_that_fail_stay_in_their_own_entry(direction: str) -> None:
     against = {
-        "ours": peers.attention_ours,
+        "ours": attention.ours,
         "big": out_of_memory,
         "none": refusing,
         "misshapen": misshapen,
@@ -76,7 +76,7 @@ def test_peers_that_fail_stay_in_their_own_entry(direction: str) -> None:
 
 
 def test_a_wrong_peer_is_timed_and_shown_as_wrong() -> None:
-    row = small({"ours": peers.attention_ours, "wrong": wrong}).measure(seconds=0.01)
+    row = small({"ours": attention.ours, "wrong": wrong}).measure(seconds=0.01)
     assert row["peers"]["wrong"]["right"] is False
     assert row["peers"]["wrong"]["errors"][0]["max"] == pytest.approx(1e-3, rel=0.1)
     assert row["peers"]["wrong"]["times_ours"]["median"] > 0
@@ -85,7 +85,7 @@ def test_a_wrong_peer_is_timed_and_shown_as_wrong() -> None:
 
 @pytest.mark.parametrize("ours", [wrong, out_of_memory])
 def test_a_row_is_not_right_when_we_are_not(ours: object) -> None:
-    row = small({"ours": ours, "eager": peers.attention_eager}).measure(seconds=0.01)
+    row = small({"ours": ours, "eager": attention.eager}).measure(seconds=0.01)
     assert row["right"] is False
     assert row["peers"]["eager"]["right"]
 
@@ -117,7 +117,7 @@ def test_nan_is_never_right() -> None:
 
 def test_reason_holds_the_warnings_too() -> None:
     """SDPA says only in warnings why a forced backend refuses."""
-    cell = small({"ours": peers.attention_ours, "cudnn": peers.attention_sdpa_cudnn})
+    cell = small({"ours": attention.ours, "cudnn": attention.sdpa_cudnn})
     text = cell.measure(seconds=0.01)["peers"]["cudnn"]["refused"]
     assert text.startswith("RuntimeError: ")
 
@@ -138,7 +138,7 @@ CASES = [
       for name in attention.FEATURES),
     (decode, {}),
     *((layer_norm, {"direction": [direction]}) for direction in DIRECTIONS),
-    (ffn, {"activation": list(peers.ACTIVATIONS), "layout": ["linear", "conv1d"]}),
+    (ffn, {"activation": list(ffn.ACTIVATIONS), "layout": ["linear", "conv1d"]}),
 ]  # fmt: skip
 
 
@@ -170,22 +170,6 @@ def test_presets_are_whole(module: Any, device: str) -> None:
             assert titles and len(titles) == len(set(titles))
 
 
-def test_papers_grid() -> None:
-    """FlashAttention's: 16k tokens, heads * head_dim = 2048; cuDNN's: 64 heads on 8."""
-    cells: list[Any] = attention.SUBJECT.cells("cuda", "paper")
-    own = [c for c in cells if c.feature == "none" and c.heads == c.kv_heads]
-    assert {(c.head_dim, c.seqlen) for c in own} == {
-        (d, n) for d in (64, 128, 256) for n in (512, 1024, 2048, 4096, 8192, 16384)
-    }
-    assert {(c.batch * c.seqlen, c.heads * c.head_dim) for c in own} == {(16384, 2048)}
-    assert {(c.causal, c.direction) for c in own} == {
-        (causal, d) for causal in (True, False) for d in (FORWARD, BACKWARD)
-    }
-    grouped = [c for c in cells if c.heads != c.kv_heads]
-    assert {(c.batch, c.heads, c.kv_heads, c.head_dim) for c in grouped} == {(1, 64, 8, 128)}
-    assert {c.window for c in cells if c.feature == "window"} == {1024}
-
-
 def test_share_of_the_ceiling_is_of_bytes_not_of_time() -> None:
     """A backward moves more than the copy beside it: at the same speed it takes longer."""
     axes = {"op": ["layer_norm"], "residual": [False], "direction": [BACKWARD]}
@@ -214,7 +198,7 @@ def test_flops_and_bytes() -> None:
 
 
 def test_peers_asked_for_are_beside_ours_and_the_ceiling() -> None:
-    cell = small(peers.ATTENTION)
+    cell = small(attention.PEERS)
     assert list(cell.measure(0.0, ["sdpa"])["peers"]) == ["ours", "matmul", "sdpa"]
 
 
@@ -232,7 +216,7 @@ class Promising(AttentionCell):
 
 @pytest.mark.parametrize(("attempt", "holds"), [(1, True), (3, True), (5, False)])
 def test_a_target_that_is_missed_is_measured_again(attempt: int, holds: bool) -> None:
-    given = vars(small({"ours": peers.attention_ours}))
+    given = vars(small({"ours": attention.ours}))
     cell = Promising(**(given | {"head_dim": attempt, "target": "a promise"}))
     row = cell.measure(seconds=60.0)
     assert (row["target"], row["holds"]) == ("a promise", holds)
@@ -243,7 +227,7 @@ def test_a_target_that_is_missed_is_measured_again(attempt: int, holds: bool) ->
 
 
 def test_an_absent_package_is_a_reason() -> None:
-    row = small({"ours": peers.attention_ours, "fa": peers.attention_flash_3}).measure(0.0)
+    row = small({"ours": attention.ours, "fa": attention.flash_attn_3}).measure(0.0)
     assert row["peers"]["fa"] == {"refused": "flash-attn 3 is not installed"}
 
 
@@ -251,9 +235,9 @@ def test_a_package_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPa
     def broken(name: str) -> ModuleType:
         raise OSError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    monkeypatch.setattr(peer.importlib, "import_module", broken)
     with pytest.raises(Refused, match=r"xformers cannot be imported: undefined symbol"):
-        peers.attention_xformers(small({}))
+        attention.xformers(small({}))
 
 
 @pytest.mark.parametrize("feature", ["none", "window", "softcap", "alibi"])
@@ -263,7 +247,7 @@ def test_flash_attn_is_called_as_it_wants(
 ) -> None:
     """Our own face of flash-attn 2 stands for it; its dtypes are 16-bit."""
     monkeypatch.setitem(sys.modules, "flash_attn", fastattn.flash_attn)
-    against = {"ours": peers.attention_ours, "fa": peers.attention_flash_2}
+    against = {"ours": attention.ours, "fa": attention.flash_attn_2}
     cell = small(against, direction, feature=feature, window=4 * (feature == "window"))
     for other in ({"kv_heads": 1}, {"causal": False} if feature != "window" else {}):
         cell = Cell.__new__(AttentionCell)
@@ -284,24 +268,3 @@ def test_flash_attn_decodes_as_it_wants(
         head_dim=16, page_size=page_size, capacity=capacity,
     )  # fmt: skip
     assert cell.measure(0.0, ["flash-attn 2"])["peers"]["flash-attn 2"]["right"]
-
-
-def test_xformers_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in of its function: (batch, seqlen, heads, head_dim), a mask by its class."""
-    masks = SimpleNamespace(LowerTriangularFromBottomRightLocalAttentionMask=lambda n: ("local", n))
-
-    def attend(q: Any, k: Any, v: Any, attn_bias: Any) -> torch.Tensor:
-        window = None if attn_bias == "causal" else (attn_bias[1] - 1, 0)
-        return fastattn.attention(q, k, v, causal=True, window=window)
-
-    fmha = SimpleNamespace(
-        LowerTriangularMask=lambda: "causal",
-        fmha=SimpleNamespace(attn_bias=masks),
-        memory_efficient_attention=attend,
-    )
-    monkeypatch.setattr(peers, "imported", lambda module, package: fmha)
-    monkeypatch.setattr(peers, "on_a_gpu", lambda cell, package: None)
-    against = {"ours": peers.attention_ours, "xformers": peers.attention_xformers}
-    for feature in ("none", "window"):
-        row = small(against, feature=feature, window=4).measure(seconds=0.0)
-        assert row["peers"]["xformers"]["right"], row

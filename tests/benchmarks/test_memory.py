@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import attention
+import counting
+import gpt_models
+import gpt_train
 import memory
-import peers
 import pytest
 import schema
 import torch
+from peer import Peer
 
 MIB = 1 << 20
 
@@ -35,7 +39,7 @@ def test_peak_of_known_expressions() -> None:
         (lambda: out.append(x + 1), 1),  # kept after the call
         (lambda: out.clear(), 0),  # what was there before is freed
     ):
-        assert count * MIB <= memory.peak_bytes(call, "cpu") < count * MIB + 1024
+        assert count * MIB <= counting.peak_bytes(call, "cpu") < count * MIB + 1024
 
 
 def test_saved_of_known_expressions() -> None:
@@ -49,7 +53,7 @@ def test_saved_of_known_expressions() -> None:
         (lambda: (lambda y: (y * w) * y[None])(x.exp()), 2),  # exp once, the product once
         (lambda: (x[: MIB // 8] * 1.5).exp(), 0.5),
     ):
-        assert memory.saved_bytes(forward, [x, w]) == count * MIB
+        assert counting.saved_bytes(forward, [x, w]) == count * MIB
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -79,7 +83,7 @@ def test_a_forward_keeps_nothing() -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 def test_the_promise_is_linear_and_the_score_matrix_breaks_it(direction: str) -> None:
-    eager = {"ours": peers.attention_eager}
+    eager = {"ours": attention.eager}
     row = dataclasses.replace(cell(direction=direction), against=eager).measure(0.0)
     assert row["right"] and row["holds"] is False
     assert "linear in seqlen" in row["target"]
@@ -100,16 +104,14 @@ def test_limits_are_those_of_the_formula() -> None:
 
 def test_a_step_counts_gradients_but_no_weights() -> None:
     pytest.importorskip("transformers")
-    import peers_gpt
-
-    against = {"ours": peers_gpt.train_ours}
+    against = {"ours": gpt_train.ours}
     row = dataclasses.replace(cell("gpt", batch=1, seqlen=2), against=against).measure(0.0)
-    weights = 4 * (peers_gpt.parameters("tiny") + 64 * 64)
+    weights = 4 * (gpt_models.parameters("tiny") + 64 * 64)
     assert weights < row["peers"]["ours"]["peak_bytes"] < 1.5 * weights
 
 
 def test_ours_broken_is_not_right() -> None:
-    def broken(of: Any) -> peers.Peer:
+    def broken(of: Any) -> Peer:
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
     row = dataclasses.replace(cell(), against={"ours": broken}).measure(0.0)

@@ -22,7 +22,6 @@ import torch
 from checkout import ROOT
 from never_slower import Judged
 from schema import Results, Row
-from timing import Sample
 
 from fastattn import backends
 from fastattn import measured as measurements
@@ -30,6 +29,7 @@ from fastattn.measured import Faster, Key
 from fastattn.ops.attention.problem import describe as describe_attention
 from fastattn.ops.ffn.problem import describe as describe_ffn
 from fastattn.ops.layer_norm.problem import describe_layer_norm, describe_rms_norm
+from fastattn.timing import Sample
 
 OPS = {"attention", "layer_norm", "rms_norm", "ffn"}
 TINY = {

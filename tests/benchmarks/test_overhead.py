@@ -33,22 +33,6 @@ def test_every_op_has_every_mode_in_every_table(device: str, preset: str) -> Non
     assert {cell.on for cell in cells} == {device}
 
 
-@pytest.mark.parametrize(
-    ("table", "mode", "target"),
-    [
-        ("default", "forward", "at most 5 us above ATen"),
-        ("default", "forward, grad", "at most 5 us above ATen"),
-        ("default", "forward+backward", "at most 5 us above ATen"),
-        ("kernel", "forward", "at most 15 us"),
-        ("kernel", "forward, grad", "at most 30 us"),
-        ("kernel", "forward+backward", None),
-        ("public", "forward", None),
-    ],
-)
-def test_what_is_promised(table: str, mode: str, target: str | None) -> None:
-    assert overhead.make(device="cpu", op="ffn", mode=mode, table=table).target == target
-
-
 @pytest.mark.parametrize("mode", overhead.MODES)
 @pytest.mark.parametrize("table", overhead.TABLES)
 @pytest.mark.parametrize("op", OPS)
@@ -115,4 +99,4 @@ def test_the_script(tmp_path: Path) -> None:
     held = all(row.get("holds", True) for row in data["rows"])
     assert done.returncode == (0 if held else 1), done.stderr
     assert ("MISSED" in done.stdout) is not held
-    assert " us against ATen" in done.stdout
+    assert "against ATen" in done.stdout

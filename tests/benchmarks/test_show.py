@@ -1,9 +1,10 @@
-"""Who wins, who ties, who lost: what the table says of rows that are known."""
+"""The table of a run: who is faster, who ties, who took no part; it fits 100 columns."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import facts
 import pytest
 import show
 
@@ -15,37 +16,28 @@ def entry(median: float = 1.0, p20: float | None = None, p80: float | None = Non
 
 
 def row(**peers: Any) -> Any:
-    ours = {"median_us": 10.0, "right": True}
-    return {"title": "cell", "right": True, "peers": {"ours": ours, **peers}}
+    said = {"title": "cell", "op": "norm", "direction": "forward", "dtype": "float32"}
+    peers = {"ours": {"median_us": 10.0, "right": True}, **peers}
+    return {**said, "axes": {}, "right": True, "peers": peers}
+
+
+def summary(*rows: Any, skipped: Any = ()) -> list[str]:
+    return show.summary({"rows": list(rows), "skipped": list(skipped)}).splitlines()  # type: ignore[typeddict-item]
 
 
 @pytest.mark.parametrize(
-    ("spread", "said"),
+    ("spread", "tie"),
     [
-        ((1.32, 1.30, 1.35), "1.32x"),
-        ((1.32, 0.99, 1.60), "tie"),  # the rounds do not decide
-        ((1.02, 1.015, 1.03), "tie"),  # they do, but by less than anyone feels
-        ((0.98, 0.97, 0.99), "tie"),
-        ((0.90, 0.85, 0.95), "0.90x"),
-        ((1.10, 1.00, 1.20), "tie"),
+        ((1.32, 1.30, 1.35), False),
+        ((1.32, 0.99, 1.60), True),  # the rounds do not decide
+        ((1.02, 1.015, 1.03), True),  # they do, but by less than anyone feels
+        ((0.98, 0.97, 0.99), True),
+        ((0.90, 0.85, 0.95), False),
+        ((1.10, 1.00, 1.20), True),
     ],
 )
-def test_a_tie_is_said_to_be_one(spread: tuple[float, ...], said: str) -> None:
-    assert show.verdict(entry(*spread)["times_ours"]) == said
-
-
-def test_the_winner_is_named_among_those_that_are_right() -> None:
-    peers = {
-        "slow": entry(3.0),
-        "fast": entry(1.5),
-        "wrong": entry(0.5, right=False),
-        "copy": entry(0.1, ceiling=True),
-        "absent": {"refused": "not installed"},
-    }
-    assert show.against(row(**peers)) == "ours by 1.50x before fast"
-    assert show.against(row(fast=entry(0.5))) == "fast by 2.00x"
-    assert show.against(row(fast=entry(1.01))) == "tie with fast"
-    assert show.against(row()) == ""
+def test_a_tie_is_said_to_be_one(spread: tuple[float, ...], tie: bool) -> None:
+    assert facts.is_tie(entry(*spread)["times_ours"]) is tie
 
 
 def test_one_line_has_everyone() -> None:
@@ -55,51 +47,75 @@ def test_one_line_has_everyone() -> None:
     ) | {"bound": "copy"}  # fmt: skip
     shown["peers"]["ours"] |= {"gbps": 100.0, "share": 0.5}
     assert show.one_line(shown) == (
-        "cell: 10.0 us, 100 GB/s (50% of copy); "
-        "time of fast 1.50x, wrong 0.50x (wrong), absent -, copy 0.50x"
+        "cell: 10.0 us ours; 100 GB/s; 50% of copy; time of fast 1.50x, wrong 0.50x wrong, copy 0.50x"
     )
     assert show.one_line({"title": "cell", "error": "crashed", "right": False}) == "cell: FAILED, crashed"  # type: ignore[typeddict-item]  # fmt: skip
     assert "FAILED, OutOfMemoryError" in show.one_line(row() | {"peers": {"ours": {"error": "OutOfMemoryError"}}})  # fmt: skip
     missed = row() | {"right": False, "target": "fast enough", "holds": False}
-    assert show.one_line(missed) == "cell: WRONG; 10.0 us; MISSED: fast enough"
+    assert show.one_line(missed) == "cell: WRONG; 10.0 us ours; MISSED: fast enough"
 
 
-def test_standings_count_wins_ties_and_losses() -> None:
+def test_a_row_a_line_and_a_column_a_peer() -> None:
+    rows = [
+        row(fast=entry(2.0), other={"refused": "not here"}),
+        row(fast=entry(1.0), other=entry(0.5)),
+    ]
+    for n, each in enumerate(rows):
+        each |= {"axes": {"n": n, "m": 7}, "bound": "copy"}
+        each["peers"]["ours"]["share"] = 0.5
+        each["peers"]["copy"] = entry(0.5, ceiling=True)
+    assert summary(*rows)[:6] == [
+        "norm forward float32 m=7; a peer's time over ours:",
+        "                of",
+        "        ours  copy   fast  other",
+        "--------------------------------",
+        "n=0  10.0 us   50%  2.00x      -",
+        "n=1  10.0 us   50%    tie  0.50x",
+    ]
+
+
+def test_it_fits_its_width() -> None:
+    """Long shapes take several lines; peers that do not fit have a table of their own."""
+    peers = {f"a long name {n}": entry(1.5) for n in range(20)}
+    rows = [row(**peers) | {"axes": {f"axis{i}": n for i in range(30)}} for n in range(2)]
+    lines = summary(*rows)
+    assert max(map(len, lines)) <= show.WIDTH
+    assert sum(line.count("1.50x") for line in lines) == 40
+    assert sum(line.count("10.0 us") for line in lines) == 2
+
+
+def test_wins_ties_losses_and_who_took_no_part() -> None:
+    absent = {name: {"refused": f"{name} is not installed"} for name in ("flash", "xformers")}
     rows = [
         row(peer=entry(2.0)), row(peer=entry(1.0)), row(peer=entry(0.5)),
-        row(peer=entry(9.0, right=False), absent={"refused": "not installed"}),
+        row(peer=entry(9.0, right=False), slow={"refused": "no backward"}, **absent),
         row() | {"holds": True}, row() | {"holds": False},
     ]  # fmt: skip
     lines = show.standings(rows)
-    assert lines[0] == (
-        "against peer: 1 won, 1 tied within noise, 1 lost; "
-        "its time over ours: geometric mean 1.00, worst 0.50 (cell)"
-    )
-    assert "absent took no part: not installed" in lines
-    assert "targets: 1 of 2 rows hold" in lines
+    assert lines == [
+        "against peer: faster / tie / slower 1 / 1 / 1; its time over ours: geometric mean 1.00, "
+        "worst 0.50 (cell)",
+        "not installed: flash, xformers",
+        "slow took no part: no backward",
+        "targets: 1 of 2 rows hold",
+    ]
 
 
-def test_summary_hides_nothing() -> None:
-    results: Any = {
-        "rows": [row(peer=entry(2.0)), {"title": "broken", "error": "crashed", "right": False}],
-        "skipped": [{"title": "late", "why": "the time was over"}],
-    }
-    text = show.summary(results)
-    assert "ours by 2.00x before peer" in text
-    assert "broken" in text and "crashed" in text
-    assert "left out: late: the time was over" in text
-
-
-def test_table_aligns_its_columns() -> None:
-    lines = show.table(("op", "us"), [("norm", 1.5), ("attention", 12)]).splitlines()
-    assert lines == ["op         us", "-" * 14, "norm       1.5", "attention  12"]
+def test_nothing_that_went_wrong_is_hidden() -> None:
+    broken = {**row(), "title": "broken", "error": "crashed", "right": False}
+    missed = {**row(), "title": "slow", "holds": False, "target": "fast"}
+    wrong = {**row(), "title": "bad", "right": False}
+    late = {"title": "late", "why": "the time was over"}
+    lines = summary(row(peer=entry(2.0)), broken, missed, wrong, skipped=[late])
+    for said in ("FAILED: broken: crashed", "MISSED: slow: fast", "WRONG: bad", "left out: late: the time was over"):  # fmt: skip
+        assert said in lines
 
 
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with show.Progress("ffn", 2) as progress:
         progress.begin("cell")
         progress.row(row())
-    assert capsys.readouterr().err == "[1/2] cell: 10.0 us\n"
+    assert capsys.readouterr().err == "[1/2] cell: 10.0 us ours\n"
 
 
 def test_progress_for_a_watcher_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

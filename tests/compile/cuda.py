@@ -39,12 +39,12 @@ def release() -> str:
 
 
 def objects() -> list[Path]:
-    """Every source of the extension, compiled; only what has changed is compiled anew."""
+    """Every source of the extension, compiled; with ninja only what has changed."""
     nvcc, (torch_folder, _) = build.find_nvcc(), build.find_torch()
-    return build.incremental.compile_all(
-        build.compile_command(ARCHITECTURE, nvcc, torch_folder), build.find_sources(ROOT), ROOT,
-        OBJECTS, build.incremental.cores(), say, version=release(),
-    )  # fmt: skip
+    compiler = build.compile_command(ARCHITECTURE, nvcc, torch_folder)
+    return build.builder.build(
+        compiler, build.find_sources(ROOT), ROOT, OBJECTS, version=release(), say=say
+    )
 
 
 def say(line: str) -> None:

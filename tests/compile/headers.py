@@ -66,12 +66,10 @@ def compile_against(release: str) -> None:
     """Raises BuildError, with what the compiler said."""
     nvcc = build.find_nvcc()
     if nvcc is None:
-        raise build.incremental.BuildError("nvcc was not found (looked in CUDA_HOME and PATH)")
+        raise build.builder.BuildError("nvcc was not found (looked in CUDA_HOME and PATH)")
     compiler = build.compile_command(ARCHITECTURE, nvcc, headers(release))
-    build.incremental.compile_all(
-        compiler, SOURCES, ROOT, HEADERS / f"objects-{release}", build.incremental.cores(),
-        say=lambda line: None, version=release,
-    )  # fmt: skip
+    folder = HEADERS / f"objects-{release}"
+    build.builder.build(compiler, SOURCES, ROOT, folder, version=release)
 
 
 def main() -> int:
@@ -84,7 +82,7 @@ def main() -> int:
         try:
             compile_against(release)
             print(f"torch {release}: compiled, {time.monotonic() - began:.0f} s", flush=True)
-        except build.incremental.BuildError as error:
+        except build.builder.BuildError as error:
             failed += 1
             print(f"torch {release}: {error}", flush=True)
     return int(failed > 0)

@@ -37,8 +37,15 @@ def spills_allowed(op: str, kernel: dict[str, Any]) -> int:
     return max(SPILLS[kernel["kernel"]], everything, wide if kernel["dtype"] == "float32" else 0)
 
 
-@pytest.mark.parametrize("op", PRODUCTS)
-@pytest.mark.parametrize("architecture", (80, 90, 100))
+# Attention takes minutes a chip; its hot kernels are compiled by tests/guard too.
+GRIDS = [
+    pytest.param(op, chip, marks=[pytest.mark.long] * (op == "attention" or chip != 90))
+    for op in PRODUCTS
+    for chip in (80, 90, 100)
+]
+
+
+@pytest.mark.parametrize(("op", "architecture"), GRIDS)
 def test_resources(op: str, architecture: int) -> None:
     # Each feature by itself is compiled for Hopper alone: attention takes minutes a chip.
     grids = {80: "attention, rows", 100: "attention, own rows"}

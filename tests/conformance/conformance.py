@@ -160,12 +160,13 @@ def build_for_gpu() -> Path:
         raise RuntimeError("nvcc was not found (looked in CUDA_HOME, PATH and /usr/local/cuda)")
     major, minor = torch.cuda.get_device_capability()
     compiler = build.compile_command(f"{major}{minor}", nvcc, torch_folder)
-    folder = ROOT / "build" / "conformance-cuda"
-    output = folder / "conformance.so"
+    linker = build.link_command(nvcc, torch_folder)
+    folder, name = ROOT / "build" / "conformance-cuda", "conformance.so"
     with library.locked(folder):
-        objects = build.incremental.compile_all(compiler, [SOURCE], ROOT, folder, 1, build.say)
-        build.incremental.link(build.link_command(nvcc, torch_folder), objects, ROOT, output)
-    return output
+        build.builder.build(
+            compiler, [SOURCE], ROOT, folder, linker=linker, library=name, say=build.say
+        )
+    return folder / name
 
 
 def load(device: str) -> None:

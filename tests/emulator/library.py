@@ -20,14 +20,14 @@ BUILD = ROOT / "build" / "emulator"
 
 sys.path.append(str(ROOT / "csrc"))
 
-import incremental  # noqa: E402
+import builder  # noqa: E402
 
 
 def load() -> Any:
     """Build, load for this process, and return torch.ops.fastattn_cuda, which runs on the CPU.
 
     Raises:
-        incremental.BuildError: g++ refuses a source; the message is its output.
+        builder.BuildError: g++ refuses a source; the message is its output.
     """
     import torch
 
@@ -52,7 +52,7 @@ def build_programs(programs: Sequence[str], name: str) -> Path:
     """A library of its own with sources, relative to ROOT, that are not the package's.
 
     Raises:
-        incremental.BuildError: g++ refuses a source.
+        builder.BuildError: g++ refuses a source.
     """
     machine = [source for source in sources() if source.startswith("csrc/emulator/")]
     return _build([*programs, *machine], ROOT, BUILD.with_name(f"emulator-{name}"), name)
@@ -62,22 +62,21 @@ def build(root: Path = ROOT, folder: Path = BUILD) -> Path:
     """The library's path. Processes that ask at once build once.
 
     Raises:
-        incremental.BuildError: g++ refuses a source.
+        builder.BuildError: g++ refuses a source.
     """
     return _build(sources(root), root, folder, "fastattn_emulator")
 
 
 def _build(files: Sequence[str], root: Path, folder: Path, name: str) -> Path:
-    library = folder / f"lib{name}.so"
+    library = f"lib{name}.so"
+    linker = ["g++", "-shared", "-pthread", "-Wl,-z,defs", "-Wl,--no-as-needed"]
+    linker += ["-L", str(_torch() / "lib"), "-ltorch", "-ltorch_cpu"]
     with locked(folder):
-        objects = incremental.compile_all(
-            compiler(), files, root, folder, incremental.cores(), _say,
-            version=importlib.metadata.version("torch"),
+        builder.build(
+            compiler(), files, root, folder, linker=linker, library=library,
+            version=importlib.metadata.version("torch"), say=_say,
         )  # fmt: skip
-        command = ["g++", "-shared", "-pthread", "-Wl,-z,defs", "-Wl,--no-as-needed"]
-        command += ["-L", str(_torch() / "lib"), "-ltorch", "-ltorch_cpu"]
-        incremental.link(command, objects, root, library)
-    return library
+    return folder / library
 
 
 def compiler() -> list[str]:
@@ -112,5 +111,5 @@ def _say(line: str) -> None:
 if __name__ == "__main__":
     try:
         print(build())
-    except incremental.BuildError as error:
+    except builder.BuildError as error:
         sys.exit(str(error))

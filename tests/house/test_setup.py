@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -58,7 +57,7 @@ def tree(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, root)
     (root / "csrc").mkdir()
-    shutil.copy(ROOT / "csrc" / "incremental.py", root / "csrc")
+    shutil.copy(ROOT / "csrc" / "builder.py", root / "csrc")
     return root
 
 
@@ -68,14 +67,12 @@ def plant(root: Path, source: str = PLANTED) -> None:
     (root / "csrc" / "emulator" / "host.cpp").write_text("#error not part of the extension")
 
 
-# Stands for nvcc: notes what it compiles, and that it links; BAD names a source to fail at; the
-# "library" wants a glibc of 2.30.
+# Stands for nvcc: BAD names a source to fail at; the "library" wants a glibc of 2.30.
 COMPILER = r"""#!/bin/sh
 while [ $# -gt 0 ]; do
     case "$1" in -c) source=$2;; -o) output=$2;; esac
     shift
 done
-echo "${source:-link}" >> "${LOG:-/dev/null}"
 if [ "$source" = "csrc/$BAD" ]; then echo "$source: broken" >&2; exit 3; fi
 printf 'library\0GLIBC_2.17\0GLIBC_2.30\0' > "$output"
 """
@@ -160,20 +157,6 @@ def test_architectures(setup_py: ModuleType) -> None:
     ]
 
 
-def test_command_asks_for_the_stable_abi(setup_py: ModuleType) -> None:
-    text = " ".join(setup_py.compile_command("80+PTX;90a", "nvcc", Path("site/torch")))
-    assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in text  # torch 2.10
-    assert "-DUSE_CUDA" in text
-    assert "-isystem site/torch/include" in text
-    assert '-DFASTATTN_ARCHS="80+PTX;90a"' in text  # what the library says of itself
-    assert "code=sm_80 " in text and "code=compute_80 " in text and "code=sm_90a " in text
-    assert "emulator" not in text
-    text = " ".join(setup_py.link_command("nvcc", Path("site/torch")))
-    assert text.startswith("nvcc -shared -L site/torch/lib")
-    assert "--no-as-needed -ltorch -ltorch_cpu" in text
-    assert "cudart" not in text  # nvcc's own choice, the static one
-
-
 def test_toolkit_named_by_the_user_comes_first(
     setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,20 +193,19 @@ def test_failing_compiler_gives_a_pure_wheel_and_a_line(tree: Path, tmp_path: Pa
     """The file is named, and what the compiler said of it is shown."""
     plant(tree)
     (tree / "csrc" / "bad.cu").touch()
-    nvcc = fake_nvcc(tmp_path / "bin") / "nvcc"
+    fake_nvcc(tmp_path / "bin")
     name, files, printed = build_wheel(tree, CUDA_HOME=str(tmp_path), BAD="bad.cu")
     assert name.endswith("-py3-none-any.whl")
     assert not any(file.endswith(".so") for file in files)
-    assert "\ncsrc/bad.cu: broken\n" in printed
-    assert "compiled csrc/library.cu" in printed
-    reason = f"csrc/bad.cu does not compile: {nvcc} exited with 3"
-    assert f"fastattn: extension skipped, the package is pure Python: {reason}" in printed
+    assert "csrc/bad.cu: broken\n" in printed
+    reason = "extension skipped, the package is pure Python: .*csrc/bad.cu.* cannot be built: "
+    assert re.search(reason, printed)
 
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"FASTATTN_CUDA_ARCHS": "90a", "BAD": "bad.cu"}, "csrc/bad.cu does not compile: "),
+        ({"FASTATTN_CUDA_ARCHS": "90a", "BAD": "bad.cu"}, ".*csrc/bad.cu.* cannot be built: "),
         ({"FASTATTN_CUDA_ARCHS": "75"}, "FASTATTN_CUDA_ARCHS has the entry '75'"),
     ],
 )
@@ -235,18 +217,9 @@ def test_who_asked_for_the_extension_gets_an_error(
     fake_nvcc(tmp_path / "bin")
     run = run_build(tree, CUDA_HOME=str(tmp_path), **environment)
     assert run.returncode != 0
-    assert f"fastattn: the extension was asked for and cannot be built: {reason}" in run.stderr
+    assert re.search(f"the extension was asked for and cannot be built: {reason}", run.stderr)
     assert ("csrc/bad.cu: broken" in run.stdout) == ("BAD" in environment)
     assert not list(tree.glob("dist/*.whl"))
-
-
-def test_the_command_that_builds_the_extension_asks_for_it(
-    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("FASTATTN_CUDA_ARCHS", raising=False)
-    assert not setup_py.asked()
-    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext", "--inplace"])
-    assert setup_py.asked()
 
 
 def test_working_compiler_gives_one_wheel_for_every_python(tree: Path, tmp_path: Path) -> None:
@@ -258,28 +231,6 @@ def test_working_compiler_gives_one_wheel_for_every_python(tree: Path, tmp_path:
     assert not any("emulator" in file or file.endswith((".o", ".py.o")) for file in files)
     assert "building the extension for 80;90a" in printed
     assert re.search(r"built the extension for 80;90a in \d+ s", printed)
-
-
-def test_second_build_compiles_what_changed(tree: Path, tmp_path: Path) -> None:
-    plant(tree)
-    (tree / "csrc" / "other.cpp").touch()
-    fake_nvcc(tmp_path / "bin")
-    log = tmp_path / "log"
-
-    def built(**environment: str) -> list[str]:
-        """What the compiler was called for."""
-        log.write_text("")
-        time.sleep(0.01)  # a source must be older than its compilation
-        build_wheel(tree, CUDA_HOME=str(tmp_path), LOG=str(log), **environment)
-        return sorted(log.read_text().split())
-
-    assert built() == ["csrc/library.cu", "csrc/other.cpp", "link"]
-    assert built() == []
-    (tree / "csrc" / "other.cpp").write_text("int changed;")
-    assert built(BAD="other.cpp") == ["csrc/other.cpp"]
-    assert built() == ["csrc/other.cpp", "link"]
-    assert built(FASTATTN_CUDA_ARCHS="90a") == ["csrc/library.cu", "csrc/other.cpp", "link"]
-    assert built(FASTATTN_CUDA_ARCHS=" 90a ; ", MAX_JOBS="all") == []
 
 
 @pytest.mark.parametrize(
@@ -298,11 +249,6 @@ def test_wheels_say_which_systems_they_run_on(
     setup_py: ModuleType, symbols: bytes, tag: str
 ) -> None:
     assert setup_py.manylinux(symbols) == f"manylinux_{tag}"
-
-
-def test_a_compiler_newer_than_the_table_fails_no_wheel(setup_py: ModuleType) -> None:
-    here = int(os.confstr("CS_GNU_LIBC_VERSION").split(".")[1])
-    assert setup_py.manylinux(b"\0GLIBCXX_3.4.99\0") == f"manylinux_2_{max(here, 28)}"
 
 
 def test_real_compiler_builds_a_library_that_torch_loads(

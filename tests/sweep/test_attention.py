@@ -79,6 +79,7 @@ def expected(dtype: str, width: int, masking: str, *kernels: str) -> Asked:
     return {(tiles.row(kernel, ARCHITECTURE, size, width), masking) for kernel in kernels}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "width", "masking"), CASES)
 def test_triton(
     dtype: str, width: int, masking: str, asked: Asked, keep: Callable[[Any], None]
@@ -142,6 +143,7 @@ def check_cached(call: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
     return {"out": out, "lse": lse, "k_cache": mine["k_cache"], "v_cache": mine["v_cache"]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "width", "masking"), CASES)
 def test_decode_triton(
     dtype: str, width: int, masking: str, asked: Asked, keep: Callable[[Any], None]
@@ -176,12 +178,14 @@ CUDA = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "width", "masking"), CUDA)
 def test_cuda(dtype: str, width: int, masking: str, emulator: Emulator) -> None:
     emulator.checks(0)
     check(of(dtype, width, masking), "cuda")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("masking", tiles.MASKINGS)
 @pytest.mark.parametrize("width", (64, 128, 256))
 @pytest.mark.parametrize("dtype", HALVES)

@@ -84,8 +84,9 @@ def _is_unpadded(
     """
     if attention_mask is None:
         return True
-    of_interest = q_length == kv_length and q_length > 1 and not is_tracing(attention_mask)
-    return of_interest and bool(attention_mask.all())
+    of_interest = q_length == kv_length and q_length > 1
+    can_be_read = not is_tracing(attention_mask) and modes.readable(attention_mask)
+    return of_interest and can_be_read and bool(attention_mask.all())
 
 
 def attention_forward(
@@ -243,7 +244,7 @@ def _restarts(
         or position_ids.shape != (batch, seqlen)  # (1, seqlen) is how models count by themselves
     ):
         return None
-    if is_tracing(position_ids) or position_ids.is_meta:
+    if is_tracing(position_ids) or not modes.readable(position_ids):
         return _numbers(position_ids)
     # Their owner may write into them, which an inference tensor does not tell.
     version = None if position_ids.is_inference() else position_ids._version

@@ -46,7 +46,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
     if problem.packed:
         if problem.device.type != "cpu":
             return "ATen has no packed sequences; reading their lengths would stall the device"
-        if torch.compiler.is_compiling():
+        if modes.recorded():
             return "packed sequences go through ATen one by one, which cannot be compiled"
     if problem.return_lse:
         if problem.device.type != "cpu":
@@ -73,7 +73,7 @@ def forward(
         return _packed(problem, q, k, v, extras)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
     seqlen_q, seqlen_k, settings = problem.seqlen_q, problem.seqlen_k, problem.settings
-    compiling = torch.compiler.is_compiling()
+    compiling = modes.recorded()
     key_lengths = extras.key_lengths
     if not problem.given or problem.given == ("key_lengths",):
         native = _native_causality(problem)

@@ -197,7 +197,7 @@ def attention(
             (q, k, v, mask, key_lengths), causal, window, softmax_scale, softcap, dropout_p,
             fp32_precision, rare, return_lse, backend,
         )  # fmt: skip
-    except (AttributeError, TypeError):  # an argument is no tensor
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, or of symbolic size
         key, plan, rare = None, None, "unknown"
     if plan is None:
         described = _problem.describe(

@@ -44,10 +44,10 @@ class Dispatch(Generic[Problem]):
 
         The key has all that a plan may depend on: metadata of the tensors, the other arguments, and
         the modes of torch and of the user's choice of a backend. It is None where no plan is kept:
-        while torch.compile traces, where no choice may depend on a size, and where an argument is
-        no tensor.
+        while calls are recorded, where no choice may depend on a size, and where an argument is no
+        plain tensor.
         """
-        if torch.compiler.is_compiling():
+        if modes.recorded():
             return None, None
         try:
             metadata = [
@@ -60,7 +60,7 @@ class Dispatch(Generic[Problem]):
                 modes.transformed(),
             )  # fmt: skip
             return key, self.plans.get(key)
-        except (AttributeError, TypeError):  # an argument is no tensor, or a size is symbolic
+        except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, or of symbolic size
             return None, None
 
     def make(

@@ -44,7 +44,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     logits = logits.float()
     suited = logits.is_cpu and type(logits) is Tensor and logits.numel() >= LARGE
-    if not suited or torch.compiler.is_compiling() or modes.transformed():
+    if not suited or modes.recorded() or modes.transformed():
         return F.cross_entropy(logits, targets, ignore_index=IGNORED)
     return _CrossEntropy.apply(logits, targets)
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.ops.common import modes
+
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_ROWS = 4
 # Below, the views cost as much as they save.
@@ -31,9 +33,12 @@ MAX_IN_FEATURES = {"one row, one thread": 4096, "more rows": 2048}
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., in_features), weight (out_features, in_features) -> (..., out_features)."""
     in_features = weight.shape[-1]
-    if weight.numel() < MIN_WEIGHTS or torch.is_grad_enabled():  # the cheap questions first
-        return F.linear(x, weight, bias)
-    if x.numel() > MAX_ROWS * in_features or not _eligible(x, weight):
+    if (  # the cheap questions first
+        weight.numel() < MIN_WEIGHTS
+        or torch.is_grad_enabled()
+        or x.numel() > MAX_ROWS * in_features
+        or not _eligible(x, weight)
+    ):
         return F.linear(x, weight, bias)
     rows, out_features = x.numel() // in_features, weight.shape[0]
     shape = (*x.shape[:-1], out_features)
@@ -62,13 +67,14 @@ def _eligible(x: Tensor, weight: Tensor) -> bool:
     return (
         x.is_cpu
         and x.dtype is weight.dtype is torch.float32
+        and weight.layout is torch.strided
         and weight.dim() == 2
         and x.shape[-1:] == weight.shape[1:]  # else F.linear says what is wrong
         and x.numel() > 0
         and weight.is_contiguous()
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and not torch.compiler.is_compiling()
+        and not modes.recorded()
         and mkl_is_slow()
     )
 

@@ -1,9 +1,9 @@
 """The `triton` backend of attention: FlashAttention-2's loops, features as compile-time switches.
 
-One family of kernels: `forward` (prefill, packed sequences, decoding on padded or paged caches) and
-`merge` behind it, `cache` before it, `backward` and `bias` for the gradients. `scores` is what they
-share: a feature is written there once. `launching` prepares their operands, `documents` the tiles
-to visit.
+One family of kernels: `forward` (prefill, packed sequences, decoding on padded or paged caches; its
+parts are `rows` and `fold`) and `merge` after it; `cache` before it; `backward`, `keys`, `queries`
+and `bias` for the gradients. They share `scores` (a feature is written there once), `blocks`,
+`sequences` and `memory`. `launching` prepares their operands, `documents` the tiles to visit.
 """
 
 from __future__ import annotations
