@@ -69,7 +69,7 @@ lint: $(DEV) ## set up the linters too, then ruff, mypy and import-linter
 	@echo "== mypy fastattn" && $(BIN)/mypy fastattn
 	@echo "== lint-imports" && $(BIN)/lint-imports
 
-format: $(DEV) ## let ruff format and mend the code
+format: $(DEV) ## let ruff format and fix the code
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
 wheel: $(READY) ## the wheel in dist/, with the CUDA extension (FASTATTN_CUDA_ARCHS= for none), tried in a fresh environment

@@ -50,7 +50,7 @@ def go_without(reason):
 
 
 def find_sources(root):
-    """What goes into the library, relative to root; csrc/emulator serves the tests alone."""
+    """The sources of the library, relative to root; csrc/emulator serves only the tests."""
     found = (path.relative_to(root) for path in root.glob("csrc/**/*"))
     return sorted(
         str(path)
@@ -159,7 +159,7 @@ def manylinux(library):
 
 
 class BuildExtension(build_ext):
-    """nvcc, once a source; its failure fails the install of those alone who asked for it."""
+    """nvcc, once a source; its failure fails only the install of those who asked for it."""
 
     def run(self):
         try:

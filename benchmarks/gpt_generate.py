@@ -105,7 +105,7 @@ def static(models: Models, batch: int, capacity: int) -> Writer:
 def static_compiled(models: Models, batch: int, capacity: int) -> Writer:
     """By transformers' own torch.compile."""
     if models.device == "cpu":
-        raise Refused("transformers compiles generation on GPUs alone")
+        raise Refused("transformers compiles generation only on GPUs")
     return _by_transformers(models.transformers(), cache_implementation="static")
 
 

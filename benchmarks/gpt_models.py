@@ -196,7 +196,7 @@ class Models:
             model.to(dtype)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Fused AdamW, its decay for matrices alone.
+        """Fused AdamW, with decay only for matrices.
 
         The learning rate is 0: a step takes as long, and leaves the weights as they are.
         """

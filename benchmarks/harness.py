@@ -2,7 +2,7 @@
 
 The order inside a cell: random inputs, so many sets of them that a GPU's L2 keeps none from one
 call to the next; the definition in float64 on the same rounded inputs; every peer run once and
-compared with it; then all that ran, by turns.
+compared with it; then all that ran, interleaved.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Cell:
         return row
 
     def measure(self, seconds: float, peers: Collection[str] | None = None) -> Row:
-        """The row of this cell, timed for about `seconds`; with `peers`, against those alone."""
+        """The row of this cell, timed for about `seconds`; with `peers`, only against those."""
         return measure(self, seconds, peers)
 
 
@@ -301,7 +301,7 @@ def _candidate(
     input_sets: Sequence[Tensors],
     grad_sets: Sequence[Tensors],
 ) -> Candidate:
-    """The call to be timed, on rotating inputs: without gradients, the backward alone, or both."""
+    """The call to be timed, on rotating inputs: without gradients, only the backward, or both."""
 
     @contextmanager
     def without_gradients() -> Iterator[None]:

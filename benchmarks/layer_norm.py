@@ -142,7 +142,7 @@ AXES: Mapping[str, Axis] = {
     "op": Axis("which norm", kind=str, choices=("layer_norm", "rms_norm")),
     "rows": Axis("tokens"),
     "hidden": Axis("of a row"),
-    "residual": Axis("add one first; layer_norm alone", kind=boolean),
+    "residual": Axis("add one first; only layer_norm", kind=boolean),
     "direction": Axis("what is timed", kind=str, choices=DIRECTIONS),
     "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
     "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),

@@ -3,7 +3,7 @@
 `peak_bytes` is the most memory that a call holds at any time beyond what was there before: results,
 gradients and everything between. On a GPU the allocator counts it; on the CPU it is the running sum
 of the allocations and frees that torch's profiler saw (of torch's own allocator; what MKL or a
-compiler take behind it is not seen). `saved_bytes` are the distinct storages that the forward hands
+compiler take below it is not seen). `saved_bytes` are the distinct storages that the forward hands
 to the backward, without inputs and parameters. Of a training step parameters and the optimiser's
 state were there before, gradients were not.
 

@@ -2,7 +2,7 @@
 
 Three tables (`--table`):
 
-- default: the call that everybody makes against the bare ATen calls that do the same, by turns: at
+- default: the call that everybody makes against the bare ATen calls that do the same, interleaved: at
   most 5 us above them, forward without and with gradients, and forward and backward;
 - kernel: the registered op of a kernel backend (torch.ops.fastattn.*), its launchers replaced by
   ones that return results made beforehand, so that what is left is torch.library, autograd and our
@@ -10,7 +10,7 @@ Three tables (`--table`):
 - public: our public call of the same, for which nothing is promised.
 
 On a GPU too it is the host's time that is taken, not the device's. On a CPU the kernels exist in
-Triton's interpreter alone, and none of them runs while the clock does.
+Triton's interpreter only, and none of them runs while the clock does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Function = Callable[..., Outputs]
 class Calls:
     """One op on tiny inputs.
 
-    `bare` does the same with ATen alone; `registered` calls the op of torch.library, whose
+    `bare` does the same only with ATen; `registered` calls the op of torch.library, whose
     launchers are `forward` and `backward` of `kernels`. `aside` does less, and is timed too.
     """
 

@@ -68,7 +68,7 @@ def load_file(path: Path) -> Run:
 
 
 def _problems(data: Results) -> Iterator[str]:
-    """What the types alone do not say."""
+    """Conditions that the types do not express."""
     environment = data["environment"]
     for name in ("device", "date", "commit"):
         if not environment[name].strip():

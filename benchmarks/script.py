@@ -36,8 +36,8 @@ PRESETS = ("quick", "full", "paper")
 PAUSE = 0.1  # of the time a row took, at most a second, that a GPU rests before the next one
 METHOD = {
     "clock": "CUDA events around batches of calls of at least 2 ms; on the CPU timeit",
-    "order": "candidates by turns, every second round backwards, after a warm-up until stable",
-    "inputs": "normal random, several sets by turns, on a GPU together larger than its L2",
+    "order": "candidates interleaved, every second round backwards, after a warm-up until stable",
+    "inputs": "normal random, several sets in rotation, on a GPU together larger than its L2",
     "statistics": "median, 20th and 80th percentile over the rounds; ratios inside a round",
     "errors": "against the definition on the same rounded inputs, beside plain PyTorch's",
     "flops": "attention 4 B H Sq Sk D forward, half of it causal; backward 2.5 times forward",

@@ -36,7 +36,7 @@ from fastattn import extension, measured
 # The module of an op's folder that is the backend, in the order in which they are tried.
 ROOMS = {"cuda": "cuda", "triton": "triton", "torch": "aten", "reference": "reference"}
 NAMES = tuple(ROOMS)
-KERNELS = ("cuda", "triton")  # behind the op's registered operator; the others are plain PyTorch
+KERNELS = ("cuda", "triton")  # through the op's registered operator; the others are plain PyTorch
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 

@@ -31,7 +31,7 @@ def local_path(name: str, path: str | os.PathLike[str]) -> Path:
 def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder, renamed to `path` when the block ends well.
 
-    A block that raises leaves `path` as it was and no temporary file behind. The folder is made if
+    A block that raises leaves `path` as it was and no temporary file. The folder is made if
     it is missing. The file's mode follows the umask.
     """
     target = local_path("path", path)

@@ -208,7 +208,7 @@ def _run(
         return [(f"output {i}{suffix}", out) for i, out in tensors]
 
     named = outputs("")
-    cotangents = Draw(draw.dtype, draw.device)  # seeded anew: the same for all three runs
+    cotangents = Draw(draw.dtype, draw.device)  # of the same seed: equal for all three runs
     sources = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
     sources += list(module.named_parameters())
     gradients = torch.autograd.grad(

@@ -350,10 +350,10 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
         return q, math.lcm(k, v)
     heads = next((n for n in (q, k, v) if n != 1), 1)
     if heads == 0 or any(n not in (1, heads) for n in (q, k, v)):
-        mend = " (enable_gqa=True shares heads of key and value)" if k == v and q != k else ""
+        fix = " (enable_gqa=True shares heads of key and value)" if k == v and q != k else ""
         raise ValueError(
             "the heads (third dimension from the end) of query, key and value must broadcast, and "
-            f"be at least 1; got {q}, {k} and {v}{mend}"
+            f"be at least 1; got {q}, {k} and {v}{fix}"
         )
     return heads, 1 if k == v == 1 else heads  # one head for all needs no expansion
 

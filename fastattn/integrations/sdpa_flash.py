@@ -54,7 +54,7 @@ class Implementation:
     """Our kernels in the place of ATen's two flash ops, from construction until `remove`.
 
     These ops are ATen's own words for it: causal is bottom-right (F.scaled_dot_product_attention,
-    which means top-left, sends them equal lengths alone; torch.nn.attention.bias.causal_lower_right
+    which means top-left, sends them only equal lengths; torch.nn.attention.bias.causal_lower_right
     the others), the LSE is float32 (batch, heads, seqlen_q) in natural logarithm. The seed of our
     dropout travels in the first of the two words of `rng_state`.
 

@@ -217,7 +217,7 @@ def restore(model: torch.nn.Module) -> None:
 
 
 def verify(model: torch.nn.Module) -> Report:
-    """Prove every swapped module of `model` anew, as it is now.
+    """Prove every swapped module of `model` again, as it is now.
 
     Worth a call when the dtype or the device has changed since `accelerate`, or after unpickling in
     another environment. The model itself is neither run nor changed.

@@ -155,7 +155,7 @@ class GPT(torch.nn.Module):
             targets: (B, T) the tokens that follow, or -100 where none counts. Nothing is shifted
                 here: ``targets[:, t]`` is what comes after ``input_ids[:, t]``.
             cache: keys and values of the tokens before; those of ``input_ids`` are appended.
-            logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
+            logits_to_keep: compute the logits only of the last so many positions; 0 means all.
 
         Returns:
             Logits (B, T, V) in the parameters' dtype; with ``targets`` the pair (logits, loss),

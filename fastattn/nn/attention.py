@@ -176,7 +176,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> str | None:
         """Why `forward` leaves a call with these arguments to torch's own code; None if it doesn't.
 
-        Decided by metadata alone: no value of a tensor is read.
+        Decided only by metadata: no value of a tensor is read.
         """
         if need_weights:
             return "need_weights=True asks for the weights, which a fused kernel never holds"
@@ -206,7 +206,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         It is a method of its own: hooks on this module belong to ``forward`` and do not fire (but
         for those of pruning and normed weights, which compute weights); those on ``out_proj`` do.
-        To shard the module by FSDP2 alone (not as part of a block), see
+        To shard only the module by FSDP2 (not as part of a block), see
         `torch.distributed.fsdp.register_fsdp_forward_method`.
 
         Raises ValueError if x has another shape, if the module was built with ``kdim``, ``vdim``,

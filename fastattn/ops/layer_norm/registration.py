@@ -3,7 +3,7 @@
 One pair of ops is both norms: `center` tells layer_norm from rms_norm. Opaque to torch.compile,
 with fake implementations for tracing and autograd formulas up to the second derivative. `backend`
 names who runs the forward; if the user named it (`forced`), the backward stays on it too, else the
-backward chooses anew.
+backward chooses again.
 
 What a call does not have is an empty tensor: `stream` without a residual (it is x), and gradients
 that nobody asked for. `statistics` is rstd and, for layer_norm, mean: (2 or 1, ...) float32.

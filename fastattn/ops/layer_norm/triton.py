@@ -292,7 +292,7 @@ def _backward_chunked_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in chunks of BLOCK; the input's gradient alone."""
+    """One row a program, in chunks of BLOCK; only the input's gradient."""
     if CONTIGUOUS:
         dout_stride = HIDDEN
         dstream_stride = HIDDEN
@@ -515,7 +515,7 @@ def _wide(hidden: int, *strides: int) -> bool:
 def _registers(wide: bool, num_warps: int) -> dict[str, int]:
     """All the registers there are, where loads are narrow and their addresses many.
 
-    Left alone, ptxas would rather spill a few than let fewer programs run at a time.
+    By itself, ptxas would rather spill a few than let fewer programs run at a time.
     """
     return (
         {} if wide else {"maxnreg": min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))}

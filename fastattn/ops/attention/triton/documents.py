@@ -1,7 +1,7 @@
 """Which tiles of the scores documents leave: for each tile of one side, a range of the other side.
 
 A tile of queries needs the keys whose document numbers lie between the smallest and the largest of
-its own. Packed documents lie behind each other, so these keys do as well, and all other tiles are
+its own. Packed documents lie one after another, so these keys do as well, and all other tiles are
 skipped; numbers in any order are right too, with less to skip.
 """
 
