@@ -54,10 +54,34 @@ class Settings(NamedTuple):
 
 
 def results(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of the operator, for the kernel backends and for its fake implementation."""
+    """(out, lse) of the operator, without values."""
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(shape, dtype=torch.float32)
+
+
+def forward_results(
+    q: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) for a kernel to fill; they are filled where none runs."""
+    out, lse = results(q, v)
+    if no_sequence(extras, settings.max_seqlen_q):
+        out.zero_()
+        lse.fill_(float("-inf"))
+    return out, lse
+
+
+def backward_results(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) for the kernels to fill; those that none fills are zero."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if no_sequence(extras, settings.max_seqlen_q):
+        dq.zero_()
+    if no_sequence(extras, settings.max_seqlen_k):
+        dk.zero_()
+        dv.zero_()
+    return dq, dk, dv
 
 
 def no_sequence(extras: Extras, longest: int) -> bool:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from fastattn.ops.attention import cuda_cache, dropout
-from fastattn.ops.attention.call import Extras, Settings, no_sequence, results
+from fastattn.ops.attention.call import (
+    Extras,
+    Settings,
+    backward_results,
+    forward_results,
+    no_sequence,
+)
 from fastattn.ops.attention.cuda_cache import attention_with_kv_cache
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.sink import gradient as sink_gradient
@@ -53,9 +59,9 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a registered call; lse float32."""
-    out, lse = results(q, v)
+    out, lse = forward_results(q, v, extras, settings)
     if no_sequence(extras, settings.max_seqlen_q):
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out, lse
     mask, bias, slopes, sink, *lengths = _features(extras)
     torch.ops.fastattn_cuda.attention_forward(
         _padded(out), lse, *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, sink,
@@ -82,12 +88,7 @@ def backward(
     dbias is empty, and dsink where it is not wanted.
     """
     assert not bias_grad, "unsupported() refuses it"
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if no_sequence(extras, settings.max_seqlen_q):
-        dq.zero_()
-    if no_sequence(extras, settings.max_seqlen_k):
-        dk.zero_()
-        dv.zero_()
+    dq, dk, dv = backward_results(q, k, v, extras, settings)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     mask, bias, slopes, sink, *lengths = _features(extras)

@@ -18,7 +18,7 @@ from fastattn.ops.attention import aten, reference
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import NONE, Extras, Settings
 from fastattn.ops.attention.problem import AttentionProblem, Causal, check_index
-from fastattn.ops.common import modes
+from fastattn.ops.common import autograd, modes
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 # Without the LSE where nobody asks for it.
@@ -653,16 +653,6 @@ def _runs(spans: list[tuple[int, int]], alone: bool) -> Iterator[tuple[int, int]
 
 # --- the kernels' way in --------------------------------------------------------------------------
 
-_library = torch.library.Library("fastattn", "FRAGMENT")
-_library.define(
-    "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor cache_lengths, Tensor? k, Tensor? v, Tensor? block_table, Tensor? cache_indices, "
-    "Tensor? cache_starts, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-    "bool rotary_advances, SymInt? num_splits, Tensor? alibi_slopes, Tensor? sink, "
-    "SymInt window_left, SymInt window_right, float softmax_scale, float softcap, str backend) "
-    "-> (Tensor out, Tensor lse)"
-)
-
 
 def _load_cuda() -> ModuleType:
     from fastattn.ops.attention import cuda
@@ -726,8 +716,15 @@ def _run_fake(q, k_cache, v_cache, *rest):  # type: ignore[no-untyped-def]
     return out, q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
 
 
-_library.impl("attention_with_kv_cache", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastattn::attention_with_kv_cache", _run_fake, lib=_library)
+autograd.define(
+    "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor cache_lengths, Tensor? k, Tensor? v, Tensor? block_table, Tensor? cache_indices, "
+    "Tensor? cache_starts, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+    "bool rotary_advances, SymInt? num_splits, Tensor? alibi_slopes, Tensor? sink, "
+    "SymInt window_left, SymInt window_right, float softmax_scale, float softcap, str backend) "
+    "-> (Tensor out, Tensor lse)",
+    _run, _run_fake,
+)  # fmt: skip
 
 # Everything but the data of a call, checked, and what runs it.
 _plans: dict[Any, tuple[AttentionProblem, Run]] = {}

@@ -35,14 +35,6 @@ _EXTRAS, _SETTINGS = len(Extras._fields), len(Settings._fields)
 _BLOCKS = Extras._fields.index("blocks")
 _BIAS, _SINK = Extras._fields.index("bias"), Extras._fields.index("sink")
 
-_library = torch.library.Library("fastattn", "FRAGMENT")
-_library.define(f"attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse)")
-_library.define(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool bias_grad, "
-    f"bool sink_grad, Tensor q, Tensor k, Tensor v, {_CALL}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)"
-)
-
 
 def run_kernel(
     backend: str,
@@ -180,12 +172,16 @@ def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, .
     return ddout, ddlse, None, None, None, None, dq, dk, dv, *of_call
 
 
-torch.library.register_fake("fastattn::attention", _forward_fake, lib=_library)
-torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_library)
-autograd.register(_library, "attention", _forward, _setup_context, _autograd)
 autograd.register(
-    _library, "attention_backward", _backward, _backward_setup_context, _double_backward
-)
+    f"attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse)",
+    _forward, _forward_fake, _setup_context, _autograd,
+)  # fmt: skip
+autograd.register(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool bias_grad, "
+    f"bool sink_grad, Tensor q, Tensor k, Tensor v, {_CALL}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    _backward, _backward_fake, _backward_setup_context, _double_backward,
+)  # fmt: skip
 
 
 # --- floating-point operations --------------------------------------------------------------------

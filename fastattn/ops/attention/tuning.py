@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from fastattn import timing
 from fastattn.ops.attention import tiles
 from fastattn.ops.attention.problem import check
 from fastattn.ops.attention.tiles import Tile
 from fastattn.ops.common import launch
+from fastattn.timing import Candidate, Spread
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
@@ -39,7 +41,6 @@ DECODE = (16, 32, 8)
 
 LEAST_GAIN = 1.02
 ROUNDS, CONFIRMING_ROUNDS = 11, 31
-BATCH_SECONDS = 2e-3  # of one value; shorter calls are repeated to fill it
 ROUNDINGS = 16  # by which results of two tiles may differ, in units of the largest one's last place
 
 # What a kernel takes: block sizes are powers of two from 16 (tl.dot) to 128 (32-bit offsets).
@@ -179,46 +180,20 @@ Timer = Callable[[Sequence[Trial], int], list[list[float]]]  # (trials, rounds) 
 
 
 def interleaved(trials: Sequence[Trial], rounds: int) -> list[list[float]]:
-    """Seconds of each launch, one value a round; every second round in the opposite order."""
-    calls = []
-    for trial in trials:
-        seconds, count = batch(trial, 1), 1
-        while seconds < BATCH_SECONDS:
-            count = math.ceil(1.1 * count * min(8.0, BATCH_SECONDS / max(seconds, 1e-9)))
-            seconds = batch(trial, count)
-        calls.append(count)
-    times: list[list[float]] = [[] for _ in trials]
-    for turn in range(rounds):
-        order = range(len(trials)) if turn % 2 == 0 else reversed(range(len(trials)))
-        for index in order:
-            times[index].append(batch(trials[index], calls[index]) / calls[index])
-    return times
-
-
-def batch(trial: Trial, count: int) -> float:
-    """Seconds of the device for `count` launches."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(count):
-        trial.launch.run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    """Seconds of each launch, one value a round."""
+    candidates = [Candidate(str(n), trial.launch.run) for n, trial in enumerate(trials)]
+    samples = timing.interleave(candidates, device="cuda", rounds=rounds)
+    return [list(samples[candidate.name].seconds) for candidate in candidates]
 
 
 @dataclass(frozen=True)
-class Gain:
-    """A speed-up over the present tile, over the rounds: median, 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
+class Gain(Spread):
+    """A speed-up over the present tile, over the rounds."""
 
     @classmethod
-    def of(cls, present: Sequence[float], other: Sequence[float]) -> Gain:
-        ratios = [a / b for a, b in zip(present, other, strict=True)]
-        p20, *_, p80 = statistics.quantiles(ratios, n=5, method="inclusive")
-        return cls(statistics.median(ratios), p20, p80)
+    def over(cls, present: Sequence[float], other: Sequence[float]) -> Gain:
+        spread = Spread.of(a / b for a, b in zip(present, other, strict=True))
+        return cls(spread.median, spread.p20, spread.p80)
 
     def beats(self, noise: Gain) -> bool:
         return self.p20 > max(noise.p80, LEAST_GAIN)
@@ -287,16 +262,16 @@ def search(entry: Entry, call: Callable[[], Tensors], timer: Timer, seconds: flo
             break
         of_present, again, of_best, *others = timer([present, present, best, *trials], ROUNDS)
         outcome.seconds = statistics.median(of_present)
-        noise = Gain.of(of_present, again)
-        gains = [Gain.of(of_present, times) for times in others]
+        noise = Gain.over(of_present, again)
+        gains = [Gain.over(of_present, times) for times in others]
         outcome.gains |= {written(trial.tile): gain for trial, gain in zip(trials, gains)}
         fastest = max(range(len(trials)), key=lambda n: gains[n].median)
-        if not Gain.of(of_best, others[fastest]).beats(noise):
+        if not Gain.over(of_best, others[fastest]).beats(noise):
             break
         best = trials[fastest]
     if best is not present:
         of_present, again, of_best = timer([present, present, best], CONFIRMING_ROUNDS)
-        outcome.noise, gain = Gain.of(of_present, again), Gain.of(of_present, of_best)
+        outcome.noise, gain = Gain.over(of_present, again), Gain.over(of_present, of_best)
         if gain.beats(outcome.noise):
             outcome.proposed, outcome.proposed_gain = best.tile, gain
     return outcome

@@ -10,26 +10,47 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+_library = torch.library.Library("fastattn", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    kernel: Callable[..., tuple[torch.Tensor, ...]],
+    fake: Callable[..., tuple[torch.Tensor, ...]],
+) -> str:
+    """Define an op `fastattn::NAME`, opaque to torch.compile, and return its name.
+
+    Args:
+        schema: "NAME(...) -> (...)", in torch.library's words.
+        kernel: what runs the op, on all devices.
+        fake: its results without data, for tracing.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+    return name
+
 
 def register(
-    library: torch.library.Library,
-    name: str,
+    schema: str,
     kernel: Callable[..., tuple[torch.Tensor, ...]],
+    fake: Callable[..., tuple[torch.Tensor, ...]],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> None:
-    """Give the op `fastattn::name` its kernel and a derivative.
+    """`define` an op with a derivative.
 
     torch.library.register_autograd makes the function's context again from a description of the
     schema in every call, which costs the host 20 us; this one takes 4. A forward-mode derivative
     raises here.
 
     Args:
-        kernel: what runs the op, on all devices.
+        schema, kernel, fake: as `define` has them.
         setup_context: (ctx, inputs, output) -> None, keeps what the backward needs.
         backward: (ctx, *gradients of the outputs) -> gradients of the inputs.
     """
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    name = define(schema, kernel, fake)
     op = getattr(torch.ops.fastattn, name).default
     types = [str(argument.type) for argument in op._schema.arguments]
     tensors = itemgetter(*(i for i, kind in enumerate(types) if "Tensor" in kind))
@@ -64,7 +85,7 @@ def register(
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return kernel(*inputs) if alone else op(*inputs)
 
-    library.impl(name, differentiable, "Autograd")
+    _library.impl(name, differentiable, "Autograd")
 
 
 def double_backward(

@@ -27,7 +27,21 @@ CHUNK = 1 << 22
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over the targets (N,) that count, in float32: NaN if none does; logits (N, V)."""
+    """The mean cross-entropy of next tokens, as `F.cross_entropy(logits.float(), targets)`.
+
+    Large logits on a CPU are kept themselves for the backward, and one gradient is made of them: do
+    not modify them in place before that.
+
+    Args:
+        logits: (N, V), any floating-point dtype.
+        targets: (N,), int64, classes in [0, V), or `IGNORED` for a row that does not count.
+
+    Returns:
+        The mean over the rows that count, a scalar in float32; NaN if none does.
+
+    Raises:
+        RuntimeError, IndexError: what `F.cross_entropy` raises for shapes and classes.
+    """
     logits = logits.float()
     suited = logits.is_cpu and type(logits) is Tensor and logits.numel() >= LARGE
     if not suited or modes.recorded() or modes.transformed():

@@ -23,17 +23,6 @@ from fastattn.ops.ffn.problem import FFNProblem, describe
 
 BACKENDS = backends.of_op("fastattn.ops.ffn")
 
-_library = torch.library.Library("fastattn", "FRAGMENT")
-_library.define(
-    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str layout, "
-    "bool save_pre, str backend, bool forced) -> (Tensor out, Tensor pre)"
-)
-_library.define(
-    "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-    "Tensor? pre, bool[5] needs, str activation, str layout, str backend, bool forced) "
-    "-> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)"
-)
-
 
 def run_kernel(
     backend: str,
@@ -133,11 +122,17 @@ def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, .
     return *autograd.double_backward(gradients, ctx.saved_tensors, directions), *(None,) * 6
 
 
-torch.library.register_fake("fastattn::ffn", _forward_fake, lib=_library)
-torch.library.register_fake("fastattn::ffn_backward", _backward_fake, lib=_library)
-autograd.register(_library, "ffn", _forward, _setup_context, _autograd)
-autograd.register(_library, "ffn_backward", _backward, _backward_setup_context, _double_backward)
-
+autograd.register(
+    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str layout, "
+    "bool save_pre, str backend, bool forced) -> (Tensor out, Tensor pre)",
+    _forward, _forward_fake, _setup_context, _autograd,
+)  # fmt: skip
+autograd.register(
+    "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "Tensor? pre, bool[5] needs, str activation, str layout, str backend, bool forced) "
+    "-> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    _backward, _backward_fake, _backward_setup_context, _double_backward,
+)  # fmt: skip
 
 # --- floating-point operations --------------------------------------------------------------------
 

@@ -23,19 +23,6 @@ from fastattn.ops.layer_norm.problem import NormProblem, describe
 
 BACKENDS = backends.of_op("fastattn.ops.layer_norm")
 
-_library = torch.library.Library("fastattn", "FRAGMENT")
-_library.define(
-    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center, "
-    "ScalarType out_dtype, str backend, bool forced) "
-    "-> (Tensor out, Tensor stream, Tensor statistics)"
-)
-_library.define(
-    "layer_norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor? weight, "
-    "Tensor statistics, float eps, bool center, ScalarType x_dtype, ScalarType? residual_dtype, "
-    "ScalarType? bias_dtype, bool weight_grad, str backend, bool forced) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-)
-
 
 def run_kernel(
     backend: str,
@@ -155,9 +142,16 @@ def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, .
     return *autograd.double_backward(gradients, ctx.saved_tensors, directions), *(None,) * 9
 
 
-torch.library.register_fake("fastattn::layer_norm", _forward_fake, lib=_library)
-torch.library.register_fake("fastattn::layer_norm_backward", _backward_fake, lib=_library)
-autograd.register(_library, "layer_norm", _forward, _setup_context, _autograd)
 autograd.register(
-    _library, "layer_norm_backward", _backward, _backward_setup_context, _double_backward
-)
+    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center, "
+    "ScalarType out_dtype, str backend, bool forced) "
+    "-> (Tensor out, Tensor stream, Tensor statistics)",
+    _forward, _forward_fake, _setup_context, _autograd,
+)  # fmt: skip
+autograd.register(
+    "layer_norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor? weight, "
+    "Tensor statistics, float eps, bool center, ScalarType x_dtype, ScalarType? residual_dtype, "
+    "ScalarType? bias_dtype, bool weight_grad, str backend, bool forced) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    _backward, _backward_fake, _backward_setup_context, _double_backward,
+)  # fmt: skip

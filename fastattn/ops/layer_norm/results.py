@@ -38,8 +38,9 @@ def of_backward(
     dx = stream.new_empty(stream.shape, dtype=x_dtype)
     has_dresidual = residual_dtype is not None and residual_dtype != x_dtype
     dresidual = dx.new_empty(dx.shape if has_dresidual else 0, dtype=residual_dtype)
-    dweight = dx.new_empty(0)
-    if weight is not None and weight_grad:
+    if weight is None or not weight_grad:
+        dweight = dx.new_empty(0)
+    else:
         dweight = weight.new_empty(weight.shape)
     dbias = dx.new_empty(0 if bias_dtype is None else stream.shape[-1], dtype=bias_dtype)
     return dx, dresidual, dweight, dbias

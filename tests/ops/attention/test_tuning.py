@@ -243,7 +243,7 @@ def test_a_gain_that_does_not_repeat_is_not_proposed() -> None:
 
 
 def test_gain_is_of_the_rounds() -> None:
-    gain = Gain.of([2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    gain = Gain.over([2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     assert (gain.median, gain.p20, gain.p80) == (7.0, 4.0, 10.0)
 
 

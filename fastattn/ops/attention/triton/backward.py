@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention import sink, tiles
-from fastattn.ops.attention.call import Extras, Settings, no_sequence
+from fastattn.ops.attention.call import Extras, Settings, backward_results
 from fastattn.ops.attention.triton import keys, launching, queries
 from fastattn.ops.attention.triton.bias import bias_gradient
 from fastattn.ops.attention.triton.documents import TileRanges
@@ -101,12 +101,7 @@ def backward(
 
     dbias and dsink are empty where they are not wanted.
     """
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if no_sequence(extras, settings.max_seqlen_q):
-        dq.zero_()
-    if no_sequence(extras, settings.max_seqlen_k):
-        dk.zero_()
-        dv.zero_()
+    dq, dk, dv = backward_results(q, k, v, extras, settings)
     lse = lse.contiguous()
     key = launching.key(q, k, v, extras, settings, dout, out, dlse)
     plan = _plans.get(key)

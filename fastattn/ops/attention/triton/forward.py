@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention import tiles
-from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.call import Extras, Settings, forward_results
 from fastattn.ops.attention.triton import launching, merge
 from fastattn.ops.attention.triton.blocks import Blocks
 from fastattn.ops.attention.triton.documents import TileRanges
@@ -198,7 +198,6 @@ def _forward_kernel(
 class _Plan(NamedTuple):
     """What follows from a call's metadata."""
 
-    x: launching.Layout
     copies: bool  # whether the kernel needs copies of inputs
     ranges: TileRanges | None
     launch: launch.Prepared
@@ -232,8 +231,7 @@ def attend(
         if plan is None:
             plan = _plan(q, k, v, extras, settings, cache, copies)
             _plans.put(key, plan)
-    x = plan.x
-    out, lse = launching.outputs(x, q)
+    out, lse = forward_results(q, v, extras, settings)
     part_out, part_lse = launching.parts(out, lse, plan.splits)
     plan.launch(
         q,
@@ -316,4 +314,4 @@ def _plan(
     if split.most > 1:
         shape = (x.batch, x.seqlen_q, x.heads, x.head_dim_v)
         join = merge.prepared(shape, x.longest_k, cache.seqlen_new, split)
-    return _Plan(x, copies, ranges, prepared, split.most, join)
+    return _Plan(copies, ranges, prepared, split.most, join)

@@ -141,17 +141,6 @@ def units(x: torch.Tensor, align: int) -> tuple[int, ...]:
     return tuple(n // align for n in token_strides(x))
 
 
-def outputs(x: Layout, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse), which the kernels fill, tokens in no sequence included."""
-    lines = (x.heads, x.seqlen_q) if x.packed else (x.batch, x.heads, x.seqlen_q)
-    out = q.new_empty((*q.shape[:-1], x.head_dim_v))
-    lse = q.new_empty(lines, dtype=torch.float32)
-    if x.packed and not x.batch * x.longest_q:  # then no kernel runs
-        out.zero_()
-        lse.fill_(float("-inf"))
-    return out, lse
-
-
 def parts(out: torch.Tensor, lse: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for the results of `splits` parts of the keys.
 
