@@ -348,7 +348,7 @@ def test_gradients_of_each_sample(small: dict[str, Any]) -> None:
     torch.testing.assert_close(tangent, along, rtol=1e-4, atol=1e-4)
 
 
-def test_values_are_not_read_under_vmap_alone(small: dict[str, Any]) -> None:
+def test_wrong_tokens_are_named_under_grad(small: dict[str, Any]) -> None:
     """A transform of the weights leaves the tokens readable, and wrong ones are still named."""
     model = GPT(GPTConfig(**small))
     bias = model.norm_f.bias.detach()
@@ -356,7 +356,7 @@ def test_values_are_not_read_under_vmap_alone(small: dict[str, Any]) -> None:
     def loss(bias: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(model, {"norm_f.bias": bias}, (tokens, tokens))[1]
 
-    with pytest.raises(ValueError, match="input_ids must be from 0 to .* got 97"):
+    with pytest.raises(ValueError, match=r"input_ids must be from 0 to .* got 97"):
         torch.func.grad(loss)(bias, torch.tensor([[97]]))
 
 

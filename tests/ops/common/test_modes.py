@@ -64,8 +64,10 @@ def test_values_of_wrapped_and_empty_tensors() -> None:
         return x + 1
 
     torch.vmap(ask)(torch.arange(3))
-    torch.func.jvp(ask, (torch.ones(2),), (torch.ones(2),))
+    torch.vmap(torch.func.grad(lambda x: ask(x).sum()))(torch.ones(3))
     ask(torch.ones(2, device="meta"))
     ask(FakeTensorMode().from_tensor(torch.ones(2)))
     assert answers == [False, False, False, False]
+    torch.func.jvp(ask, (torch.ones(2),), (torch.ones(2),))
+    assert answers.pop()
     assert modes.readable(torch.nn.Parameter(torch.ones(2)))
