@@ -20,8 +20,6 @@ def local_path(name: str, path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {type(path).__name__}")
     text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a path in text, got {text!r}: use os.fsdecode")
     if not text:
         raise ValueError(f'{name} is an empty path: give "." for the current folder')
     return Path(os.path.expanduser(text))

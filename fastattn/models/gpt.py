@@ -113,7 +113,6 @@ class GPT(torch.nn.Module):
                     "state_dict: build the model with tie_word_embeddings=False, or give the head "
                     "a weight of its own before (lm_head.weight = torch.nn.Parameter(...))"
                 )
-                continue
             value = given[0]
             if not isinstance(value, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, self.get_parameter(names[0]).requires_grad)

@@ -8,12 +8,13 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import fastattn
 from fastattn.integrations import swap, torch_nn
@@ -468,10 +469,19 @@ except ImportError as error:
     ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the linear layer differs on a CPU alone")
-def test_large_linear_layers_on_a_cpu() -> None:
+ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="of linear layers on a CPU")
+
+
+def _large_linears() -> torch.nn.Module:
+    return random_(torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 8)))
+
+
+@ON_A_CPU
+def test_large_linear_layers_where_the_library_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding takes another path through them; the results are those of torch's."""
-    model = random_(torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 8)))
+    monkeypatch.setattr("fastattn.integrations.torch_nn.mkl_is_slow", lambda: True)
+    monkeypatch.setattr("fastattn.ops.common.linear.mkl_is_slow", lambda: True)
+    model = _large_linears()
     x = torch.randn(1, 1, 256)
     with torch.no_grad():
         before = model(x)
@@ -479,3 +489,50 @@ def test_large_linear_layers_on_a_cpu() -> None:
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-3)
     fastattn.restore(model)
     assert type(model[0]) is torch.nn.Linear
+
+
+@ON_A_CPU
+def test_large_linear_layers_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastattn.integrations.torch_nn.mkl_is_slow", lambda: False)
+    model = _large_linears()
+    report = fastattn.accelerate(model)
+    assert not report.swapped and type(model[0]) is torch.nn.Linear
+    assert report.left[0].reason is not None
+    assert "F.linear is as fast here" in report.left[0].reason
+
+
+@ON_A_CPU
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("slow", [True, False])
+def test_linear_layers_are_quantised_after_all(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    """By tools that look for exactly torch.nn.Linear."""
+    monkeypatch.setattr("fastattn.integrations.torch_nn.mkl_is_slow", lambda: slow)
+    model = _large_linears()
+    expected = torch.ao.quantization.quantize_dynamic(model)
+    fastattn.accelerate(model)
+    quantised = torch.ao.quantization.quantize_dynamic(model)
+    assert [type(part) for part in quantised] == [type(part) for part in expected]
+    x = torch.randn(3, 256)
+    assert torch.equal(quantised(x), expected(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: prune.l1_unstructured(m, "weight", 0.5), "computed before each forward"),
+        (torch.nn.utils.weight_norm, "computed before each forward"),
+        (
+            lambda m: setattr(m, "weight", torch.nn.Parameter(m.weight.detach().to_sparse())),
+            "weight is not dense",
+        ),
+    ],
+    ids=["pruned", "weight norm", "sparse"],
+)
+def test_computed_and_sparse_weights_are_left_alone(
+    change: Callable[[torch.nn.Module], object], reason: str
+) -> None:
+    for module in (torch.nn.Linear(256, 512), torch.nn.LayerNorm(16)):
+        change(module)
+        (left,) = fastattn.accelerate(module).left
+        assert left.reason is not None and reason in left.reason

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -65,6 +68,13 @@ def test_config_is_hashable_and_takes_several_ends() -> None:
         ({"bos_token_id": "a"}, TypeError, "bos_token_id must be an integer or None, got 'a'"),
         ({"eos_token_id": 0.5}, TypeError, "eos_token_id must be an integer, several or None"),
         ({"eos_token_id": (1, None)}, TypeError, "each eos_token_id must be an integer, got None"),
+        (
+            {"activation_function": ["gelu"]},
+            ValueError,
+            "activation_function must be .*got .'gelu'",
+        ),
+        ({"attn_pdrop": None}, TypeError, "attn_pdrop must be a number, got None"),
+        ({"eos_token_id": {1, 2}}, TypeError, "eos_token_id must be an integer, several or None"),
         ({"tie_word_embeddings": 1}, TypeError, "tie_word_embeddings must be True or False, got 1"),
     ],
 )
@@ -73,6 +83,13 @@ def test_bad_field(
 ) -> None:
     with pytest.raises(error, match=message):
         GPTConfig(**{**small, **changes})
+
+
+def test_numbers_of_numpy_become_python_numbers(small: dict[str, Any]) -> None:
+    changes = {"n_embd": np.int64(48), "layer_norm_epsilon": np.float32(0.5), "resid_pdrop": 0}
+    config = GPTConfig(**{**small, **changes})
+    assert type(config.n_embd) is int and type(config.layer_norm_epsilon) is float
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["layer_norm_epsilon"] == 0.5
 
 
 def test_softmax_scale(small: dict[str, Any]) -> None:

@@ -99,6 +99,9 @@ def test_uniforms_from_generators() -> None:
         (1.5, TypeError, "seed must be an integer, one for each.*got 1.5"),
         (True, TypeError, "seed must be an integer, one for each.*got True"),
         ([1, 2.0], TypeError, "seed must be an integer, one for each"),
+        (2**64, ValueError, r"the seed of sequence 0 must be from -2\*\*63 .* modulo"),
+        (2**64 - 1, ValueError, r"the seed of sequence 1 must be from .* got 18446744073709551616"),
+        ([0, -(2**63) - 1], ValueError, "the seed of sequence 1 must be from"),
         ([1, 2, 3], ValueError, "seed must have one entry for each of 2 sequences, got 3"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, prune
 
 from fastattn.nn import MultiheadAttention
 from fastattn.nn import attention as attention_module
@@ -398,6 +399,91 @@ def test_nested_tensors_are_left_to_torch(op_calls: list) -> None:
     for ours_row, their_row in zip(result.unbind(), expected.unbind(), strict=True):
         assert torch.equal(ours_row, their_row)
     assert not op_calls
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_self_attention_refuses_nested_tensors(layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.randn(n, EMBED) for n in (2, 5)], layout=layout)
+    ours, _ = _pair(batch_first=True)
+    with pytest.raises(TypeError, match=r"x is a nested tensor.*to_padded_tensor.*key_lengths"):
+        ours.self_attention(x)
+
+
+COMPUTED = {
+    "pruned in": lambda m: prune.l1_unstructured(m, "in_proj_weight", 0.5),
+    "pruned bias": lambda m: prune.l1_unstructured(m, "in_proj_bias", 0.5),
+    "pruned out": lambda m: prune.l1_unstructured(m.out_proj, "weight", 0.5),
+    "weight norm in": lambda m: parametrizations.weight_norm(m, "in_proj_weight"),
+    "weight norm out": lambda m: parametrizations.weight_norm(m.out_proj),
+    "old weight norm": lambda m: torch.nn.utils.weight_norm(m, "in_proj_weight"),
+    "spectral norm": lambda m: torch.nn.utils.spectral_norm(m, "in_proj_weight"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm")
+@pytest.mark.parametrize("way", ["forward", "self_attention"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_computed_weights_train(way: str, kind: str) -> None:
+    """Pruned and normed weights of the packed projection: three steps as torch's module has them.
+
+    (torch's forward reads a pruned out_proj.weight of before: there the step is that of weights
+    that are computed anew.)
+    """
+    x = torch.randn(2, 5, 16)
+    losses: list[list[float]] = []
+    for cls in (MultiheadAttention, torch.nn.MultiheadAttention):
+        torch.manual_seed(0)
+        module = cls(16, 2, batch_first=True)
+        COMPUTED[kind](module)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        losses.append([])
+        for _ in range(3):
+            if cls is torch.nn.MultiheadAttention:
+                for hook in module.out_proj._forward_pre_hooks.values():
+                    hook(module.out_proj, ())
+                out, _ = module(x, x, x, need_weights=False)
+            elif way == "forward":
+                out, _ = module(x, x, x, need_weights=False)
+            else:
+                out = module.self_attention(x)
+            loss = out.square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][2] < losses[0][0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_weights(layout: str) -> None:
+    ours = MultiheadAttention(16, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected, _ = ours(x, x, x, need_weights=False)
+        ours.in_proj_weight = torch.nn.Parameter(getattr(ours.in_proj_weight, layout)())
+        ours.out_proj.weight = torch.nn.Parameter(getattr(ours.out_proj.weight, layout)())
+        torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], expected)
+        torch.testing.assert_close(ours.self_attention(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_jit_trace() -> None:
+    module = MultiheadAttention(16, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+
+    class Attend(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.module(x, x, x, need_weights=False)[0] + self.module.self_attention(x)
+
+    traced = torch.jit.trace(Attend(), (x,))
+    torch.testing.assert_close(traced(x[:, :3]), Attend()(x[:, :3]))
 
 
 def test_why_torch_is_none_where_the_op_runs() -> None:

@@ -210,3 +210,40 @@ def test_constructor_refuses(kwargs: dict, message: str) -> None:
 def test_input_of_another_size() -> None:
     with pytest.raises(ValueError, match=r"in_features = 7.*got \(32, 8\)"):
         FeedForward(8)(torch.randn(2, 7))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"embed_dim": "8"}, {"embed_dim": 8.0}, {"feedforward_dim": True}, {"dropout": "0.1"},
+        {"dropout": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_constructor_refuses_other_types(arguments: dict) -> None:
+    (name,) = arguments
+    with pytest.raises(TypeError, match=f"{name} must be a"):
+        FeedForward(**{"embed_dim": 8, **arguments})
+    with pytest.raises(ValueError, match=r"activation must be one of .*got \['relu'\]"):
+        FeedForward(8, activation=["relu"])  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_jit_trace(activation: str) -> None:
+    """With the check of torch.jit.trace, which runs again without gradients."""
+    module = FeedForward(8, activation=activation)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(torch.jit.trace(module, (x,))(x[:2]), module(x[:2]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nested_tensors(layout: torch.layout, activation: str) -> None:
+    module = FeedForward(8, activation=activation)
+    rows = [torch.randn(n, 8) for n in (2, 5)]
+    with torch.no_grad():
+        out = module(torch.nested.nested_tensor(rows, layout=layout))
+        for row, expected in zip(out.unbind(), rows, strict=True):
+            torch.testing.assert_close(row, module(expected))

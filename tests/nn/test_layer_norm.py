@@ -169,3 +169,21 @@ def test_residual_of_another_shape(name: str) -> None:
         norm = getattr(fastattn.nn, name)(normalized_shape)
         with pytest.raises(ValueError, match="residual"):
             norm(torch.zeros(3, 2, 16), torch.zeros(16))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("name", NAMES)
+def test_nested_tensors_are_left_to_torch(name: str, layout: torch.layout) -> None:
+    ours, theirs = _pair(name, 8)
+    x = torch.nested.nested_tensor([torch.randn(n, 8) for n in (2, 5)], layout=layout)
+    if name == "RMSNorm" and layout is torch.strided:  # torch's own has none
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            theirs(x)
+        return
+    for row, expected in zip(ours(x).unbind(), theirs(x).unbind(), strict=True):
+        assert torch.equal(row, expected)
+    out, stream = ours(x, x)
+    for row, total, one in zip(out.unbind(), stream.unbind(), x.unbind(), strict=True):
+        assert torch.equal(total, one + one)
+        torch.testing.assert_close(row, theirs(total))

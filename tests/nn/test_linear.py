@@ -44,3 +44,25 @@ def test_hooks_fire() -> None:
     with torch.no_grad():
         module(torch.randn(1, 256))
     assert seen == [(1, 512)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_is_found_by_its_class() -> None:
+    """By tables of classes, as quantize_dynamic has; it stays another class than torch's."""
+    model = torch.nn.Sequential(nn.Linear(8, 4), torch.nn.Linear(4, 2))
+    quantised = torch.ao.quantization.quantize_dynamic(model)
+    assert [type(part) for part in quantised] == [torch.nn.quantized.dynamic.Linear] * 2
+    assert {torch.nn.Linear: 1}[nn.Linear] == 1
+    assert nn.Linear is not torch.nn.Linear and nn.Linear != torch.nn.LayerNorm
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_weights_are_torchs(layout: str) -> None:
+    ours, theirs = nn.Linear(256, 512), torch.nn.Linear(256, 512)
+    sparse = getattr(torch.randn(512, 256), layout)()
+    x = torch.randn(2, 256)
+    with torch.no_grad():
+        ours.weight = theirs.weight = torch.nn.Parameter(sparse)
+        ours.bias = theirs.bias = None
+        assert torch.equal(ours(x), theirs(x))

@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, prune
 
-from fastattn.nn.plain import is_plain
+from fastattn.nn.plain import is_plain, refresh
 
 
 class Tagged(torch.Tensor):
@@ -46,6 +46,7 @@ def test_training_and_frozen_weights_change_nothing() -> None:
         lambda m: prune.l1_unstructured(m, "weight", 1),
         _replace_forward,
         _tag_weight,
+        lambda m: setattr(m, "weight", torch.nn.Parameter(m.weight.detach().to_sparse())),
     ],
     ids=[
         "forward hook",
@@ -56,6 +57,7 @@ def test_training_and_frozen_weights_change_nothing() -> None:
         "pruned",
         "forward replaced",
         "tensor subclass",
+        "sparse",
     ],
 )
 def test_what_a_call_would_add(change: Callable[[torch.nn.Linear], object]) -> None:
@@ -96,3 +98,32 @@ def test_other_classes() -> None:
     assert not is_plain(Louder(2, 2), torch.nn.Linear)
     assert is_plain(Louder(2, 2), Louder)
     assert not is_plain(torch.nn.Identity(), torch.nn.Linear)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: prune.l1_unstructured(m, "weight", 1),
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+    ],
+    ids=["pruned", "weight norm", "spectral norm"],
+)
+def test_refresh_computes_what_a_call_would(change: Callable[[torch.nn.Linear], object]) -> None:
+    linear = torch.nn.Linear(3, 2, bias=False)
+    change(linear)
+    linear.eval()
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.add_(1.0)
+        refresh(linear)
+        computed = linear.weight.clone()
+        linear(torch.ones(1, 3))
+    assert torch.equal(computed, linear.weight)
+
+
+def test_refresh_runs_no_other_hook() -> None:
+    linear = torch.nn.Linear(2, 2)
+    linear.register_forward_pre_hook(lambda *_: pytest.fail("called"))
+    refresh(linear)

@@ -57,7 +57,7 @@ def test_it_learns_and_records() -> None:
     assert history.training_tokens == 60 * 4 * 16
     assert history.tokens_per_second == history.training_tokens / history.training_seconds > 0
     assert seen[:2] == [(0, 1), (1, 1)] and seen[-1] == (60, 4)
-    assert subject.training and not history.interrupted
+    assert not subject.training and not history.interrupted
     assert all(parameter.grad is None for parameter in subject.parameters())
 
 
@@ -181,6 +181,39 @@ def test_evaluation_is_the_mean_over_the_windows_in_eval_mode() -> None:
     assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+def _modes(model: torch.nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_each_module_gets_its_own_mode_back(whole: bool) -> None:
+    subject = model(dropout=0.5)
+    subject.train(whole)
+    subject.blocks[0].train(not whole)
+    subject.wte.train(not whole)
+    before, seen = _modes(subject), []
+    subject.register_forward_pre_hook(lambda *_: seen.append(_modes(subject)))
+    config = dataclasses.replace(CONFIG, steps=1)
+    evaluate(subject, STREAM, config)
+    assert _modes(subject) == before and not any(map(any, seen))
+    train(subject, STREAM, STREAM, config)
+    assert _modes(subject) == before
+    # The training step: modules that a model in train mode has in eval mode stay so.
+    assert (before if whole else [True] * len(before)) in seen
+
+
+def test_modes_come_back_after_an_error() -> None:
+    subject = model().eval()
+    subject.blocks[0].train()
+    before = _modes(subject)
+    subject.norm_f.register_forward_pre_hook(lambda *_: 1 / 0)
+    for call in (lambda: evaluate(subject, STREAM, CONFIG),
+                 lambda: train(subject, STREAM, STREAM, CONFIG)):  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            call()
+        assert _modes(subject) == before
+
+
 def test_bfloat16_runs_under_autocast() -> None:
     config = dataclasses.replace(CONFIG, precision="bfloat16")
     subject = model()
@@ -239,6 +272,61 @@ def test_bad_settings_are_refused(name: str, value: object, message: str) -> Non
         TrainingConfig(**{"steps": 10, name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", "10", "steps must be an integer, got '10'"),
+        ("steps", True, "steps must be an integer, got True"),
+        ("batch_size", 2.0, "batch_size must be an integer, got 2.0"),
+        ("learning_rate", "1e-3", "learning_rate must be a number, got '1e-3'"),
+        ("weight_decay", None, "weight_decay must be a number, got None"),
+        ("betas", 0.9, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ("betas", ("a", 0.9), "each of betas must be a number, got 'a'"),
+        ("seed", 1.5, "seed must be an integer, got 1.5"),
+    ],
+)
+def test_settings_of_another_type_are_refused(name: str, value: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        TrainingConfig(**{"steps": 10, name: value})
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_beyond_64_bits_are_refused(seed: int) -> None:
+    with pytest.raises(
+        ValueError, match=r"seed must be from -2\*\*63 to 2\*\*64 - 1, got .*modulo"
+    ):
+        TrainingConfig(steps=1, seed=seed)
+    TrainingConfig(steps=1, seed=min(max(seed, -(2**63)), 2**64 - 1))
+
+
+def test_nothing_to_train_is_refused() -> None:
+    frozen = model().requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"no parameter of model requires .*requires_grad_\(True\)"
+    ):
+        train(frozen, STREAM, STREAM, CONFIG)
+    evaluate(frozen, STREAM, CONFIG)
+    with pytest.raises(ValueError, match="model has no parameters"):
+        train(torch.nn.Identity(), STREAM, STREAM, CONFIG)
+    with pytest.raises(ValueError, match="model has no parameters"):
+        evaluate(torch.nn.Identity(), STREAM, CONFIG)
+    frozen.norm_f.bias.requires_grad_(True)
+    assert train(frozen, STREAM, STREAM, dataclasses.replace(CONFIG, steps=2)).steps
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    class LossAlone(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = model()
+
+        def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self.gpt(inputs, targets)[1]
+
+    with pytest.raises(TypeError, match=r"must return the pair \(logits, loss\), got Tensor"):
+        train(LossAlone(), STREAM, STREAM, CONFIG)
+
+
 def test_streams_shorter_than_the_context_are_refused() -> None:
     short = STREAM[:16]
     with pytest.raises(ValueError, match="training has 16 tokens; a context of 16 needs"):
@@ -256,3 +344,13 @@ def test_history_survives_json_and_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     History().plot(tmp_path / "empty.png")  # interrupted before the first step
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_history_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    History().save("~/history.json")
+    assert History.load("~/history.json") == History()
+    History().plot("~/loss.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "loss.png"]
+    with pytest.raises(ValueError, match="path is an empty path"):
+        History.load("")

@@ -539,14 +539,13 @@ def _check_block_mask(
 ) -> None:
     given: Any = block_mask
     if not isinstance(given, BlockMask):
-        kind = f"{type(given).__module__}.{type(given).__qualname__}"
-        fix = ""
-        if hasattr(given, "mask_mod"):  # FlexAttention's, of the same name
-            fix = (
-                ": make ours of the same rule, "
-                "fastattn.BlockMask.from_predicate(block_mask.mask_mod, *block_mask.shape)"
+        kind = type(given).__name__
+        if hasattr(given, "mask_mod"):  # of the same name
+            kind = (
+                f"FlexAttention's, {type(given).__module__}.{kind}: make fastattn's of the same "
+                "rule, fastattn.BlockMask.from_predicate(block_mask.mask_mod, *block_mask.shape)"
             )
-        raise TypeError(f"block_mask must be a fastattn.BlockMask; got {kind}{fix}")
+        raise TypeError(f"block_mask must be a BlockMask; got {kind}")
     if window is not None:
         raise ValueError(
             "window and block_mask both say which tiles exist: give one, and put the window into "

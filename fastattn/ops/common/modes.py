@@ -64,14 +64,24 @@ def recorded() -> bool:
 def readable(tensor: torch.Tensor) -> bool:
     """Whether the host may read values of `tensor`, for a check: it has some, and nobody records.
 
-    Not those of a tensor that a torch.func transform has wrapped. Reading may wait for the device.
+    A tensor inside of vmap has no values of its own. Reading may wait for the device.
     """
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not tensor.is_meta
         and not recorded()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not _batched(tensor)
     )
+
+
+def _batched(tensor: torch.Tensor) -> bool:
+    """Whether a vmap has wrapped `tensor`, in other transforms or not."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def plain() -> bool:

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from ops.backends import BACKENDS, assert_near, widest
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
 from fastattn.ops.attention.call import Extras, Settings
@@ -22,6 +25,10 @@ def tensors(**changes: Any) -> dict[str, Any]:
 BLOCK_MASK = fastattn.BlockMask.from_predicate(
     lambda b, h, i, j: i >= j, 1, 1, 64, 64, block_size=16
 )
+
+FLEX_MASK = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 5, 7, device="cpu")
+NESTED = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 5)])
+NESTED_JAGGED = torch.nested.nested_tensor([torch.randn(3, 4, 8)], layout=torch.jagged)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +63,10 @@ BLOCK_MASK = fastattn.BlockMask.from_predicate(
         ({"document_ids": (torch.zeros(2, 5).int(), torch.zeros(2, 5).int())}, ValueError, r"document_ids \(of k\) must have a number for every token"),
         ({"document_ids": (torch.zeros(2, 5), torch.zeros(2, 7))}, TypeError, "must be int32 or int64"),
         ({"document_ids": 3}, TypeError, "document_ids must be a tensor or a pair"),
+        ({"block_mask": FLEX_MASK}, TypeError, r"got FlexAttention's, .*BlockMask.from_predicate\(block_mask.mask_mod"),
+        ({"q": NESTED}, TypeError, "q is a nested tensor.*attention_varlen"),
+        ({"q": NESTED_JAGGED}, TypeError, "q is a nested tensor.*attention_varlen"),
+        ({"mask": torch.ones(5, 7).bool().to_sparse()}, TypeError, r"mask must be a dense tensor.*mask.to_dense\(\)"),
         ({"block_mask": torch.zeros(2, 2)}, TypeError, "block_mask must be a BlockMask; got Tensor"),
         ({"block_mask": BLOCK_MASK, "window": (1, 1)}, ValueError, "window and block_mask both say"),
         ({"block_mask": BLOCK_MASK}, ValueError, "block_mask must be made for"),
@@ -80,6 +91,46 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
     for _ in range(2):  # an error is not forgotten by the cache of plans
         with pytest.raises(error, match=message):
             fastattn.attention(q, k, v, **arguments)
+
+
+def test_a_mask_of_flex_attention_becomes_ours() -> None:
+    """As the error says."""
+    ours = fastattn.BlockMask.from_predicate(FLEX_MASK.mask_mod, *FLEX_MASK.shape)
+    arguments = tensors(block_mask=ours)
+    expected = fastattn.attention(**tensors(**arguments | {"block_mask": None}), causal="top_left")
+    torch.testing.assert_close(fastattn.attention(**arguments), expected)
+
+
+def test_lengths_are_not_read_where_they_cannot_be() -> None:
+    """Of keys and of packed sequences: vmap, fake tensors, tracing."""
+    x, lengths = torch.randn(2, 6, 2, 8), torch.tensor([3, 6])
+    packed, cu_seqlens = x.flatten(0, 1), torch.tensor([0, 4, 12], dtype=torch.int32)
+
+    def padded(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(x, x, x, key_lengths=lengths)
+
+    def varlen(x: torch.Tensor, cu: torch.Tensor, longest: int | None = 8) -> torch.Tensor:
+        return fastattn.attention_varlen(x, x, x, cu, cu, longest, longest)
+
+    each = torch.vmap(lambda x, n: padded(x[None], n[None])[0])(x, lengths)
+    torch.testing.assert_close(each, padded(x, lengths))
+    several = torch.vmap(varlen)(packed[None], cu_seqlens[None])[0]
+    torch.testing.assert_close(several, varlen(packed, cu_seqlens))
+    for function, arguments in ((padded, (x, lengths)), (varlen, (packed, cu_seqlens))):
+        for mode in ("real", "fake", "symbolic"):
+            traced = make_fx(function, tracing_mode=mode)(*arguments)
+            torch.testing.assert_close(traced(*arguments), function(*arguments))
+        fake = FakeTensorMode()
+        with fake:
+            out = function(*(fake.from_tensor(argument) for argument in arguments))
+        assert out.shape == arguments[0].shape
+    # Nothing but the lengths themselves says how long the longest is.
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: varlen(x, cu_seqlens, None).sum())(packed),
+        torch.func.grad(lambda x: varlen(x, cu_seqlens).sum())(packed),
+    )
+    with pytest.raises(ValueError, match="max_seqlen_q must be given where cu_seqlens_q cannot"):
+        torch.vmap(lambda x, cu: varlen(x, cu, None))(packed[None], cu_seqlens[None])
 
 
 @pytest.mark.parametrize(

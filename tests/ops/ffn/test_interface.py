@@ -33,6 +33,8 @@ def call(options: dict[str, Any]) -> torch.Tensor:
     [
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor; got list"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x must have the shape \(..., in_features\)"),
+        ({"x": torch.nested.nested_tensor([X[0]])}, TypeError, r"x is a nested tensor.*x.values\(\)"),
+        ({"x": torch.nested.nested_tensor([X[0]], layout=torch.jagged)}, TypeError, "x is a nested tensor"),
         ({"x": X.int()}, TypeError, "x must have one of the dtypes float16, .* got int32"),
         ({"x": X.half()}, TypeError, "must have one dtype; got x float16, w1 float32: cast"),
         ({"x": X[..., :7]}, ValueError, r"w1 must be \(hidden, in_features\) with in_features = 7"),

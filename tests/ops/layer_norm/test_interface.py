@@ -23,6 +23,10 @@ W = torch.randn(8)
     [
         ([1.0], {}, TypeError, "x must be a torch.Tensor; got list"),
         (torch.tensor(1.0), {}, ValueError, "x must have at least one dimension"),
+        (torch.nested.nested_tensor([X[0]]), {}, TypeError, r"x is a nested tensor.*x.values\(\)"),
+        (torch.nested.nested_tensor([X[0]], layout=torch.jagged), {}, TypeError, "x is a nested tensor"),
+        (X.to_sparse(), {}, TypeError, r"x must be a dense tensor.*sparse_coo.*x.to_dense\(\)"),
+        (X, {"weight": W.to_sparse()}, TypeError, r"weight must be a dense tensor.*weight.to_dense\(\)"),
         (X.int(), {}, TypeError, "x must have one of the dtypes float16, .* got int32: cast"),
         (X.to(torch.complex64), {}, TypeError, "x must have one of the dtypes .* got complex64"),
         (X, {"weight": 1.0}, TypeError, "weight must be a torch.Tensor; got float"),
