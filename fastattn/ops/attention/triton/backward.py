@@ -805,7 +805,7 @@ def _plan(
         *launching.band(settings),
         launching.in_float32(settings.softmax_scale),
         launching.scale(settings),
-        settings.softcap or None,
+        launching.softcap(settings),
         dropout.threshold(settings.dropout_p),
         1.0 / (1.0 - settings.dropout_p),
     )

@@ -267,7 +267,7 @@ def bias_gradient(
         x.heads // heads,
         *launching.band(settings),
         launching.scale(settings),
-        settings.softcap or None,
+        launching.softcap(settings),
         dropout.threshold(settings.dropout_p),
         1.0 / (1.0 - settings.dropout_p),
         **x.widths(),

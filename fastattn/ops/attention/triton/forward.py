@@ -693,7 +693,7 @@ def _plan(
         *launching.rotary_sizes(cache),
         *launching.band(settings),
         launching.scale(settings),
-        settings.softcap or None,
+        launching.softcap(settings),
         dropout.threshold(settings.dropout_p),
         1.0 / (1.0 - settings.dropout_p),
     )

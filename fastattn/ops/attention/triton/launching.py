@@ -315,6 +315,11 @@ def scale(settings: Settings) -> float:
     return in_float32(settings.softmax_scale * (1.0 if settings.softcap else LOG2_E.value))
 
 
+def softcap(settings: Settings) -> float | None:
+    """Cut to what float32 holds with its inverse, as csrc/attention/launchers.cuh does it."""
+    return min(max(settings.softcap, 1e-20), 1e20) if settings.softcap else None
+
+
 def in_float32(number: float) -> float:
     """0 for what is smaller than a normal float32: Triton 3.6 would compute in float64 with it."""
     return number if abs(number) >= 2.0**-126 else 0.0
