@@ -22,7 +22,7 @@ FEATURES = (
     "causal", "window", "softmax_scale", "softcap", "bias", "sink", "mask", "alibi", "lengths",
     "documents", "block_mask", "dropout_p",
 )  # fmt: skip
-CHUNK = 20  # draws of one test
+CHUNK = 5  # draws of one test
 
 # Tiles of scores that Triton's interpreter visits for one draw, of 32 x 32, or 16 x 16 for wide
 # heads: larger draws are drawn anew, so that every length and width stays in the list.

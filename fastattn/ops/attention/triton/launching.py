@@ -318,7 +318,7 @@ def arithmetic(settings: Settings) -> tuple[Any, ...]:
     return (
         *band(settings),
         scale(settings),
-        settings.softcap or None,
+        softcap(settings),
         dropout.threshold(settings.dropout_p),
         1.0 / (1.0 - settings.dropout_p),
     )
@@ -331,6 +331,11 @@ LEAST_SCALE = 1e-37
 def scale(settings: Settings) -> float:
     """What q k^T is multiplied with: to base 2, unless a softcap comes first."""
     return in_float32(settings.softmax_scale * (1.0 if settings.softcap else LOG2_E.value))
+
+
+def softcap(settings: Settings) -> float | None:
+    """Cut to what float32 holds with its inverse, as csrc/attention/launchers.cuh does it."""
+    return min(max(settings.softcap, 1e-20), 1e20) if settings.softcap else None
 
 
 def in_float32(number: float) -> float:
