@@ -2,7 +2,7 @@
 
 Three tables (`--table`):
 
-- default: the call that everybody makes against the bare ATen calls that do the same, interleaved: at
+- default: the call that everybody makes, interleaved with the bare ATen calls that do the same: at
   most 5 us above them, forward without and with gradients, and forward and backward;
 - kernel: the registered op of a kernel backend (torch.ops.fastattn.*), its launchers replaced by
   ones that return results made beforehand, so that what is left is torch.library, autograd and our

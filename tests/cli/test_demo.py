@@ -135,7 +135,7 @@ def test_the_real_pretrained_model_answers(capsys: pytest.CaptureFixture[str]) -
     if pretrained.missing() is not None:
         pytest.skip(str(pretrained.missing()))
     assert pretrained.show(torch.device("cpu")).same_tokens
-    assert "scatter" in capsys.readouterr().out  # why the sky is blue
+    assert re.search("answer +Attention in a neural network.*focus", capsys.readouterr().out)
 
 
 def test_works_are_timed_interleaved() -> None:
@@ -143,7 +143,7 @@ def test_works_are_timed_interleaved() -> None:
     works = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
     seconds = interleaved(works, torch.device("cpu"), 0.0)
     assert list(seconds) == ["a", "b"] and all(value >= 0 for value in seconds.values())
-    assert "".join(calls) == "ab" + "abbaab"  # once to warm up, then three rounds
+    assert "".join(calls) == "abbaab"  # three rounds at least
 
 
 def test_ctrl_c_saves_what_is_trained(

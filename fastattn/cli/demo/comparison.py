@@ -58,7 +58,8 @@ def _counted(classes: Counter[str]) -> str:
 def interleaved(works: Works, device: torch.device, seconds: float) -> dict[str, float]:
     """Median seconds of a call of each, interleaved, every second round in the opposite order.
 
-    Each is called once beforehand. Rounds go on for `seconds`, at least `LEAST_ROUNDS`.
+    Rounds go on for `seconds`, at least `LEAST_ROUNDS`, so that the median leaves out a slow first
+    call.
     """
 
     def clock() -> float:
@@ -66,8 +67,6 @@ def interleaved(works: Works, device: torch.device, seconds: float) -> dict[str,
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    for work in works.values():
-        work()
     times: dict[str, list[float]] = {name: [] for name in works}
     end, rounds = clock() + seconds, 0
     while rounds < LEAST_ROUNDS or clock() < end:

