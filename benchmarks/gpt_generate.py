@@ -39,7 +39,7 @@ from gpt_models import (
 from harness import OURS, synchronize, timed_by_turns
 from peer import Refused
 from schema import Entry, Row
-from script import Axis, Grid, Subject, boolean, main
+from script import Axis, Subject, boolean, grids, main
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -301,38 +301,26 @@ def make(
     prompt: int,
     new_tokens: int,
     unequal: bool,
-    dtype: str,
     compile: bool,
+    **same: Any,
 ) -> GenerateCell | None:
     """The cell of one value for each axis; None for what is too long, or one prompt unequal."""
     if prompt + new_tokens > SIZES[model]["n_positions"] or (unequal and prompts == 1):
         return None
     promise = TARGET if unequal else f"{TARGET}, accelerated no slower within noise"
     return GenerateCell(
-        op="gpt",
-        direction=GENERATION,
-        device=device,
-        dtype=dtype,
+        op="gpt", direction=GENERATION, device=device, model=model, prompts=prompts,
+        prompt=prompt, new_tokens=new_tokens, unequal=unequal, compile=compile,
         against={**PEERS, **(COMPILED if compile else {})},
         target=promise if device == "cpu" and not compile else None,
-        model=model,
-        prompts=prompts,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        unequal=unequal,
-        compile=compile,
-    )
+        **same,
+    )  # fmt: skip
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "model": ["gpt2"], "prompts": [1], "prompt": [64], "new_tokens": [64],
-        "unequal": [False], "dtype": ["bfloat16"], "compile": [False],
-    }  # fmt: skip
-    return {**common, **axes}
-
-
+grid = grids(
+    model=["gpt2"], prompts=[1], prompt=[64], new_tokens=[64], unequal=[False],
+    dtype=["bfloat16"], compile=[False],
+)  # fmt: skip
 BOTH_WAYS = (False, True)
 SMALL: dict[str, Sequence[Any]] = {"model": ["small"], "prompt": [16], "new_tokens": [16]}
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"]}

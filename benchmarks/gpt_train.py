@@ -41,7 +41,7 @@ from gpt_models import (
 from harness import OURS, compare, synchronize, timed_by_turns
 from peer import matmul
 from schema import Entry, Peak, Row
-from script import Axis, Grid, Subject, boolean, main
+from script import Axis, Subject, boolean, grids, main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -297,43 +297,21 @@ AXES: Mapping[str, Axis] = {
 }
 
 
-def make(
-    *,
-    device: str,
-    model: str,
-    batch: int,
-    seqlen: int,
-    dropout: float,
-    dtype: str,
-    compile: bool,
-) -> TrainCell | None:
+def make(*, device: str, model: str, seqlen: int, compile: bool, **same: Any) -> TrainCell | None:
     """The cell of one value for each axis; None where the model has too few positions."""
     if seqlen > SIZES[model]["n_positions"]:
         return None
     return TrainCell(
-        op="gpt",
-        direction=TRAINING,
-        device=device,
-        dtype=dtype,
+        op="gpt", direction=TRAINING, device=device, model=model, seqlen=seqlen, compile=compile,
         against={**PEERS, **(COMPILED if compile else {})},
         target=NO_SLOWER if device == "cpu" and not compile else None,
-        model=model,
-        batch=batch,
-        seqlen=seqlen,
-        dropout=dropout,
-        compile=compile,
-    )
+        **same,
+    )  # fmt: skip
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "model": ["gpt2"], "batch": [8], "seqlen": [1024], "dropout": [0.0],
-        "dtype": ["bfloat16"], "compile": [False],
-    }  # fmt: skip
-    return {**common, **axes}
-
-
+grid = grids(
+    model=["gpt2"], batch=[8], seqlen=[1024], dropout=[0.0], dtype=["bfloat16"], compile=[False]
+)
 BOTH_WAYS = (False, True)
 SMALL: dict[str, Sequence[Any]] = {"model": ["small"], "batch": [2], "seqlen": [128]}
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"]}

@@ -28,7 +28,7 @@ import schema
 import supervise
 import torch
 from environment import environment, others
-from harness import DeviceLost, reason
+from harness import DIRECTIONS, DeviceLost, reason
 from schema import Environment, Peak, Results, Row
 from show import Progress, summary
 
@@ -74,6 +74,21 @@ class Axis:
     help: str
     kind: Callable[[str], Any] = int
     choices: Sequence[Any] | None = None
+
+
+# Axes that several subjects have.
+DTYPE = Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32"))
+DIRECTION = Axis("what is timed", kind=str, choices=DIRECTIONS)
+COMPILE = Axis("have torch.compile take part; seconds to compile a row", kind=boolean)
+
+
+def grids(**common: Sequence[Any]) -> Callable[..., Grid]:
+    """A function from some axes to a grid; the other axes have the `common` values."""
+
+    def grid(**axes: Sequence[Any]) -> Grid:
+        return {**axes, **{name: values for name, values in common.items() if name not in axes}}
+
+    return grid
 
 
 @dataclass(frozen=True)
