@@ -121,7 +121,7 @@ def ours(cell: AttentionCell) -> Peer:
 
 
 def formula(cell: AttentionCell, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v as it is written, in the dtype of the inputs."""
+    """softmax(q k^T / sqrt(head_dim)) v, literally, in the dtype of the inputs."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, seqlen, head_dim)
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -138,7 +138,7 @@ def formula(cell: AttentionCell, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor)
 
 
 def alibi(cell: AttentionCell, dtype: torch.dtype) -> Tensor:
-    """What ALiBi takes from the scores, (heads, seqlen, seqlen)."""
+    """ALiBi's penalty, to be subtracted from the scores: (heads, seqlen, seqlen)."""
     i = torch.arange(cell.seqlen, device=cell.device)
     return (cell.slopes[:, None, None] * (i[:, None] - i).abs()).to(dtype)
 

@@ -1,14 +1,14 @@
 """gpt_generate: greedy generation with a cache by fastattn, transformers and gpt-fast's recipe.
 
-What is timed is one call: the prompts' prefill, then a step for each further token.
+One call is timed: the prompts' prefill, then a step for each further token.
 `decode_step_us` is that call less one for a single token inside a round, over the steps between;
 the first call is the cold start, compilations and captures included (kernels that this process has
 compiled for an earlier row are warm). Unequal prompts have lengths from a quarter of `--prompt` to
 all of it, and are padded on the left.
 
 All peers have the same random weights, in the row's dtype. Before they are timed, each one's tokens
-are compared in float32 with transformers' at the same weights: unequal prompts with what each gives
-alone. A peer whose tokens differ is shown as wrong.
+are compared in float32 with transformers' at the same weights: unequal prompts with what each one
+gives by itself. A peer whose tokens differ is shown as wrong.
 
 A step must read the weights, so rates are in bytes of them (positions and the cache left out), read
 once for every new token of the batch; the ceiling is a copy of as many bytes, which reads and
@@ -36,7 +36,7 @@ from gpt_models import (
     no_slower,
     parameters,
 )
-from harness import OURS, synchronize, timed_by_turns
+from harness import OURS, synchronize, timed_interleaved
 from peer import Refused
 from schema import Entry, Row
 from script import Axis, Subject, boolean, grids, main
@@ -105,7 +105,7 @@ def static(models: Models, batch: int, capacity: int) -> Writer:
 def static_compiled(models: Models, batch: int, capacity: int) -> Writer:
     """By transformers' own torch.compile."""
     if models.device == "cpu":
-        raise Refused("transformers compiles generation on GPUs alone")
+        raise Refused("transformers compiles generation on GPUs only")
     return _by_transformers(models.transformers(), cache_implementation="static")
 
 
@@ -229,7 +229,7 @@ class GenerateCell(ModelCell):
                     call = functools.partial(writers[name], ids, mask, count)
                     candidates.append(Candidate(name + said, call))
         row = self.row(entries)
-        self.rate(entries, timed_by_turns(self, candidates, seconds, row))
+        self.rate(entries, timed_interleaved(self, candidates, seconds, row))
         row["right"] = entries[OURS].get("right", False)
         return row
 
@@ -244,13 +244,13 @@ class GenerateCell(ModelCell):
         return ids * mask, mask
 
     def expected(self, models: Models, ids: Tensor) -> Tensor:
-        """What transformers gives in float32: (prompts, tokens), unequal prompts one by one."""
+        """Tokens of transformers in float32, (prompts, tokens); unequal prompts one by one."""
         count = min(CHECKED, self.new_tokens)
         write = transformers(models, self.prompts, self.prompt + count)
         if not self.unequal:
             return write(ids, None, count)
-        alone = [row[None, self.prompt - length :] for row, length in zip(ids, self.lengths)]
-        return torch.cat([write(prompt, None, count) for prompt in alone])
+        single = [row[None, self.prompt - length :] for row, length in zip(ids, self.lengths)]
+        return torch.cat([write(prompt, None, count) for prompt in single])
 
     def compare(self, got: Tensor, expected: Tensor) -> Entry:
         if torch.equal(got, expected):

@@ -38,7 +38,7 @@ from gpt_models import (
     no_slower,
     parameters,
 )
-from harness import OURS, compare, synchronize, timed_by_turns
+from harness import OURS, compare, synchronize, timed_interleaved
 from peer import matmul
 from schema import Entry, Peak, Row
 from script import Axis, Subject, boolean, grids, main
@@ -81,7 +81,7 @@ def peak_of(name: str) -> float | None:
 
 
 def peak(device: str) -> Peak | None:
-    """What `mfu` is a share of."""
+    """The rate that `mfu` is a share of."""
     if device == "cpu":
         return None
     name = torch.cuda.get_device_name()
@@ -232,7 +232,7 @@ class TrainCell(ModelCell):
         entries = each(self.against, attempt, self.device)
         entries[self.bound] = {"ceiling": True}
         row = self.row(entries)
-        samples = timed_by_turns(self, candidates, seconds, row)
+        samples = timed_interleaved(self, candidates, seconds, row)
         self.rate(entries, samples, product.flops)
         row["right"] = entries[OURS].get("right", False)
         return row

@@ -142,7 +142,7 @@ AXES: Mapping[str, Axis] = {
     "op": Axis("which norm", kind=str, choices=("layer_norm", "rms_norm")),
     "rows": Axis("tokens"),
     "hidden": Axis("of a row"),
-    "residual": Axis("add one first; layer_norm alone", kind=boolean),
+    "residual": Axis("add one first; only layer_norm", kind=boolean),
     "direction": DIRECTION,
     "dtype": DTYPE,
     "compile": COMPILE,

@@ -2,8 +2,8 @@
 
 `peak_bytes` is the most memory that a call holds at any time beyond what was there before: results,
 gradients and everything between. On a GPU the allocator counts it; on the CPU it is the running sum
-of the allocations and frees that torch's profiler saw (of torch's own allocator; what MKL or a
-compiler take behind it is not seen). `saved_bytes` are the distinct storages that the forward hands
+of the allocations and frees that torch's profiler saw (of torch's own allocator; MKL's and a
+compiler's own memory is not seen). `saved_bytes` are the distinct storages that the forward hands
 to the backward, without inputs and parameters. Of a training step parameters and the optimiser's
 state were there before, gradients were not.
 
@@ -40,7 +40,7 @@ WORKSPACE, STATE = 4 << 20, 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCell(Cell):
-    """What one call takes."""
+    """The memory of one call."""
 
     compile: bool
 
@@ -86,13 +86,13 @@ class OpMemory(MemoryCell):
         inputs = self.of.inputs()
         if not self.backward:
 
-            def alone() -> object:
+            def forward_only() -> object:
                 with torch.no_grad():
                     return peer.function(*inputs)
 
             with peer.context():
-                alone()
-                return {"peak_bytes": peak_bytes(alone, self.device)}
+                forward_only()
+                return {"peak_bytes": peak_bytes(forward_only, self.device)}
 
         leaves = [x.detach().requires_grad_() for x in inputs]
         grads = tuple(torch.randn_like(inputs[0]) for _ in range(self.of.outputs))

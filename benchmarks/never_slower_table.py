@@ -17,7 +17,7 @@ from fastattn.ops.common.faster import Faster
 from fastattn.ops.common.slower import Key, Slower
 
 RAN_ON = "ran on "  # and the backend: the note of ours
-NEXT = "triton"  # the peer of ours on `cuda`: what would run in its place
+NEXT = "triton"  # the peer of ours on `cuda`: it would run in place of `cuda`
 KERNELS = ("cuda", "triton")
 NORMS = ("layer_norm", "rms_norm")
 
@@ -43,7 +43,7 @@ def print_table(
 
 
 def table(files: Iterable[Results]) -> dict[Key, Slower]:
-    """What misses the rule goes to torch: all sizes but the longest series of those that hold it.
+    """Sizes that miss the rule go to torch: all but the longest series of those that hold it.
 
     The sizes between two that were measured go where the slower one of them goes.
     """

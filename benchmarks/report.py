@@ -113,7 +113,7 @@ def _on_gpu(run: Run) -> bool:
 
 
 def _shared_method(runs: Sequence[Run]) -> dict[str, str]:
-    """What all runs say of their method, if there are several."""
+    """The method that all runs have in common, if there are several."""
     methods = [run.data["method"] for run in runs]
     if len(methods) < 2:
         return {}

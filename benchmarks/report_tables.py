@@ -258,7 +258,7 @@ def _command(words: Sequence[str]) -> str:
 
 
 def targets_table(rows: Sequence[Row]) -> str:
-    """What was promised, how often it was kept, and the cell that did worst."""
+    """Promises, how often each was kept, and the cell that did worst."""
     promised: dict[str, list[Row]] = {}
     for row in rows:
         if "target" in row:

@@ -1,4 +1,4 @@
-"""The face that all benchmark scripts share: options, a process to measure in, a table, a file.
+"""Shared by all benchmark scripts: options, a process to measure in, a table, a file.
 
 A subject is a grid of cells under names (presets) on each kind of device. Its script measures them
 in a process of its own (supervise.py), so that a kernel that hangs or breaks the GPU's context
@@ -36,8 +36,8 @@ PRESETS = ("quick", "full", "paper")
 PAUSE = 0.1  # of the time a row took, at most a second, that a GPU rests before the next one
 METHOD = {
     "clock": "CUDA events around batches of calls of at least 2 ms; on the CPU timeit",
-    "order": "candidates by turns, every second round backwards, after a warm-up until stable",
-    "inputs": "normal random, several sets by turns, on a GPU together larger than its L2",
+    "order": "candidates interleaved, every second round backwards, after a warm-up until stable",
+    "inputs": "normal random, several sets in rotation, on a GPU together larger than its L2",
     "statistics": "median, 20th and 80th percentile over the rounds; ratios inside a round",
     "errors": "against the definition on the same rounded inputs, beside plain PyTorch's",
     "flops": "attention 4 B H Sq Sk D forward, half of it causal; backward 2.5 times forward",
@@ -46,7 +46,7 @@ METHOD = {
 
 
 class Measurable(Protocol):
-    """A cell: harness.Cell, or what does the same in another way."""
+    """A cell: harness.Cell, or something with the same interface."""
 
     @property
     def title(self) -> str: ...
@@ -69,7 +69,7 @@ def boolean(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Axis:
-    """An option of a script: what its values are, and how they are read."""
+    """An option of a script: its values, and how they are read."""
 
     help: str
     kind: Callable[[str], Any] = int
@@ -93,7 +93,7 @@ def grids(**common: Sequence[Any]) -> Callable[..., Grid]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a script measures.
+    """The subject of a script.
 
     Attributes:
         name: of the script and its results.
@@ -102,8 +102,8 @@ class Subject:
         presets: (device, preset) -> grids, the most telling cells first.
         make: the cell of `device` and one value for each axis; None where it makes no sense.
         seconds: how long a cell is timed, by device.
-        peak: what `mfu` is a share of, by device.
-        method: what it does otherwise than METHOD says.
+        peak: the rate that `mfu` is a share of, by device.
+        method: where it differs from METHOD.
     """
 
     name: str
@@ -211,7 +211,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
 def run(
     subject: Subject, cells: Sequence[Measurable], argv: list[str], arguments: argparse.Namespace
 ) -> int:
-    """Have the cells measured in another process, write and show what comes of them."""
+    """Have the cells measured in another process; write and show the results."""
     start = time.monotonic()
     where = environment(arguments.device, commit=arguments.commit)
     if arguments.record:

@@ -46,7 +46,7 @@ def one_line(row: Row) -> str:
 
 
 def _measured(row: Row) -> Iterator[tuple[str, str]]:
-    """What was measured of ours, by name; empty texts for what was not."""
+    """Our measurements by name; an empty text for each that is missing."""
     ours = entry_of(row, OURS)
     time = duration(ours["median_us"]) if "median_us" in ours else ""
     yield OURS, "FAILED" if failed(row) else time

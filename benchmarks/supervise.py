@@ -27,7 +27,7 @@ BACKEND_VARIABLES = ("FASTATTN_BACKEND", "FASTATTN_TRITON_ON_CPU", "TRITON_INTER
 def measure(
     command: Sequence[str], titles: Sequence[str], done: Sequence[Row], end: float | None
 ) -> Iterator[str | Row | Skipped]:
-    """Run a measuring process over the cells called `titles`; another one behind a cell that broke.
+    """Run a measuring process over the cells called `titles`; another one after a cell that broke.
 
     Args:
         command: of the process; `--skip` and the numbers of cells that need no measuring follow.
@@ -36,7 +36,7 @@ def measure(
         end: the monotonic time after which no cell is begun; None for no end.
 
     Yields:
-        The title of each cell when it begins, then its row; at last what was left out, and why.
+        The title of each cell when it begins, then its row; at last the cells left out, and why.
     """
     there = {row["title"] for row in done}
     waiting = [title for title in titles if title not in there]

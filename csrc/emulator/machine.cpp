@@ -203,7 +203,7 @@ void join(uint32_t (&knowledge)[max_warps], const uint32_t (&other)[max_warps]) 
   }
 }
 
-// What the lanes did so far comes before what they do from now on.
+// Accesses of the lanes so far come before those that follow.
 void order_lanes(Warp& warp) { warp.ordered = ++warp.epoch; }
 
 struct Arrival {

@@ -1,4 +1,4 @@
-"""Memory: counted as what is known beforehand, and promised to grow with the sequence alone."""
+"""Memory: known expressions are counted right, and it grows with the sequence, not its square."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""never_slower.py: what its grid covers, how a cell is judged, the table that follows.
+"""never_slower.py: its grid, how a cell is judged, the table that follows.
 
 Speed itself is not judged here: the rule is set to what always and what never holds.
 """

@@ -136,7 +136,7 @@ def results(subject: str, rows: list[Row], kind: str = "cpu", /, **facts: Any) -
         "preset": "full",
         "command": [f"benchmarks/{subject}.py", "--preset", "full"],
         "environment": environment,
-        "method": {"clock": "timeit", "order": "by turns"},
+        "method": {"clock": "timeit", "order": "interleaved"},
         "rows": rows,
         "skipped": [],
         "seconds": 61.0,
@@ -442,7 +442,7 @@ def test_drift_of_the_machine_is_divided_out() -> None:
     assert change.before.endswith(" of copy") and float(change.ratio) == pytest.approx(
         1.2, abs=0.03
     )
-    del drifting[0]["peers"]["copy"]  # ours alone has slowed down by 1.8
+    del drifting[0]["peers"]["copy"]  # only ours has slowed down, by 1.8
     change = report_compare.change_of(steady, drifting[0])
     assert change.verdict == report_compare.REGRESSION and change.before.endswith(" us")
 

@@ -183,7 +183,7 @@ def test_exit_code(row: Any, skipped: Any, code: int) -> None:
 
 
 def test_the_worker_speaks_json_and_its_libraries_do_not() -> None:
-    """What the timed code prints goes to standard error."""
+    """The output of the timed code goes to standard error."""
     command = [sys.executable, str(ROOT / "benchmarks" / "ffn.py"), *ONE, "--worker"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Measuring in another process: what comes of cells that hang, crash or take too long."""
+"""Measuring in another process: cells that hang, crash or take too long."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_rows_that_are_there_are_not_measured_again() -> None:
         ("time.sleep(1000)", "stuck: stopped after 2 s without an answer"),
     ],
 )
-def test_another_process_goes_on_behind_a_cell_that_broke(deed: str, why: str) -> None:
+def test_another_process_goes_on_after_a_cell_that_broke(deed: str, why: str) -> None:
     events = measured("abc", {"b": deed}, limit=2)
     assert short(events) == ["a", "b!", "c"]
     broken = next(e for e in events if not isinstance(e, str) and "error" in e)

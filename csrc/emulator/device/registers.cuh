@@ -1,4 +1,4 @@
-// What the compiler keeps in registers: nothing that the emulator could say.
+// Hints on registers: the emulator has nothing to do.
 #pragma once
 
 #include "device/platform.cuh"
