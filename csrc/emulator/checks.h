@@ -49,7 +49,7 @@ struct Scope {
   Scope& operator=(const Scope&) = delete;
 };
 
-// Accesses of lanes since their warp met the last time; count_accesses makes Counts of it.
+// What lanes did since their warp met the last time; count_accesses makes Counts of it.
 void note_access(int thread, const void* at, int bytes, bool shared, Where where);
 void forget_accesses();
 

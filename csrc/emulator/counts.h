@@ -1,4 +1,4 @@
-// Counts of a kernel, summed over its launches.
+// What a kernel did, summed over its launches.
 #pragma once
 
 #include <cstdint>

@@ -203,7 +203,7 @@ void join(uint32_t (&knowledge)[max_warps], const uint32_t (&other)[max_warps]) 
   }
 }
 
-// Accesses of the lanes so far come before those that follow.
+// What the lanes did so far comes before what they do from now on.
 void order_lanes(Warp& warp) { warp.ordered = ++warp.epoch; }
 
 struct Arrival {

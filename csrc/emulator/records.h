@@ -1,4 +1,4 @@
-// Who touched a byte: the memory of the checks.
+// Who touched a byte: what the checks of memory remember.
 #pragma once
 
 #include <cstddef>
@@ -53,7 +53,7 @@ struct Cell {
   }
 };
 
-// Bits of a byte's state.
+// What a byte's state is made of.
 constexpr uint8_t initialised = 1, writable = 2, in_copy = 4;
 
 // The shadow of some bytes side by side.

@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def first_call(block: str) -> str:
-    """The call that the block shows, for the test's name."""
+    """What the block shows, for the test's name."""
     found = re.search(r"fastattn\.(?!nn|integrations)(\w+)|(\w+)\(.*attn_implementation", block)
     return (found.group(1) or "attn_implementation") if found else "block"
 

@@ -1,4 +1,4 @@
-// Hints on registers: the emulator has nothing to do.
+// What the compiler keeps in registers: nothing that the emulator could say.
 #pragma once
 
 #include "device/platform.cuh"
