@@ -70,13 +70,6 @@ def test_another_process_goes_on_after_a_cell_that_broke(deed: str, why: str) ->
     check(broken, Row)
 
 
-def test_a_process_that_never_begins_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "RESTARTS", 1)
-    events = list(supervise.measure([sys.executable, "-c", "exit(3)"], list("abc"), [], None))
-    assert short(events) == ["a!", "b!", "c-"]
-    assert events[-1]["why"] == "the process ended with exit code 3"
-
-
 def test_what_the_time_does_not_suffice_for_is_left_out_not_broken() -> None:
     events = measured("abc", {"a": "time.sleep(2)"}, end=time.monotonic() + 1)
     assert short(events) == ["a", "b-", "c-"]
