@@ -12,7 +12,7 @@ gives by itself. A peer whose tokens differ is shown as wrong.
 
 A step must read the weights, so rates are in bytes of them (positions and the cache left out), read
 once for every new token of the batch; the ceiling is a copy of as many bytes, which reads and
-writes them, in the same turns.
+writes them, in the same rounds.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ cross-entropy of its own logits.
 FLOPs of a step: 6 N a token, N all parameters but the positions, and 12 layers width seqlen a token
 for attention, as PaLM (appendix B) and nanoGPT count them: causal attention is NOT halved, what is
 recomputed and the padding of a vocabulary do not count. The ceiling is a large matrix product
-measured in the same turns, in the row's dtype. `mfu` is of the peak that the maker states for dense
+measured in the same rounds, in the row's dtype. `mfu` is of the peak that the maker states for dense
 products in 16 bits; there is none in float32, on a CPU, and on a GPU that `PEAKS` lacks.
 """
 
@@ -327,7 +327,7 @@ PRESETS = {
         grid(model=["gpt2-large"], batch=[4]),
         grid(dtype=["float32"], batch=[4]),
     ],
-    # llm.c's and nanoGPT's, see PEERS.md: 124M and 1.5B at 1024 tokens.
+    # llm.c's and nanoGPT's: 124M and 1.5B at 1024 tokens.
     ("cuda", "paper"): [
         grid(batch=[32], compile=BOTH_WAYS),
         grid(model=["gpt2-xl"], batch=[4], compile=BOTH_WAYS),

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from environment import ROW_FIELDS, nvidia_smi
+from facts import OURS
 from peer import Outputs, Peer, Refused
 from schema import Entry, Error, Row
 from torch import Tensor
 
 from fastattn.timing import Candidate, Sample, batch_time, interleave, ratio, rotating
 
-OURS = "ours"
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
 ROTATION_BYTES = 256 << 20  # more than twice the L2 of any GPU
 MOST_SETS = 8

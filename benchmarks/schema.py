@@ -55,7 +55,7 @@ class Entry(TypedDict, total=False):
         right: whether all `errors` are within.
         times_ours: this peer's time over ours inside a round; above 1 we are faster.
         tflops, gbps, tokens_per_second: the row's work over the median.
-        share: of the rate that the row's ceiling (`bound`) reached in the same turns.
+        share: of the rate that the row's ceiling (`bound`) reached in the same rounds.
         mfu: model FLOPs utilisation, see the file's `peak`.
         above_us: our time less this peer's inside a round.
         peak_bytes: the most memory above the inputs at any time of the call.
