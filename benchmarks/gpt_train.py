@@ -9,8 +9,8 @@ cross-entropy of its own logits.
 FLOPs of a step: 6 N a token, N all parameters but the positions, and 12 layers width seqlen a token
 for attention, as PaLM (appendix B) and nanoGPT count them: causal attention is NOT halved, what is
 recomputed and the padding of a vocabulary do not count. The ceiling is a large matrix product
-measured in the same rounds, in the row's dtype. `mfu` is of the peak that the maker states for dense
-products in 16 bits; there is none in float32, on a CPU, and on a GPU that `PEAKS` lacks.
+measured in the same rounds, in the row's dtype. `mfu` is of the peak that the maker states for
+dense products in 16 bits; there is none in float32, on a CPU, and on a GPU that `PEAKS` lacks.
 """
 
 from __future__ import annotations
