@@ -22,12 +22,12 @@ from peer import Outputs, Peer, Refused
 from schema import Entry, Error, Row
 from torch import Tensor
 
+from fastattn import rule
 from fastattn.timing import Candidate, Sample, batch_time, interleave, ratio, rotating
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
 ROTATION_BYTES = 256 << 20  # more than twice the L2 of any GPU
 MOST_SETS = 8
-MAX_FACTOR, RMS_FACTOR, ULPS = 2.0, 1.5, 4.0  # the rule of the tests (tests/oracle.py)
 ATTEMPTS = 4  # a row that misses its target is measured again, longer: it may be noise
 
 Tensors = tuple[Tensor, ...]
@@ -332,31 +332,22 @@ def _candidate(
 def compare(got: Tensors, exact: Tensors, eager: Tensors) -> list[Error]:
     """Errors of each result against float64, beside those of plain PyTorch in the same dtype.
 
-    `within`: the largest error is at most twice, the rms error at most 1.5 times that of plain
-    PyTorch, but for a few units in the last place of the result's scale. NaN never is.
+    `within`: the numeric rule holds (fastattn/rule.py). The scale of the terms is that of the
+    inputs, 1.
     """
     rows: list[Error] = []
     for ours, true, plain in zip(got, exact, eager, strict=True):
-        if ours.shape != true.shape:
-            raise ValueError(f"result of shape {tuple(ours.shape)}, expected {tuple(true.shape)}")
-        scale = true.abs().max().item()
-        if scale <= torch.finfo(ours.dtype).eps:  # terms that cancel: of the inputs' scale, 1
-            scale = 1.0
-        slack = ULPS * torch.finfo(ours.dtype).eps * scale
-        (largest, rms), (eager_largest, eager_rms) = _errors(ours, true), _errors(plain, true)
-        within = (
-            largest <= MAX_FACTOR * eager_largest + slack and rms <= RMS_FACTOR * eager_rms + slack
-        )
+        found = rule.compare(ours, plain, true, terms=1.0)
         rows.append(
-            {"max": largest, "rms": rms, "eager_max": eager_largest, "eager_rms": eager_rms}
-            | {"within": within}
+            {
+                "max": found.max,
+                "rms": found.rms,
+                "eager_max": found.eager_max,
+                "eager_rms": found.eager_rms,
+                "within": found.violation is None,
+            }
         )
     return rows
-
-
-def _errors(got: Tensor, true: Tensor) -> tuple[float, float]:
-    off = got.double() - true.double()
-    return off.abs().max().item(), off.square().mean().sqrt().item()
 
 
 def as_tuple(result: Outputs) -> Tensors:

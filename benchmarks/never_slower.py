@@ -11,13 +11,13 @@ of attention, where seqlen_q:seqlen_k and heads:kv_heads may differ.
     python benchmarks/never_slower.py --preset full --backend triton --json F
     python benchmarks/never_slower.py --table F
 
-prints the rows of fastattn/ops/common/slower.py, by which the automatic choice leaves to torch what
-is slower on that device. (`--backend`: else what an older table declines would not be measured.)
+prints the rows of fastattn/measured.py by which the automatic choice leaves to torch what is slower
+on that device. (`--backend`: else what an older table declines would not be measured.)
 With `--backend cuda`, Triton takes part as a peer, and
 
     python benchmarks/never_slower.py --faster F
 
-prints the rows of fastattn/ops/common/faster.py, by which the automatic choice takes `cuda`.
+prints its rows by which the automatic choice takes `cuda`.
 """
 
 from __future__ import annotations

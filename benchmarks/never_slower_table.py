@@ -1,4 +1,4 @@
-"""From results of never_slower.py to the rows of fastattn/ops/common/slower.py and faster.py."""
+"""From results of never_slower.py to the rows of fastattn/measured.py."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from facts import outcome
 from harness import FORWARD, OURS
 from schema import Results, Row
 
-from fastattn.ops.common.faster import Faster
-from fastattn.ops.common.slower import Key, Slower
+from fastattn.measured import Faster, Key
 
 RAN_ON = "ran on "  # and the backend: the note of ours
 NEXT = "triton"  # the peer of ours on `cuda`: it would run in place of `cuda`
@@ -42,7 +41,7 @@ def print_table(
     return 0
 
 
-def table(files: Iterable[Results]) -> dict[Key, Slower]:
+def table(files: Iterable[Results]) -> dict[Key, Faster]:
     """What misses the rule goes to torch: all sizes but the longest series of those that hold it.
 
     The sizes between two that were measured go where the slower one of them goes.
@@ -50,8 +49,7 @@ def table(files: Iterable[Results]) -> dict[Key, Slower]:
     found = {}
     for key, (date, sizes) in judged(files, lambda row: row["holds"]).items():
         if not all(sizes.values()):
-            below, above = limits(sizes) or (0, 0)
-            found[key] = Slower("torch", date, below, above)
+            found[key] = Faster("torch", date, *(limits(sizes) or (0, 0)))
     return found
 
 
@@ -124,10 +122,10 @@ def longest(values: Iterable[int | None]) -> list[int]:
     return max(reversed(series), key=len)
 
 
-def line(key: Key, row: Slower | Faster) -> str:
+def line(key: Key, row: Faster) -> str:
     """A row as its table has it."""
     values, defaults = row._asdict(), row._field_defaults
     given = [name for name in defaults if values[name] != defaults[name]]
     limits = "".join(f", {name}={values[name]}" for name in given)
     parts = ", ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in key)
-    return f'    ({parts}): {type(row).__name__}("{row.than}", "{row.date}"{limits}),'
+    return f'    ({parts}): Faster("{row.than}", "{row.date}"{limits}),'

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastattn import chips
+
 
 class _Utilities:
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
+        return {
+            "max_shared_mem": chips.shared_memory(90),
+            "multiprocessor_count": chips.MULTIPROCESSORS[90],
+            "warpSize": 32,
+        }
 
     def unload_module(self, module: int) -> None:
         pass

@@ -54,7 +54,7 @@ __all__ = [
     "verify",
 ]
 
-# Imported at first use, so that a user of the ops alone does not pay for them.
+# Imported at first use, so that a user of only the ops does not pay for them.
 _LAZY = {
     "GPT": "fastattn.models",
     "GPTConfig": "fastattn.models",

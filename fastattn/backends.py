@@ -1,8 +1,9 @@
 """Which backend runs a call, and why not the others.
 
-An op knows several *backends*, each a module with an entry point and `unsupported(problem)`, which
-answers None or the reason why that backend cannot run that problem. The choice needs metadata
-alone, never the values of a tensor:
+An op has several *backends*, modules of its folder (`ROOMS`), all with the same entry points:
+`unsupported(problem)`, which answers None or the reason why that backend cannot run that problem,
+`forward`, and `backward` where it is a kernel's. The choice needs only metadata, never the values
+of a tensor:
 
     1. the `backend=` argument of the call,
     2. `with fastattn.use_backend("torch"):`, process-wide while the block runs,
@@ -18,8 +19,11 @@ CUDA C++ kernel that was not measured to be faster).
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,13 +31,22 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from fastattn import extension
+from fastattn import extension, measured
 
-NAMES = ("cuda", "triton", "torch", "reference")
+# The module of an op's folder that is the backend, in the order in which they are tried.
+ROOMS = {"cuda": "cuda", "triton": "triton", "torch": "aten", "reference": "reference"}
+NAMES = tuple(ROOMS)
+KERNELS = ("cuda", "triton")  # through the op's registered operator; the others are plain PyTorch
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 
 _used: str | None = None  # what the innermost use_backend() names
+
+
+def _constant(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 class UnsupportedError(RuntimeError):
@@ -55,15 +68,12 @@ class Problem(Protocol):
 class Backend:
     """One way to run one op.
 
-    `load` returns the module with the op's entry points; the kernels' modules are imported in it,
-    at the first use, so that `import fastattn` costs neither Triton nor a compiled extension.
-    `slower(name, problem)` is the reason why the next one is preferred, by what was measured
-    (ops/common/slower.py, faster.py), or None.
+    `load` returns the module with the entry points, which is imported at the first use, so that
+    `import fastattn` costs neither Triton nor a compiled extension.
     """
 
     name: str
     load: Callable[[], ModuleType]
-    slower: Callable[[str, Any], str | None] | None = None
 
     @property
     def module(self) -> ModuleType:
@@ -86,15 +96,30 @@ class Backend:
             return "the CUDA kernels' emulator is for tests: name backend='cuda' to use it"
         declines = getattr(self.module, "declined", None)
         reason: str | None = None if declines is None else declines(problem)
-        if reason is None and self.slower is not None:
-            return self.slower(self.name, problem)
-        return reason
+        return reason or measured.declined(self.name, problem)
 
 
-def _constant(function: Any) -> Any:
-    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
-    function._dynamo_marked_constant = True
-    return function
+@_constant
+def _import(path: str) -> None:
+    importlib.import_module(path)
+
+
+def _module(path: str) -> ModuleType:
+    _import(path)
+    return sys.modules[path]  # torch.compile calls no function of a module that is a constant
+
+
+def of_op(package: str) -> tuple[Backend, ...]:
+    """The backends of the op whose folder is `package`, e.g. "fastattn.ops.ffn", in order."""
+    return tuple(
+        Backend(name, functools.partial(_module, f"{package}.{room}"))
+        for name, room in ROOMS.items()
+    )
+
+
+def module_of(backends: tuple[Backend, ...], name: str) -> ModuleType:
+    """The module of the backend `name`."""
+    return next(backend for backend in backends if backend.name == name).module
 
 
 @_constant
@@ -155,7 +180,7 @@ def named(argument: str | None) -> tuple[str, str] | None:
         return _known(argument, "backend"), f"backend={argument!r}"
     if _used is not None:
         return _used, f"fastattn.use_backend({_used!r})"
-    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    from_environment = _in_environment()
     if from_environment:
         _known(from_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
         return from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
@@ -163,16 +188,37 @@ def named(argument: str | None) -> tuple[str, str] | None:
 
 
 # The dict below os.environ, of bytes: every call looks into it, and the mapping takes 1.4 us to say
-# that a variable is not set.
+# that a variable is not set. torch.compile guards what is read from it, not what the mapping says.
 _environment: Any = getattr(os.environ, "_data", None)
-_KEY = os.fsencode(ENVIRONMENT_VARIABLE)
+_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+
+def _in_environment() -> str | None:
+    """What the environment variable says, None or "" if nothing."""
+    if not torch.compiler.is_compiling():
+        return os.environ.get(ENVIRONMENT_VARIABLE)
+    _set_in_environment()  # before torch.compile looks at the dict
+    if _environment is None:
+        return os.environ.get(ENVIRONMENT_VARIABLE)
+    value: bytes | str | None = _environment.get(_KEY)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+@_constant
+def _set_in_environment() -> None:
+    """Set the variable to "" if it is not set, for torch.compile.
+
+    The guard of a key that is there is its value; that of one that is not is the dict's length, by
+    which any new variable would compile all graphs once more.
+    """
+    os.environ.setdefault(ENVIRONMENT_VARIABLE, "")
 
 
 def state() -> tuple[str | None, Any]:
     """What a plan's cache key needs to know of the user's choice outside the call."""
     if _environment is None:
         return _used, os.environ.get(ENVIRONMENT_VARIABLE)
-    return _used, _environment.get(_KEY)
+    return _used, _environment.get(_KEY) or None
 
 
 @contextlib.contextmanager
@@ -223,7 +269,7 @@ def select(op: str, backends: tuple[Backend, ...], problem: Any, argument: str |
 
 
 def select_backward(
-    op: str, kernels: tuple[Backend, ...], problem: Any, forward: str, forced: bool
+    op: str, backends: tuple[Backend, ...], problem: Any, forward: str, forced: bool
 ) -> ModuleType:
     """The module that runs the backward of a call whose forward ran on the kernel `forward`.
 
@@ -234,6 +280,7 @@ def select_backward(
         UnsupportedError: none can.
     """
     reasons = {}
+    kernels = (backend for backend in backends if backend.name in KERNELS)
     for kernel in sorted(kernels, key=lambda kernel: kernel.name != forward):
         if kernel.name == forward or not forced:
             if (reason := kernel.unsupported(problem)) is None:

@@ -57,7 +57,7 @@ _emulator: Library | None = None  # what use() loaded
 
 
 def use(path: str | Path) -> None:
-    """Run the `cuda` backend on CPU tensors, with the emulator's library. For tests alone.
+    """Run the `cuda` backend on CPU tensors, with the emulator's library. Only for tests.
 
     For the rest of the process: torch cannot unload a library.
 
@@ -159,7 +159,7 @@ def _load(path: Path, device_type: str) -> Library:
         ops = getattr(torch.ops, NAMESPACE)
         library = Library(path, ops.built_for(), _of_number(ops.toolkit()), device_type)
     except (OSError, RuntimeError, AttributeError) as error:
-        # torch names the file alone, and the linker it before the cause.
+        # torch names only the file, and the linker names it before the cause.
         raise CannotLoad(_one_line(error.__cause__ or error).removeprefix(f"{path}: ")) from error
     for name in registered():
         # Those that compute write to their arguments and return nothing.
@@ -209,7 +209,7 @@ def no_code(library: Library, gpu: Capability, driver: tuple[int, int]) -> str |
 
     Code for X.Y runs on X.Z with Z >= Y; PTX is compiled by the driver, for every later GPU, if the
     driver is not older than the toolkit that wrote it. Code and PTX for an "a" architecture belong
-    to that one alone, those of an "f" architecture to its family (CUDA C++ Programming Guide,
+    only to that one, those of an "f" architecture to its family (CUDA C++ Programming Guide,
     "Compute Capabilities", "Application Compatibility").
     """
     toolkit = library.toolkit

@@ -109,6 +109,47 @@ CALLS = {
 
 
 @pytest.mark.parametrize("op", CALLS)
+def test_who_chooses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument, then the innermost use_backend, then the environment, then the order."""
+
+    def chosen(**more: Any) -> tuple[str | None, str]:
+        explanation = explanation_of(getattr(fastattn, op), *CALLS[op], **more)
+        return explanation.backend, explanation.source
+
+    assert chosen() == ("torch", "first capable")  # the tensors are on the CPU
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    assert chosen() == ("reference", "FASTATTN_BACKEND=reference")
+    with fastattn.use_backend("triton"):
+        assert chosen()[1] == "fastattn.use_backend('triton')"
+        with fastattn.use_backend("reference"):
+            assert chosen() == ("reference", "fastattn.use_backend('reference')")
+        assert chosen()[1] == "fastattn.use_backend('triton')"
+        assert chosen(backend="reference") == ("reference", "backend='reference'")
+    assert chosen()[0] == "reference"
+    monkeypatch.setenv("FASTATTN_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"FASTATTN_BACKEND must be one of .* got 'nonsense'"):
+        chosen()
+    with pytest.raises(ValueError, match="name must be one of"), fastattn.use_backend("nonsense"):
+        pass
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_forced_backend_is_not_replaced(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = getattr(fastattn, op)
+    double = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in CALLS[op]
+    ]
+    assert function(*double).dtype == torch.float64
+    monkeypatch.setenv("FASTATTN_BACKEND", "triton")
+    reason = f"FASTATTN_BACKEND=triton: the triton backend cannot run {op} on .*float64"
+    with pytest.raises(fastattn.UnsupportedError, match=reason):
+        function(*double)
+    monkeypatch.delenv("FASTATTN_BACKEND")
+    assert function(*double).dtype == torch.float64
+
+
+@pytest.mark.parametrize("op", CALLS)
 def test_cuda_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "_emulator", None)
     function = getattr(fastattn, op)
@@ -120,3 +161,31 @@ def test_cuda_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             fastattn.UnsupportedError, match=f"cuda backend cannot run {op} on .*GPU"
         ):
             function(*CALLS[op], backend="cuda")
+
+
+def test_a_compiled_function_notices_a_choice_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By use_backend and by the environment alike; other variables compile nothing again."""
+    graphs: list[bool] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append("torch.layer_norm(" in graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fastattn.layer_norm, backend=keep, fullgraph=True)
+    x = torch.randn(3, 8)
+    compiled(x)
+    with fastattn.use_backend("reference"):
+        compiled(x)
+    assert graphs == [True, False]
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    compiled(x)
+    assert graphs == [True, False, False]
+    monkeypatch.setenv("FASTATTN_BACKEND", "torch")
+    compiled(x)
+    assert graphs == [True, False, False, True]
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    compiled(x)
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    compiled(x)
+    assert len(graphs) == 4

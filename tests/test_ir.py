@@ -48,27 +48,27 @@ FAULTS = {
     "a load without its mask": (
         "row * x_stride + column, mask=mask, other=0.0)",
         "row * x_stride + column)",
-        r"tl\.load\(X .* reads \d+ element\(s\) past the end of the tensor passed as `X`",
+        r"tl\.load\(x_ptr .* reads \d+ element\(s\) past the end of the tensor passed as `x_ptr`",
     ),
     "a store without its mask": (  # of rstd, which means follow
-        "tl.store(STATISTICS + row, rstd, mask=present)",
-        "tl.store(STATISTICS + row, rstd)",
-        r"tl\.store\(STATISTICS .* both touch element 150 of `STATISTICS`",
+        "tl.store(statistics_ptr + row, rstd, mask=present)",
+        "tl.store(statistics_ptr + row, rstd)",
+        r"tl\.store\(statistics_ptr .* both touch element 150 of `statistics_ptr`",
     ),
     "a wrong stride": (
         "out_offset = row * HIDDEN + column",
         "out_offset = row * (HIDDEN + 1) + column",
-        r"tl\.store\(OUT .* writes \d+ element\(s\) past the end of the tensor passed as `OUT`",
+        r"tl\.store\(out_ptr .* writes \d+ element\(s\) past the end of the tensor passed as `out_ptr`",
     ),
     "two programs write one element": (
-        "PARTIALS += program * HIDDEN",
-        "PARTIALS += 0 * HIDDEN",
-        r"tl\.store\(PARTIALS .* both touch element 0 of `PARTIALS`",
+        "partials_ptr += program * HIDDEN",
+        "partials_ptr += 0 * HIDDEN",
+        r"tl\.store\(partials_ptr .* both touch element 0 of `partials_ptr`",
     ),
     "two lanes write one element": (
         "out_offset = row * HIDDEN + column",
         "out_offset = row * 0 + column",
-        r"tl\.store\(OUT .* two lanes of one store",
+        r"tl\.store\(out_ptr .* two lanes of one store",
     ),
 }
 
@@ -84,7 +84,7 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
 
 def test_memory_that_nobody_wrote_is_nan(tmp_path: Path) -> None:
     """Here the statistics, which the backward reads."""
-    stored = "    tl.store(STATISTICS + row, rstd, mask=present)\n"
+    stored = "    tl.store(statistics_ptr + row, rstd, mask=present)\n"
     dx, *_ = gradients(with_fault(stored, "", tmp_path))
     assert dx.isnan().all()
 

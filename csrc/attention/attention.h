@@ -3,7 +3,7 @@
 //
 // q, out, dout, dq (batch, seqlen_q, heads, width), k, v, dk, dv (batch, seqlen_k, kv_heads, width)
 // with any strides but a last one of 1; lse and delta (batch, heads, seqlen_q) float32, contiguous.
-// With cu_seqlens the batch is 1, and sequences lie behind each other. bias and mask (boolean) have
+// With cu_seqlens the batch is 1, and sequences lie one after another. bias and mask (boolean) have
 // four dimensions, 1 where they are broadcast. `longest` is the length of the longest sequence.
 #pragma once
 

@@ -1,7 +1,7 @@
 // Attention backward without atomics (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2, in
 // two loops): each output is written by one block, so that every run gives the same bits.
 //
-// With s the scores of scores.cuh, p = exp(s - lse) computed anew, and D dropout's factor (0 or
+// With s the scores of scores.cuh, p = exp(s - lse) computed again, and D dropout's factor (0 or
 // 1 / (1 - dropout_p)) of each weight,
 //
 //     delta = rowsum(dO * out) - dlse                                            (delta_kernel)
@@ -78,7 +78,7 @@ void delta_kernel(FA_PARAMS(DeltaParams<T>) p) {
   }
 }
 
-// What a row brings to its scores' gradient. Rows behind the end, and those that see no key, whose
+// A row's share of its scores' gradient. Rows after the end, and those that see no key, whose
 // LSE is -inf, get p = 0 from an LSE of inf; what arrives as the latter's gradient may be anything.
 struct RowState {
   float lse;  // to base 2
@@ -130,7 +130,7 @@ FA_DEVICE uint32_t kept_weights(int threshold, const Words& words) {
 }
 
 // Writes a warp's rows of dK or dV, by way of a tile that other warps do not read. What it takes to
-// find their place is computed anew: the loop over the queries has no register to spare.
+// find their place is computed again: the loop over the queries has no register to spare.
 template <class Traits, int MTiles, int DTiles, class T>
 FA_DEVICE void finish_keys(const BackwardParams<T>& p, const Matrix<T>& to,
                            const float (&d)[MTiles][DTiles][4], float scale,

@@ -33,7 +33,7 @@ constexpr int decode_keys = 16;  // of a warp's step
 template <class Element, int HeadDim>
 struct DecodeTraits {
   using T = Element;
-  static constexpr int head_dim = HeadDim;  // of q, k and v with zeros behind theirs
+  static constexpr int head_dim = HeadDim;  // of q, k and v with zeros after theirs
   static constexpr int warps = HeadDim <= 128 ? 4 : 2;
   static constexpr int threads = warps * warp_threads;
   static constexpr int slots = HeadDim <= 64 ? 5 : 3;   // odd: a key tile follows a key tile
@@ -41,7 +41,7 @@ struct DecodeTraits {
   static constexpr int chunks = HeadDim / 8;            // of 16 bytes in a row
   static constexpr int tile_bytes = decode_keys * HeadDim * 2;
   static constexpr int ring_bytes = warps * slots * tile_bytes;
-  // What the warps leave at the end, over the ring: sums with rows that lie 8 banks apart.
+  // The warps' results, over the ring: sums with rows that lie 8 banks apart.
   static constexpr int sums_row = HeadDim + 8;
   static constexpr int state_bytes = warps * decode_rows * 4;
   static constexpr int sums_bytes = warps * decode_rows * sums_row * 4;
@@ -71,7 +71,7 @@ struct DecodeParams {
   bool q_by_vectors;
 };
 
-// What a lane knows of one of its two rows of the tile: its query's place on the diagonal, the keys
+// A lane's view of one of its two rows of the tile: its query's place on the diagonal, the keys
 // that it sees, from `low` to `high` - 1, and its head's slope times log2(e).
 struct DecodeRow {
   int diagonal, low, high;

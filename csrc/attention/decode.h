@@ -7,7 +7,7 @@
 
 namespace fastattn {
 
-// New keys, turned by `rotary_*` (positions, half), and values into the caches, behind `lengths`.
+// New keys, turned by `rotary_*` (positions, half), and values into the caches, after `lengths`.
 void append_to_cache(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor lengths,
                      std::optional<Tensor> block_table, std::optional<Tensor> rows,
                      std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,

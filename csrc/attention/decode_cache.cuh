@@ -45,7 +45,7 @@ FA_DEVICE int first_key_of(const CacheParams& cache, int batch, int length) {
 // Parts end where key tiles do.
 constexpr int part_step = 128;
 
-// How the keys of a sequence are cut: by its own length alone, so that the bits of its result follow
+// How the keys of a sequence are cut: only by its own length, so that the bits of its result follow
 // from nothing else.
 struct Split {
   int most;  // parts of a sequence

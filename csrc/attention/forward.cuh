@@ -63,7 +63,7 @@ FA_DEVICE void score_rows(float (&s)[MTiles][NTiles][4], const ScoreRule<T>& rul
 }
 
 // Writes out and lse of a warp's rows, by way of a tile that other warps do not read. What it takes
-// to find their place is computed anew: the loop over the keys has no register to spare.
+// to find their place is computed again: the loop over the keys has no register to spare.
 template <class Traits, int MTiles, int DTiles, class T>
 FA_DEVICE void finish_rows(const ForwardParams<T>& p, const float (&acc)[MTiles][DTiles][4],
                            OnlineSoftmax (&state)[MTiles][2], Tile<T, 8 * DTiles> tile) {

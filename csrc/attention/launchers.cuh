@@ -14,7 +14,7 @@ namespace fastattn {
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-// What forward and backward are given alike.
+// Arguments that forward and backward share.
 struct Call {
   const Tensor &q, &k, &v;
   const OptionalTensor &mask, &bias, &alibi_slopes, &key_lengths, &cu_seqlens_q, &cu_seqlens_k,

@@ -3,7 +3,7 @@
 //     lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s
 //
 // One block for a row; one of a sequence in one part has nothing to do. Groups of HeadDim / 4 threads, 4 columns each, take every groups-th part,
-// and their sums are added in their order: a result depends on the row's parts alone.
+// and their sums are added in their order: a result depends only on the row's parts.
 #pragma once
 
 #include "attention/decode_cache.cuh"

@@ -1,4 +1,4 @@
-// What the kernels of a call of attention read, and where a sequence's tokens and its band lie.
+// The inputs of the attention kernels, and where a sequence's tokens and its band lie.
 #pragma once
 
 #include "device/math.cuh"
@@ -8,7 +8,7 @@
 namespace fastattn {
 
 // (batch, token, head, width) with the strides of the first three; of a packed call the batch's is
-// 0, and its tokens lie behind each other.
+// 0, and its tokens lie one after another.
 template <class E>
 struct Matrix {
   Global<E> data;
@@ -36,7 +36,7 @@ struct Broadcast {
   FA_DEVICE Global<const E> at(int64_t b, int64_t h) const { return data + (b * batch + h * head); }
 };
 
-// What acts on the scores besides the band; the rule is in scores.cuh.
+// All that acts on the scores besides the band; the rule is in scores.cuh.
 template <class T>
 struct ScoreParams {
   float scale;    // softmax_scale, times log2(e) unless there is a softcap
@@ -91,7 +91,7 @@ FA_DEVICE Sequence find_sequence(const Index& cu_seqlens, const Index& used, int
 }
 
 // The tokens of a packed call from the end of a sequence's tiles, or of what is used of it, to the
-// next sequence, or behind the last one: no sequence has them, and their results are zero. There are
+// next sequence, or after the last one: no sequence has them, and their results are zero. There are
 // none of a padded call.
 FA_DEVICE Sequence find_gap(const Index& cu_seqlens, int batch, int sequences, Sequence sequence,
                             int64_t covered, int tokens) {
@@ -132,7 +132,7 @@ FA_DEVICE Band find_band(const AttentionParams<T>& p, int batch) {
   return band;
 }
 
-// What a block of a grid over tiles, heads and sequences works on. Neighbours share a head, so that
+// The share of one block of a grid over tiles, heads and sequences. Neighbours share a head, so that
 // what they stream stays in the L2.
 struct Work {
   int tile, head, batch;
@@ -165,8 +165,8 @@ FA_DEVICE Range keys_for(const Band& band, int first, int last, int length) {
                   last + band.lowest, smaller(band.key_limit, first + band.highest + 1), length);
 }
 
-// Of the queries, for the keys from `first` to `last`. Rows of keys behind the key limit hold
-// nothing of meaning, so the limit makes no tile less whole; queries behind the last one neither.
+// Of the queries, for the keys from `first` to `last`. Rows of keys after the key limit hold
+// nothing of meaning, so the limit makes no tile less whole; queries after the last one neither.
 FA_DEVICE Range queries_for(const Band& band, int first, int last, int length) {
   const int last_seen = smaller(last, band.key_limit - 1);
   const int end = first < band.key_limit ? smaller(band.q.length, last_seen + 1 - band.lowest) : 0;

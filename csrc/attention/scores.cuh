@@ -29,7 +29,7 @@ class ScoreRule {
     if (p.slopes) slope_ = load(p.slopes + (batch * p.slopes_batch + head)) * log2_e;
   }
 
-  // `product` is q.k of query i and key j; both may lie behind their sequence's end.
+  // `product` is q.k of query i and key j; both may lie after their sequence's end.
   FA_DEVICE Score operator()(float product, int i, int j) const {
     Score score{product * p_.scale, 1.0f};
     if (p_.softcap != 0.0f) {

@@ -97,7 +97,7 @@ FA_DEVICE void load_rows(Tile<T, Width> tile, Global<const T> from, int64_t stri
 }
 
 // The A operand: 16 rows from `row`, columns 16 step to 16 step + 15.
-// Read from shared memory wherever it is needed, MTiles times; it is made anew in every round of a
+// Read from shared memory wherever it is needed, MTiles times; it is made again in every round of a
 // loop.
 template <class T, int Width>
 class SharedLeft {

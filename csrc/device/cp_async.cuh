@@ -2,7 +2,7 @@
 // "cp.async.commit_group", "cp.async.wait_group").
 //
 // The data may be read after a wait of the thread that copied it, and by other threads after a
-// barrier behind that wait.
+// barrier after that wait.
 #pragma once
 
 #include "device/memory.cuh"

@@ -20,7 +20,7 @@ struct OnlineSoftmax {
     return factor;
   }
 
-  // What to subtract from a score before exp2_fast: the maximum, and 0 for a row that has seen no
+  // To be subtracted from a score before exp2_fast: the maximum, and 0 for a row that has seen no
   // key, whose scores are all -inf.
   FA_DEVICE float shift() const { return maximum == -infinity ? 0.0f : maximum; }
 

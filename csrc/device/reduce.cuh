@@ -1,6 +1,6 @@
 // Sums and maxima over the lanes of a warp, over parts of it, and over the warps of a block.
 //
-// All are butterflies of a fixed shape, so that a result depends on the values alone.
+// All are butterflies of a fixed shape, so that a result depends only on the values.
 #pragma once
 
 #include "device/barrier.cuh"

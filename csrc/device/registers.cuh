@@ -1,4 +1,4 @@
-// What the compiler keeps in registers.
+// Hints to the compiler on registers.
 #pragma once
 
 #include "device/platform.cuh"

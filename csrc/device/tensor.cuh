@@ -1,6 +1,6 @@
 // The host's side: torch's tensors as places of memory, the device and the stream of a call.
 //
-// On torch's stable ABI alone (torch/csrc/stable), of torch 2.10 and later.
+// Only torch's stable ABI is used (torch/csrc/stable), of torch 2.10 and later.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -49,7 +49,7 @@ struct Scope {
   Scope& operator=(const Scope&) = delete;
 };
 
-// What lanes did since their warp met the last time; count_accesses makes Counts of it.
+// The lanes' actions since their warp last met; count_accesses makes Counts of it.
 void note_access(int thread, const void* at, int bytes, bool shared, Where where);
 void forget_accesses();
 

@@ -1,4 +1,4 @@
-// What a kernel did, summed over its launches.
+// The work of a kernel, summed over its launches.
 #pragma once
 
 #include <cstdint>

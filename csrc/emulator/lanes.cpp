@@ -1,4 +1,4 @@
-// What the lanes of a warp do together: shuffles, ballots, ldmatrix, mma.sync.
+// Joint operations of the lanes of a warp: shuffles, ballots, ldmatrix, mma.sync.
 #include <cstring>
 
 #include "emulator/checks.h"

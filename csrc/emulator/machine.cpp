@@ -15,7 +15,7 @@ namespace fastattn::emulator {
 
 namespace {
 
-// Who has arrived at a barrier of the block since it last let go.
+// The threads that have arrived at a barrier of the block since its last release.
 struct Barrier {
   int expected = 0, arrived = 0;  // threads; none expected when nobody is there
   uint32_t warps = 0;             // that arrived
@@ -203,7 +203,7 @@ void join(uint32_t (&knowledge)[max_warps], const uint32_t (&other)[max_warps]) 
   }
 }
 
-// What the lanes did so far comes before what they do from now on.
+// All that the lanes did so far comes before all that they do from now on.
 void order_lanes(Warp& warp) { warp.ordered = ++warp.epoch; }
 
 struct Arrival {

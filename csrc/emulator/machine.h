@@ -54,7 +54,7 @@ Warp& warp_of(int thread);
 // All lanes of the running thread's warp.
 void meet(const Meeting& meeting, void* argument, Where where);
 
-// What the lane `source` of the warp gave.
+// The value that the lane `source` of the warp gave.
 uint32_t exchange(uint32_t value, int source, Where where);
 uint32_t vote(bool predicate, Where where);
 void sync_lanes(Where where);

@@ -1,4 +1,4 @@
-// Who touched a byte: what the checks of memory remember.
+// The threads that touched a byte, as the checks of memory remember them.
 #pragma once
 
 #include <cstddef>
@@ -53,7 +53,7 @@ struct Cell {
   }
 };
 
-// What a byte's state is made of.
+// The parts of a byte's state.
 constexpr uint8_t initialised = 1, writable = 2, in_copy = 4;
 
 // The shadow of some bytes side by side.

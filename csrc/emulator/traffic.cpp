@@ -1,4 +1,4 @@
-// What a warp's accesses to memory cost: sectors of global memory, turns of shared memory's banks.
+// The cost of a warp's accesses to memory: sectors of global memory, turns of shared memory's banks.
 //
 // Lanes run one after the other, so each keeps a log of its accesses, and when they meet, the logs
 // are put side by side: what the lanes did at the same line is one access of the warp.

@@ -1,5 +1,5 @@
 // Sums of the columns of a matrix, of so many rows a block: bias gradients, in two stages. No
-// atomics; the order of a sum depends on the number of rows alone.
+// atomics; the order of a sum depends only on the number of rows.
 //
 // A warp takes every eighth row, each of its lanes 16 bytes of it (one element where rows are not
 // aligned), 4 rows at a time; then the block adds up its warps.

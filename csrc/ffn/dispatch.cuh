@@ -3,7 +3,7 @@
 //     A               B
 //     depth inner     depth inner      x w of a Linear's weight
 //     depth inner     extent inner     x w of a Conv1D's weight
-//     extent inner    extent inner     x^T y, the gradient of a weight (forward kernel alone)
+//     extent inner    extent inner     x^T y, the gradient of a weight (forward kernel only)
 //     anything else                    both by the element, in small tiles
 #pragma once
 

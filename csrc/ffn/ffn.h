@@ -30,7 +30,7 @@ void column_sums(Tensor sums, Tensor matrix, int64_t rows_per_part);
 int64_t cublaslt_version();
 
 // `product` by cuBLASLt (cublaslt.cu), for "gelu_tanh", "relu" and no activation, `pre` for the
-// first alone. All rows are aligned to 16 bytes; no size is zero. False, and nothing is done, if
+// first only. All rows are aligned to 16 bytes; no size is zero. False, and nothing is done, if
 // cuBLASLt has no algorithm for such a product: it is asked once.
 bool cublaslt_product(Tensor out, std::optional<Tensor> pre, Tensor workspace, Tensor a, Tensor b,
                       std::optional<Tensor> bias, int64_t activation);

@@ -43,7 +43,7 @@ struct OperandTile {
     return (line * chunks + (chunk ^ (line / lines_of_128_bytes & mask))) * vector;
   }
 
-  // What a thread knows of its copies: its first chunk of the next tile. The others of a tile stand
+  // A thread's copies: its first chunk of the next tile. The others of a tile stand
   // `step` lines apart, a multiple of 8, so that the swizzle is the same.
   static constexpr int step = Threads / chunks;
   static constexpr int copies = lines / step;

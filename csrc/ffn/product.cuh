@@ -290,7 +290,7 @@ void product_kernel(FA_PARAMS(ProductParams<typename Traits::Element>) p) {
   float c[Traits::fragments_m][Traits::fragments_n][4];
   multiply<Traits>(p, first_row, first_column, c);
 
-  // The barrier behind the last tile has freed the ring; no copy is under way.
+  // The barrier after the last tile has freed the ring; no copy is under way.
   constexpr int lanes = Tile::warp_columns / 8;  // of a row
   const int lane = lane_index();
   const Shared<float> strip = shared_memory<float>(warp_index() * Traits::strip * 4);

@@ -12,7 +12,7 @@
 // Every block owns a contiguous range of rows and adds up their terms of dweight and dbias in
 // registers, in the rows' order; its sums go to one row of the partial sums, which column_sums.cuh
 // adds up in its turn. How many blocks there are is the caller's choice, and must depend on the
-// shape alone: then the sums have the same bits on every GPU.
+// shape only: then the sums have the same bits on every GPU.
 //
 // As soon as a row's words are turned into float32, the next row's are under way to their
 // registers: a block's loads hardly cease.
@@ -58,7 +58,7 @@ struct RowPlaces {
   }
 };
 
-// What a row's gradient is computed from, as it was read.
+// The inputs of a row's gradient, as they were read.
 template <class Streams, int V, int N>
 struct GradientRow {
   Raw<Streams, V> dout[N], stream[N];

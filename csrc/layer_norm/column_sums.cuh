@@ -2,7 +2,7 @@
 //
 // The second stage adds up the partial sums of the blocks that went over the rows. Where rows are
 // too long for their sums to stay in registers beside them (backward.cuh), a kernel of its own
-// makes the partial sums. Both add in an order that the shape alone decides.
+// makes the partial sums. Both add in an order that only the shape decides.
 #pragma once
 
 #include "layer_norm/backward.cuh"

@@ -28,7 +28,7 @@ struct Sink {
   FA_HOST_DEVICE explicit operator bool() const { return static_cast<bool>(bytes); }
 };
 
-// What a kernel knows of its streams' type when it is compiled: all, or nothing.
+// A kernel knows the type of its streams when it is compiled, or it does not.
 template <Element Type>
 struct Known {
   static constexpr bool two_a_word = Type != Element::float32;

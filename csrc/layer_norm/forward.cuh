@@ -43,7 +43,7 @@ FA_DEVICE void load_stream(const ForwardParams& p, int64_t row, bool present, bo
   Raw<Streams, V> x[N], residual[N];
   FA_UNROLL
   for (int n = 0; n < N; ++n) {
-    // Two conditions of each load rather than a branch around the residual's: behind a branch they
+    // Two conditions of each load rather than a branch around the residual's: after a branch they
     // would wait for x.
     const bool inside = present && columns[n] < p.hidden;
     if (inside) x[n] = load_raw<Streams, V>(p.x, row * p.x_stride + columns[n]);

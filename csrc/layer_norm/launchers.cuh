@@ -1,4 +1,4 @@
-// What the norms' launchers share: tensors as kernels take them, and how rows are laid on threads.
+// Shared by the norms' launchers: tensors as kernels take them, and how rows are laid on threads.
 #pragma once
 
 #include <algorithm>

@@ -3,7 +3,7 @@
 // `threads` neighbouring threads of a block share a row: a power of two up to 32, or whole warps;
 // the block works on as many rows at once as it has such groups. Vector n of thread t holds the V
 // columns from (n threads + t) V on, so that neighbours read neighbouring vectors. Every sum has
-// one order, given by `threads` alone: a row's result depends on nothing but the row.
+// one order, given only by `threads`: a row's result depends on nothing but the row.
 #pragma once
 
 #include "device/reduce.cuh"

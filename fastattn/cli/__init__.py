@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,14 +17,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit code.
 
     0: done. 1: a user error, printed in a line, or a result that breaks a promise. 2: a command
-    line that cannot be read (argparse exits). 130: ended by Ctrl-C.
+    line that cannot be read (argparse exits). 130: ended by Ctrl-C. 141: ended because nobody reads
+    the output any more (`fastattn doctor | head -1`). The latter two are what a shell reports for a
+    tool that the signals SIGINT and SIGPIPE end.
     """
-    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character shows its code.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()  # here a broken pipe is caught, at the interpreter's exit it is not
+    except BrokenPipeError:
+        # The interpreter flushes once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
         print("fastattn: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if arguments.debug:
             raise

@@ -69,7 +69,7 @@ def unpad_input(
 def unpad_input_for_concatenated_sequences(
     hidden_states: torch.Tensor, attention_mask_in_length: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Drop the padding of a batch whose rows hold several samples, one behind the other.
+    """Drop the padding of a batch whose rows hold several samples, one after the other.
 
     Args:
         hidden_states: (batch, seqlen, ...).

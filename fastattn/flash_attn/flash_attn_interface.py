@@ -1,4 +1,4 @@
-"""flash-attn 2.8's functions: its names, signatures and return values; fastattn's ops behind them.
+"""flash-attn 2.8's functions: its names, signatures and return values; run on fastattn's ops.
 
 Causal masks and windows are aligned bottom-right, as flash-attn has had them since 2.1. With
 seqlen_q = 2 and seqlen_k = 5, and with 5 and 2, causal=True shows (1) and hides (0):
@@ -18,7 +18,7 @@ What differs from flash-attn 2.8:
   others to autocast's. (flash-attn keeps their dtype, which must be one.)
 - `deterministic` has no effect: every backward is deterministic.
 - S_dmask, the third result with return_attn_probs=True, is None: the probabilities are never
-  formed. flash-attn has them for its tests alone, and not without dropout.
+  formed. flash-attn has them only for its tests, and not without dropout.
 - `softmax_lse` is the LSE of the documented scores in two cases where flash-attn's is not: a query
   that sees no key has -inf (flash-attn: inf, or -inf where it splits the keys), and with ALiBi and
   causal=True no constant of the row is missing from it.
@@ -241,7 +241,7 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (cache_batch, capacity, kv_heads, head_dim), or with `block_table`
             (pages, page_size, kv_heads, head_dim). With neither that nor `cache_batch_idx` the
             first `batch` rows count.
-        k, v: (batch, seqlen_new, kv_heads, head_dim), written into the caches, in place, behind
+        k, v: (batch, seqlen_new, kv_heads, head_dim), written into the caches, in place, after
             their first `cache_seqlens` tokens, before the attention. They need `cache_seqlens`.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2): rotate k at cache_seqlens + t, and q at
             cache_seqlens + i, or all of q at cache_seqlens with neither causal nor a window. They
@@ -269,7 +269,7 @@ def flash_attn_with_kvcache(
     if cache_seqlens is None:
         if k is not None:
             raise ValueError(
-                "k is written behind the first cache_seqlens tokens of the cache: give "
+                "k is written after the first cache_seqlens tokens of the cache: give "
                 "cache_seqlens, an int or (batch,), with k; 0 for an empty cache"
             )
         cache_seqlens = k_cache.shape[1]

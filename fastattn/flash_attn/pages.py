@@ -23,7 +23,7 @@ def gathered(
 
     Args:
         k: (pages, page_size, kv_heads, head_dim); v likewise.
-        block_table: (batch, max_pages), the pages of each sequence. What stands behind a sequence's
+        block_table: (batch, max_pages), the pages of each sequence. Whatever stands after a sequence's
             last page may be anything.
         cu_seqlens_k: (batch + 1,): the differences are the sequences' lengths.
         max_seqlen_k: the longest of them.

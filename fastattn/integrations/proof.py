@@ -2,14 +2,9 @@
 
 The module's copy is run on random input with random weights three times: by its own class, by the
 class that shall replace it, and by its own class in float64. The replacement may be no less exact
-than the original, by the rule that fastattn's kernels are tested with:
-
-    max|ours - ref| <= 2 max|original - ref| + atol
-    rms(ours - ref) <= 1.5 rms(original - ref) + atol
-
-for every output, with autograd and without, and every gradient (of the inputs and of the weights),
-in eval and in train mode, with dropout switched off. `atol` is a few units in the last place of the
-result's scale.
+than the original, by the rule that fastattn's kernels are tested with (fastattn/rule.py): for every
+output, with autograd and without, and every gradient (of the inputs and of the weights), in eval
+and in train mode, with dropout switched off.
 
 Nothing of this touches the module: not its weights, gradients, training flag or hooks, and neither
 the random generators, nor the modes of autograd and autocast of the caller.
@@ -18,15 +13,18 @@ the random generators, nor the modes of autograd and autocast of the caller.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-MAX_FACTOR = 2.0
-RMS_FACTOR = 1.5
-ULPS = 4.0
+from fastattn import rule
+
+if TYPE_CHECKING:
+    from fastattn.integrations.recogniser import Recogniser
+
 SEED = 20_231_117
 
 
@@ -85,25 +83,39 @@ def configuration(module: torch.nn.Module) -> Hashable:
     return tuple(parts)
 
 
+class Miss(NamedTuple):
+    """Why a replacement may not stand in, and how far it is off: error over what is allowed."""
+
+    reason: str
+    factor: float = math.inf
+
+
 def disproof(
     module: torch.nn.Module,
     original: type[torch.nn.Module],
     replacement: type[torch.nn.Module],
-    probes: Callable[[torch.nn.Module, Draw], Sequence[Probe]],
+    recogniser: Recogniser,
     draw: Draw,
-) -> str | None:
+) -> Miss | None:
     """The reason why `replacement` may not stand in for `original`, or None if it is proven.
 
     Args:
         module: an instance of either class; it is left as it is.
-        probes: makes the calls to compare, given the copy of `module` and `draw`.
+        recogniser: its probes make the calls to compare, given the copy of `module` and `draw`.
     """
     with _isolated(draw.device):
         copy = _bare_copy(module, draw.like_weight)
+        copy.__class__ = original
+        if (reason := recogniser.premise(copy, draw)) is not None:
+            return Miss(reason)
         reference = _bare_copy(copy, lambda tensor: tensor.detach().double())
         for training in (False, True):
             mode = "train" if training else "eval"
-            for probe in probes(copy, draw):
+            try:
+                probes = recogniser.probes(copy, draw)
+            except Exception as error:
+                return Miss(f"no input for it: {type(error).__name__}: {error}")
+            for probe in probes:
                 runs: list[list[tuple[str, torch.Tensor]]] = []
                 for who, subject, cls in (
                     ("the original in float64", reference, original),
@@ -115,13 +127,14 @@ def disproof(
                     try:
                         runs.append(_run(subject, probe, draw, exact=subject is reference))
                     except Exception as error:
-                        return f"{who} fails on random input: {type(error).__name__}: {error}"
+                        text = f"{who} fails on random input: {type(error).__name__}: {error}"
+                        return Miss(text)
                 names = [[name for name, _ in run] for run in runs]
                 if names[1] != names[2]:
-                    return f"it returns {names[2]}, the original {names[1]} ({mode} mode)"
+                    return Miss(f"it returns {names[2]}, the original {names[1]} ({mode} mode)")
                 for (name, expected), (_, theirs), (_, ours) in zip(*runs, strict=True):
                     if (finding := _violation(ours, theirs, expected)) is not None:
-                        return f"{name} is off in {mode} mode: {finding}"
+                        return Miss(f"{name} is off in {mode} mode: {finding[0]}", finding[1])
     return None
 
 
@@ -165,8 +178,10 @@ def _bare_copy(
         copy._buffers[name] = converted(buffer)
     for name, child in module._modules.items():
         copy._modules[name] = None if child is None else _bare_copy(child, convert)
-    if isinstance(copy, torch.nn.modules.dropout._DropoutNd):
-        copy.p = 0.0
+    for name, value in module.__dict__.items():  # Dropout's p, and what attention keeps itself
+        dropout = "dropout" in name or isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        if dropout and isinstance(value, float):
+            copy.__dict__[name] = 0.0
     return copy
 
 
@@ -181,7 +196,7 @@ def _run(
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             inputs.append(value.detach().to(dtype, copy=True).requires_grad_())
             return inputs[-1]
-        return value
+        return tuple(map(leaf, value)) if isinstance(value, tuple) else value
 
     args = [leaf(value) for value in probe.args]
     kwargs = {key: leaf(value) for key, value in probe.kwargs.items()}
@@ -189,16 +204,17 @@ def _run(
     def outputs(suffix: str) -> list[tuple[str, torch.Tensor]]:
         result = module(*args, **kwargs)
         several = [result] if isinstance(result, torch.Tensor) else list(result)
-        return [(f"output {i}{suffix}", out) for i, out in enumerate(several) if out is not None]
+        tensors = [(i, out) for i, out in enumerate(several) if isinstance(out, torch.Tensor)]
+        return [(f"output {i}{suffix}", out) for i, out in tensors]
 
     named = outputs("")
-    cotangents = Draw(draw.dtype, draw.device)  # seeded anew: the same for all three runs
+    cotangents = Draw(draw.dtype, draw.device)  # of the same seed: equal for all three runs
     sources = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
     sources += list(module.named_parameters())
     gradients = torch.autograd.grad(
-        [out for _, out in named],
+        [out for _, out in named if out.requires_grad],
         [source for _, source in sources],
-        [cotangents.normal(*out.shape).to(dtype) for _, out in named],
+        [cotangents.normal(*out.shape).to(dtype) for _, out in named if out.requires_grad],
         allow_unused=True,
     )
     named += [
@@ -210,25 +226,15 @@ def _run(
         return named + outputs(" under no_grad")
 
 
-def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """How `ours` breaks the rule of this module, or None."""
+def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> Miss | None:
+    """How `ours` breaks the rule, or None."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return (
+        return Miss(
             f"{tuple(ours.shape)} {ours.dtype}, the original gives {tuple(theirs.shape)} "
             f"{theirs.dtype}"
         )
-    if not ours.numel():
+    found = rule.compare(ours, theirs, expected)
+    if found.violation is None:
         return None
-    atol = ULPS * torch.finfo(ours.dtype).eps * expected.abs().max().item()
-    our_error, their_error = ours.double() - expected, theirs.double() - expected
-    for what, factor, error, bound in (
-        ("max", MAX_FACTOR, our_error.abs().max(), their_error.abs().max()),
-        ("rms", RMS_FACTOR, our_error.square().mean().sqrt(), their_error.square().mean().sqrt()),
-    ):
-        # Written so that NaN, on either side, counts as a violation.
-        if not error.item() <= factor * bound.item() + atol:
-            return (
-                f"{what} error {error.item():.3g} against float64, the original's is "
-                f"{bound.item():.3g} (at most {factor:g} times that + {atol:.1g})"
-            )
-    return None
+    off = found.max / max(found.eager_max, torch.finfo(ours.dtype).tiny)
+    return Miss(found.violation, math.inf if math.isnan(off) else off)

@@ -57,7 +57,7 @@ def _grouped(entries: tuple[Entry, ...]) -> list[tuple[str, str, str, str]]:
         groups.setdefault(key, []).append(entry.name)
     rows = []
     for (class_name, backend, reason), names in groups.items():
-        # Layers differ by their number alone: transformer.h.0.attn, transformer.h.1.attn, ...
+        # Layers differ only by their number: transformer.h.0.attn, transformer.h.1.attn, ...
         patterns = dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name in names)
         where = names[0] if len(names) == 1 else ", ".join(patterns)
         text = where or "(the model itself)"

@@ -155,16 +155,11 @@ def _rerouted(
     **options: Any,
 ) -> Tensor:
     """What stands in torch.nn.functional during `override_sdpa`."""
-    plain = _are_plain(query, key, value)
-    ours = plain and (type(attn_mask) is CausalBias or _are_plain(attn_mask))
-    if ours and _standing.active:
-        try:
-            call = _translate(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        except (TypeError, ValueError):  # from the checks of metadata alone; nothing has run
-            pass
-        else:
+    if _standing.active:
+        call = _taken(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        if call is not None:
             return _run(call)
-    if plain and _are_plain(attn_mask):
+    if _are_plain(query, key, value, attn_mask):
         if query is not None and query.shape[-3:-2] == (0,):
             # No heads, so no elements. torch 2.11 divides by their number on a CPU: a SIGFPE.
             return query @ key.mT @ value
@@ -175,6 +170,41 @@ def _rerouted(
         return _ORIGINAL(query, key, value, attn_mask, dropout_p, is_causal, **options)
     finally:
         _standing.change(lent=-1)
+
+
+def fused_or_original(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """`scaled_dot_product_attention`, and torch's own for calls that fastattn does not take.
+
+    For code that calls torch's by name: see `override_sdpa` for the calls that are torch's.
+    """
+    call = _taken(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if call is not None:
+        return _run(call)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, **options
+    )
+
+
+def _taken(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any, **options: Any
+) -> _Call | None:
+    """The call for `attention`, None for one that is left to torch."""
+    if not _are_plain(query, key, value):
+        return None
+    if type(attn_mask) is not CausalBias and not _are_plain(attn_mask):
+        return None
+    try:
+        return _translate(query, key, value, attn_mask, *rest, **options)
+    except (TypeError, ValueError):  # from the checks of metadata only; nothing has run
+        return None
 
 
 def _are_plain(*tensors: Any) -> bool:
@@ -320,10 +350,10 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
         return q, math.lcm(k, v)
     heads = next((n for n in (q, k, v) if n != 1), 1)
     if heads == 0 or any(n not in (1, heads) for n in (q, k, v)):
-        mend = " (enable_gqa=True shares heads of key and value)" if k == v and q != k else ""
+        fix = " (enable_gqa=True shares heads of key and value)" if k == v and q != k else ""
         raise ValueError(
             "the heads (third dimension from the end) of query, key and value must broadcast, and "
-            f"be at least 1; got {q}, {k} and {v}{mend}"
+            f"be at least 1; got {q}, {k} and {v}{fix}"
         )
     return heads, 1 if k == v == 1 else heads  # one head for all needs no expansion
 

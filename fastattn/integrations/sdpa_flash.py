@@ -22,7 +22,9 @@ from fastattn import backends
 from fastattn.ops.attention import dropout
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings
-from fastattn.ops.attention.registration import KERNELS
+from fastattn.ops.attention.registration import BACKENDS
+
+KERNELS = tuple(backend for backend in BACKENDS if backend.name in backends.KERNELS)
 
 NAME = "fastattn"
 FORWARD = "_scaled_dot_product_flash_attention"
@@ -52,7 +54,7 @@ class Implementation:
     """Our kernels in the place of ATen's two flash ops, from construction until `remove`.
 
     These ops are ATen's own words for it: causal is bottom-right (F.scaled_dot_product_attention,
-    which means top-left, sends them equal lengths alone; torch.nn.attention.bias.causal_lower_right
+    which means top-left, sends them only equal lengths; torch.nn.attention.bias.causal_lower_right
     the others), the LSE is float32 (batch, heads, seqlen_q) in natural logarithm. The seed of our
     dropout travels in the first of the two words of `rng_state`.
 

@@ -11,116 +11,99 @@ the original one, so `isinstance` holds and whatever is not replaced is inherite
 by the class, not by the instance, so a deep copy or a pickle of an accelerated model is accelerated
 and can be restored too.
 
-`TABLE` says which classes are known. A row names a `Recogniser`: the class with our forward, when
-it may be used, and how to call such a module for the proof (see `proof.py`) that comes before every
-swap.
+Classes of torch are known by a table (torch_nn.py). Any other module is examined by what it
+contains (hypotheses/). Each hypothesis that fits gives a `Recogniser`: what our forward would be,
+when it may be used and how to call such a module. The proof (proof.py) decides, and the first that
+is proven is swapped in.
 """
 
 from __future__ import annotations
 
 import copyreg
 import fnmatch
-import importlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from fastattn.integrations.proof import Draw, Probe, configuration, disproof
+from fastattn.integrations import hypotheses
+from fastattn.integrations.proof import Draw, configuration, disproof
+from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.report import Entry, Report
+from fastattn.integrations.torch_nn import TABLE
+from fastattn.nn.plain import COMPUTING_WEIGHTS
 
-# The full name of a class -> the `Recogniser` that knows it, as "module:NAME", imported when an
-# instance is met: nothing here imports transformers.
-TABLE = {
-    "torch.nn.modules.linear.Linear": "fastattn.integrations.torch_nn:LINEAR",
-    "torch.nn.modules.normalization.LayerNorm": "fastattn.integrations.torch_nn:LAYER_NORM",
-    "torch.nn.modules.normalization.RMSNorm": "fastattn.integrations.torch_nn:RMS_NORM",
-    "transformers.models.gpt2.modeling_gpt2.GPT2Attention": (
-        "fastattn.integrations.huggingface.gpt2:ATTENTION"
-    ),
-    "transformers.models.gpt2.modeling_gpt2.GPT2MLP": (
-        "fastattn.integrations.huggingface.gpt2:FEED_FORWARD"
-    ),
-}
+HYPOTHESIS_DTYPES = (torch.float32, torch.bfloat16)
 
 ALREADY = "already runs on fastattn"
 UNKNOWN = "fastattn has nothing for this class"
-
-
-@dataclass(frozen=True)
-class Recogniser:
-    """How modules of one class are brought onto fastattn.
-
-    Attributes:
-        mixin: has our `forward`. Where it is no subclass of the original class, the new class
-            inherits from both, and `super().forward` in it is the original's.
-        refusal: the reason why an instance cannot run on `mixin`, or None. Asked of originals and
-            of swapped instances.
-        probes: the calls with which the two are compared, for a copy of an instance.
-        backend: the name of the fastattn backend that runs the first probe.
-    """
-
-    mixin: type
-    refusal: Callable[[torch.nn.Module], str | None]
-    probes: Callable[[torch.nn.Module, Draw], Sequence[Probe]]
-    backend: Callable[[torch.nn.Module, Probe], str | None]
+EXCLUDED = "excluded by the caller"
 
 
 class Swapped:
     """What all classes that `accelerate` makes have in common."""
 
     _fastattn_original: ClassVar[type[torch.nn.Module]]
+    _fastattn_recogniser: ClassVar[Recogniser]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time, so a pickle names the original one, and makes it again.
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         constructor, args, *rest = reduced
         newobj = copyreg.__newobj__  # type: ignore[attr-defined]
-        if constructor is newobj and args[0] is replacement(self._fastattn_original):
-            return _new, (self._fastattn_original, *args[1:]), *rest
+        if constructor is newobj and "_fastattn_original" in vars(args[0]):
+            recogniser = self._fastattn_recogniser
+            made = self._fastattn_original, recogniser.mixin, recogniser.bound
+            return _new, (*made, *args[1:]), *rest
         return reduced
 
 
-def _new(original: type[torch.nn.Module], *args: Any) -> torch.nn.Module:
-    cls = replacement(original)
+def _new(
+    original: type[torch.nn.Module], mixin: Any, bound: Hashable, *args: Any
+) -> torch.nn.Module:
+    known = TABLE.get(original)
+    cls = replacement(original, mixin.recogniser(bound) if known is None else known)
     return cls.__new__(cls, *args)
 
 
-def _recogniser(cls: type) -> Recogniser | None:
-    """The row of exactly this class, None if it is not in the table."""
-    path = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
-    if path is None:
-        return None
-    module, name = path.split(":")
-    found: Recogniser = getattr(importlib.import_module(module), name)
-    return found
+_replacements: dict[Hashable, type[torch.nn.Module]] = {}  # made so far
 
 
-_replacements: dict[type, type[torch.nn.Module]] = {}  # made so far, by original class
-
-
-def replacement(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The class that instances of `original`, a class of the table, are swapped to."""
-    if original in _replacements:
-        return _replacements[original]
-    recogniser = _recogniser(original)
-    if recogniser is None:
-        raise TypeError(f"fastattn has no replacement for the class {original.__qualname__}")
+def replacement(original: type[torch.nn.Module], recogniser: Recogniser) -> type[torch.nn.Module]:
+    """The class to which instances of `original` are swapped under `recogniser`."""
     mixin = recogniser.mixin
-    bases = (Swapped, mixin) if issubclass(mixin, original) else (Swapped, mixin, original)
-    namespace = {
-        "_fastattn_original": original,
-        "__module__": mixin.__module__,
-        "__doc__": f"{original.__name__} on fastattn; fastattn.restore(model) turns it back.",
-    }
-    _replacements[original] = type(f"Fast{original.__name__}", bases, namespace)
-    return _replacements[original]
+    key = original, mixin, recogniser.bound
+    if key not in _replacements:
+        bases = (Swapped, mixin) if issubclass(mixin, original) else (Swapped, mixin, original)
+        namespace = {
+            "_fastattn_original": original,
+            "_fastattn_recogniser": recogniser,
+            "_fastattn_bound": recogniser.bound,
+            "__module__": mixin.__module__,
+            "__doc__": f"{original.__name__} on fastattn; fastattn.restore(model) turns it back.",
+        }
+        _replacements[key] = type(f"Fast{original.__name__}", bases, namespace)
+    return _replacements[key]
 
 
 def _original_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """The class that `accelerate` took `module` from, None if it is not swapped."""
     return type(module)._fastattn_original if isinstance(module, Swapped) else None
+
+
+def _recognisers(module: torch.nn.Module) -> Iterator[Recogniser]:
+    """The one of a swapped module or of a known class, else those of the hypotheses that fit."""
+    if isinstance(module, Swapped):
+        yield module._fastattn_recogniser
+    elif type(module) in TABLE:
+        yield TABLE[type(module)]
+    elif not _is_ours(type(module)):
+        yield from hypotheses.of(module)
+
+
+def _is_ours(cls: type[torch.nn.Module]) -> bool:
+    return cls.__module__.partition(".")[0] == "fastattn"
 
 
 @dataclass(frozen=True)
@@ -130,36 +113,36 @@ class _Unit:
     name: str
     module: torch.nn.Module
     cls: type[torch.nn.Module]
-    recogniser: Recogniser | None
+    recognised: bool
 
     def entry(self, backend: str | None = None, reason: str | None = None) -> Entry:
         return Entry(self.name, self.cls.__name__, backend, reason)
 
 
 def _units(model: torch.nn.Module) -> Iterator[_Unit]:
-    """The modules of the table, and all others that are neither containers nor parts of those."""
+    """The modules that are recognised, and others that are neither containers nor their parts."""
     parts: set[torch.nn.Module] = set()
     for name, module in model.named_modules():
         cls = _original_of(module) or type(module)
-        recogniser = _recogniser(cls)
-        if recogniser is not None or _unknown(cls) != UNKNOWN:
+        recognised = next(_recognisers(module), None) is not None
+        if recognised or _is_ours(cls):
             parts.update(module.children())
         elif module in parts:
             parts.update(module.children())
             continue
         elif module._modules and not module._parameters and not module._buffers:
             continue
-        yield _Unit(name, module, cls, recogniser)
+        yield _Unit(name, module, cls, recognised)
 
 
 def accelerate(model: torch.nn.Module, *, exclude: Iterable[str] = ()) -> Report:
     """Run the modules of `model` that fastattn knows on fastattn, in place.
 
-    Known are `torch.nn.LayerNorm` and `RMSNorm` in any model, and attention and MLP of Hugging
-    Face's GPT-2. Every distinct configuration is first proven by a probe: ours against the
-    original on random input, outputs and gradients, no less exact against float64. What fails, and
-    what cannot be swapped (quantised, sharded, offloaded, subclassed, not yet loaded), is left
-    alone with the reason in the report.
+    Norms, MLPs and attentions of any class are swapped where fastattn can prove that it computes
+    the same (`fastattn.integrations.hypotheses`). Every distinct configuration is first proven by a
+    probe: ours against the original on random input, outputs and gradients, no less exact against
+    float64. What fails, and what cannot be swapped (quantised, sharded, offloaded, not yet loaded),
+    is left alone with the reason in the report.
 
     Weights are shared, not copied; `state_dict`, `save_pretrained`, hooks, names, optimisers and
     `isinstance` are as before. Calling it twice is harmless: the second report says "already".
@@ -187,24 +170,24 @@ def accelerate(model: torch.nn.Module, *, exclude: Iterable[str] = ()) -> Report
     swapped: list[Entry] = []
     left: list[Entry] = []
     for unit in _units(model):
-        backend = None
-        if unit.recogniser is None:
-            reason: str | None = _unknown(unit.cls)
-        elif isinstance(unit.module, Swapped):
-            reason = ALREADY
-        elif unit.module in excluded:
-            reason = "excluded by the caller"
+        reason = _left_alone(unit, excluded)
+        found = _Finding(reason=reason) if reason else examine(unit.module)
+        if found.recogniser is None:
+            left.append(unit.entry(reason=found.reason))
         else:
-            reason = _unfit(unit.module) or unit.recogniser.refusal(unit.module)
-            if reason is None:
-                reason, backend = examine(unit.module, unit.cls, unit.recogniser)
-        if reason is not None:
-            left.append(unit.entry(reason=reason))
-        else:
-            swaps.append((unit.module, replacement(unit.cls)))
-            swapped.append(unit.entry(backend=backend))
+            swaps.append((unit.module, replacement(unit.cls, found.recogniser)))
+            swapped.append(unit.entry(backend=found.backend))
     _assign(swaps)
     return Report(tuple(swapped), tuple(left))
+
+
+def _left_alone(unit: _Unit, excluded: set[torch.nn.Module]) -> str | None:
+    """Why a module needs no proof, or None."""
+    if isinstance(unit.module, Swapped) or _is_ours(unit.cls):
+        return ALREADY
+    if not unit.recognised:
+        return UNKNOWN
+    return EXCLUDED if unit.module in excluded else _unfit(unit.module)
 
 
 def restore(model: torch.nn.Module) -> None:
@@ -224,7 +207,7 @@ def restore(model: torch.nn.Module) -> None:
         original = _original_of(module)
         if original is None:
             continue
-        if type(module) is not replacement(original):
+        if "_fastattn_original" not in vars(type(module)):
             raise RuntimeError(
                 f"module {name!r} was accelerated and has then been made a {type(module).__name__} "
                 "by another tool: undo that first, then restore"
@@ -234,7 +217,7 @@ def restore(model: torch.nn.Module) -> None:
 
 
 def verify(model: torch.nn.Module) -> Report:
-    """Prove every swapped module of `model` anew, as it is now.
+    """Prove every swapped module of `model` again, as it is now.
 
     Worth a call when the dtype or the device has changed since `accelerate`, or after unpickling in
     another environment. The model itself is neither run nor changed.
@@ -254,20 +237,19 @@ def verify(model: torch.nn.Module) -> Report:
     left: list[Entry] = []
     failed: list[str] = []
     for unit in _units(model):
-        if unit.recogniser is None:
-            left.append(unit.entry(reason=_unknown(unit.cls)))
-        elif not isinstance(unit.module, Swapped):
-            left.append(unit.entry(reason="not accelerated"))
+        if not isinstance(unit.module, Swapped):
+            reason: str | None = "not accelerated" if unit.recognised else UNKNOWN
+            left.append(unit.entry(reason=ALREADY if _is_ours(unit.cls) else reason))
         elif (reason := _unfit(unit.module)) is not None:
             left.append(unit.entry(reason=f"cannot be probed: {reason}"))
-        elif (reason := unit.recogniser.refusal(unit.module)) is not None:
+        elif (reason := unit.module._fastattn_recogniser.refusal(unit.module)) is not None:
             left.append(unit.entry(reason=f"runs as the original: {reason}"))
         else:
-            reason, backend = examine(unit.module, unit.cls, unit.recogniser)
-            if reason is None:
-                proven.append(unit.entry(backend=backend))
+            found = examine(unit.module)
+            if found.recogniser is not None:
+                proven.append(unit.entry(backend=found.backend))
             else:
-                failed.append(f"{unit.name} ({unit.cls.__name__}): {reason}")
+                failed.append(f"{unit.name} ({unit.cls.__name__}): {found.reason}")
     if failed:
         raise RuntimeError(
             "these modules do not compute what their original class computes; "
@@ -276,31 +258,55 @@ def verify(model: torch.nn.Module) -> Report:
     return Report(tuple(proven), tuple(left))
 
 
+@dataclass(frozen=True)
+class _Finding:
+    """What a module was proven to be and the backend that runs it, or why it is left alone."""
+
+    recogniser: Recogniser | None = None
+    backend: str | None = None
+    reason: str | None = None
+
+
 class _Examiner:
     """Proofs of one run over a model, one for each distinct configuration of a module."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         # For modules without weights of their own.
         self._default = _kind(model) or (torch.get_default_dtype(), torch.device("cpu"))
-        self._findings: dict[Hashable, tuple[str | None, str | None]] = {}
+        self._findings: dict[Hashable, _Finding] = {}
 
-    def __call__(
-        self, module: torch.nn.Module, original: type[torch.nn.Module], recogniser: Recogniser
-    ) -> tuple[str | None, str | None]:
-        """(None, the backend that runs it) if it is proven, else (the reason, None)."""
-        key = configuration(module)
+    def __call__(self, module: torch.nn.Module) -> _Finding:
+        found = [(recogniser, recogniser.refusal(module)) for recogniser in _recognisers(module)]
+        fit = [recogniser for recogniser, refusal in found if refusal is None]
+        if not fit:
+            return _Finding(reason=found[0][1])
+        key = configuration(module), tuple((r.mixin, r.bound) for r in fit)
         if key not in self._findings:
-            dtype, device = _kind(module) or self._default
-            reason = disproof(
-                module, original, replacement(original), recogniser.probes, Draw(dtype, device)
-            )
-            backend = None
-            if reason is None:
+            self._findings[key] = self._find(module, fit)
+        return self._findings[key]
+
+    def _find(self, module: torch.nn.Module, recognisers: Iterable[Recogniser]) -> _Finding:
+        """The first recogniser that is proven; else the one whose results were nearest."""
+        original = _original_of(module) or type(module)
+        guessed = original not in TABLE
+        dtype, device = _kind(module) or self._default
+        nearest: tuple[float, str] | None = None
+        for recogniser in recognisers:
+            cls = replacement(original, recogniser)
+            # A hypothesis also has to hold in the dtypes to which the model may be cast.
+            tried = dict.fromkeys((dtype, *(HYPOTHESIS_DTYPES if guessed else ())))
+            draws = [Draw(each, device) for each in tried]
+            misses = (disproof(module, original, cls, recogniser, draw) for draw in draws)
+            miss = next(filter(None, misses), None)
+            if miss is None:
                 with torch.inference_mode(False), torch.enable_grad():
                     probe = recogniser.probes(module, Draw(dtype, device))[0]
-                    backend = recogniser.backend(module, probe)
-            self._findings[key] = reason, backend
-        return self._findings[key]
+                    return _Finding(recogniser, recogniser.backend(module, probe))
+            if nearest is None or miss.factor < nearest[0]:
+                taken_for = f"no {recogniser.words}: " if guessed else ""
+                nearest = miss.factor, taken_for + miss.reason
+        assert nearest is not None
+        return _Finding(reason=nearest[1])
 
 
 def _kind(module: torch.nn.Module) -> tuple[torch.dtype, torch.device] | None:
@@ -311,28 +317,22 @@ def _kind(module: torch.nn.Module) -> tuple[torch.dtype, torch.device] | None:
     return None
 
 
-def _unknown(cls: type[torch.nn.Module]) -> str:
-    """Why a class that is not in the table is left alone."""
-    if cls.__module__.partition(".")[0] == "fastattn":
-        return ALREADY
-    for base in cls.__mro__[1:]:
-        if _recogniser(base) is not None:
-            return f"a subclass of {base.__name__}, whose forward may differ"
-    return UNKNOWN
-
-
 def _unfit(module: torch.nn.Module) -> str | None:
     """Why a module of a known class cannot be swapped whatever its class."""
     if "_hf_hook" in module.__dict__:
         return "dispatched or offloaded by Hugging Face accelerate (device_map)"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance"
+    if any(isinstance(hook, COMPUTING_WEIGHTS) for hook in module._forward_pre_hooks.values()):
+        return "its weights are computed before each forward (pruned, or normed weights)"
     kinds = set()
     for name, parameter in module.named_parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"{name} is a {type(parameter).__name__} (sharded, quantised or not initialised)"
         if parameter.is_meta:
             return f"{name} is on the meta device: load the weights first"
+        if parameter.layout is not torch.strided:
+            return f"{name} is not dense ({parameter.layout})"
         if not parameter.is_floating_point():
             return f"{name} is quantised ({parameter.dtype})"
         kinds.add((parameter.dtype, parameter.device))

@@ -6,14 +6,10 @@ import torch
 
 from fastattn.backends import explanation_of
 from fastattn.integrations.proof import Draw, Probe
-from fastattn.integrations.swap import Recogniser
+from fastattn.integrations.recogniser import Recogniser
 from fastattn.nn import LayerNorm, Linear, RMSNorm
-from fastattn.ops.common.linear import MIN_WEIGHTS
 from fastattn.ops.layer_norm import layer_norm, rms_norm
-
-
-def _no_refusal(module: torch.nn.Module) -> str | None:
-    return None
+from fastattn.ops.linear.interface import MIN_WEIGHTS, mkl_is_slow
 
 
 def _norm_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
@@ -44,9 +40,11 @@ def _linear_refusal(module: torch.nn.Module) -> str | None:
     assert isinstance(module, torch.nn.Linear)
     weight = module.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return "fastattn's Linear differs from torch's on a CPU in float32 alone"
+        return "fastattn's Linear differs from torch's only on a CPU in float32"
     if weight.numel() < MIN_WEIGHTS:
         return f"fastattn's Linear differs from torch's from {MIN_WEIGHTS} weights on"
+    if not mkl_is_slow():
+        return "F.linear is as fast here: fastattn's Linear gains where MKL is slow (AMD)"
     return None
 
 
@@ -61,6 +59,9 @@ def _linear_backend(module: torch.nn.Module, probe: Probe) -> str | None:
     return "torch"  # a matrix product is a library's
 
 
-LINEAR = Recogniser(Linear, _linear_refusal, _linear_probes, _linear_backend)
-LAYER_NORM = Recogniser(LayerNorm, _no_refusal, _norm_probes, _layer_norm_backend)
-RMS_NORM = Recogniser(RMSNorm, _no_refusal, _norm_probes, _rms_norm_backend)
+# By exact class; a subclass may have another forward.
+TABLE: dict[type[torch.nn.Module], Recogniser] = {
+    torch.nn.Linear: Recogniser("Linear", Linear, _linear_probes, _linear_backend, _linear_refusal),
+    torch.nn.LayerNorm: Recogniser("LayerNorm", LayerNorm, _norm_probes, _layer_norm_backend),
+    torch.nn.RMSNorm: Recogniser("RMSNorm", RMSNorm, _norm_probes, _rms_norm_backend),
+}

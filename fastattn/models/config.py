@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.nn.checks import check_integer, check_number, check_probability
+
 # Names of activation functions in Hugging Face's configs -> names in fastattn.ffn.
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -79,25 +81,28 @@ class GPTConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        def settle(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)  # the class is frozen
+
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _check_integer(name, getattr(self, name), at_least=1)
+            settle(name, check_integer(name, getattr(self, name), at_least=1))
         if self.n_inner is not None:
-            _check_integer("n_inner", self.n_inner, at_least=1, otherwise=" or None")
+            inner = check_integer("n_inner", self.n_inner, at_least=1, otherwise=" or None")
+            settle("n_inner", inner)
         for name in ("bos_token_id", "pad_token_id"):
             if (token := getattr(self, name)) is not None:
-                _check_integer(name, token, otherwise=" or None")
-        if isinstance(self.eos_token_id, (list, tuple)):
-            for token in self.eos_token_id:
-                _check_integer("each eos_token_id", token)
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))  # hashable
-        elif self.eos_token_id is not None:
-            _check_integer("eos_token_id", self.eos_token_id, otherwise=", several or None")
+                settle(name, check_integer(name, token, otherwise=" or None"))
+        ends = self.eos_token_id
+        if isinstance(ends, (list, tuple)):  # a tuple is hashable
+            settle("eos_token_id", tuple(check_integer("each eos_token_id", end) for end in ends))
+        elif ends is not None:
+            settle(
+                "eos_token_id", check_integer("eos_token_id", ends, otherwise=", several or None")
+            )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            _check_number(name, getattr(self, name))
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            settle(name, check_probability(name, getattr(self, name)))
         for name in ("layer_norm_epsilon", "initializer_range"):
-            _check_number(name, getattr(self, name))
+            settle(name, check_number(name, getattr(self, name)))
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for field in dataclasses.fields(self):
@@ -109,7 +114,7 @@ class GPTConfig:
             raise ValueError(
                 f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}"
             )
-        if self.activation_function not in ACTIVATIONS:
+        if self.activation_function not in tuple(ACTIVATIONS):
             raise ValueError(
                 f"activation_function must be one of {', '.join(map(repr, ACTIVATIONS))}, "
                 f"got {self.activation_function!r}"
@@ -131,7 +136,7 @@ class GPTConfig:
             ValueError: an unknown name, or changes that make no model.
             TypeError: a change that is no field.
         """
-        if name not in PRESETS:
+        if name not in tuple(PRESETS):
             raise ValueError(f"name must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
 
@@ -148,17 +153,3 @@ class GPTConfig:
         """Factor of the attention scores in ``layer`` (from 0)."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
-
-
-def _check_integer(
-    name: str, value: object, at_least: int | None = None, otherwise: str = ""
-) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer{otherwise}, got {value!r}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")

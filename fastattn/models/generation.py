@@ -9,8 +9,7 @@ it, and the cache lets the first new token overwrite it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from fastattn.models import graphs, sampling
 from fastattn.models.cache import KVCache
 from fastattn.models.prompts import read_prompts, special_tokens
 from fastattn.models.sampling import Sampling
+from fastattn.nn.mode import in_mode
 
 if TYPE_CHECKING:
     from fastattn.models.gpt import GPT
@@ -112,7 +112,7 @@ def generate(
         for row, prompt in zip(out, prompts, strict=True):
             row[width - len(prompt) : width] = torch.tensor(prompt)
 
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), in_mode(model, training=False):
         new = out[:, width:]
         steps = _run(model, prompts, new, how, numbers, ends, pad, on_token)
     return out[:, : width + steps]
@@ -219,16 +219,3 @@ def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
     for row, prompt in zip(seen, prompts, strict=True):
         row[torch.tensor(prompt, device=row.device)] = True
     return seen
-
-
-@contextlib.contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
-    """The model in eval mode; each of its modules gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -13,20 +13,19 @@ Shapes: B batch, T sequence length, C = n_embd, V = vocab_size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import nn
 from fastattn.models import folder, generation
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
-from fastattn.models.loss import IGNORED, LARGE, cross_entropy
-from fastattn.nn.plain import is_plain
 from fastattn.ops.common import modes
+from fastattn.ops.cross_entropy.interface import IGNORED, cross_entropy
 
 
 class GPT(torch.nn.Module):
@@ -54,6 +53,12 @@ class GPT(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, GPTConfig):
+            raise TypeError(
+                f"config must be a GPTConfig, got {type(config).__name__}: write "
+                "GPTConfig(vocab_size=..., ...), GPTConfig.preset(name), or read a model with "
+                "GPT.from_pretrained(path)"
+            )
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd, **where)
@@ -84,6 +89,37 @@ class GPT(torch.nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPT:
+        """Convert the parameters; one that the head shares stays one where `fn` makes new ones."""
+        shared = _shared_parameters(self)
+        super()._apply(fn, recurse)
+        for first, *others in shared:
+            for name in others:
+                owner, _, leaf = name.rpartition(".")
+                self.get_submodule(owner)._parameters[leaf] = self.get_parameter(first)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load a shared parameter once: under ``assign=True`` each name would get its own."""
+        errors = rest[-1]
+        for names in _shared_parameters(self):
+            keys = [prefix + name for name in names]
+            given = [state_dict[key] for key in keys if key in state_dict]
+            if not given:
+                continue
+            if not all(_equal(given[0], tensor) for tensor in given[1:]):
+                errors.append(
+                    f"{' and '.join(keys)} are one parameter of this model, and differ in the "
+                    "state_dict: build the model with tie_word_embeddings=False, or give the head "
+                    "a weight of its own before (lm_head.weight = torch.nn.Parameter(...))"
+                )
+                continue
+            value = given[0]
+            if not isinstance(value, torch.nn.Parameter):
+                value = torch.nn.Parameter(value, self.get_parameter(names[0]).requires_grad)
+            state_dict.update(dict.fromkeys(keys, value))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def reset_parameters(self) -> None:
         """Draw new weights from torch's generator."""
         std = self.config.initializer_range
@@ -100,7 +136,7 @@ class GPT(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.wte.weight.device
+        return next(self.parameters()).device
 
     def forward(
         self,
@@ -114,11 +150,12 @@ class GPT(torch.nn.Module):
 
         Args:
             input_ids: (B, T) token ids, int32 or int64. That they are below vocab_size is checked
-                on a CPU alone: on a GPU the check would make the host wait.
+                only on a CPU (on a GPU the check would make the host wait), and not under
+                torch.func transforms, fake tensors and tracing.
             targets: (B, T) the tokens that follow, or -100 where none counts. Nothing is shifted
                 here: ``targets[:, t]`` is what comes after ``input_ids[:, t]``.
             cache: keys and values of the tokens before; those of ``input_ids`` are appended.
-            logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
+            logits_to_keep: compute the logits only of the last so many positions; 0 means all.
 
         Returns:
             Logits (B, T, V) in the parameters' dtype; with ``targets`` the pair (logits, loss),
@@ -138,13 +175,14 @@ class GPT(torch.nn.Module):
                     f"targets must have the shape of input_ids, {tuple(input_ids.shape)}, "
                     f"got {tuple(targets.shape)}"
                 )
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, (int, torch.SymInt)):
+            raise TypeError(f"logits_to_keep must be an integer, got {logits_to_keep!r}")
         if not 0 <= logits_to_keep <= input_ids.shape[1]:
             raise ValueError(
                 f"logits_to_keep must be from 0 to the {input_ids.shape[1]} positions of "
                 f"input_ids, got {logits_to_keep}"
             )
-        embed = self.wte if targets is None else self._embed_beside_the_head
-        hidden = self._features(input_ids, embed(input_ids), cache)
+        hidden = self.features(input_ids, cache)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         if targets is None:
             return logits
@@ -155,35 +193,6 @@ class GPT(torch.nn.Module):
 
         Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``.
         """
-        return self._features(input_ids, self.wte(input_ids), cache)
-
-    def _embed_beside_the_head(self, input_ids: Tensor) -> Tensor:
-        """``wte(input_ids)``, where the loss is sure to go through the head too.
-
-        If both share a weight, the head's gradient of it comes first, and is dense. On a CPU the
-        embedding's follows as a sparse one, which autograd adds to it in place, to the rows in
-        question; as a dense one it would take two more tensors of the weight's size.
-
-        A forward hook may take what is before the head into a loss of its own, whose gradient would
-        stay sparse.
-        """
-        wte = self.wte
-        if (
-            self.lm_head.weight is wte.weight
-            and wte.weight.numel() >= LARGE
-            and input_ids.is_cpu
-            and is_plain(wte, torch.nn.Embedding)
-            and wte.padding_idx is wte.max_norm is None
-            and not wte.scale_grad_by_freq
-            and is_plain(self.lm_head, nn.Linear)
-            and not torch.compiler.is_compiling()
-            and not modes.transformed()
-            and not any(module._forward_hooks for module in self.modules())
-        ):
-            return F.embedding(input_ids, wte.weight, sparse=True)
-        return wte(input_ids)
-
-    def _features(self, input_ids: Tensor, embedded: Tensor, cache: KVCache | None) -> Tensor:
         seqlen = input_ids.shape[1]
         before = 0 if cache is None else cache.longest
         if before + seqlen > self.config.n_positions:
@@ -195,7 +204,7 @@ class GPT(torch.nn.Module):
             positions = torch.arange(seqlen, device=input_ids.device)
         else:
             positions = cache.begin(seqlen)
-        branch = self.dropout(embedded + self.wpe(positions))  # (B, T, C)
+        branch = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
 
         # The blocks leave the last addition to the next norm: x is branch + residual.
         residual = None
@@ -224,21 +233,38 @@ class GPT(torch.nn.Module):
         config, weights = folder.read(path, revision=revision, dtype=dtype, device=device)
         model = cls(config, device="meta")
         model.load_state_dict(weights, assign=True)
-        model.tie_weights()
         return model.eval()
 
 
+def _shared_parameters(model: torch.nn.Module) -> list[list[str]]:
+    """The names of each parameter that has more than one."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two entries of a state_dict are the same, as far as they have values."""
+    return a is b or a.is_meta or b.is_meta or torch.equal(a, b)
+
+
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise unless ``ids`` are token ids (B, T), or ``ignored``; values are read on a CPU alone."""
+    """Raise unless ``ids`` are token ids (B, T), or ``ignored``; only a CPU's values are read."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, which GPT does not take: pad it with "
+            "torch.nested.to_padded_tensor; generate takes lists of token ids of any lengths"
+        )
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64 token ids, got {ids.dtype}")
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(
             f"{name} must have the shape (batch, seqlen), neither of them 0, got {tuple(ids.shape)}"
         )
-    if ids.is_cpu and not torch.compiler.is_compiling():
+    if ids.is_cpu and modes.readable(ids):
         values = ids if ignored is None else ids.masked_fill(ids == ignored, 0)
         low, high = (value.item() for value in values.aminmax())
         if low < 0 or high >= vocab_size:

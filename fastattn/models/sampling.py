@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn.nn.checks import check_seed
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -144,6 +146,8 @@ def uniforms(
             raise ValueError(
                 f"seed must have one entry for each of {batch_size} sequences, got {len(seeds)}"
             )
+        for row, each in enumerate(seeds):
+            check_seed(f"the seed of sequence {row}", each)
         numbers = torch.stack(
             [
                 torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64)

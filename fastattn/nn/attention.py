@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastattn.nn.checks import check_probability
-from fastattn.nn.plain import is_plain
+from fastattn.nn.checks import check_integer, check_probability
+from fastattn.nn.plain import is_plain, refresh
 from fastattn.ops.attention import attention
 from fastattn.ops.common import modes
-from fastattn.ops.common.linear import linear
+from fastattn.ops.linear import linear
 
 
 class KeyValueCache(Protocol):
@@ -51,7 +51,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     unequal lengths as lengths, and a key-value cache.
 
     Raises ValueError if ``num_heads`` does not divide ``embed_dim`` or ``dropout`` is not in
-    [0, 1).
+    [0, 1), TypeError if they are no numbers.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_integer("embed_dim", embed_dim)
+        check_integer("num_heads", num_heads)
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(
                 "embed_dim must be a positive multiple of num_heads, got "
@@ -154,7 +156,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             mask=visible,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        # By its weights, as in torch: hooks on out_proj fire in self_attention alone.
+        # By its weights, as in torch: hooks on out_proj fire only in self_attention.
+        refresh(self.out_proj)
         out = F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return out.squeeze(0), None
@@ -173,7 +176,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> str | None:
         """Why `forward` leaves a call with these arguments to torch's own code; None if it doesn't.
 
-        Decided by metadata alone: no value of a tensor is read.
+        Decided only by metadata: no value of a tensor is read.
         """
         if need_weights:
             return "need_weights=True asks for the weights, which a fused kernel never holds"
@@ -201,14 +204,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         With ``cache``, the new keys and values are appended to it, and x attends to all that it
         then holds; ``key_lengths`` comes from the cache, or from the caller if the cache has none.
 
-        It is a method of its own: hooks on this module belong to ``forward`` and do not fire,
-        those on ``out_proj`` do. To shard the module by FSDP2 alone (not as part of a block), see
+        It is a method of its own: hooks on this module belong to ``forward`` and do not fire (but
+        for those of pruning and normed weights, which compute weights); those on ``out_proj`` do.
+        To shard only the module by FSDP2 (not as part of a block), see
         `torch.distributed.fsdp.register_fsdp_forward_method`.
 
         Raises ValueError if x has another shape, if the module was built with ``kdim``, ``vdim``,
         ``add_bias_kv`` or ``add_zero_attn``, or if caller and cache both give ``key_lengths``.
         """
         self._check_self_attention(x)
+        refresh(self)
         q, k, v = self._project(x, x, x)
         if cache is not None:
             k, v, cached_lengths = cache.update(k, v)
@@ -360,6 +365,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise ValueError(
                 "self_attention needs a module without kdim, vdim, add_bias_kv and add_zero_attn; "
                 "call forward, or build the module without them"
+            )
+        if x.is_nested:
+            raise TypeError(
+                "x is a nested tensor, which self_attention does not take: pad it with "
+                "torch.nested.to_padded_tensor(x, 0.0), and give key_lengths"
             )
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(

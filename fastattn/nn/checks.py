@@ -1,15 +1,49 @@
-"""What the constructors of several modules ask of their arguments."""
+"""Arguments of constructors and configs: their types and ranges."""
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
 
-def check_probability(name: str, p: float) -> None:
-    """Raise ValueError unless ``p`` is a dropout probability that leaves something: [0, 1)."""
+
+def check_integer(name: str, value: Any, at_least: int | None = None, otherwise: str = "") -> int:
+    """``value`` as an int; TypeError if it is no integer, ValueError if it is too small.
+
+    ``otherwise`` says what else the argument may be, e.g. " or None".
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer{otherwise}, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return int(value)
+
+
+def check_number(name: str, value: Any) -> float:
+    """``value`` as a float; TypeError if it is no real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def check_probability(name: str, p: Any) -> float:
+    """``p`` as a float; TypeError or ValueError unless it is a dropout's probability, in [0, 1)."""
+    p = check_number(name, p)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
+    return p
 
 
-def check_positive(name: str, size: int) -> None:
-    """Raise ValueError unless ``size`` is positive."""
+def check_positive(name: str, size: Any) -> int:
+    """``size`` as an int; TypeError or ValueError unless it is a positive integer."""
+    size = check_integer(name, size)
     if size <= 0:
         raise ValueError(f"{name} must be positive, got {size}")
+    return size
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ValueError unless a `torch.Generator` takes ``seed``."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(
+            f"{name} must be from -2**63 to 2**64 - 1, got {seed}: take it modulo 2**64"
+        )

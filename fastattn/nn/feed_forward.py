@@ -29,8 +29,9 @@ class FeedForward(torch.nn.Module):
 
     ``linear1`` and ``linear2`` are `torch.nn.Linear`, initialised as such. Their weights go to the
     op without a call of the modules. Where that could be noticed (see `fastattn.nn.plain.is_plain`:
-    hooks, LoRA and other wrappers, parametrisations, weights of a tensor subclass), both are called
-    as modules, with the activation between; ``recompute`` then saves nothing.
+    hooks, LoRA and other wrappers, parametrisations, weights of a tensor subclass or sparse), both
+    are called as modules, with the activation between; ``recompute`` then saves nothing. The same
+    holds for a nested tensor.
 
     Args:
         embed_dim: size of the last dimension of input and output.
@@ -42,6 +43,7 @@ class FeedForward(torch.nn.Module):
             also keeps the hidden layer before its activation.
 
     Raises:
+        TypeError: a size is no integer, or dropout no number.
         ValueError: a size is not positive, an unknown activation, dropout outside [0, 1).
     """
 
@@ -58,11 +60,11 @@ class FeedForward(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        feedforward_dim = 4 * embed_dim if feedforward_dim is None else feedforward_dim
         check_positive("embed_dim", embed_dim)
+        feedforward_dim = 4 * embed_dim if feedforward_dim is None else feedforward_dim
         check_positive("feedforward_dim", feedforward_dim)
         check_probability("dropout", dropout)
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             names = ", ".join(map(repr, _ACTIVATIONS))
             raise ValueError(f"activation must be one of {names}, got {activation!r}")
         self.embed_dim = embed_dim
@@ -75,7 +77,11 @@ class FeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., embed_dim) -> (..., embed_dim), in x's dtype (under autocast: in autocast's)."""
-        if is_plain(self.linear1, torch.nn.Linear) and is_plain(self.linear2, torch.nn.Linear):
+        if (
+            is_plain(self.linear1, torch.nn.Linear)
+            and is_plain(self.linear2, torch.nn.Linear)
+            and not x.is_nested
+        ):
             out = ffn(
                 x,
                 self.linear1.weight,

@@ -24,6 +24,8 @@ class LayerNorm(torch.nn.LayerNorm):
         residual = input + residual
         return layer_norm(residual), residual
 
+    A nested tensor is left to torch's own code.
+
     Raises ValueError if the last dimensions of ``input`` are not ``normalized_shape``, or if
     ``residual`` has another shape than ``input``.
     """
@@ -35,6 +37,10 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if input.is_nested:
+            stream = input if residual is None else input + residual
+            out = super().forward(stream)
+            return out if residual is None else (out, stream)
         shape = self.normalized_shape
         check_shapes("input", input, residual, shape)
         result = layer_norm(

@@ -24,6 +24,8 @@ class RMSNorm(torch.nn.RMSNorm):
         residual = x + residual
         return rms_norm(residual), residual
 
+    A nested tensor is left to torch's own code.
+
     Raises ValueError if the last dimensions of ``x`` are not ``normalized_shape``, or if
     ``residual`` has another shape than ``x``.
     """
@@ -33,6 +35,10 @@ class RMSNorm(torch.nn.RMSNorm):
     @overload
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if x.is_nested:
+            stream = x if residual is None else x + residual
+            out = super().forward(stream)
+            return out if residual is None else (out, stream)
         shape = self.normalized_shape
         check_shapes("x", x, residual, shape)
         result = rms_norm(fold(x, shape), fold(self.weight, shape), self.eps, fold(residual, shape))

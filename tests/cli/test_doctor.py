@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import backends, extension
+from fastattn import backends, chips, extension
 from fastattn.cli import main
 from fastattn.extension import CannotLoad, Library
 from fastattn.ops.common import ptxas
@@ -116,7 +116,7 @@ def test_the_variable_that_the_fix_names_takes_effect(
         monkeypatch.delenv(name, raising=False)
     for architecture in (90, 100):
         default = ptxas.in_use(architecture)
-        monkeypatch.setattr(ptxas, "HOPPER_FLOOR", (99, 0))  # whatever this Triton carries
+        monkeypatch.setattr(chips, "HOPPER_PTXAS", (99, 0))  # whatever this Triton carries
         warning = ptxas.warning(architecture)
         if architecture >= 100:
             assert warning is None

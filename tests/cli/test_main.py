@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,30 @@ def test_python_m_runs_it() -> None:
     command = [sys.executable, "-m", "fastattn", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"fastattn {fastattn.__version__}\n"
+
+
+def run(*arguments: str, **settings: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastattn", *arguments],
+        cwd=ROOT,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+@pytest.mark.parametrize("command", ["doctor", "bench"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # else all is written at the end
+def test_it_ends_quietly_when_nobody_reads_on(command: str, unbuffered: str) -> None:
+    process = run(command, PYTHONUNBUFFERED=unbuffered)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_its_code() -> None:
+    out, error = run("doctor", PYTHONIOENCODING="ascii", FASTATTN_BACKEND="天气").communicate()
+    assert error == "" and r"'\u5929\u6c14'" in out

@@ -20,6 +20,8 @@ from typing import NamedTuple
 from compile import sass
 from compile.sass import Code, Instruction
 
+from fastattn import chips
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -31,7 +33,7 @@ class Chip:
     mma_sync: float  # share of the peak that mma.sync reaches
     shared: int  # bytes of an SM; a block takes 1 KB beside its own
     l2: float  # bytes a clock and SM, assumed
-    registers: int = 65536  # of an SM
+    registers: int = chips.REGISTERS  # of an SM
     threads: int = 2048
 
     @property
@@ -42,8 +44,8 @@ class Chip:
 
 # mma.sync reaches about 62 % of what wgmma does (Luo et al. 2024, arXiv:2402.13499, recalled).
 CHIPS = {
-    80: Chip("A100", 2048, 2, 1.0, 164 * 1024, 40.0),
-    90: Chip("H100, H200", 4096, 1, 0.62, 228 * 1024, 32.0),
+    80: Chip("A100", 2048, 2, 1.0, chips.shared_memory(80) + 1024, 40.0),
+    90: Chip("H100, H200", 4096, 1, 0.62, chips.shared_memory(90) + 1024, 32.0),
 }
 MUFU_CLOCKS = 8  # 16 results a clock and SM
 ALU_CLOCKS = 2

@@ -149,13 +149,14 @@ def record(
     architecture: int, configurations: Iterator[tuple[dict[str, Any], Callable[[], Any]]]
 ) -> list[Launch]:
     """(kernel, args, constants, configuration) of every different launch that the calls make."""
+    from fastattn import chips
     from fastattn.ops.common import launch
 
     launches: dict[str, Launch] = {}
     for kernels in ("forward", "backward"):  # their plans may be of another architecture
         importlib.import_module(f"fastattn.ops.attention.triton.{kernels}")._plans.clear()
     launch.architecture = lambda device: architecture
-    launch.multiprocessors = lambda device: 132
+    launch.multiprocessors = lambda device: chips.MULTIPROCESSORS[90]
     for configuration, call in configurations:
 
         def keep(

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from compile import cuda
 
-pytestmark = pytest.mark.skipif(
-    cuda.build.find_nvcc() is None, reason="nvcc was not found: no kernel of csrc/ was compiled"
-)
+pytestmark = [
+    pytest.mark.long,  # nvcc takes minutes; the emulator's kernels are the same sources
+    pytest.mark.skipif(
+        cuda.build.find_nvcc() is None, reason="nvcc was not found: no kernel of csrc/ was compiled"
+    ),
+]
 
 # Bytes that a thread of a kernel may spill, by a pattern of its name; 0 for all others. Forward and
 # keys keep a few addresses on the stack: with smaller tiles they would not, and read shared memory

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from compile.offline import report
 
-# Bytes of shared memory that one block may use; sm_86, 89 and 120 take sm_80's rows of attention.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SHARED_MEMORY_OF_86 = 99 * 1024
+from fastattn import chips
+
 # Bytes of registers that a thread of an attention kernel may spill; 0 for every other kernel.
 SPILLS = {
     "_forward_kernel": 128,  # none in a loop
@@ -38,8 +37,15 @@ def spills_allowed(op: str, kernel: dict[str, Any]) -> int:
     return max(SPILLS[kernel["kernel"]], everything, wide if kernel["dtype"] == "float32" else 0)
 
 
-@pytest.mark.parametrize("op", PRODUCTS)
-@pytest.mark.parametrize("architecture", (80, 90, 100))
+# Attention takes minutes a chip; its hot kernels are compiled by tests/guard too.
+GRIDS = [
+    pytest.param(op, chip, marks=[pytest.mark.long] * (op == "attention" or chip != 90))
+    for op in PRODUCTS
+    for chip in (80, 90, 100)
+]
+
+
+@pytest.mark.parametrize(("op", "architecture"), GRIDS)
 def test_resources(op: str, architecture: int) -> None:
     # Each feature by itself is compiled for Hopper alone: attention takes minutes a chip.
     grids = {80: "attention, rows", 100: "attention, own rows"}
@@ -53,7 +59,7 @@ def test_resources(op: str, architecture: int) -> None:
         # sm_86 takes the rows of sm_80, but for float32 above 256, which is refused there.
         refused = kernel["dtype"] == "float32" and kernel.get("head_dim", 0) > 256
         rows_of_86 = op == "attention" and architecture == 80 and not refused
-        if kernel["shared"] > (SHARED_MEMORY_OF_86 if rows_of_86 else SHARED_MEMORY[architecture]):
+        if kernel["shared"] > chips.shared_memory(86 if rows_of_86 else architecture):
             over.append(f"{name} takes {kernel['shared']} bytes of shared memory: {kernel}")
         if op == "attention" and name in STORES:
             never = name in ("_forward_kernel", "_keys_kernel") and not kernel["wide_stores"]

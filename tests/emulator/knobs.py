@@ -54,6 +54,8 @@ class Emulator:
     def __enter__(self) -> Any:
         if self._library is not None:
             extension._emulator = _loaded()
+        self.seed(0)
+        self.checks(1)
         return self
 
     def __exit__(self, *error: Any) -> None:

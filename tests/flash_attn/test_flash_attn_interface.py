@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ops.attention import cases
 
 from fastattn import flash_attn
 from fastattn.flash_attn import flash_attn_interface
@@ -86,43 +87,13 @@ def test_the_version_is_that_of_the_interface() -> None:
 
 
 def formula(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
+    *tensors: torch.Tensor,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
+    **options: Any,
 ) -> Tensors:
     """(out, lse) by the documented formula, in the inputs' dtype."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    scores = scale * (q @ k.transpose(-2, -1))
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    seqlen_q, seqlen_k = scores.shape[-2:]
-    i = torch.arange(seqlen_q, device=q.device)[:, None] + seqlen_k - seqlen_q
-    j = torch.arange(seqlen_k, device=q.device)
-    if alibi_slopes is not None:
-        slopes = torch.atleast_2d(alibi_slopes)[:, :, None, None]
-        scores = (scores - slopes * (i - j).abs()).to(q.dtype)
-    left, right = window_size
-    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
-    if causal:
-        seen = seen & (j <= i)
-    if left >= 0:
-        seen = seen & (j >= i - left)
-    if right >= 0:
-        seen = seen & (j <= i + right)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    blind = ~seen.any(-1, keepdim=True)
-    p = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
-    lse = torch.logsumexp(scores if scores.dtype == torch.float64 else scores.float(), -1)
-    return (p @ v).transpose(1, 2), lse
+    return cases.formula(*tensors, window=window_size, softcap=max(softcap, 0.0), **options)
 
 
 CAPPED = {"max_factor": 3.0, "rms_factor": 2.0}  # the rule's factors where there is a softcap

@@ -13,7 +13,6 @@ The sections:
                                 host does, and on a GPU what is launched beside our kernels; of one
                                 torch version
     bytes saved for backward    in the same steps: storages, each once, beside inputs and parameters
-    tiles of scores             that the attention kernels compute for masks (score_tiles.py)
     compiled kernels            that typical calls take, at one length and at ten, by feature
                                 (specialisations.py)
     machine code, sm_90, sm_80  of the kernels in which the time goes (`hot` in
@@ -59,12 +58,6 @@ def _saved_bytes() -> Section:
     return steps.saved_bytes()
 
 
-def _score_tiles() -> Section:
-    from guard import score_tiles
-
-    return score_tiles.computed()
-
-
 def _compiled_kernels() -> Section:
     from guard import specialisations
 
@@ -92,7 +85,6 @@ SECTIONS: dict[str, Callable[[], Section]] = {
     "kernels launched": _launches,
     "operators dispatched": _operators,
     "bytes saved for backward": _saved_bytes,
-    "tiles of scores": _score_tiles,
     "compiled kernels": _compiled_kernels,
     "machine code, sm_90": lambda: _machine_code("hot", 90),
     "machine code, sm_80": lambda: _machine_code("hottest", 80),
@@ -106,7 +98,7 @@ VERSIONED = {
 # Sections that list what there is, so that what is missing counts as 0.
 SPARSE = ("kernels launched", "operators dispatched")
 # All other numbers are the better the smaller they are.
-NEITHER_BETTER_NOR_WORSE = ("tensor core", "tiles")
+NEITHER_BETTER_NOR_WORSE = ("tensor core",)
 
 
 def versions() -> dict[str, str]:

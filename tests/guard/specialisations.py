@@ -41,6 +41,7 @@ def main() -> None:
     from compile.offline import key_of
     from ops.attention import test_specialisation as attention
 
+    from fastattn import chips
     from fastattn.ops.common import launch
     from fastattn.ops.ffn import triton as ffn
     from fastattn.ops.layer_norm import triton as layer_norm
@@ -53,7 +54,7 @@ def main() -> None:
 
     launch.launch = record
     launch.architecture = lambda device: ARCHITECTURE
-    launch.multiprocessors = lambda device: 132
+    launch.multiprocessors = lambda device: chips.MULTIPROCESSORS[90]
 
     def kernels_of(calls: Iterable[Callable[[], Any]]) -> int:
         keys.clear()

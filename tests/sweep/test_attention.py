@@ -13,8 +13,7 @@ from ops.attention.cases import Case, check
 from sweep.device import ARCHITECTURE, DEVICE, DTYPES, GPU, HALVES
 
 from fastattn import attention_with_kv_cache
-from fastattn.cli import tune
-from fastattn.ops.attention import tiles
+from fastattn.ops.attention import tiles, tuning
 from oracle import assert_close_to_reference
 
 # Rows of the table that calls ask for: (row, masking).
@@ -80,6 +79,7 @@ def expected(dtype: str, width: int, masking: str, *kernels: str) -> Asked:
     return {(tiles.row(kernel, ARCHITECTURE, size, width), masking) for kernel in kernels}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "width", "masking"), CASES)
 def test_triton(
     dtype: str, width: int, masking: str, asked: Asked, keep: Callable[[Any], None]
@@ -143,6 +143,7 @@ def check_cached(call: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
     return {"out": out, "lse": lse, "k_cache": mine["k_cache"], "v_cache": mine["v_cache"]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "width", "masking"), CASES)
 def test_decode_triton(
     dtype: str, width: int, masking: str, asked: Asked, keep: Callable[[Any], None]
@@ -154,9 +155,9 @@ def test_decode_triton(
 
 def test_every_row_is_swept() -> None:
     """The rows that the table has for this architecture are those that the cases above ask for."""
-    names = {str(dtype).removeprefix("torch."): name for name, dtype in tune.DTYPES.items()}
-    entries = tune.entries_of(
-        ARCHITECTURE, list(tune.KERNELS), [names[dtype] for dtype in DTYPES], tune.HEAD_DIMS,
+    names = {str(dtype).removeprefix("torch."): name for name, dtype in tuning.DTYPES.items()}
+    entries = tuning.entries_of(
+        ARCHITECTURE, list(tuning.KERNELS), [names[dtype] for dtype in DTYPES], tuning.HEAD_DIMS,
         tiles.MASKINGS,
     )  # fmt: skip
     swept = {
@@ -177,12 +178,14 @@ CUDA = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "width", "masking"), CUDA)
 def test_cuda(dtype: str, width: int, masking: str, emulator: Emulator) -> None:
     emulator.checks(0)
     check(of(dtype, width, masking), "cuda")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("masking", tiles.MASKINGS)
 @pytest.mark.parametrize("width", (64, 128, 256))
 @pytest.mark.parametrize("dtype", HALVES)

@@ -29,11 +29,13 @@ def cases() -> dict[str, Case]:
 CASES = cases()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_triton(name: str, keep: Callable[[Any], None]) -> None:
     keep(check(CASES[name], "triton"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_cuda(name: str, emulator: Emulator) -> None:
     """Or it is refused, for the reason that the table of reasons has."""

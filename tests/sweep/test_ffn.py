@@ -38,6 +38,7 @@ def of(name: str, dtype: str, layout: str) -> Case:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ("linear", "conv1d"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
@@ -51,6 +52,7 @@ def test_triton(
     assert set(taken) == {table(getattr(torch, dtype).itemsize)[name]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ("linear", "conv1d"))
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", SHAPES)

@@ -63,11 +63,13 @@ def of(dtype: str, hidden: int, variant: str) -> Case:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hidden", "dtype", "variant"), CASES)
 def test_triton(hidden: int, dtype: str, variant: str, keep: Callable[[Any], None]) -> None:
     keep(check(of(dtype, hidden, variant), "triton"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("hidden", "dtype", "variant"),
     [case for case in CASES if case[1] in HALVES and (GPU or case[0] in (768, 3072))],

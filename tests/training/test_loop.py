@@ -12,8 +12,15 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.training import History, TrainingConfig, evaluate, train
-from fastattn.training.loop import decay_groups
+from fastattn.training import (
+    History,
+    Tokenizer,
+    TrainingConfig,
+    bits_per_byte,
+    evaluate,
+    train,
+)
+from fastattn.training.loop import block_matrices, decay_groups, muon_is_fast
 
 VOCABULARY = 17
 # A cycle that the next token follows from the last one: the loss can go to zero.
@@ -91,6 +98,53 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert len(groups[0]) + len(groups[1]) == len(list(subject.parameters()))
     subject.requires_grad_(False)
     assert [group["params"] for group in decay_groups(subject, 0.3)] == [[], []]
+
+
+def test_muon_takes_the_matrices_of_the_blocks() -> None:
+    subject = model()
+    names = {id(parameter): name for name, parameter in subject.named_parameters()}
+    found = {names[id(parameter)] for parameter in block_matrices(subject)}
+    for block in ("blocks.0", "blocks.1"):
+        attention = {f"{block}.attention.in_proj_weight", f"{block}.attention.out_proj.weight"}
+        ffn = {f"{block}.feed_forward.linear1.weight", f"{block}.feed_forward.linear2.weight"}
+        assert attention | ffn <= found
+    assert len(found) == 8
+    subject.blocks[0].requires_grad_(False)
+    assert len(block_matrices(subject)) == 4
+    inside = torch.nn.ModuleList([torch.nn.Embedding(3, 4), torch.nn.Linear(4, 4)])
+    assert block_matrices(inside) == {inside[1].weight}
+
+
+def test_muon_learns_and_changes_every_parameter() -> None:
+    if not muon_is_fast(torch.device("cpu")):
+        pytest.skip("Muon takes minutes on a CPU without AVX-512")
+    subject = model()
+    before = {name: value.clone() for name, value in subject.state_dict().items()}
+    config = dataclasses.replace(CONFIG, optimizer="muon")
+    history = train(subject, STREAM, STREAM[:300], config)
+    assert history.evaluations[-1].loss < 0.2
+    assert not any(torch.equal(value, before[name]) for name, value in subject.state_dict().items())
+
+
+def test_bits_per_byte_is_that_of_the_formula() -> None:
+    """Windows side by side, the last one shorter, each byte counted once."""
+    tokenizer = Tokenizer.train(["hello hello"], 257 + 2)
+    torch.manual_seed(0)
+    config = fastattn.GPTConfig(
+        vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=16, n_layer=1, n_head=2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    subject = fastattn.GPT(config).eval()
+    text = "hello 天气, hello hello"
+    ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
+    nats = 0.0
+    for i in range(1, len(ids)):
+        first = (i - 1) // 8 * 8
+        logits = subject(torch.tensor([ids[first:i]]))[0, -1]
+        nats -= logits.log_softmax(-1)[ids[i]].item()
+    assert (len(ids) - 1) % 8
+    found = bits_per_byte(subject, tokenizer, text, 8)
+    assert found == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 def test_gradients_are_clipped() -> None:
@@ -173,6 +227,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_weights_of_before() -> None:
         ("learning_rate", float("nan"), "learning_rate must be positive"),
         ("final_learning_rate", 1.0, r"final_learning_rate must be in \[0, learning_rate=0.001\]"),
         ("weight_decay", -0.1, "weight_decay must be at least 0"),
+        ("optimizer", "sgd", "optimizer must be one of .*got 'sgd'"),
         ("betas", (0.9, 1.0), r"betas must be two numbers in \[0, 1\)"),
         ("betas", (0.9,), "betas must be two numbers"),
         ("max_gradient_norm", 0.0, "max_gradient_norm must be positive"),

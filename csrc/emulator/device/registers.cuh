@@ -1,4 +1,4 @@
-// What the compiler keeps in registers: nothing that the emulator could say.
+// Hints to the compiler on registers, which mean nothing to the emulator.
 #pragma once
 
 #include "device/platform.cuh"

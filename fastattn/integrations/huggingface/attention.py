@@ -58,7 +58,7 @@ def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     And gemma4 may drop queries after the mask is made, which `None` could not tell.
 
     Raises:
-        ValueError: the family does not dispatch; the message names it and the mend.
+        ValueError: the family does not dispatch; the message names it and the fix.
     """
     config = kwargs.get("config")
     model_type = getattr(config, "model_type", None) or ""
@@ -84,8 +84,9 @@ def _is_unpadded(
     """
     if attention_mask is None:
         return True
-    of_interest = q_length == kv_length and q_length > 1 and not is_tracing(attention_mask)
-    return of_interest and bool(attention_mask.all())
+    of_interest = q_length == kv_length and q_length > 1
+    can_be_read = not is_tracing(attention_mask) and modes.readable(attention_mask)
+    return of_interest and can_be_read and bool(attention_mask.all())
 
 
 def attention_forward(
@@ -135,7 +136,7 @@ def attention_forward(
         scaling: factor of the scores, default 1 / sqrt(head_dim).
         softcap: c for scores c tanh(s / c); None or 0 for none.
         position_bias: (1 or batch, heads, seqlen_q, seqlen_k), added to the scores.
-        s_aux: (heads,), a logit per head that takes part in the softmax alone.
+        s_aux: (heads,), a logit per head that takes part only in the softmax.
         sinks: (batch, heads, seqlen_q, 1), the same per query.
         indices: (batch, seqlen_q, n), the only keys that a query sees.
         position_ids: (batch, seqlen), with as many keys as queries: wherever a row is at its least
@@ -143,7 +144,7 @@ def attention_forward(
             value says nothing. Not where there is padding, nor a mask that the user made.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), where the sequences begin that are packed in
             the batch's rows, of at most `max_length_q` and `max_length_k` tokens; default of k:
-            those of q. Tokens behind the last one see nothing and give 0. With a mask, indices or
+            those of q. Tokens after the last one see nothing and give 0. With a mask, indices or
             a position_bias, which are of rows, a sequence ends with its row at the latest.
         kwargs: whatever else the module passes. Arguments that would change the result must be
             None.
@@ -153,7 +154,7 @@ def attention_forward(
         are never formed.
 
     Raises:
-        ValueError: an argument that cannot be honoured; the message names it and the mend.
+        ValueError: an argument that cannot be honoured; the message names it and the fix.
     """
     _check(attention_mask, kwargs)
     batch = max(query.shape[0], key.shape[0])
@@ -198,7 +199,7 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         ends_q = cu_seq_lens_q[1:]
         ends_k = ends_q if cu_seq_lens_k is None else cu_seq_lens_k[1:]
-        # Keys behind the last sequence are of one that no query is of.
+        # Keys after the last sequence belong to one that no query belongs to.
         ends_k = torch.cat([ends_k, ends_k[-1:]])
         options["document_ids"] = _documents(query, ends_q), _documents(key, ends_k)
     elif attention_mask is None or getattr(attention_mask, _UNPADDED, False):
@@ -243,7 +244,7 @@ def _restarts(
         or position_ids.shape != (batch, seqlen)  # (1, seqlen) is how models count by themselves
     ):
         return None
-    if is_tracing(position_ids) or position_ids.is_meta:
+    if is_tracing(position_ids) or not modes.readable(position_ids):
         return _numbers(position_ids)
     # Their owner may write into them, which an inference tensor does not tell.
     version = None if position_ids.is_inference() else position_ids._version
@@ -271,7 +272,7 @@ def _packed(
     sinks: torch.Tensor | None,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Sequences that lie behind each other in the rows of the batch."""
+    """Sequences that lie one after another in the rows of the batch."""
     rows = query.shape[0], query.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     longest_q, longest_k = (None if n is None else int(n) for n in lengths)

@@ -44,7 +44,7 @@ def refusal(model: type[PreTrainedModel]) -> str | None:
                 f"{model.__name__} does not dispatch its attention through transformers' "
                 f"AttentionInterface ({module.__name__} computes its own), so that "
                 f'attn_implementation="{NAME}" would change its masks and nothing else: use '
-                'attn_implementation="eager"; where it is a part of a model, for this part alone, '
+                'attn_implementation="eager"; where it is a part of a model, only for this part, '
                 f'attn_implementation={{"": "{NAME}", "<name of its config>": "eager"}}'
             )
     return None

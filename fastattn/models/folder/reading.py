@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.files import local_path
 from fastattn.models.config import GPTConfig
 from fastattn.models.folder.layout import CONFIG, HEAD, INDEX, PREFIX, WEIGHTS, Stored, layout
 
@@ -52,7 +53,7 @@ def read(
 
     Args:
         path: a folder with config.json and safetensors, or the name of a repository on the Hugging
-            Face Hub ("gpt2", "user/name"), of which those files alone are downloaded, once.
+            Face Hub ("gpt2", "user/name"), of which only those files are downloaded, once.
         revision: branch, tag or commit on the Hub.
         dtype: of the weights; None keeps the one that they are stored in.
         device: of the weights; None is torch's default.
@@ -117,7 +118,7 @@ def _folder(path: str | PathLike[str], revision: str | None) -> Path:
         raise TypeError(
             f"path must be a folder or the name of a repository, got {type(path).__name__}"
         )
-    folder = Path(path).expanduser()
+    folder = local_path("path", path)
     if folder.is_dir():
         return folder
     name = os.fspath(path)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from fastattn.models.folder.layout import CONFIG, HEAD, INDEX, PREFIX, WEIGHTS, layout
+from fastattn.files import folder_written_beside, local_path
+from fastattn.models.config import GPTConfig
+from fastattn.models.folder.layout import CONFIG, HEAD, INDEX, PREFIX, WEIGHTS
+from fastattn.models.folder.weights import weights_of
+from fastattn.nn.checks import check_integer
+from fastattn.nn.mode import in_mode
 
 if TYPE_CHECKING:
     from fastattn.models.gpt import GPT
@@ -32,21 +35,31 @@ def save_pretrained(
         model.save_pretrained("folder")
         transformers.GPT2LMHeadModel.from_pretrained("folder")
 
-    Every file is written beside its place under another name and then renamed, so that none is
-    ever half there; config.json comes last. Other files in the folder stay, but for the weights of
-    a former save.
+    Saved are the weights that the model computes with in eval mode: of parts that `torch.compile`
+    or DDP wrap, of parametrised, pruned and sparse parameters. "tie_word_embeddings" in config.json
+    says whether head and embedding are one now. Parameters sharded by FSDP2 are gathered: every
+    process must call, the first one writes, and all return when that is done.
+
+    The files are written to a temporary folder and then renamed, so that none is ever half there;
+    a new folder appears whole, and in another config.json goes first and comes last. Other files
+    there stay, but for the weights of a former save.
 
     Args:
         folder: made if it is not there.
         max_shard_size: bytes of weights in one file; what is more goes into several, with an index.
 
     Raises:
-        ValueError: max_shard_size is not positive.
+        TypeError: folder is no path, or max_shard_size no integer.
+        ValueError: folder is empty, max_shard_size is not positive, or the model is no GPT-2 any
+            more (adapters, quantised or other layers): the message says which part.
         OSError: the folder cannot be written; what was there is then as it was.
         ImportError: safetensors is not installed.
     """
-    if max_shard_size < 1:
+    target = local_path("folder", folder)
+    if check_integer("max_shard_size", max_shard_size, otherwise=", in bytes") < 1:
         raise ValueError(f"max_shard_size must be positive, got {max_shard_size}")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "folder must not be a file", str(target))
     try:
         from safetensors.torch import save_file
     except ImportError as error:
@@ -54,34 +67,31 @@ def save_pretrained(
             'writing weights takes safetensors: pip install "fastattn[hf]"'
         ) from error
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    shards = _shards(_stored_tensors(model), max_shard_size)
+    with in_mode(model, training=False):
+        weights, tied, sharded = weights_of(model)
+    config = dataclasses.replace(model.config, tie_word_embeddings=tied)
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            _write(target, config, weights, max_shard_size, save_file)
+    finally:
+        if sharded:
+            torch.distributed.barrier()
+
+
+def _write(
+    target: Path, config: GPTConfig, weights: dict[str, Tensor], max_shard_size: int, save_file: Any
+) -> None:
+    tensors = {name if name == HEAD else PREFIX + name: w for name, w in weights.items()}
+    shards = _shards(tensors, max_shard_size)
     names = [WEIGHTS] if len(shards) == 1 else [
         SHARD.format(number, len(shards)) for number in range(1, len(shards) + 1)
     ]  # fmt: skip
-    with _beside(target) as (beside, publish):
+    with folder_written_beside(target, CONFIG, lambda name: bool(OURS.fullmatch(name))) as beside:
         for name, shard in zip(names, shards, strict=True):
             save_file(shard, beside / name, metadata={"format": "pt"})
         if len(shards) > 1:
-            names.append(INDEX)
             _write_json(beside / INDEX, _index(names, shards))
-        _write_json(beside / CONFIG, _config_json(model))
-        publish([*names, CONFIG])
-        for stale in target.glob("model*.safetensors*"):
-            if OURS.fullmatch(stale.name) and stale.name not in names:
-                stale.unlink()
-
-
-def _stored_tensors(model: GPT) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
-    tensors = {}
-    for name, how in layout(model.config).items():
-        tensor = parameters[name].detach()
-        tensor = tensor.t() if how.transposed else tensor
-        full_name = how.name if how.name == HEAD else PREFIX + how.name
-        tensors[full_name] = tensor.contiguous()
-    return tensors
+        _write_json(beside / CONFIG, _config_json(config, weights["wte.weight"].dtype))
 
 
 def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:
@@ -103,35 +113,19 @@ def _index(names: list[str], shards: list[dict[str, Tensor]]) -> dict[str, Any]:
             "total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())
         },
         "weight_map": {
-            tensor: name for name, shard in zip(names, shards, strict=False) for tensor in shard
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
         },
     }
 
 
-def _config_json(model: GPT) -> dict[str, Any]:
+def _config_json(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
-        **dataclasses.asdict(model.config),
+        "dtype": str(dtype).removeprefix("torch."),
+        **dataclasses.asdict(config),
     }
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[tuple[Path, Callable[[list[str]], None]]]:
-    """A temporary folder inside ``folder``, and a function that moves its files out into it."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        beside = Path(temporary)
-
-        def publish(names: list[str]) -> None:
-            for name in names:
-                with open(beside / name, "rb") as file:
-                    os.fsync(file.fileno())
-            for name in names:
-                os.replace(beside / name, folder / name)
-
-        yield beside, publish

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,9 @@ from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.reference import alibi, cut, visible, within, zeros_of
 from fastattn.ops.common import modes
-from fastattn.ops.common.straight import ERRORS, plain
 
 # Bound once: `fastattn.override_sdpa` may put our own function in its place.
-_SDPA = F.scaled_dot_product_attention
+SDPA = F.scaled_dot_product_attention
 
 # Rows of one mask: 512 rows of a 16k context are 8 MB, and large enough for ATen's own blocking.
 CHUNK = 512
@@ -48,11 +46,11 @@ def unsupported(problem: AttentionProblem) -> str | None:
     if problem.packed:
         if problem.device.type != "cpu":
             return "ATen has no packed sequences; reading their lengths would stall the device"
-        if torch.compiler.is_compiling():
+        if modes.recorded():
             return "packed sequences go through ATen one by one, which cannot be compiled"
     if problem.return_lse:
         if problem.device.type != "cpu":
-            return "ATen returns the LSE in our form on the CPU alone"
+            return "ATen returns the LSE in our form only on the CPU"
         if problem.needs_grad:
             return "ATen's fused attention drops the gradient of the LSE"
         if problem.dropout_p:
@@ -68,46 +66,14 @@ def declined(problem: AttentionProblem) -> str | None:
     return None
 
 
-def straight(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: object,
-    softmax_scale: float | None,
-) -> torch.Tensor | None:
-    """A plain call on a CPU (ops/common/straight.py) without other features; None for any other."""
-    try:
-        if not plain(q, k, v) or not modes.plain():
-            return None
-        if softmax_scale is not None and not (
-            type(softmax_scale) is float and SMALLEST <= softmax_scale < math.inf
-        ):
-            return None
-        shape, kv_shape = q.shape, k.shape
-        batch, seqlen_q, heads, head_dim = shape
-        kv_batch, seqlen_k, kv_heads, kv_head_dim = kv_shape
-        fits = batch == kv_batch and head_dim == kv_head_dim and heads % kv_heads == 0
-        if not fits or kv_shape != v.shape or 0 in shape or seqlen_k == 0:
-            return None
-        is_causal = causal is True and seqlen_q > 1
-        if (is_causal and seqlen_q != seqlen_k) or not isinstance(causal, bool):
-            return None
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        grouped = heads != kv_heads
-        out = _SDPA(q, k, v, None, 0.0, is_causal, scale=softmax_scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
-    except ERRORS:
-        return None
-
-
-def attention(
+def forward(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if problem.packed:
         return _packed(problem, q, k, v, extras)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
     seqlen_q, seqlen_k, settings = problem.seqlen_q, problem.seqlen_k, problem.settings
-    compiling = torch.compiler.is_compiling()
+    compiling = modes.recorded()
     key_lengths = extras.key_lengths
     if not problem.given or problem.given == ("key_lengths",):
         native = _native_causality(problem)
@@ -172,7 +138,7 @@ def on_cache(
     if problem.seqlen_q == 1 and not problem.given:
         return _one_query(problem, q, k, v)
     one, its = _alone(problem, extras, b, slice(0, q.shape[1]), slice(0, k.shape[1]))
-    return attention(dataclasses.replace(one, batch=q.shape[0]), q, k, v, its)
+    return forward(dataclasses.replace(one, batch=q.shape[0]), q, k, v, its)
 
 
 def _one_query(
@@ -317,7 +283,7 @@ def _packed(
         end = i + n
         if n and m:
             one, its = _alone(problem, extras, b, slice(i, end), slice(j, j + m))
-            part, part_lse = attention(
+            part, part_lse = forward(
                 one, q[None, i:end], k[None, j : j + m], v[None, j : j + m], its
             )
             parts.append(part[0])
@@ -398,7 +364,7 @@ def _sdpa(
     if scale < SMALLEST:
         q, scale = q * scale, 1.0
     if not problem.return_lse:
-        out = _SDPA(
+        out = SDPA(
             q,
             k,
             v,

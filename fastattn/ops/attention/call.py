@@ -53,6 +53,13 @@ class Settings(NamedTuple):
     block_k: int
 
 
+def results(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of the operator, for the kernel backends and for its fake implementation."""
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(shape, dtype=torch.float32)
+
+
 def no_sequence(extras: Extras, longest: int) -> bool:
     """Whether a packed call has no queries, or no keys, in any sequence, so that no kernel runs.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastattn.ops.attention import cuda_cache, dropout
-from fastattn.ops.attention.call import Extras, Settings, no_sequence
+from fastattn.ops.attention.call import Extras, Settings, no_sequence, results
 from fastattn.ops.attention.cuda_cache import attention_with_kv_cache
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.sink import gradient as sink_gradient
@@ -53,9 +53,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a registered call; lse float32."""
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse_shape = q.shape[1::-1] if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_empty(lse_shape, dtype=torch.float32)
+    out, lse = results(q, v)
     if no_sequence(extras, settings.max_seqlen_q):
         return out.zero_(), lse.fill_(float("-inf"))
     mask, bias, slopes, sink, *lengths = _features(extras)

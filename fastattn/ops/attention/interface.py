@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
 import torch
 
 from fastattn import backends
-from fastattn.ops.attention import aten, reference, registration
 from fastattn.ops.attention import problem as _problem
+from fastattn.ops.attention import registration, straight
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import NONE, Extras
 from fastattn.ops.attention.problem import Causal, Documents
-from fastattn.ops.common import modes, slower
-from fastattn.ops.common.plans import PlanCache
+from fastattn.ops.common import modes
+from fastattn.ops.common.dispatch import Dispatch
 
-BACKENDS = slower.consulted(
-    (
-        *registration.KERNELS,
-        backends.Backend("torch", lambda: aten),
-        backends.Backend("reference", lambda: reference),
-    )
-)
+BACKENDS = registration.BACKENDS
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
-_plans: PlanCache[tuple[_problem.AttentionProblem, Callable[..., Any]]] = PlanCache()
+_dispatch: Dispatch[_problem.AttentionProblem] = Dispatch(BACKENDS, registration.run_kernel)
 
 
 def _metadata(x: Any) -> Any:
@@ -161,9 +154,9 @@ def attention(
             (Xiao et al. 2023, arXiv:2309.17453; learnt as in gpt-oss). It has a gradient.
         key_lengths: (batch,), int32 or int64: keys j >= key_lengths[b] are padding. They may hold
             NaN or Inf without effect on outputs and gradients. The diagonal stays that of seqlen_k.
-        document_ids: (batch, seqlen), int32 or int64: queries see the keys of equal number alone.
+        document_ids: (batch, seqlen), int32 or int64: queries see only the keys of equal number.
             Where seqlen_q and seqlen_k differ, a pair (numbers of q, numbers of k). Tiles are
-            skipped where documents lie behind each other, as packed ones do.
+            skipped where documents lie one after another, as packed ones do.
         block_mask: which tiles of the scores exist; see `fastattn.BlockMask`. Not with `window`.
         dropout_p: probability with which a weight of the softmax is dropped, in [0, 1); the others
             are scaled by 1 / (1 - dropout_p). Seeded by torch's generator of the device.
@@ -186,7 +179,7 @@ def attention(
         and block_mask is None and type(softcap) is type(dropout_p) is float
         and not (softcap or dropout_p or return_lse) and fp32_precision == "ieee"
     ):  # fmt: skip
-        out = aten.straight(q, k, v, causal, softmax_scale)
+        out = straight.run(q, k, v, causal, softmax_scale)
         if out is not None:
             return out
     try:
@@ -200,22 +193,11 @@ def attention(
             rare = None
         else:
             rare = _metadata((bias, alibi_slopes, sink, document_ids, block_mask))
-        if torch.compiler.is_compiling():
-            key, plan = None, None
-        else:
-            key = (
-                q.shape, q.dtype, q.device, q.requires_grad,
-                k.shape, k.dtype, k.device, k.requires_grad,
-                v.shape, v.dtype, v.device, v.requires_grad,
-                mask if mask is None else (mask.shape, mask.dtype, mask.device),
-                key_lengths
-                if key_lengths is None
-                else (key_lengths.shape, key_lengths.dtype, key_lengths.device),
-                causal, window, softmax_scale, softcap, dropout_p, fp32_precision, rare, return_lse,
-                backend, torch.is_grad_enabled(), modes.transformed(), backends.state(),
-            )  # fmt: skip
-            plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
+        key, plan = _dispatch.find(
+            (q, k, v, mask, key_lengths), causal, window, softmax_scale, softcap, dropout_p,
+            fp32_precision, rare, return_lse, backend,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, or of symbolic size
         key, plan, rare = None, None, "unknown"
     if plan is None:
         described = _problem.describe(
@@ -224,11 +206,7 @@ def attention(
             document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
             fp32_precision=fp32_precision, return_lse=return_lse,
         )  # fmt: skip
-        chosen = backends.select("attention", BACKENDS, described, backend)
-        forced = backends.named(backend) is not None
-        plan = described, registration.entry(chosen, described, forced)
-        if key is not None:
-            _plans.put(key, plan)
+        plan = _dispatch.make(key, described, backend)
     described, run = plan
     if rare is not None or mask is not None:
         extras = _problem.gather(
@@ -298,7 +276,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | Outputs:
-    """`attention` on sequences of different lengths that lie packed behind each other.
+    """`attention` on sequences of different lengths that lie packed one after another.
 
     Sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q and the keys
     likewise; its result is that of `attention` on it alone. All that `attention` says of the
@@ -312,7 +290,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length. None: read from
             cu_seqlens, for which the host waits for a GPU.
         seqused_q, seqused_k: (batch,), int32 or int64: how many of a sequence's tokens there are,
-            the first ones; the diagonal follows. What lies behind may hold NaN.
+            the first ones; the diagonal follows. Whatever lies after may hold NaN.
         bias, mask: broadcast to (batch, heads, max_seqlen_q, max_seqlen_k), found by the positions
             inside each sequence.
         document_ids: (total,), or a pair of (total_q,) and (total_k,).
@@ -342,8 +320,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         fp32_precision=fp32_precision,
     )  # fmt: skip
     described = _problem.of(q, k, v, extras, settings, return_lse=return_lse)
-    chosen = backends.select("attention_varlen", BACKENDS, described, backend)
-    run = registration.entry(chosen, described, backends.named(backend) is not None)
+    _, run = _dispatch.make(None, described, backend, "attention_varlen")
     out, lse = run(described, q, k, v, extras)
     return (out, lse) if return_lse else out
 

@@ -18,8 +18,7 @@ from fastattn.ops.attention import aten, reference
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import NONE, Extras, Settings
 from fastattn.ops.attention.problem import AttentionProblem, Causal, check_index
-from fastattn.ops.common import faster, modes
-from fastattn.ops.common.plans import PlanCache
+from fastattn.ops.common import modes
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 # Without the LSE where nobody asks for it.
@@ -83,7 +82,7 @@ class CacheProblem:
 
     @property
     def elements(self) -> int | None:
-        """The problem's size where backends are compared (ops/common/faster.py).
+        """The problem's size where backends are compared (measured.py).
 
         q's elements: how many keys there are, the device knows alone. None as in attention's.
         """
@@ -242,7 +241,9 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
         chosen = backends.select("attention_with_kv_cache", BACKENDS, described, backend)
         plan = described.attention, chosen.module.attention_with_kv_cache
         if key is not None:
-            _plans.put(key, plan)
+            if len(_plans) >= 4096:
+                _plans.clear()
+            _plans[key] = plan
     problem, run = plan
     cache = Cache(
         k_cache, v_cache, cache_lengths, k, v, block_table, cache_indices, cache_starts, rotary_cos,
@@ -729,14 +730,13 @@ _library.impl("attention_with_kv_cache", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::attention_with_kv_cache", _run_fake, lib=_library)
 
 # Everything but the data of a call, checked, and what runs it.
-_plans: PlanCache[tuple[AttentionProblem, Run]] = PlanCache()
+_plans: dict[Any, tuple[AttentionProblem, Run]] = {}
 
 BACKENDS = (
     *(
         backends.Backend(
             name,
             functools.partial(_Kernel, name, load),  # type: ignore[arg-type]
-            faster.declined if name == "cuda" else None,
         )
         for name, load in _KERNELS.items()
     ),

@@ -15,10 +15,17 @@ import torch
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import check_dense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 FP32_PRECISIONS = ("ieee", "tf32x3")
+# Where a nested tensor belongs.
+VARLEN = (
+    "use fastattn.attention_varlen(q.values(), k.values(), v.values(), cu_seqlens_q, cu_seqlens_k) "
+    "with the offsets() of q and k, or pad it with torch.nested.to_padded_tensor and give "
+    "key_lengths"
+)
 
 Causal = bool | Literal["bottom_right", "top_left"]
 Documents = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -52,7 +59,7 @@ class AttentionProblem:
 
     @property
     def elements(self) -> int | None:
-        """The problem's size where backends are compared (ops/common/slower.py).
+        """The problem's size where backends are compared (measured.py).
 
         The multiplications of q k^T, q's elements times seqlen_k; None for whatever is more than
         causal attention, which is not compared.
@@ -70,7 +77,7 @@ class AttentionProblem:
 
     @property
     def packed(self) -> bool:
-        """Sequences of different lengths behind each other, found by `cu_seqlens`."""
+        """Sequences of different lengths one after another, found by `cu_seqlens`."""
         return "cu_seqlens_q" in self.given
 
     @property
@@ -231,6 +238,11 @@ def check_varlen(
             found = _check_cu_seqlens(side, cu, used, maximum, x.shape[0])
         if maximum is None:
             if found is None:
+                if not (torch.compiler.is_compiling() or modes.readable(cu)):
+                    raise ValueError(
+                        f"max_seqlen_{side} must be given where cu_seqlens_{side} cannot be read: "
+                        "under vmap, with fake tensors, and while calls are traced"
+                    )
                 found = int(cu.diff().max()) if cu.shape[0] > 1 else 0
             maximum = found
         longest.append(maximum)
@@ -262,8 +274,7 @@ def check_tensors(
     dims = (*leading, "heads", "head_dim")
     together = f"{names[0]}, {names[1]} and {names[2]}"
     for name, tensor in zip(names, (q, k, v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        check_dense(name, tensor, VARLEN)
         if tensor.dim() != len(dims):
             raise ValueError(
                 f"{name} must have {len(dims)} dimensions ({', '.join(dims)}); "
@@ -440,8 +451,7 @@ def check_number(name: str, value: Any, none: bool = False) -> None:
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    check_dense(name, tensor, VARLEN)
     if tensor.device != device:
         raise ValueError(f"{name} must be on q's device {device}; got {tensor.device}")
 
@@ -527,8 +537,16 @@ def _check_block_mask(
     full: tuple[int, ...],
     device: torch.device,
 ) -> None:
-    if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask; got {type(block_mask).__name__}")
+    given: Any = block_mask
+    if not isinstance(given, BlockMask):
+        kind = f"{type(given).__module__}.{type(given).__qualname__}"
+        fix = ""
+        if hasattr(given, "mask_mod"):  # FlexAttention's, of the same name
+            fix = (
+                ": make ours of the same rule, "
+                "fastattn.BlockMask.from_predicate(block_mask.mask_mod, *block_mask.shape)"
+            )
+        raise TypeError(f"block_mask must be a fastattn.BlockMask; got {kind}{fix}")
     if window is not None:
         raise ValueError(
             "window and block_mask both say which tiles exist: give one, and put the window into "
@@ -558,11 +576,9 @@ def _check_block_mask(
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
     """Whether the contents of an index tensor are looked at: on a GPU that waits for the device."""
-    if torch.compiler.is_compiling() or modes.transformed():
-        return False
-    if tensor.device.type == "cpu" and type(tensor) is torch.Tensor:
-        return True
-    return tensor.device.type == "cuda" and os.environ.get("FASTATTN_CHECK") == "1"
+    return modes.readable(tensor) and (
+        tensor.is_cpu or (tensor.is_cuda and os.environ.get("FASTATTN_CHECK") == "1")
+    )
 
 
 def _check_cu_seqlens(

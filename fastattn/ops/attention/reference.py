@@ -28,17 +28,19 @@ def unsupported(problem: AttentionProblem) -> str | None:
     return None
 
 
-def attention(
+def forward(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if problem.dropout_p and extras.dropout_seed is None:
+        extras = extras._replace(dropout_seed=dropout.draw_seed(q.device))
     if modes.autocast_dtype(q.device.type) is None:
-        return _attention(problem, q, k, v, extras)
+        return _forward(problem, q, k, v, extras)
     # Autocast has rounded the inputs already, and has no say in the precision of the definition.
     with torch.autocast(q.device.type, enabled=False):
-        return _attention(problem, q, k, v, extras)
+        return _forward(problem, q, k, v, extras)
 
 
-def _attention(
+def _forward(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     precision = modes.at_least_float32(q.dtype)

@@ -2,43 +2,25 @@
 
 Opaque to torch.compile, with fake implementations for tracing and autograd formulas up to the
 second derivative. `backend` names who runs the forward; if the user named it (`forced`), the
-backward stays on it too, else the backward chooses anew.
+backward stays on it too, else the backward chooses again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import backends
 from fastattn.ops.attention import dropout, reference
 from fastattn.ops.attention import problem as _problem
-from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.call import Extras, Settings, results
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import autograd, faster
+from fastattn.ops.common import autograd, flops
 
-
-def _load_cuda() -> ModuleType:
-    from fastattn.ops.attention import cuda
-
-    return cuda
-
-
-def _load_triton() -> ModuleType:
-    from fastattn.ops.attention import triton
-
-    return triton
-
-
-KERNELS = (
-    backends.Backend("cuda", _load_cuda, faster.declined),
-    backends.Backend("triton", _load_triton),
-)
+BACKENDS = backends.of_op("fastattn.ops.attention")
 
 # Extras, then Settings, in their order; `blocks` is a list, the rest are single tensors.
 _CALL = (
@@ -62,26 +44,7 @@ _library.define(
 )
 
 
-def entry(backend: backends.Backend, problem: AttentionProblem, forced: bool) -> Callable[..., Any]:
-    """What runs a call on `backend`: f(problem, q, k, v, extras) -> (out, lse)."""
-    if backend.name == "torch":
-        return backend.module.attention
-    run = (
-        backend.module.attention
-        if backend.name == "reference"
-        else functools.partial(_through_registered_op, backend.name, forced)
-    )
-    return functools.partial(_with_seed, run) if problem.dropout_p else run
-
-
-def _with_seed(
-    run: Callable[..., Any], problem: AttentionProblem, q: Any, k: Any, v: Any, extras: Extras
-) -> Any:
-    extras = extras._replace(dropout_seed=dropout.draw_seed(q.device))
-    return run(problem, q, k, v, extras)
-
-
-def _through_registered_op(
+def run_kernel(
     backend: str,
     forced: bool,
     problem: AttentionProblem,
@@ -90,12 +53,10 @@ def _through_registered_op(
     v: torch.Tensor,
     extras: Extras,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a call on a kernel backend."""
+    if problem.dropout_p:
+        extras = extras._replace(dropout_seed=dropout.draw_seed(q.device))
     return torch.ops.fastattn.attention(q, k, v, *extras, *problem.settings, backend, forced)
-
-
-@functools.cache
-def _kernel(name: str) -> Any:
-    return next(b for b in KERNELS if b.name == name).module
 
 
 def _split(call: tuple[Any, ...]) -> tuple[Extras, Settings, str, bool]:
@@ -112,14 +73,11 @@ def _split(call: tuple[Any, ...]) -> tuple[Extras, Settings, str, bool]:
 
 def _forward(q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, _ = _split(call)
-    return _kernel(backend).forward(q, k, v, extras, settings)
+    return backends.module_of(BACKENDS, backend).forward(q, k, v, extras, settings)
 
 
 def _forward_fake(q, k, v, *call):  # type: ignore[no-untyped-def]
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    if q.dim() == 3:
-        return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return results(q, v)
 
 
 def _keep(ctx: Any, q: Any, k: Any, v: Any, call: tuple[Any, ...], *more: Any) -> None:
@@ -173,7 +131,7 @@ def _backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # ty
     problem = _problem.of(q, k, v, extras, settings, return_lse=True)
     # What is transformed around the call of `backward` is about other calls.
     problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=bias_grad)
-    kernel = backends.select_backward("attention", KERNELS, problem, backend, forced)
+    kernel = backends.select_backward("attention", BACKENDS, problem, backend, forced)
     return kernel.backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, extras, settings)
 
 
@@ -193,43 +151,33 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> N
     _keep(ctx, q, k, v, tuple(call), dout, dlse)
 
 
-def _double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-    """The second derivative, by differentiating the reference twice.
-
-    `out` and `lse` are functions of the inputs, through which the whole derivative is taken.
-    """
+def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, ...]:
     (q, k, v), (dout, dlse), call = _kept(ctx, 2)
     extras, settings, _, _ = _split(call)
 
-    def leaf(x: Any, wanted: bool = True) -> Any:
-        return x if x is None or not wanted else x.detach().requires_grad_()
-
-    with torch.enable_grad():
-        dout, dlse, q, k, v = (leaf(x) for x in (dout, dlse, q, k, v))
-        bias, sink = leaf(extras.bias, ctx.bias_grad), leaf(extras.sink, ctx.sink_grad)
-        extras = extras._replace(bias=bias, sink=sink)
-        problem = _problem.of(q, k, v, extras, settings, return_lse=True)
-        out, lse = reference.attention(problem, q, k, v, extras)
+    def gradients(
+        dout: Any, dlse: Any, q: Any, k: Any, v: Any, bias: Any, sink: Any
+    ) -> list[torch.Tensor | None]:
+        given = extras._replace(
+            bias=extras.bias if bias is None else bias, sink=extras.sink if sink is None else sink
+        )
+        problem = _problem.of(q, k, v, given, settings, return_lse=True)
+        out, lse = reference.forward(problem, q, k, v, given)
         outputs, directions = [out], [dout]
         if dlse is not None:
             # The LSE of a row without a key is constant, and its direction may be anything.
             seen = lse != float("-inf")
             outputs, directions = [out, lse.where(seen, 0.0)], [dout, dlse.where(seen, 0.0)]
-        inputs, wanted = [q, k, v], list(grads[:3])
-        for x, grad, given in ((bias, grads[3], ctx.bias_grad), (sink, grads[4], ctx.sink_grad)):
-            if given:
-                inputs.append(x)
-                wanted.append(grad)
-        first = torch.autograd.grad(outputs, inputs, directions, create_graph=True)
-        leaves = [x for x in (dout, dlse, *inputs) if x is not None]
-        second = torch.autograd.grad(first, leaves, wanted, allow_unused=True)
-    found = {id(x): g for x, g in zip(leaves, second)}
-    result: list[Any] = [found.get(id(x)) for x in (dout, dlse)] + [None] * 4
-    result += [found.get(id(x)) for x in (q, k, v)]
-    extra_grads: list[Any] = [None] * len(call)
-    extra_grads[_BIAS] = found.get(id(bias)) if ctx.bias_grad else None
-    extra_grads[_SINK] = found.get(id(sink)) if ctx.sink_grad else None
-    return *result, *extra_grads
+        return autograd.first_derivative(outputs, [q, k, v, bias, sink], directions)
+
+    bias = extras.bias if ctx.bias_grad else None
+    sink = extras.sink if ctx.sink_grad else None
+    ddout, ddlse, dq, dk, dv, dbias, dsink = autograd.double_backward(
+        gradients, [dout, dlse, q, k, v, bias, sink], directions
+    )
+    of_call: list[Any] = [None] * len(call)
+    of_call[_BIAS], of_call[_SINK] = dbias, dsink
+    return ddout, ddlse, None, None, None, None, dq, dk, dv, *of_call
 
 
 torch.library.register_fake("fastattn::attention", _forward_fake, lib=_library)
@@ -238,3 +186,34 @@ autograd.register(_library, "attention", _forward, _setup_context, _autograd)
 autograd.register(
     _library, "attention_backward", _backward, _backward_setup_context, _double_backward
 )
+
+
+# --- floating-point operations --------------------------------------------------------------------
+
+
+def _flops(q, k, v, *call):  # type: ignore[no-untyped-def]
+    """Two products; what a mask hides counts, as torch counts its own attention."""
+    return 2 * _scores(q, k, call) * (q.shape[-1] + v.shape[-1])
+
+
+def _backward_flops(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
+    """The scores again and the products for dq and dk; those for dp and dv."""
+    return 2 * _scores(q, k, call) * (3 * q.shape[-1] + 2 * v.shape[-1])
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, call: tuple[Any, ...]) -> int:
+    """Elements of the score matrices of all heads and sequences."""
+    if q.dim() == 4:
+        return q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+    extras, settings, _, _ = _split(call)
+    starts_q, starts_k = extras.cu_seqlens_q, extras.cu_seqlens_k
+    assert starts_q is not None and starts_k is not None
+    if starts_q.is_meta or isinstance(starts_q, FakeTensor):  # all as long as the longest
+        longest = settings.max_seqlen_q * settings.max_seqlen_k
+        return q.shape[1] * (starts_q.shape[0] - 1) * longest
+    of_q, of_k = (x.diff().clamp(min=0).cpu().long() for x in (starts_q, starts_k))
+    return q.shape[1] * int((of_q * of_k).sum())
+
+
+flops.register("attention", _flops)
+flops.register("attention_backward", _backward_flops)

@@ -55,7 +55,7 @@ _16_BIT = {
     # 32 KB of q and 3 x 64 KB of k and v. With features 2 stages of 64 keys are products that wait
     # for each other (ptxas C7515), and with all of them 2 stages of 32 keys.
     (FORWARD, "hopper", 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 1)),
-    # The accumulator alone takes 128 registers a thread: 64 keys would spill 112 bytes.
+    # The accumulator by itself takes 128 registers a thread: 64 keys would spill 112 bytes.
     (FORWARD, "hopper", 256): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 3), Tile(64, 16, 8, 2)),
     (FORWARD, "hopper", 512): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     (FORWARD, "blackwell", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -20,7 +20,7 @@ def register(
 ) -> None:
     """Give the op `fastattn::name` its kernel and a derivative.
 
-    torch.library.register_autograd makes the function's context anew from a description of the
+    torch.library.register_autograd makes the function's context again from a description of the
     schema in every call, which costs the host 20 us; this one takes 4. A forward-mode derivative
     raises here.
 
@@ -38,7 +38,9 @@ def register(
         class Formula(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
+                # Below the keys that remember views: a result that is a view of a tensor made in
+                # here could not be modified in place outside.
+                with torch._C._AutoDispatchBelowADInplaceOrView():
                     output = tuple(run(*inputs))  # a list would be no output to autograd
                 setup_context(ctx, inputs, output)
                 return output
@@ -59,10 +61,54 @@ def register(
                     return differentiable_kernel(*inputs) if alone else differentiable_op(*inputs)
         if forward_ad._current_level >= 0:
             return differentiable_op(*inputs)  # which raises if an input has a tangent
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return kernel(*inputs) if alone else op(*inputs)
 
     library.impl(name, differentiable, "Autograd")
+
+
+def double_backward(
+    gradients: Callable[..., Sequence[torch.Tensor | None]],
+    tensors: Sequence[torch.Tensor | None],
+    directions: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor | None]:
+    """The derivative of a backward op, by differentiating the reference twice.
+
+    What a forward has kept for the backward op is a function of the inputs, through which the whole
+    derivative is taken.
+
+    Args:
+        gradients: (*tensors) -> the results of the backward op, made of the reference by
+            `first_derivative`, None for those that the op was not asked for.
+        tensors: the inputs of the backward op that have a derivative, as it got them.
+        directions: gradients of its results.
+
+    Returns:
+        The gradients of `tensors`.
+    """
+    with torch.enable_grad():
+        leaves = [x if x is None else x.detach().requires_grad_() for x in tensors]
+        results = gradients(*leaves)
+        pairs = [
+            (y, dy)
+            for y, dy in zip(results, directions, strict=True)
+            if y is not None and dy is not None
+        ]
+        reached, given = zip(*pairs, strict=True)
+        wanted = [x for x in leaves if x is not None]
+        second = iter(torch.autograd.grad(reached, wanted, given, allow_unused=True))
+    return [None if x is None else next(second) for x in leaves]
+
+
+def first_derivative(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor | None],
+    directions: Sequence[torch.Tensor],
+) -> list[torch.Tensor | None]:
+    """The differentiable gradients of those `inputs` that are not None."""
+    given = [x for x in inputs if x is not None]
+    found = iter(torch.autograd.grad(outputs, given, directions, create_graph=True))
+    return [None if x is None else next(found) for x in inputs]
 
 
 def _kernel_alone(tensors: list[Any]) -> bool:

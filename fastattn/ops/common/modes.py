@@ -1,9 +1,15 @@
-"""The modes of torch that change what an op has to do: autocast, transforms, gradients."""
+"""The modes of torch that change what an op has to do: autocast, transforms, tracing, gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+
+_RECORDERS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -37,6 +43,35 @@ def transformed() -> bool:
     must go to a backend that is plain differentiable PyTorch.
     """
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def recorded() -> bool:
+    """Whether calls are recorded (torch.compile, export, jit.trace, make_fx) or faked.
+
+    A tensor may then have no values, and a choice that depends on its sizes, or an operation in
+    place, would become part of the recording.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(mode) is not None for mode in _RECORDERS)
+        )
+    )
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether the host may read values of `tensor`, for a check: it has some, and nobody records.
+
+    Not those of a tensor that a torch.func transform has wrapped. Reading may wait for the device.
+    """
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not tensor.is_meta
+        and not recorded()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def plain() -> bool:

@@ -1,7 +1,7 @@
 """The cache between a call and the backend that runs it.
 
 Describing, checking and dispatching a call costs tens of microseconds, more than a small op. All of
-it depends on metadata alone, so its result is kept under a key of that metadata.
+it depends only on metadata, so its result is kept under a key of that metadata.
 """
 
 from __future__ import annotations

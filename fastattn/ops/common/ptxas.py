@@ -15,11 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+from fastattn import chips
 
-# An older one may let other code overwrite the registers that an asynchronous wgmma still reads
-# (triton-lang/triton issues 9433 and 11781).
-HOPPER_FLOOR = (13, 3)
+VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
 
 class Ptxas(NamedTuple):
@@ -81,9 +79,9 @@ def warning(architecture: int) -> str | None:
     from triton.backends.nvidia.compiler import get_ptxas
 
     used = in_use(architecture)
-    if not 90 <= architecture < 100 or used.version >= HOPPER_FLOOR:
+    if not 90 <= architecture < 100 or used.version >= chips.HOPPER_PTXAS:
         return None
-    newer = [ptxas for ptxas in others(architecture) if ptxas.version >= HOPPER_FLOOR]
+    newer = [ptxas for ptxas in others(architecture) if ptxas.version >= chips.HOPPER_PTXAS]
     blackwell = get_ptxas(architecture) == knobs.nvidia.ptxas_blackwell
     place = newer[0].path if newer else "the ptxas of PyPI's nvidia-cuda-nvcc, 13.3 or later"
     return (

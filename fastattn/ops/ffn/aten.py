@@ -2,7 +2,7 @@
 
 Plain differentiable PyTorch. Where no gradient goes through it the hidden layer is activated in
 place, which spares a second tensor of its size; ReLU's derivative needs only its result, so it is
-always in place.
+always in place. Nothing is in place in a recording (torch.compile, torch.jit.trace).
 
 With `recompute` the whole is a checkpoint (non-reentrant, so double backward and torch.compile
 work), which keeps x alone. Under torch.func transforms, whose tensors have no saved-tensor hooks,
@@ -18,47 +18,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.ops.common import modes
-from fastattn.ops.common.linear import linear
-from fastattn.ops.common.straight import ERRORS, plain
-from fastattn.ops.ffn.problem import ACTIVATIONS, FFNProblem
+from fastattn.ops.ffn.problem import FFNProblem
+from fastattn.ops.linear import linear
 
 
 def unsupported(problem: FFNProblem) -> str | None:
     return None
 
 
-def straight(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    activation: str,
-    layout: str,
-) -> torch.Tensor | None:
-    """A plain call on a CPU (ops/common/straight.py) without `recompute`; None for any other."""
-    try:
-        if not plain(x, w1, b1, w2, b2) or not modes.plain():
-            return None
-        if layout == "linear":
-            run, (hidden, _), (out_features, _) = _linear, w1.shape, w2.shape
-        elif layout == "conv1d":
-            run, (_, hidden), (_, out_features) = _conv1d, w1.shape, w2.shape
-        else:
-            return None
-        # ATen would broadcast a bias; that the other sizes fit, it says itself.
-        if (
-            (b1 is not None and b1.shape != (hidden,))
-            or (b2 is not None and b2.shape != (out_features,))
-            or activation not in ACTIVATIONS
-        ):
-            return None
-        return run(activation, False, x, w1, b1, w2, b2)
-    except ERRORS:
-        return None
-
-
-def ffn(
+def forward(
     problem: FFNProblem,
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -84,7 +52,8 @@ def _linear(
     w2: torch.Tensor,
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
-    product = F.linear if torch.is_grad_enabled() else linear  # which has nothing to offer there
+    # Where gradients are wanted or calls recorded, `linear` has nothing to offer.
+    product = F.linear if torch.is_grad_enabled() or modes.recorded() else linear
     return product(_activate(activation, transformed, product(x, w1, b1)), w2, b2)
 
 
@@ -106,10 +75,11 @@ def _conv1d(
 
 def _activate(activation: str, transformed: bool, pre: torch.Tensor) -> torch.Tensor:
     """activation(pre), in place where `pre` is not needed again."""
-    in_place = not (transformed or pre.requires_grad)
+    recorded = transformed or modes.recorded()
+    in_place = not (recorded or pre.requires_grad)
     if activation == "gelu_tanh" or activation == "gelu":
         gelu = torch._C._nn.gelu_ if in_place else F.gelu  # type: ignore[attr-defined]
         return gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
     if activation == "relu":
-        return F.relu(pre) if transformed else F.relu_(pre)
+        return F.relu(pre) if recorded else F.relu_(pre)
     return F.silu(pre, inplace=in_place)

@@ -8,11 +8,12 @@
                 dw2 = hidden^T dout, dw1 = x^T dpre, dx = dpre w1^T       one product each
 
 Each product is done by cuBLASLt where there is one that has the epilogue and an algorithm, unless
-`OWN` says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know gelu_tanh, ReLU
-and a bias; in the backward gelu_tanh alone, and then the hidden layer is formed by ATen.
+fastattn/measured.py says that our kernel is faster, else by our kernel. cuBLASLt's epilogues know
+gelu_tanh, ReLU and a bias; in the backward only gelu_tanh, and then the hidden layer is formed by
+ATen.
 
 float16 and bfloat16, sums in float32; any sizes and strides, but rows that are not aligned to 16
-bytes are read by the element. No atomics in our kernels: a row's bits depend on that row alone.
+bytes are read by the element. No atomics in our kernels: a row's bits depend only on that row.
 cuBLASLt gives the same bits for the same call, not for another number of rows. ReLU's derivative
 needs but its result, which is therefore kept in the place of `pre`.
 """
@@ -21,15 +22,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastattn import measured
 from fastattn.ops.common import launch
-from fastattn.ops.common.slower import devices
+from fastattn.ops.ffn.matrices import as_rows, columns, gradient_like
 from fastattn.ops.ffn.problem import FFNProblem
-from fastattn.ops.ffn.weights import columns, gradient_like
 
 # As csrc/ffn/activation.cuh numbers them.
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "silu": 4}
@@ -49,19 +50,9 @@ ROWS_OF_A_SUM = 32
 # Rows that one block of the column sums adds up, and up to which one block does the rest.
 ROWS_OF_A_PART, ROWS_OF_THE_LAST = 256, 1024
 
-
-class Own(NamedTuple):
-    """Our kernel is faster than cuBLASLt for products of so many multiplications."""
-
-    date: str
-    above: int = 0
-    below: int | None = None
-
-
-# By what follows the product ("activation", "derivative" or "nothing", the latter with or without a
-# bias), the dtype without "torch.", and the device as torch names it or as "sm_90". Empty: no GPU
-# has been measured yet, so cuBLASLt does what it can.
-OWN: dict[tuple[str, str, str], Own] = {}
+# The op of a row of measured.py, before what follows the product: "activation", "derivative", or
+# "nothing", the last one with or without a bias. Its size is the multiplications of the product.
+PRODUCT = "ffn's product, then "
 
 
 def unsupported(problem: FFNProblem) -> str | None:
@@ -92,7 +83,7 @@ def forward(
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (..., out_features), and pre (tokens, hidden) if `save_pre`, else without elements."""
-    rows, w1, w2 = _rows(x), columns(w1, layout), columns(w2, layout)
+    rows, w1, w2 = as_rows(x), columns(w1, layout), columns(w2, layout)
     shape = rows.shape[0], w1.shape[1]
     activated = rows.new_empty(shape)
     pre = rows.new_empty(shape) if save_pre and activation != "relu" else None
@@ -122,11 +113,11 @@ def backward(
     """
     need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
     dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
-    drows = _rows(dout)
+    drows = as_rows(dout)
     if need_db2:
         db2 = _column_sums(drows, x.dtype)
     if need_dx or need_dw1 or need_db1 or need_dw2:
-        rows = _rows(x)
+        rows = as_rows(x)
         into, back = columns(w1, layout), columns(w2, layout).t()
         if pre is None:
             pre = rows.new_empty((rows.shape[0], into.shape[1]))
@@ -208,7 +199,7 @@ def _weight_gradient(
 
 
 def _column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sums of the columns, in an order that depends on the number of rows alone."""
+    """The sums of the columns, in an order that depends only on the number of rows."""
     rows, width = matrix.shape
     if matrix.dtype != torch.float32 or rows > ROWS_OF_THE_LAST:
         parts = matrix.new_empty((-(-rows // ROWS_OF_A_PART), width), dtype=torch.float32)
@@ -239,14 +230,8 @@ def _by_cublaslt(kind: str, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor)
         return False
     if not all(map(_aligned, (out, a, b))):
         return False
-    if not OWN:
-        return True
-    dtype, size = str(out.dtype).removeprefix("torch."), out.numel() * a.shape[1]
-    for device in devices(out.device):
-        row = OWN.get((kind, dtype, device))
-        if row is not None:
-            return size < row.above or (row.below is not None and size > row.below)
-    return True
+    found = measured.find(PRODUCT + kind, "cuda", out.dtype, None, out.device)
+    return found is None or measured.slower(*found, out.numel() * a.shape[1]) is not None
 
 
 def _aligned(matrix: torch.Tensor) -> bool:
@@ -273,10 +258,3 @@ def _tile_rows(out: torch.Tensor) -> int:
     tiles = -(-out.shape[0] // LARGE_TILE) * -(-out.shape[1] // LARGE_TILE)
     few = out.shape[0] <= SMALL_TILE or tiles < launch.multiprocessors(out.device)
     return SMALL_TILE if few else LARGE_TILE
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., features) as (tokens, features), contiguous in the features; a view where it can be."""
-    if x.dim() != 2:
-        x = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import modes, slower
-from fastattn.ops.common.plans import PlanCache
-from fastattn.ops.ffn import aten, reference, registration
+from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.ffn import problem as _problem
+from fastattn.ops.ffn import registration
 
-BACKENDS = slower.consulted(
-    (
-        *registration.KERNELS,
-        backends.Backend("torch", lambda: aten),
-        backends.Backend("reference", lambda: reference),
-    )
-)
+BACKENDS = registration.BACKENDS
 
-_plans: PlanCache[tuple[_problem.FFNProblem, Callable[..., Any]]] = PlanCache()
+_dispatch: Dispatch[_problem.FFNProblem] = Dispatch(BACKENDS, registration.run_kernel)
 
 
 def ffn(
@@ -70,37 +60,15 @@ def ffn(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    if backend is None and recompute is False:
-        out = aten.straight(x, w1, b1, w2, b2, activation, layout)
-        if out is not None:
-            return out
-    try:
-        if torch.compiler.is_compiling():
-            key, plan = None, None
-        else:
-            device = x.device
-            key = (
-                x.shape, x.dtype, device, x.requires_grad,
-                w1.shape, w1.dtype, w1.device, w1.requires_grad,
-                b1 if b1 is None else (b1.shape, b1.dtype, b1.device, b1.requires_grad),
-                w2.shape, w2.dtype, w2.device, w2.requires_grad,
-                b2 if b2 is None else (b2.shape, b2.dtype, b2.device, b2.requires_grad),
-                activation, layout, recompute, backend, backends.state(),
-                torch.is_grad_enabled(), modes.transformed(), modes.autocast_dtype(device.type),
-            )  # fmt: skip
-            plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
-        key, plan = None, None
+    key, plan = _dispatch.find((x, w1, b1, w2, b2), activation, layout, recompute, backend)
     if plan is None:
         described = _problem.describe(
             x, w1, b1, w2, b2, activation, layout=layout, recompute=recompute
         )
-        chosen = backends.select("ffn", BACKENDS, described, backend)
-        plan = described, registration.entry(chosen, forced=backends.named(backend) is not None)
-        if key is not None:
-            _plans.put(key, plan)
+        plan = _dispatch.make(key, described, backend)
     described, run = plan
-    return run(described, x, w1, b1, w2, b2)
+    out: torch.Tensor = run(described, x, w1, b1, w2, b2)
+    return out
 
 
 backends.register(ffn, _problem.describe, BACKENDS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import BY_ROWS, check_dense
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
 LAYOUTS = ("linear", "conv1d")
@@ -44,7 +45,7 @@ class FFNProblem:
 
     @property
     def elements(self) -> int | None:
-        """The problem's size where backends are compared (ops/common/slower.py).
+        """The problem's size where backends are compared (measured.py).
 
         The multiplications of the first product; None with `recompute`, which is not compared.
         """
@@ -144,16 +145,14 @@ def check(
 
 def _check_tensors(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
     """That all are tensors of one dtype (unless autocast will make it one) and one device."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
+    check_dense("x", x, BY_ROWS)
     accepted = ", ".join(_name(dtype) for dtype in DTYPES)
     one_dtype = modes.autocast_dtype(x.device.type) is None or x.dtype == torch.float64
     for name, tensor in {"x": x, **others}.items():
         if tensor is None and name in ("b1", "b2"):
             continue
-        if not isinstance(tensor, torch.Tensor):
-            none = " or None" if name in ("b1", "b2") else ""
-            raise TypeError(f"{name} must be a torch.Tensor{none}; got {type(tensor).__name__}")
+        none = " or None" if name in ("b1", "b2") else ""
+        tensor = check_dense(name, tensor, BY_ROWS, none)
         if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must have one of the dtypes {accepted}; got {_name(tensor.dtype)}"

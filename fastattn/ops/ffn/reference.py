@@ -21,7 +21,7 @@ def unsupported(problem: FFNProblem) -> str | None:
     return None
 
 
-def ffn(
+def forward(
     problem: FFNProblem,
     x: torch.Tensor,
     w1: torch.Tensor,

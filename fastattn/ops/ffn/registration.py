@@ -11,36 +11,17 @@ w2, b2); the other gradients have no elements.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd, faster
+from fastattn.ops.common import autograd, flops
 from fastattn.ops.ffn import reference
+from fastattn.ops.ffn.matrices import gradient_like
 from fastattn.ops.ffn.problem import FFNProblem, describe
-from fastattn.ops.ffn.weights import gradient_like
 
-
-def _load_cuda() -> ModuleType:
-    from fastattn.ops.ffn import cuda
-
-    return cuda
-
-
-def _load_triton() -> ModuleType:
-    from fastattn.ops.ffn import triton
-
-    return triton
-
-
-KERNELS = (
-    backends.Backend("cuda", _load_cuda, faster.declined),
-    backends.Backend("triton", _load_triton),
-)
+BACKENDS = backends.of_op("fastattn.ops.ffn")
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _library.define(
@@ -54,14 +35,7 @@ _library.define(
 )
 
 
-def entry(backend: backends.Backend, forced: bool) -> Callable[..., Any]:
-    """What runs a call on `backend`: f(problem, x, w1, b1, w2, b2) -> out."""
-    if backend.name in ("torch", "reference"):
-        return backend.module.ffn
-    return functools.partial(_through_registered_op, backend.name, forced)
-
-
-def _through_registered_op(
+def run_kernel(
     backend: str,
     forced: bool,
     problem: FFNProblem,
@@ -71,6 +45,7 @@ def _through_registered_op(
     w2: torch.Tensor,
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
+    """A call on a kernel backend."""
     if problem.autocast:
         x, w1, w2 = (t.to(problem.dtype) for t in (x, w1, w2))
         b1, b2 = (t if t is None else t.to(problem.dtype) for t in (b1, b2))
@@ -80,16 +55,12 @@ def _through_registered_op(
     )[0]
 
 
-@functools.cache
-def _kernel(name: str) -> Any:
-    return next(b for b in KERNELS if b.name == name).module
-
-
 # --- forward ------------------------------------------------------------------------------------
 
 
 def _forward(x, w1, b1, w2, b2, activation, layout, save_pre, backend, forced):  # type: ignore[no-untyped-def]
-    return _kernel(backend).forward(x, w1, b1, w2, b2, activation, layout, save_pre)
+    kernel = backends.module_of(BACKENDS, backend)
+    return kernel.forward(x, w1, b1, w2, b2, activation, layout, save_pre)
 
 
 def _forward_fake(x, w1, b1, w2, b2, activation, layout, save_pre, backend, forced):  # type: ignore[no-untyped-def]
@@ -127,7 +98,7 @@ def _backward(  # type: ignore[no-untyped-def]
     dout, x, w1, b1, w2, b2, pre, needs, activation, layout, backend, forced
 ):
     problem = describe(x, w1, b1, w2, b2, activation, layout=layout)
-    kernel = backends.select_backward("ffn", KERNELS, problem, backend, forced)
+    kernel = backends.select_backward("ffn", BACKENDS, problem, backend, forced)
     return kernel.backward(dout, x, w1, b1, w2, b2, pre, needs, activation, layout)
 
 
@@ -150,30 +121,41 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> N
     ctx.save_for_backward(dout, x, w1, b1, w2, b2)
 
 
-def _double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-    """The second derivative, by differentiating the reference twice.
-
-    `pre` is a function of x, w1 and b1, through which the whole derivative is taken.
-    """
-    with torch.enable_grad():
-        leaves = [_leaf(t) for t in ctx.saved_tensors]
-        dout, x, w1, b1, w2, b2 = leaves
+def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, ...]:
+    def gradients(
+        dout: Any, x: Any, w1: Any, b1: Any, w2: Any, b2: Any
+    ) -> list[torch.Tensor | None]:
         problem = describe(x, w1, b1, w2, b2, ctx.activation, layout=ctx.layout)
-        out = reference.ffn(problem, x, w1, b1, w2, b2)
-        needed = [i for i in range(5) if ctx.needs[i]]
-        first = torch.autograd.grad(out, [leaves[1 + i] for i in needed], dout, create_graph=True)
-        wanted = [t for t in leaves if t is not None]
-        second = iter(
-            torch.autograd.grad(first, wanted, [grads[i] for i in needed], allow_unused=True)
-        )
-    return *(None if t is None else next(second) for t in leaves), *(None,) * 6
+        out = reference.forward(problem, x, w1, b1, w2, b2)
+        wanted = [t if need else None for t, need in zip((x, w1, b1, w2, b2), ctx.needs)]
+        return autograd.first_derivative([out], wanted, [dout])
 
-
-def _leaf(t: torch.Tensor | None) -> Any:
-    return t if t is None else t.detach().requires_grad_()
+    return *autograd.double_backward(gradients, ctx.saved_tensors, directions), *(None,) * 6
 
 
 torch.library.register_fake("fastattn::ffn", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::ffn_backward", _backward_fake, lib=_library)
 autograd.register(_library, "ffn", _forward, _setup_context, _autograd)
 autograd.register(_library, "ffn_backward", _backward, _backward_setup_context, _double_backward)
+
+
+# --- floating-point operations --------------------------------------------------------------------
+
+
+def _flops(x, w1, b1, w2, *rest):  # type: ignore[no-untyped-def]
+    tokens = x.numel() // max(1, x.shape[-1])
+    return 2 * tokens * (w1.numel() + w2.numel())
+
+
+def _backward_flops(dout, x, w1, b1, w2, b2, pre, needs, *rest):  # type: ignore[no-untyped-def]
+    dx, dw1, db1, dw2, _ = needs
+    through = dx or dw1 or db1
+    # Of w1's size: pre again, dx, dw1. Of w2's: the hidden layer's gradient, dw2.
+    first = (pre is None and (through or dw2)) + dx + dw1
+    second = through + dw2
+    tokens = x.numel() // max(1, x.shape[-1])
+    return 2 * tokens * (first * w1.numel() + second * w2.numel())
+
+
+flops.register("ffn", _flops)
+flops.register("ffn_backward", _backward_flops)

@@ -23,8 +23,8 @@ import triton.language as tl
 from fastattn import backends
 from fastattn.ops.common import launch
 from fastattn.ops.ffn import tiles
+from fastattn.ops.ffn.matrices import as_rows, columns, gradient_like
 from fastattn.ops.ffn.problem import FFNProblem
-from fastattn.ops.ffn.weights import columns, gradient_like
 
 # Offsets inside a tile are 32-bit; a tile has at most 128 rows (tiles.py).
 MAX_HIDDEN = 2**31 // 128 - 1
@@ -253,7 +253,7 @@ def forward(
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (..., out_features), and pre (tokens, hidden) if `save_pre`, else without elements."""
-    rows = _rows(x)
+    rows = as_rows(x)
     w1 = columns(w1, layout)
     shape = (rows.shape[0], w1.shape[1])
     activated = rows.new_empty(shape)
@@ -282,7 +282,7 @@ def _launch_forward(
         (tile.programs(tokens, hidden),),
         rows,
         w1,
-        rows if b1 is None else _unit_stride(b1),  # a kernel reads no stand-in
+        rows if b1 is None else b1.contiguous(),  # a kernel reads no stand-in
         rows if activated is None else activated,
         rows if pre is None else pre,
         rows.stride(0),
@@ -401,12 +401,12 @@ def backward(
     `pre` is None if the forward did not save it.
     """
     need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
-    drows = _rows(dout)
+    drows = as_rows(dout)
     db2 = _column_sums(drows, x.dtype) if need_db2 else x.new_empty(0)
     if not (need_dx or need_dw1 or need_db1 or need_dw2):
         dx, dw1, db1, dw2 = (x.new_empty(0) for _ in range(4))
         return dx, dw1, db1, dw2, db2
-    rows = _rows(x)
+    rows = as_rows(x)
     activated, dpre, sums = _launch_backward(
         drows, rows, columns(w1, layout), b1, columns(w2, layout), pre, need_dw2, need_db1,
         activation,
@@ -529,17 +529,6 @@ def _column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 # --- what the launchers share -------------------------------------------------------------------
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., features) as (tokens, features), contiguous in the features; a view where it can be."""
-    if x.dim() != 2:
-        x = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    return _unit_stride(x)
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tile(rows: torch.Tensor, weight: torch.Tensor) -> tiles.Tile:

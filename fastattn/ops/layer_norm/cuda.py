@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fastattn.ops.layer_norm import results
 from fastattn.ops.layer_norm.problem import NormProblem
 
 MAX_HIDDEN = 2**30  # the kernels count columns with 32 bits
@@ -33,20 +34,11 @@ def forward(
     center: bool,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, stream, statistics); stream is empty without a residual.
-
-    statistics is float32: rstd, and with `center` mean, (2 or 1, ...).
-    """
-    *leading, hidden = x.shape
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if residual is None:
-        stream = out.new_empty(0)
-    else:
-        stream = torch.empty_like(out, dtype=torch.promote_types(x.dtype, residual.dtype))
-    shape = (2 if center else 1, *leading)
-    statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
+    """(out, stream, statistics), as results.py has them."""
+    out, stream, statistics = results.of_forward(x, residual, center, out_dtype)
     if out.numel() == 0:
         return out, stream, statistics
+    hidden = x.shape[-1]
     torch.ops.fastattn_cuda.layer_norm_forward(
         out.view(-1, hidden), None if residual is None else stream.view(-1, hidden), statistics,
         _as_rows(x), None if residual is None else _as_rows(residual),
@@ -68,18 +60,12 @@ def backward(
     bias_dtype: torch.dtype | None,
     weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dresidual, dweight, dbias).
-
-    dresidual is empty if it would be dx again, dbias without `bias_dtype`, dweight without
-    `weight_grad`.
-    """
+    """(dx, dresidual, dweight, dbias), as results.py has them."""
+    dx, dresidual, dweight, dbias = results.of_backward(
+        stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad
+    )
     hidden, device = stream.shape[-1], stream.device
-    bias_grad = bias_dtype is not None
-    has_dresidual = residual_dtype is not None and residual_dtype != x_dtype
-    dx = torch.empty(stream.shape, dtype=x_dtype, device=device)
-    dresidual = dx.new_empty(dx.shape if has_dresidual else 0, dtype=residual_dtype)
-    dweight = weight.new_empty(hidden) if weight is not None and weight_grad else dx.new_empty(0)
-    dbias = dx.new_empty(hidden if bias_grad else 0, dtype=bias_dtype)
+    bias_grad, has_dresidual = bias_dtype is not None, dresidual.numel() > 0
     if stream.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     stream = _as_rows(stream)
@@ -99,7 +85,7 @@ def backward(
 def sum_blocks(rows: int, hidden: int) -> int:
     """How many blocks share the rows where gradients of weight and bias are summed.
 
-    It settles the order of the sums, and so depends on the shape alone: the same bits on every GPU.
+    It settles the order of the sums, and so depends only on the shape: the same bits on every GPU.
     As many as the 108 multiprocessors of an A100 hold at a time, 2 or 3 each by their registers; an
     H100's 132 have enough loads under way with as many. More would cost time, for each block's sums
     are written and read once. Few rows have fewer blocks, so that each has a few steps to sum over.

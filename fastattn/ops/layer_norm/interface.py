@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import modes, slower
-from fastattn.ops.common.plans import PlanCache
-from fastattn.ops.layer_norm import aten, reference, registration
+from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.layer_norm import problem as _problem
+from fastattn.ops.layer_norm import registration
 
-BACKENDS = slower.consulted(
-    (
-        *registration.KERNELS,
-        backends.Backend("torch", lambda: aten),
-        backends.Backend("reference", lambda: reference),
-    )
-)
+BACKENDS = registration.BACKENDS
 
-_plans: PlanCache[tuple[_problem.NormProblem, Callable[..., Any]]] = PlanCache()
+_dispatch: Dispatch[_problem.NormProblem] = Dispatch(BACKENDS, registration.run_kernel)
 
 
 def layer_norm(
@@ -63,10 +53,6 @@ def layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    if backend is None:
-        result = aten.straight(x, weight, bias, eps, residual, True)
-        if result is not None:
-            return result
     return _normalise(x, weight, bias, eps, residual, backend, True)
 
 
@@ -104,10 +90,6 @@ def rms_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    if backend is None:
-        result = aten.straight(x, weight, None, eps, residual, False)
-        if result is not None:
-            return result
     return _normalise(x, weight, None, eps, residual, backend, False)
 
 
@@ -120,34 +102,10 @@ def _normalise(
     backend: str | None,
     center: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    try:
-        if torch.compiler.is_compiling():
-            key, plan = None, None
-        else:
-            device = x.device
-            key = (
-                x.shape, x.dtype, device, eps, center, backend,
-                weight if weight is None else weight.shape,
-                weight if weight is None else weight.dtype,
-                weight if weight is None else weight.device,
-                bias if bias is None else bias.shape,
-                bias if bias is None else bias.dtype,
-                bias if bias is None else bias.device,
-                residual
-                if residual is None
-                else (residual.shape, residual.dtype, residual.device),
-                modes.autocast_enabled(device.type), modes.transformed(), backends.state(),
-            )  # fmt: skip
-            plan = _plans.get(key)
-    except (AttributeError, TypeError):  # an argument is no tensor (or a size is symbolic)
-        key, plan = None, None
+    key, plan = _dispatch.find((x, weight, bias, residual), eps, center, backend)
     if plan is None:
         described = _problem.describe(x, weight, bias, eps, residual, center=center)
-        chosen = backends.select(described.op, BACKENDS, described, backend)
-        forced = backends.named(backend) is not None
-        plan = described, registration.entry(chosen, described, forced)
-        if key is not None:
-            _plans.put(key, plan)
+        plan = _dispatch.make(key, described, backend)
     described, run = plan
     out, stream = run(described, x, weight, bias, residual)
     return out if residual is None else (out, stream)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import BY_ROWS, check_dense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -34,7 +35,7 @@ class NormProblem:
 
     @property
     def elements(self) -> int:
-        """The problem's size where backends are compared (ops/common/slower.py): x's elements."""
+        """The problem's size where backends are compared (measured.py): x's elements."""
         return math.prod(self.shape)
 
     @property
@@ -158,8 +159,7 @@ def check(
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device | None) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    check_dense(name, tensor, BY_ROWS)
     if tensor.dtype not in DTYPES:
         accepted = ", ".join(map(_name, DTYPES))
         raise TypeError(

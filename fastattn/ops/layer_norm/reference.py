@@ -18,7 +18,7 @@ def unsupported(problem: NormProblem) -> str | None:
     return None
 
 
-def normalise(
+def forward(
     problem: NormProblem,
     x: torch.Tensor,
     weight: torch.Tensor | None,

@@ -3,7 +3,7 @@
 One pair of ops is both norms: `center` tells layer_norm from rms_norm. Opaque to torch.compile,
 with fake implementations for tracing and autograd formulas up to the second derivative. `backend`
 names who runs the forward; if the user named it (`forced`), the backward stays on it too, else the
-backward chooses anew.
+backward chooses again.
 
 What a call does not have is an empty tensor: `stream` without a residual (it is x), and gradients
 that nobody asked for. `statistics` is rstd and, for layer_norm, mean: (2 or 1, ...) float32.
@@ -12,35 +12,16 @@ that nobody asked for. `statistics` is rstd and, for layer_norm, mean: (2 or 1, 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd, faster
-from fastattn.ops.layer_norm import reference
+from fastattn.ops.common import autograd
+from fastattn.ops.layer_norm import reference, results
 from fastattn.ops.layer_norm.problem import NormProblem, describe
 
-
-def _load_cuda() -> ModuleType:
-    from fastattn.ops.layer_norm import cuda
-
-    return cuda
-
-
-def _load_triton() -> ModuleType:
-    from fastattn.ops.layer_norm import triton
-
-    return triton
-
-
-KERNELS = (
-    backends.Backend("cuda", _load_cuda, faster.declined),
-    backends.Backend("triton", _load_triton),
-)
+BACKENDS = backends.of_op("fastattn.ops.layer_norm")
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _library.define(
@@ -56,16 +37,7 @@ _library.define(
 )
 
 
-def entry(backend: backends.Backend, problem: NormProblem, forced: bool) -> Callable[..., Any]:
-    """What runs a call on `backend`: f(problem, x, weight, bias, residual) -> (out, stream)."""
-    if backend.name == "torch":
-        return backend.module.entry(problem)
-    if backend.name == "reference":
-        return backend.module.normalise
-    return functools.partial(_through_registered_op, backend.name, forced)
-
-
-def _through_registered_op(
+def run_kernel(
     backend: str,
     forced: bool,
     problem: NormProblem,
@@ -74,31 +46,23 @@ def _through_registered_op(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, stream) of a call on a kernel backend."""
     out, stream, _ = torch.ops.fastattn.layer_norm(
         x, residual, weight, bias, problem.eps, problem.center, problem.out_dtype, backend, forced
     )
     return out, stream
 
 
-@functools.cache
-def _kernel(name: str) -> Any:
-    return next(b for b in KERNELS if b.name == name).module
-
-
 # --- forward ------------------------------------------------------------------------------------
 
 
 def _forward(x, residual, weight, bias, eps, center, out_dtype, backend, forced):  # type: ignore[no-untyped-def]
-    return _kernel(backend).forward(x, residual, weight, bias, eps, center, out_dtype)
+    kernel = backends.module_of(BACKENDS, backend)
+    return kernel.forward(x, residual, weight, bias, eps, center, out_dtype)
 
 
 def _forward_fake(x, residual, weight, bias, eps, center, out_dtype, backend, forced):  # type: ignore[no-untyped-def]
-    out = x.new_empty(x.shape, dtype=out_dtype)
-    stream = out.new_empty(0)
-    if residual is not None:
-        stream = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    shape = (2 if center else 1, *x.shape[:-1])
-    return out, stream, x.new_empty(shape, dtype=torch.float32)
+    return results.of_forward(x, residual, center, out_dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -150,7 +114,7 @@ def _backward(  # type: ignore[no-untyped-def]
     weight_grad, backend, forced,
 ):  # fmt: skip
     problem = describe(stream, weight, None, eps, None, center=center)
-    kernel = backends.select_backward(problem.op, KERNELS, problem, backend, forced)
+    kernel = backends.select_backward(problem.op, BACKENDS, problem, backend, forced)
     return kernel.backward(
         dout, dstream, stream, weight, statistics, center, x_dtype, residual_dtype, bias_dtype,
         weight_grad,
@@ -161,12 +125,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     dout, dstream, stream, weight, statistics, eps, center, x_dtype, residual_dtype, bias_dtype,
     weight_grad, backend, forced,
 ):  # fmt: skip
-    has_dresidual = residual_dtype is not None and residual_dtype != x_dtype
-    dx = stream.new_empty(stream.shape, dtype=x_dtype)
-    dresidual = dx.new_empty(stream.shape if has_dresidual else 0, dtype=residual_dtype)
-    dweight = dx.new_empty(0) if not weight_grad else weight.new_empty(weight.shape)
-    dbias = dx.new_empty(0 if bias_dtype is None else stream.shape[-1], dtype=bias_dtype)
-    return dx, dresidual, dweight, dbias
+    return results.of_backward(stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad)
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -175,42 +134,25 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> N
     ctx.set_materialize_grads(False)
 
 
-def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    """The second derivative, by differentiating the reference twice.
-
-    `statistics` is a function of the stream, through which the whole derivative is taken.
-    """
+def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, ...]:
     x_dtype, residual_dtype, bias_dtype, weight_grad = ctx.gradients
-    with torch.enable_grad():
-        leaves = [x if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
-        dout, dstream, stream, weight = leaves
-        assert dout is not None and stream is not None
+
+    def gradients(dout: Any, dstream: Any, stream: Any, weight: Any) -> list[torch.Tensor | None]:
         bias = None
         if bias_dtype is not None:
             bias = stream.new_zeros(stream.shape[-1], dtype=bias_dtype, requires_grad=True)
         problem = describe(stream, weight, bias, ctx.eps, None, center=ctx.center)
         problem = dataclasses.replace(problem, out_dtype=dout.dtype)
-        out, _ = reference.normalise(problem, stream, weight, bias, None)
-        inputs = [x for x in (stream, weight if weight_grad else None, bias) if x is not None]
-        first = iter(torch.autograd.grad(out, inputs, dout, create_graph=True))
-        ds = next(first)
+        out, _ = reference.forward(problem, stream, weight, bias, None)
+        inputs = [stream, weight if weight_grad else None, bias]
+        ds, dweight, dbias = autograd.first_derivative([out], inputs, [dout])
+        assert ds is not None
         if dstream is not None:
             ds = ds + dstream
-        outputs = (
-            ds.to(x_dtype),
-            None if residual_dtype in (None, x_dtype) else ds.to(residual_dtype),
-            next(first) if weight_grad else None,
-            None if bias is None else next(first),
-        )
-        pairs = [
-            (y, dy)
-            for y, dy in zip(outputs, grads, strict=True)
-            if y is not None and dy is not None
-        ]
-        reached, directions = zip(*pairs, strict=True)
-        wanted = [x for x in leaves if x is not None]
-        second = iter(torch.autograd.grad(reached, wanted, directions, allow_unused=True))
-    return *(None if x is None else next(second) for x in leaves), *(None,) * 9
+        dresidual = None if residual_dtype in (None, x_dtype) else ds.to(residual_dtype)
+        return [ds.to(x_dtype), dresidual, dweight, dbias]
+
+    return *autograd.double_backward(gradients, ctx.saved_tensors, directions), *(None,) * 9
 
 
 torch.library.register_fake("fastattn::layer_norm", _forward_fake, lib=_library)

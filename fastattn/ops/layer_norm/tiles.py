@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastattn import chips
+
 MAX_HIDDEN = 65536
 
 
@@ -69,8 +71,8 @@ def stages(architecture: int, tile: Tile, element_bytes: int) -> int:
     `element_bytes` is what a loop loads for one element, of all its inputs together. Up to 4 more
     are for results that change their layout before they are stored.
     """
-    shared = {80: 163, 90: 227, 100: 227}.get(architecture, 99) * 1024
-    return 2 if tile.rows * tile.block * (element_bytes + 4) < shared else 1
+    shared = tile.rows * tile.block * (element_bytes + 4)
+    return 2 if shared < chips.shared_memory(architecture) else 1
 
 
 def power_of_two(n: int) -> int:

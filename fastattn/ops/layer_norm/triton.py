@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn import chips
 from fastattn.ops.common import launch
-from fastattn.ops.layer_norm import tiles
+from fastattn.ops.layer_norm import results, tiles
 from fastattn.ops.layer_norm.problem import NormProblem
 
 
@@ -40,31 +41,32 @@ def unsupported(problem: NormProblem) -> str | None:
 
 
 @triton.jit
-def _add_residual(s, RESIDUAL, STREAM, in_offset, out_offset, mask):
+def _add_residual(s, residual_ptr, stream_ptr, in_offset, out_offset, mask):
     """s + residual, rounded to the stream's dtype, which is stored."""
-    residual = tl.load(RESIDUAL + in_offset, mask=mask, other=0.0)
-    stream = (s + residual.to(tl.float32)).to(STREAM.dtype.element_ty)
-    tl.store(STREAM + out_offset, stream, mask=mask)
+    residual = tl.load(residual_ptr + in_offset, mask=mask, other=0.0)
+    stream = (s + residual.to(tl.float32)).to(stream_ptr.dtype.element_ty)
+    tl.store(stream_ptr + out_offset, stream, mask=mask)
     return stream.to(tl.float32)
 
 
 @triton.jit
 def _scale_and_shift(
-    u, WEIGHT, BIAS, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
+    u, weight_ptr, bias_ptr, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
     """u * weight + bias; both stay in the L1 cache for the next rows."""
     if HAS_WEIGHT:
-        weight = tl.load(WEIGHT + column, mask=inside, other=0.0, eviction_policy="evict_last")
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")
         u *= weight.to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(BIAS + column, mask=inside, other=0.0, eviction_policy="evict_last")
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")
         u += bias.to(tl.float32)
     return u
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    X, RESIDUAL, WEIGHT, BIAS, OUT, STREAM, STATISTICS, x_stride, residual_stride, rows, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, stream_ptr, statistics_ptr,
+    x_stride, residual_stride, rows, eps,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CONTIGUOUS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,26 +83,27 @@ def _forward_kernel(
     mask = present & inside
     out_offset = row * HIDDEN + column
 
-    s = tl.load(X + first * x_stride + row * x_stride + column, mask=mask, other=0.0)
+    s = tl.load(x_ptr + first * x_stride + row * x_stride + column, mask=mask, other=0.0)
     s = s.to(tl.float32)
     if HAS_RESIDUAL:
-        RESIDUAL += first * residual_stride
+        residual_ptr += first * residual_stride
         in_offset = row * residual_stride + column
-        s = _add_residual(s, RESIDUAL, STREAM + first * HIDDEN, in_offset, out_offset, mask)
-    STATISTICS += first
+        s = _add_residual(s, residual_ptr, stream_ptr + first * HIDDEN, in_offset, out_offset, mask)
+    statistics_ptr += first
     if CENTER:
         mean = tl.sum(s, 1, keep_dims=True) / HIDDEN
-        tl.store(STATISTICS + rows + row, mean, mask=present)
+        tl.store(statistics_ptr + rows + row, mean, mask=present)
         s = tl.where(inside, s - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(s * s, 1, keep_dims=True) / HIDDEN + eps)
-    tl.store(STATISTICS + row, rstd, mask=present)
-    out = _scale_and_shift(s * rstd, WEIGHT, BIAS, column, inside, HAS_WEIGHT, HAS_BIAS)
-    tl.store(OUT + first * HIDDEN + out_offset, out.to(OUT.dtype.element_ty), mask=mask)
+    tl.store(statistics_ptr + row, rstd, mask=present)
+    out = _scale_and_shift(s * rstd, weight_ptr, bias_ptr, column, inside, HAS_WEIGHT, HAS_BIAS)
+    tl.store(out_ptr + first * HIDDEN + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _forward_chunked_kernel(
-    X, RESIDUAL, WEIGHT, BIAS, OUT, STREAM, STATISTICS, x_stride, residual_stride, chunks, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, stream_ptr, statistics_ptr,
+    x_stride, residual_stride, chunks, eps,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -114,10 +117,10 @@ def _forward_chunked_kernel(
         x_stride = HIDDEN
         residual_stride = HIDDEN
     row = tl.program_id(0).to(tl.int64)
-    X += row * x_stride
-    RESIDUAL += row * residual_stride
-    OUT += row * HIDDEN
-    STREAM += row * HIDDEN
+    x_ptr += row * x_stride
+    residual_ptr += row * residual_stride
+    out_ptr += row * HIDDEN
+    stream_ptr += row * HIDDEN
     lane = tl.arange(0, BLOCK)
 
     mean = tl.zeros((BLOCK,), tl.float32)
@@ -125,9 +128,9 @@ def _forward_chunked_kernel(
     for chunk in tl.range(0, chunks):
         column = chunk * BLOCK + lane
         mask = column < HIDDEN
-        s = tl.load(X + column, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
-            s = _add_residual(s, RESIDUAL, STREAM, column, column, mask)
+            s = _add_residual(s, residual_ptr, stream_ptr, column, column, mask)
         if CENTER:
             delta = tl.where(mask, s - mean, 0.0)
             mean += delta * (1.0 / (chunk + 1))
@@ -139,21 +142,21 @@ def _forward_chunked_kernel(
         lane_mean = mean
         mean = tl.sum(seen * lane_mean, 0) / HIDDEN
         squares += seen * (lane_mean - mean) * (lane_mean - mean)
-        tl.store(STATISTICS + tl.num_programs(0) + row, mean)
+        tl.store(statistics_ptr + tl.num_programs(0) + row, mean)
     rstd = tl.rsqrt(tl.sum(squares, 0) / HIDDEN + eps)
-    tl.store(STATISTICS + row, rstd)
+    tl.store(statistics_ptr + row, rstd)
 
     if HAS_RESIDUAL:
         tl.debug_barrier()  # a chunk may be read back by other threads than wrote it
-        X = STREAM
+        x_ptr = stream_ptr
     for chunk in tl.range(0, chunks):
         column = chunk * BLOCK + lane
         mask = column < HIDDEN
-        s = tl.load(X + column, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
         if CENTER:
             s -= mean
-        out = _scale_and_shift(s * rstd, WEIGHT, BIAS, column, mask, HAS_WEIGHT, HAS_BIAS)
-        tl.store(OUT + column, out.to(OUT.dtype.element_ty), mask=mask)
+        out = _scale_and_shift(s * rstd, weight_ptr, bias_ptr, column, mask, HAS_WEIGHT, HAS_BIAS)
+        tl.store(out_ptr + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -165,21 +168,12 @@ def forward(
     center: bool,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, stream, statistics); stream is empty without a residual.
-
-    statistics is float32: rstd, and with `center` mean, (2 or 1, ...).
-    """
-    *leading, hidden = x.shape
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if residual is None:
-        stream = out.new_empty(0)
-    else:
-        stream = torch.empty_like(out, dtype=torch.promote_types(x.dtype, residual.dtype))
-    shape = (2 if center else 1, *leading)
-    statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
+    """(out, stream, statistics), as results.py has them."""
+    out, stream, statistics = results.of_forward(x, residual, center, out_dtype)
     if out.numel() == 0:
         return out, stream, statistics
 
+    hidden = x.shape[-1]
     tile = tiles.forward(hidden)
     x, x_stride = _as_rows(x, tile.rows)
     residual_stride = x_stride
@@ -219,7 +213,8 @@ def forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
-    DOUT, DSTREAM, STREAM, WEIGHT, STATISTICS, DX, DRESIDUAL, PARTIALS,
+    dout_ptr, dstream_ptr, stream_ptr, weight_ptr, statistics_ptr,
+    dx_ptr, dresidual_ptr, partials_ptr,
     dout_stride, dstream_stride, stream_stride, rows,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_DSTREAM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
@@ -228,7 +223,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """Whole rows, ROWS at a time, every program every num_programs-th of them.
 
-    PARTIALS is (1 or 2, programs, HIDDEN): the sums over each program's rows that make up the
+    `partials` is (1 or 2, programs, HIDDEN): the sums over each program's rows that make up the
     gradients of weight and bias, in this order.
     """
     if CONTIGUOUS:
@@ -240,21 +235,23 @@ def _backward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < HIDDEN
     if HAS_WEIGHT:
-        weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(tile, tl.int64) * ROWS
         present = row < tl.minimum(rows - first, ROWS).to(tl.int32)
         mask = present & inside
-        g = tl.load(DOUT + first * dout_stride + row * dout_stride + column, mask=mask, other=0.0)
+        g = tl.load(
+            dout_ptr + first * dout_stride + row * dout_stride + column, mask=mask, other=0.0
+        )
         u = tl.load(
-            STREAM + first * stream_stride + row * stream_stride + column, mask=mask, other=0.0
+            stream_ptr + first * stream_stride + row * stream_stride + column, mask=mask, other=0.0
         )
         g, u = g.to(tl.float32), u.to(tl.float32)
-        rstd = tl.load(STATISTICS + first + row, mask=present, other=0.0)
+        rstd = tl.load(statistics_ptr + first + row, mask=present, other=0.0)
         if CENTER:
-            u -= tl.load(STATISTICS + rows + first + row, mask=present, other=0.0)
+            u -= tl.load(statistics_ptr + rows + first + row, mask=present, other=0.0)
         u *= rstd
         # Columns outside have g = 0: they add nothing to any sum.
         if WEIGHT_GRAD:
@@ -269,57 +266,57 @@ def _backward_kernel(
         ds *= rstd
         if HAS_DSTREAM:
             dstream = tl.load(
-                DSTREAM + first * dstream_stride + row * dstream_stride + column,
+                dstream_ptr + first * dstream_stride + row * dstream_stride + column,
                 mask=mask,
                 other=0.0,
             )
             ds += dstream.to(tl.float32)
         out_offset = row * HIDDEN + column
-        tl.store(DX + first * HIDDEN + out_offset, ds.to(DX.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + first * HIDDEN + out_offset, ds.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_DRESIDUAL:
-            dresidual = ds.to(DRESIDUAL.dtype.element_ty)
-            tl.store(DRESIDUAL + first * HIDDEN + out_offset, dresidual, mask=mask)
-    PARTIALS += program * HIDDEN
+            dresidual = ds.to(dresidual_ptr.dtype.element_ty)
+            tl.store(dresidual_ptr + first * HIDDEN + out_offset, dresidual, mask=mask)
+    partials_ptr += program * HIDDEN
     if WEIGHT_GRAD:
-        tl.store(PARTIALS + column, tl.sum(dweight, 0, keep_dims=True), mask=inside)
-        PARTIALS += tl.num_programs(0) * HIDDEN
+        tl.store(partials_ptr + column, tl.sum(dweight, 0, keep_dims=True), mask=inside)
+        partials_ptr += tl.num_programs(0) * HIDDEN
     if BIAS_GRAD:
-        tl.store(PARTIALS + column, tl.sum(dbias, 0, keep_dims=True), mask=inside)
+        tl.store(partials_ptr + column, tl.sum(dbias, 0, keep_dims=True), mask=inside)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _backward_chunked_kernel(
-    DOUT, DSTREAM, STREAM, WEIGHT, STATISTICS, DX, DRESIDUAL,
+    dout_ptr, dstream_ptr, stream_ptr, weight_ptr, statistics_ptr, dx_ptr, dresidual_ptr,
     dout_stride, dstream_stride, stream_stride, chunks,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_DSTREAM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in chunks of BLOCK; the input's gradient alone."""
+    """One row a program, in chunks of BLOCK; only the input's gradient."""
     if CONTIGUOUS:
         dout_stride = HIDDEN
         dstream_stride = HIDDEN
         stream_stride = HIDDEN
     row = tl.program_id(0).to(tl.int64)
-    DOUT += row * dout_stride
-    DSTREAM += row * dstream_stride
-    STREAM += row * stream_stride
-    DX += row * HIDDEN
-    DRESIDUAL += row * HIDDEN
+    dout_ptr += row * dout_stride
+    dstream_ptr += row * dstream_stride
+    stream_ptr += row * stream_stride
+    dx_ptr += row * HIDDEN
+    dresidual_ptr += row * HIDDEN
     lane = tl.arange(0, BLOCK)
-    rstd = tl.load(STATISTICS + row)
+    rstd = tl.load(statistics_ptr + row)
     mean = 0.0
     if CENTER:
-        mean = tl.load(STATISTICS + tl.num_programs(0) + row)
+        mean = tl.load(statistics_ptr + tl.num_programs(0) + row)
 
     g_sum = tl.zeros((BLOCK,), tl.float32)
     gu_sum = tl.zeros((BLOCK,), tl.float32)
     for chunk in tl.range(0, chunks):
         column = chunk * BLOCK + lane
         mask = column < HIDDEN
-        g = tl.load(DOUT + column, mask=mask, other=0.0).to(tl.float32)
-        u = (tl.load(STREAM + column, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-        g = _scale_and_shift(g, WEIGHT, WEIGHT, column, mask, HAS_WEIGHT, False)
+        g = tl.load(dout_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        u = (tl.load(stream_ptr + column, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        g = _scale_and_shift(g, weight_ptr, weight_ptr, column, mask, HAS_WEIGHT, False)
         g_sum += g
         gu_sum += g * u
     gu_mean = tl.sum(gu_sum, 0) / HIDDEN
@@ -330,20 +327,20 @@ def _backward_chunked_kernel(
     for chunk in tl.range(0, chunks):
         column = chunk * BLOCK + lane
         mask = column < HIDDEN
-        g = tl.load(DOUT + column, mask=mask, other=0.0).to(tl.float32)
-        u = (tl.load(STREAM + column, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-        g = _scale_and_shift(g, WEIGHT, WEIGHT, column, mask, HAS_WEIGHT, False)
+        g = tl.load(dout_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        u = (tl.load(stream_ptr + column, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        g = _scale_and_shift(g, weight_ptr, weight_ptr, column, mask, HAS_WEIGHT, False)
         ds = (g - u * gu_mean - g_mean) * rstd
         if HAS_DSTREAM:
-            ds += tl.load(DSTREAM + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(DX + column, ds.to(DX.dtype.element_ty), mask=mask)
+            ds += tl.load(dstream_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + column, ds.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_DRESIDUAL:
-            tl.store(DRESIDUAL + column, ds.to(DRESIDUAL.dtype.element_ty), mask=mask)
+            tl.store(dresidual_ptr + column, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _columns_kernel(
-    DOUT, STREAM, STATISTICS, PARTIALS, dout_stride, stream_stride, rows,
+    dout_ptr, stream_ptr, statistics_ptr, partials_ptr, dout_stride, stream_stride, rows,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr, CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -362,28 +359,32 @@ def _columns_kernel(
         first = tl.cast(tile, tl.int64) * ROWS
         present = row < tl.minimum(rows - first, ROWS).to(tl.int32)
         mask = present & inside
-        g = tl.load(DOUT + first * dout_stride + row * dout_stride + column, mask=mask, other=0.0)
+        g = tl.load(
+            dout_ptr + first * dout_stride + row * dout_stride + column, mask=mask, other=0.0
+        )
         g = g.to(tl.float32)
         if WEIGHT_GRAD:
             u = tl.load(
-                STREAM + first * stream_stride + row * stream_stride + column, mask=mask, other=0.0
+                stream_ptr + first * stream_stride + row * stream_stride + column,
+                mask=mask,
+                other=0.0,
             ).to(tl.float32)
             if CENTER:
-                u -= tl.load(STATISTICS + rows + first + row, mask=present, other=0.0)
-            dweight += g * u * tl.load(STATISTICS + first + row, mask=present, other=0.0)
+                u -= tl.load(statistics_ptr + rows + first + row, mask=present, other=0.0)
+            dweight += g * u * tl.load(statistics_ptr + first + row, mask=present, other=0.0)
         if BIAS_GRAD:
             dbias += g
-    PARTIALS += program * HIDDEN
+    partials_ptr += program * HIDDEN
     if WEIGHT_GRAD:
-        tl.store(PARTIALS + column, tl.sum(dweight, 0, keep_dims=True), mask=inside)
-        PARTIALS += tl.num_programs(1) * HIDDEN
+        tl.store(partials_ptr + column, tl.sum(dweight, 0, keep_dims=True), mask=inside)
+        partials_ptr += tl.num_programs(1) * HIDDEN
     if BIAS_GRAD:
-        tl.store(PARTIALS + column, tl.sum(dbias, 0, keep_dims=True), mask=inside)
+        tl.store(partials_ptr + column, tl.sum(dbias, 0, keep_dims=True), mask=inside)
 
 
 @triton.jit(do_not_specialize=["programs"])
 def _partials_kernel(
-    PARTIALS, DWEIGHT, DBIAS, programs,
+    partials_ptr, dweight_ptr, dbias_ptr, programs,
     HIDDEN: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -395,7 +396,7 @@ def _partials_kernel(
     for start in tl.range(0, programs, ROWS):
         program = start + tl.arange(0, ROWS)[:, None]
         mask = (program < programs) & inside
-        partials = PARTIALS + program * HIDDEN + column
+        partials = partials_ptr + program * HIDDEN + column
         if WEIGHT_GRAD:
             dweight += tl.load(partials, mask=mask, other=0.0)
             partials += programs * HIDDEN
@@ -403,10 +404,10 @@ def _partials_kernel(
             dbias += tl.load(partials, mask=mask, other=0.0)
     if WEIGHT_GRAD:
         total = tl.sum(dweight, 0, keep_dims=True)
-        tl.store(DWEIGHT + column, total.to(DWEIGHT.dtype.element_ty), mask=inside)
+        tl.store(dweight_ptr + column, total.to(dweight_ptr.dtype.element_ty), mask=inside)
     if BIAS_GRAD:
         total = tl.sum(dbias, 0, keep_dims=True)
-        tl.store(DBIAS + column, total.to(DBIAS.dtype.element_ty), mask=inside)
+        tl.store(dbias_ptr + column, total.to(dbias_ptr.dtype.element_ty), mask=inside)
 
 
 def backward(
@@ -421,18 +422,12 @@ def backward(
     bias_dtype: torch.dtype | None,
     weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dresidual, dweight, dbias).
-
-    dresidual is empty if it would be dx again, dbias without `bias_dtype`, dweight without
-    `weight_grad`.
-    """
+    """(dx, dresidual, dweight, dbias), as results.py has them."""
+    dx, dresidual, dweight, dbias = results.of_backward(
+        stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad
+    )
     hidden, device = stream.shape[-1], stream.device
-    bias_grad = bias_dtype is not None
-    has_dresidual = residual_dtype is not None and residual_dtype != x_dtype
-    dx = torch.empty(stream.shape, dtype=x_dtype, device=device)
-    dresidual = dx.new_empty(dx.shape if has_dresidual else 0, dtype=residual_dtype)
-    dweight = weight.new_empty(hidden) if weight is not None and weight_grad else dx.new_empty(0)
-    dbias = dx.new_empty(hidden if bias_grad else 0, dtype=bias_dtype)
+    bias_grad, has_dresidual = bias_dtype is not None, dresidual.numel() > 0
     if stream.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
 
@@ -520,9 +515,11 @@ def _wide(hidden: int, *strides: int) -> bool:
 def _registers(wide: bool, num_warps: int) -> dict[str, int]:
     """All the registers there are, where loads are narrow and their addresses many.
 
-    Left alone, ptxas would rather spill a few than let fewer programs run at a time.
+    By itself, ptxas would rather spill a few than let fewer programs run at a time.
     """
-    return {} if wide else {"maxnreg": min(255, 65536 // (32 * num_warps))}
+    return (
+        {} if wide else {"maxnreg": min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))}
+    )
 
 
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:

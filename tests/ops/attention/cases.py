@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from ops.backends import widest
 
 import fastattn
 from fastattn.backends import triton_runs
 from fastattn.ops.attention import dropout
 from oracle import assert_close_to_reference
 
-BACKENDS = ("reference", "torch", "triton")
+WITH_DOCUMENTS = ("reference", "torch", "triton")  # and with block masks
 LAYOUTS = ("contiguous", "heads first", "expanded", "sliced", "last dimension strided")
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -331,6 +332,17 @@ def refusal(case: Case, backend: str) -> str | None:
         if case.packed is not None and case.device != "cpu":
             return "no packed sequences"
     return None
+
+
+def runnable(case: Case, backend: str) -> Case:
+    """The case without what is not in the backend: of `cuda` wide heads, documents, block masks."""
+    if backend != "cuda":
+        return case
+    dtype = case.dtype if case.dtype.itemsize == 2 else widest(backend)
+    widths = {"head_dim": min(case.head_dim, 256)}
+    if case.head_dim_v is not None:
+        widths["head_dim_v"] = min(case.head_dim_v, 256)
+    return replace(case, **widths, dtype=dtype, documents=None, block_mask=None)
 
 
 def call(

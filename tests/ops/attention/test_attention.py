@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from ops.attention.cases import BACKENDS, Case, check
+from ops.attention.cases import Case, check, runnable
+from ops.backends import BACKENDS
 
 import fastattn
 from fastattn.ops.attention import aten
@@ -70,6 +71,7 @@ CASES = {
     "mask over keys": Case(30, 45, mask=(0, 0, 0, 1)),  # whole rows are hidden
     "lengths": Case(33, 150, lengths=True),  # NaN and Inf beyond them
     "lengths, causal": Case(140, 140, batch=3, lengths=True, causal=True),
+    "lengths, window": Case(40, 70, batch=3, lengths=True, window=(20, 9)),
     "lengths, wider v": Case(20, 40, batch=4, lengths=True, head_dim=8, head_dim_v=24, seed=3),
     "documents": Case(100, 100, documents="sorted", causal=True),
     "documents, two lengths": Case(50, 140, documents="sorted"),
@@ -118,9 +120,18 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# `long`: what the kernels round to changes no mask and no feature.
+SECOND = {("float16", "triton"), ("bfloat16", "cuda")}
+OF_DTYPE = [
+    pytest.param(dtype, backend, marks=[pytest.mark.long] * ((dtype, backend) in SECOND))
+    for dtype in ("float32", "float16", "bfloat16")
+    for backend in BACKENDS
+    if (dtype, backend) != ("float32", "cuda")
+]
+
+
+@pytest.mark.parametrize(("dtype", "backend"), OF_DTYPE)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
 def test_against_float64(name: str, backend: str, dtype: str, device: str) -> None:
     check(dataclasses.replace(CASES[name], dtype=getattr(torch, dtype), device=device), backend)
 
@@ -137,7 +148,8 @@ def test_in_float64(name: str, backend: str, device: str) -> None:
 def test_dropout_of_other_seeds(name: str, backend: str, device: str) -> None:
     """The table's seeds are no lucky ones."""
     for seed in (1, 2):
-        check(dataclasses.replace(CASES[name], device=device, seed=seed), backend)
+        case = dataclasses.replace(CASES[name], device=device, seed=seed)
+        check(runnable(case, backend), backend)
 
 
 def test_autocast(device: str) -> None:

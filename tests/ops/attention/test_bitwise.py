@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from ops.attention.cases import BACKENDS, Case, Problem, call
+from ops.attention.cases import Case, Problem, call, runnable
+from ops.backends import BACKENDS, widest
 
 import fastattn
 from fastattn.ops.attention import dropout, tiles
 
+KERNELS = ("triton", "cuda")
 REPEATED = {
     "dense": Case(40, 70, heads=4, kv_heads=2, causal=True, bias=(1, 0, 1, 0), seed=1),
     "packed": Case(packed=((20, 33), (35, 10)), window=(9, 4), alibi="heads", bias=(1, 0, 1, 0)),
@@ -20,26 +22,33 @@ REPEATED = {
 
 
 def bits(case: Case, problem: Problem, backend: str) -> list[torch.Tensor]:
-    """Output, LSE where it has a gradient, and all gradients."""
-    leaves = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
+    """Output, LSE where it has a gradient, and all gradients that the backend has."""
+    constant = "bias" if backend == "cuda" else None
+    leaves = {n: x.detach().requires_grad_(n != constant) for n, x in problem.tensors.items()}
     torch.manual_seed(case.seed)
     with_lse = backend != "torch"
     result = call(case, problem, backend, leaves, return_lse=with_lse)
     outputs = result if with_lse else (result,)
     torch.autograd.backward(outputs, (problem.dout, problem.dlse)[: len(outputs)])
-    return [*outputs, *(x.grad for x in leaves.values())]
+    return [*outputs, *(x.grad for x in leaves.values() if x.requires_grad)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", REPEATED)
-def test_repeated_runs_give_the_same_bits(name: str, backend: str, device: str) -> None:
+def test_repeated_runs_give_the_same_bits(
+    name: str, backend: str, device: str, request: pytest.FixtureRequest
+) -> None:
+    """In the emulator under another schedule each time."""
     case, runs = dataclasses.replace(REPEATED[name], device=device), 50
-    if backend == "triton" and device == "cpu":  # program after program: seconds each
+    if backend in KERNELS and device == "cpu":  # program after program: seconds each
         case = dataclasses.replace(case, batch=1, heads=2, kv_heads=1, head_dim=8)
         runs = 4
+    case = runnable(case, backend)
     problem = case.draw()
     first = bits(case, problem, backend)
-    for _ in range(runs):
+    for run in range(runs):
+        if backend == "cuda":
+            request.getfixturevalue("emulator").seed(run)
         assert all(map(torch.equal, first, bits(case, problem, backend)))
 
 
@@ -58,10 +67,10 @@ def part(x: Any, b: int, batch: int) -> Any:
     return x[b : b + 1] if isinstance(x, torch.Tensor) and x.shape[0] == batch else x
 
 
-@pytest.mark.parametrize("backend", ("triton",))
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", INVARIANT)
 def test_a_sequence_alone_and_within_a_batch(name: str, backend: str, device: str) -> None:
-    case = dataclasses.replace(INVARIANT[name], device=device)
+    case = runnable(dataclasses.replace(INVARIANT[name], device=device), backend)
     problem = case.draw()
     whole = bits(case, problem, backend)
     for b in range(case.batch):
@@ -74,14 +83,17 @@ def test_a_sequence_alone_and_within_a_batch(name: str, backend: str, device: st
         assert all(map(torch.equal, (x[b : b + 1] for x in whole), bits(case, alone, backend)))
 
 
-@pytest.mark.parametrize("backend", ("triton",))
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("others", [((40, 40), (65, 100)), ((1, 130),), ((0, 0), (3, 3), (5, 0))])
 def test_a_packed_sequence_alone_and_among_others(
     others: tuple[tuple[int, int], ...], backend: str, device: str
 ) -> None:
     """Neither the neighbours, nor the longest one, nor its place in the tensor change its bits."""
     mine = 33, 70
-    options = {"causal": True, "heads": 2, "kv_heads": 1, "device": device, "sink": True}
+    options = {
+        "causal": True, "heads": 2, "kv_heads": 1, "sink": True, "dtype": widest(backend),
+        "device": device,
+    }  # fmt: skip
     alone = Case(packed=(mine,), **options)
     expected_problem = alone.draw()
     expected = bits(alone, expected_problem, backend)
@@ -100,15 +112,16 @@ def test_a_packed_sequence_alone_and_among_others(
         assert all(map(torch.equal, ours, expected))
 
 
-def test_a_packed_sequence_has_the_bits_of_a_dense_one(device: str) -> None:
-    dense = Case(33, 70, batch=1, device=device, window=(30, 4))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_packed_sequence_has_the_bits_of_a_dense_one(backend: str, device: str) -> None:
+    options = {"window": (30, 4), "dtype": widest(backend), "device": device}
+    dense, packed = Case(33, 70, batch=1, **options), Case(packed=((33, 70),), **options)
     problem = dense.draw()
-    packed = Case(packed=((33, 70),), device=device, window=(30, 4))
     same = packed.draw()
     same.tensors = {name: x[0] for name, x in problem.tensors.items()}
     same.dout, same.dlse = problem.dout[0], problem.dlse[0]
-    expected = [x[0] for x in bits(dense, problem, "triton")]
-    assert all(map(torch.equal, bits(packed, same, "triton"), expected))
+    expected = [x[0] for x in bits(dense, problem, backend)]
+    assert all(map(torch.equal, bits(packed, same, backend), expected))
 
 
 def test_dropout_is_the_same_for_all_tile_sizes(
@@ -135,7 +148,7 @@ def test_dropout_is_the_same_for_all_tile_sizes(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_follows_torchs_generator(backend: str, device: str) -> None:
     """The same seed gives the same bits, the next call others."""
-    q, k = torch.randn(2, 30, 2, 16, device=device), torch.randn(2, 40, 2, 16, device=device)
+    q, k = (torch.randn(2, n, 2, 16, device=device).to(widest(backend)) for n in (30, 40))
 
     def run() -> torch.Tensor:
         return fastattn.attention(q, k, k, dropout_p=0.5, backend=backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.attention.cases import BACKENDS
+from ops.backends import widest
 
 import fastattn
 from fastattn.ops.attention import dropout
@@ -78,7 +78,7 @@ def test_thresholds() -> None:
     assert dropout.threshold(1 - 2**-60) == 2**31 - 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
 @pytest.mark.parametrize("p", (0.25, 0.9))
 def test_uniform_weights(p: float, backend: str, device: str) -> None:
     """Keeps the mean, drops the stated share, scales the rest; one mask in forward and backward."""
@@ -93,9 +93,9 @@ def test_uniform_weights(p: float, backend: str, device: str) -> None:
     torch.testing.assert_close(dv.sum(), out.sum())
 
 
-@pytest.mark.parametrize("backend", ("reference", "triton"))
+@pytest.mark.parametrize("backend", ("reference", "triton", "cuda"))
 def test_the_lse_is_that_of_all_weights(backend: str, device: str) -> None:
-    q = torch.randn(1, 20, 2, 16, device=device)
+    q = torch.randn(1, 20, 2, 16, device=device).to(widest(backend))
     _, lse = fastattn.attention(q, q, q, dropout_p=0.5, return_lse=True, backend=backend)
     _, whole = fastattn.attention(q, q, q, return_lse=True, backend=backend)
     torch.testing.assert_close(lse, whole)

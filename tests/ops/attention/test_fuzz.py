@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops.attention.cases import BACKENDS, LAYOUTS, Case, check
+from ops.attention.cases import LAYOUTS, Case, check, runnable
+from ops.backends import BACKENDS
 
 SEQLENS = (0, 1, 2, 3, 7, 17, 63, 64, 65, 113, 127, 128, 129, 203, 256, 257)
 HEAD_DIMS = (1, 8, 16, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 256, 512)
@@ -108,23 +109,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chunks = [
             (first, min(CHUNK, seed + draws - first)) for first in range(seed, seed + draws, CHUNK)
         ]
-        metafunc.parametrize(("first", "count"), chunks)
+        metafunc.parametrize(
+            ("first", "count"),
+            [pytest.param(*x, marks=[pytest.mark.long] * (x is not chunks[0])) for x in chunks],
+        )
 
 
 @pytest.mark.fuzz
-def test_draws(first: int, count: int, device: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_draws(first: int, count: int, backend: str, device: str) -> None:
     failures = []
     for seed in range(first, first + count):
-        case = draw(seed, device)
-        for backend in BACKENDS:
-            try:
-                check(case, backend)
-            except Exception as error:
-                reason = "".join(traceback.format_exception_only(error)).strip()
-                failures.append(
-                    f"{backend}: {reason}\n  {shortly(case)}\n"
-                    f"  pytest tests/ops/attention/test_fuzz.py --seed {seed} --draws 1"
-                )
+        case = runnable(draw(seed, device), backend)
+        try:
+            check(case, backend)
+        except Exception as error:
+            reason = "".join(traceback.format_exception_only(error)).strip()
+            failures.append(
+                f"{reason}\n  {shortly(case)}\n"
+                f"  pytest tests/ops/attention/test_fuzz.py --seed {seed} --draws 1 -k {backend}"
+            )
     assert not failures, f"{len(failures)} failures\n" + "\n".join(failures)
 
 

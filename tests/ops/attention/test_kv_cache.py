@@ -801,7 +801,7 @@ def test_merge_derivatives_where_a_part_has_no_key() -> None:
 
 def test_merge_kernel_leaves_out_what_has_no_weight(device: str) -> None:
     """A row that sees no key of a split may have made 0 * NaN there."""
-    from fastattn.ops.attention.triton.merge import merge
+    from fastattn.ops.attention.triton import merge
 
     part, part_lse = torch.randn(3, 1, 2, 4, 16), torch.randn(3, 1, 4, 2)
     part_lse[1] = -math.inf
@@ -809,8 +809,8 @@ def test_merge_kernel_leaves_out_what_has_no_weight(device: str) -> None:
     expected = merge_attention_states(part, part_lse)
     part = part.masked_fill((part_lse == -math.inf).mT[..., None], math.nan)
     out, lse = torch.empty(1, 2, 4, 16, device=device), torch.empty(1, 4, 2, device=device)
-    split = tiles.Split(3, 256, 1)
-    merge(part.to(device), part_lse.to(device), out, lse, None, 700, 0, split)
+    run = merge.prepared(out.shape, 700, 0, tiles.Split(3, 256, 1))
+    run(part.to(device), part_lse.to(device), out, lse, None)
     torch.testing.assert_close((out.cpu(), lse.cpu()), expected)
 
 

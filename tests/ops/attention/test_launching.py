@@ -44,6 +44,11 @@ def main() -> None:
             )
         )
 
+    def decoding(q: Any, k: Any) -> list[tuple[Any, ...]]:
+        noted.clear()
+        kernels.forward(q, k, k, Extras(), settings)
+        return list(noted)
+
     def launches(q: Any, extras: Extras, settings: Settings) -> list[tuple[Any, ...]]:
         noted.clear()
         out, lse = kernels.forward(q, q, q, extras, settings)
@@ -53,6 +58,8 @@ def main() -> None:
     storage = torch.randn(2 * 32 * 2 * 16 + 1, dtype=torch.bfloat16)
     q, misaligned = storage[:-1].view(2, 32, 2, 16), storage[1:].view(2, 32, 2, 16)
     lengths = Extras(key_lengths=torch.tensor([20, 32], dtype=torch.int32))
+    ids = torch.arange(64, dtype=torch.int32).view(2, 32) // 10
+    documents = Extras(q_documents=ids, k_documents=ids)
     bound_by_triton: list[Any] = []
     binder = launch.launch
 
@@ -63,19 +70,30 @@ def main() -> None:
     launch.launch = counted
     stub_driver.install(arguments)
     with torch.no_grad():
-        for extras, given in ((Extras(), settings), (lengths, settings._replace(window_left=7))):
+        for extras, given, number in (
+            (Extras(), settings, 4),  # forward, delta, keys, queries
+            (lengths, settings._replace(window_left=7), 4),
+            (documents, settings, 7),  # and the ranges of three of them
+        ):
             bound_by_triton.clear()
             first = launches(q, extras, given)
-            assert len(first) == len(bound_by_triton) == 4, "forward, delta, keys, queries"
+            assert len(first) == len(bound_by_triton) == number
             bound_by_triton.clear()
             assert launches(q, extras, given) == first
             assert not bound_by_triton, "the second call launches what the plan keeps"
             # An address that is no multiple of 16 is for another kernel, and Triton finds it.
             launches(misaligned, extras, given)
-            assert len(bound_by_triton) == 3, "all but delta, which reads no q"
+            assert len(bound_by_triton) == 3, "forward, keys, queries: the others read no q"
             with launch.recorded() as recorded:
                 assert launches(q, extras, given) == first
-            assert len(recorded) == 4
+            assert len(recorded) == number
+
+        keys = torch.randn(2, 4096, 2, 16, dtype=torch.bfloat16)
+        first = decoding(q[:, :1], keys)
+        assert len(first) == 2, "forward, merge"
+        bound_by_triton.clear()
+        assert decoding(q[:, :1], keys) == first
+        assert not bound_by_triton
 
 
 if __name__ == "__main__":

@@ -129,16 +129,16 @@ CASES: dict[str, Case] = {
 def visited(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tiles]:
     """Tiles that are computed from now on, of the forward, the dK and dV, and the dQ kernel."""
     counts: dict[str, Tiles] = {name: Counter() for name in ("forward", "keys", "queries")}
-    for module_name in ("forward", "backward"):
-        module = importlib.import_module(f"fastattn.ops.attention.triton.{module_name}")
+    for name in counts:
+        file = "fold" if name == "forward" else name
+        module = importlib.import_module(f"fastattn.ops.attention.triton.{file}")
         score_tile = module.score_tile
 
         def counting(
-            products: Any, i: Any, j: Any, *args: Any, _f: Any = score_tile, _n: str = module_name
+            products: Any, i: Any, j: Any, *args: Any, _f: Any = score_tile, _n: str = name
         ) -> Any:
             queries, keys = i.handle.data, j.handle.data
-            name = _n if _n == "forward" else "keys" if queries.shape[0] == 1 else "queries"
-            counts[name][int(queries.min()), int(keys.min())] += 1
+            counts[_n][int(queries.min()), int(keys.min())] += 1
             return _f(products, i, j, *args)
 
         monkeypatch.setattr(module, "score_tile", counting)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops.backends import BACKENDS, widest
 from ops.ffn.cases import ACTIVATIONS, Case, check, output_and_gradients
 
 import fastattn
@@ -15,19 +16,24 @@ from fastattn.backends import triton_runs
 from fastattn.ops.common import launch
 from fastattn.ops.ffn import aten, tiles
 
-BACKENDS = ("reference", "torch", "triton")
+KERNELS = ("triton", "cuda")
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
-# Of two bytes, in which every backend computes: Triton's interpreter does bfloat16 dots wrong.
-HALVES = (HALF,) if triton_runs() == "interpreted" else (HALF, BF16)
 LAYOUTS = ("linear", "conv1d")
 
-# Each case has its reason. "Tile" is of tiles.py, for the interpreter's 4 "multiprocessors".
+# Each case has its reason. float32 means the widest dtype of the backend.
 CASES = {
     "one token": Case((16,), 32, 16),
     "few tokens": Case((2, 3, 32), 64, 48),
     "few tokens, odd": Case((3, 11), 37, 5),
     "one feature": Case((9, 1), 12, 1),
-    "unaligned tile, odd": Case((70, 33), 75, 41),
+    "several tiles, odd": Case((70, 33), 75, 41),
+    "float16": Case((6, 100), 60, 20, HALF),
+    "no b1": Case((7, 24), 48, 16, bias1=False),
+    "no b2": Case((7, 24), 48, 16, bias2=False),
+    "no bias": Case((70, 24), 48, 16, HALF, bias1=False, bias2=False),
+}
+# The tiles of tiles.py, for the interpreter's 4 "multiprocessors".
+TRITON = {
     "unaligned tile, whole": Case((128, 32), 72, 40, HALF),  # hidden % 16 != 0, K % 32 == 0
     "medium tile": Case((66, 32), 48, 16),
     "medium tile, whole": Case((128, 64), 128, 64, HALF),
@@ -36,22 +42,32 @@ CASES = {
     "large tile, float32": Case((300, 48), 272, 80),
     "two groups of rows of tiles": Case((1100, 17), 70, 9, HALF),
     "three parts of column sums": Case((600, 8), 24, 72),
-    "float16": Case((6, 100), 60, 20, HALF),
-    "no b1": Case((7, 24), 48, 16, bias1=False),
-    "no b2": Case((7, 24), 48, 16, bias2=False),
-    "no bias": Case((70, 24), 48, 16, HALF, bias1=False, bias2=False),
 }
+
+
+def runnable(case: Case, backend: str) -> Case:
+    return dataclasses.replace(case, dtype=widest(backend)) if case.dtype == FLOAT else case
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(name: str, layout: str, backend: str, device: str) -> None:
-    check(dataclasses.replace(CASES[name], layout=layout, device=device), backend)
+    case = dataclasses.replace(CASES[name], layout=layout, device=device)
+    check(runnable(case, backend), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TRITON)
+def test_tiles(name: str, layout: str, device: str) -> None:
+    check(dataclasses.replace(TRITON[name], layout=layout, device=device), "triton")
+
+
+OF_DTYPE = [(HALF, backend) for backend in BACKENDS]
+OF_DTYPE += [(FLOAT, backend) for backend in BACKENDS if widest(backend) == FLOAT]
+
+
+@pytest.mark.parametrize(("dtype", "backend"), OF_DTYPE)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("recompute", (False, True))
 def test_activations(
@@ -73,12 +89,14 @@ def test_bfloat16(activation: str, backend: str, device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", (BF16, HALF, FLOAT))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_enough_tokens_for_a_gpu(layout: str, dtype: torch.dtype) -> None:
+def test_enough_tokens_for_a_gpu(layout: str, dtype: torch.dtype, backend: str) -> None:
     """The large tile, whole and masked, which a GPU takes only where there are many of them."""
-    check(Case((8192, 768), 3072, 768, dtype, layout=layout, device="cuda"), "triton")
-    check(Case((8000, 784), 3088, 400, dtype, layout=layout, device="cuda"), "triton")
+    for shape, hidden, out_features in (((8192, 768), 3072, 768), ((8000, 784), 3088, 400)):
+        case = Case(shape, hidden, out_features, dtype, layout=layout, device="cuda")
+        check(runnable(case, backend), backend)
 
 
 @pytest.mark.parametrize("backend", ("reference", "torch"))
@@ -90,15 +108,19 @@ def test_float64(layout: str, recompute: bool, backend: str, device: str) -> Non
         check(case, backend)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_random_problems(seed: int, device: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "seed", [0, 1, 2, *(pytest.param(n, marks=pytest.mark.long) for n in range(3, 12))]
+)
+def test_random_problems(seed: int, backend: str, device: str) -> None:
+    halves = (HALF,) if backend == "triton" and triton_runs() == "interpreted" else (HALF, BF16)
     r = random.Random(seed)
     leading = [r.randint(1, 9) for _ in range(r.randint(0, 3))]
     case = Case(
         shape=(*leading, r.randint(1, 150)),
         hidden=r.choice((r.randint(1, 150), 16 * r.randint(1, 20))),
         out_features=r.randint(1, 150),
-        dtype=r.choice((*HALVES, FLOAT)),
+        dtype=r.choice((*halves, widest(backend))),
         activation=r.choice(list(ACTIVATIONS)),
         layout=r.choice(LAYOUTS),
         bias1=r.random() < 0.7,
@@ -107,8 +129,7 @@ def test_random_problems(seed: int, device: str) -> None:
         device=device,
         seed=seed,
     )
-    for backend in BACKENDS:
-        check(case, backend)
+    check(case, backend)
 
 
 # --- strides ------------------------------------------------------------------------------------
@@ -116,16 +137,21 @@ def test_random_problems(seed: int, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_of_x(backend: str, device: str) -> None:
-    case = Case((4, 6, 24), 40, 16, device=device)
+    case = Case((4, 6, 24), 40, 16, widest(backend), device=device)
     inputs = case.inputs()
-    wide = torch.randn(4, 6, 3, 24, device=device)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(case.dtype)
+
+    wide = normal(4, 6, 3, 24)
     for x in (
         wide[:, :, 1],  # a slice of a joint projection: rows evenly spaced
+        normal(1729)[1:].view(4, 6, 72)[:, :, :24],  # and not aligned
         wide[:, 1:2, 0].expand(4, 6, 24),
         inputs["x"].transpose(0, 1).contiguous().transpose(0, 1),  # rows not evenly spaced
-        torch.randn(4, 6, 48, device=device)[..., ::2],  # last dimension strided
-        torch.randn(24, device=device).expand(4, 6, 24),  # one row, stride 0
-        torch.randn(4, 6, 1, device=device).expand(4, 6, 24),  # last dimension expanded
+        normal(4, 6, 48)[..., ::2],  # last dimension strided
+        normal(24).expand(4, 6, 24),  # one row, stride 0
+        normal(4, 6, 1).expand(4, 6, 24),  # last dimension expanded
     ):
         check(case, backend, inputs | {"x": x})
 
@@ -133,36 +159,38 @@ def test_any_strides_of_x(backend: str, device: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_of_the_weights(layout: str, backend: str, device: str) -> None:
-    case = Case((7, 24), 40, 16, layout=layout, device=device)
+    case = Case((7, 24), 40, 16, widest(backend), layout=layout, device=device)
     inputs = case.inputs()
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(case.dtype)
+
     for name in ("w1", "w2"):
         weight = inputs[name]
         rows, cols = weight.shape
-        padded = torch.randn(rows, 2 * cols, device=device)
+        padded = normal(rows, 2 * cols)
         for view in (
             weight.t().contiguous().t(),  # the transposed view of a buffer
             padded[:, cols:],  # a half of a joint weight
             padded[:, ::2],  # no stride is 1
-            torch.randn(1, cols, device=device).expand(rows, cols),
+            normal(1, cols).expand(rows, cols),
         ):
             check(case, backend, inputs | {name: view})
-    check(case, backend, inputs | {"b1": torch.randn(80, device=device)[::2]})
-    check(case, backend, inputs | {"b1": torch.randn(1, device=device).expand(40)})
-    check(case, backend, inputs | {"b2": torch.randn(1, device=device).expand(16)})
+    check(case, backend, inputs | {"b1": normal(80)[::2]})
+    check(case, backend, inputs | {"b1": normal(1).expand(40)})
+    check(case, backend, inputs | {"b2": normal(1).expand(16)})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expanded_cotangent(backend: str, device: str) -> None:
     """What .sum().backward() hands to the backward: one number, stride 0."""
-    case = Case((70, 24), 40, 16, device=device)
-    inputs = case.inputs()
+    case = Case((70, 24), 40, 16, widest(backend), device=device)
     for cotangent in (
-        torch.ones((), device=device).expand(70, 16),
-        torch.randn(16, 70, device=device).t(),
-        torch.randn(70, 32, device=device)[:, ::2],
+        torch.ones((), dtype=case.dtype, device=device).expand(70, 16),
+        torch.randn(16, 70, device=device).to(case.dtype).t(),
+        torch.randn(70, 32, device=device).to(case.dtype)[:, ::2],
     ):
-        ours = output_and_gradients(case.ours(backend), inputs, cotangent)
-        torch.testing.assert_close(ours, output_and_gradients(case.eager, inputs, cotangent))
+        check(case, backend, cotangent=cotangent)
 
 
 def _launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[torch.Tensor], Any]]:
@@ -197,13 +225,16 @@ def test_weights_and_rows_are_read_in_place(
     assert inputs["w2"].data_ptr() in read["_backward_kernel"]
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_lie_as_the_weights_do(layout: str, device: str) -> None:
-    case = Case((4, 24), 40, 16, layout=layout, device=device)
+def test_gradients_lie_as_the_weights_do(layout: str, backend: str, device: str) -> None:
+    case = Case((4, 24), 40, 16, widest(backend), layout=layout, device=device)
     inputs = case.inputs()
     inputs["w1"] = inputs["w1"].t().contiguous().t()
-    inputs["w2"] = torch.randn(inputs["w2"].shape[0], 64, device=device)[:, : inputs["w2"].shape[1]]
-    grads = output_and_gradients(case.ours("triton"), inputs, torch.ones(4, 16, device=device))
+    rows, columns = inputs["w2"].shape
+    inputs["w2"] = torch.randn(rows, 64, device=device).to(case.dtype)[:, :columns]
+    cotangent = torch.ones(4, 16, dtype=case.dtype, device=device)
+    grads = output_and_gradients(case.ours(backend), inputs, cotangent)
     assert grads["dw1"].stride() == inputs["w1"].stride()
     assert grads["dw2"].is_contiguous()
 
@@ -237,9 +268,12 @@ def test_empty(
     device: str,
 ) -> None:
     """Shapes and values as torch's: sums over nothing are zeros, not garbage."""
-    case = Case(shape, hidden, out_features, layout=layout, recompute=recompute, device=device)
+    case = Case(
+        shape, hidden, out_features, widest(backend), layout=layout, recompute=recompute,
+        device=device,
+    )  # fmt: skip
     inputs = case.inputs()
-    cotangent = torch.ones((*shape[:-1], out_features), device=device)
+    cotangent = torch.ones((*shape[:-1], out_features), dtype=case.dtype, device=device)
     ours = output_and_gradients(case.ours(backend), inputs, cotangent)
     expected = output_and_gradients(case.eager, inputs, cotangent)
     for name, value in ours.items():
@@ -247,13 +281,20 @@ def test_empty(
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # e^x may well be inf
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_everywhere(activation: str, device: str) -> None:
+def test_activations_everywhere(activation: str, backend: str, device: str) -> None:
     """1 -> 1 -> 1 with weights 1 is the activation: its tails, and values that overflow a cube."""
-    tails = torch.linspace(-40, 40, 4001)
-    extremes = torch.tensor([0.0, 1e-30, -1e-30, 1e4, -1e4, 1e15, -1e15, 3e38, -3e38])
-    x = torch.cat([tails, extremes]).to(device).unsqueeze(1)
-    one = torch.ones(1, 1, device=device)
+    dtype = widest(backend)
+    tails = torch.linspace(-40, 40, 4001 if dtype == FLOAT else 321)
+    small, middle, square, largest = (
+        (1e-30, 1e4, 1e15, 3e38) if dtype == FLOAT else (6e-8, 1e3, 1e4, 65504.0)
+    )
+    extremes = torch.tensor(
+        [0.0, *(s * x for x in (small, middle, square, largest) for s in (1, -1))]
+    )
+    x = torch.cat([tails, extremes]).to(dtype).to(device).unsqueeze(1)
+    one = torch.ones(1, 1, dtype=dtype, device=device)
 
     def value_and_slope(function: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.detach().requires_grad_()
@@ -261,13 +302,14 @@ def test_activations_everywhere(activation: str, device: str) -> None:
         return out.detach(), torch.autograd.grad(out.sum(), x)[0]
 
     ours = value_and_slope(
-        lambda x: fastattn.ffn(x, one, None, one, None, activation, backend="triton"), x
+        lambda x: fastattn.ffn(x, one, None, one, None, activation, backend=backend), x
     )
     expected = value_and_slope(ACTIVATIONS[activation], x.double())
     # 1 + erf(x) cancels on the left, in ATen too.
     absolute = 1e-6 if activation == "gelu" else 1e-7
+    relative, absolute = (1e-5, absolute) if dtype == FLOAT else (1e-3, 2e-6)
     for value, exact in zip(ours, expected, strict=True):
-        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=absolute)
+        torch.testing.assert_close(value.double(), exact, rtol=relative, atol=absolute)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -275,7 +317,7 @@ def test_activations_everywhere(activation: str, device: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_bad_token_stays_alone(activation: str, backend: str, device: str) -> None:
     """NaN or Inf in a token leave the tokens beside it, in the same tile, as they were."""
-    case = Case((6, 40), 32, 24, activation=activation, device=device)
+    case = Case((6, 40), 32, 24, widest(backend), activation, device=device)
     inputs = case.inputs()
     ffn = case.ours(backend)
 
@@ -297,7 +339,7 @@ def test_a_bad_token_stays_alone(activation: str, backend: str, device: str) -> 
 # --- what it owes beyond the numbers -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (FLOAT, *HALVES))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
 def test_same_inputs_same_bits(dtype: torch.dtype, device: str) -> None:
     case = Case((600, 40), 80, 48, dtype, device=device)
     inputs = case.inputs()
@@ -336,10 +378,6 @@ def test_gradients_of_some_inputs_alone(
     kernels = [name for name, _, _ in launches]
     assert kernels.count("_backward_kernel") == (wanted != ("b2",))
     assert kernels.count("_forward_kernel") == (2 if recompute and wanted != ("b2",) else 1)
-    for name, _, constants in launches:
-        if name == "_backward_kernel":
-            assert constants["STORE_ACTIVATED"] == ("w2" in wanted)
-            assert constants["STORE_SUMS"] == ("b1" in wanted)
 
 
 def test_without_gradients_nothing_is_stored_for_them(
@@ -356,9 +394,11 @@ def test_without_gradients_nothing_is_stored_for_them(
     assert [constants["STORE_PRE"] for _, _, constants in launches] == [False, False, True]
 
 
-def test_what_triton_keeps_for_the_backward(device: str) -> None:
-    """x and the pre-activation, or x alone; never the hidden layer after it."""
-    case = Case((64, 24), 40, 16, device=device)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("activation", ("gelu_tanh", "relu"))
+def test_what_is_kept_for_the_backward(activation: str, backend: str, device: str) -> None:
+    """x and the pre-activation (of ReLU its result), or x alone; never the hidden layer after it."""
+    case = Case((64, 24), 40, 16, widest(backend), activation, device=device)
     leaves = {n: x.requires_grad_() for n, x in case.inputs().items()}
     kept: list[int] = []
 
@@ -369,7 +409,7 @@ def test_what_triton_keeps_for_the_backward(device: str) -> None:
     for recompute, extra in ((False, [64 * 40]), (True, [])):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            dataclasses.replace(case, recompute=recompute).ours("triton")(**leaves)
+            dataclasses.replace(case, recompute=recompute).ours(backend)(**leaves)
         assert sorted(kept) == sorted([leaf.numel() for leaf in leaves.values()] + extra)
 
 
@@ -397,8 +437,9 @@ def test_torch_recomputes_only_when_asked(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_are_left_alone(layout: str, activation: str, backend: str, device: str) -> None:
     """The activation in place is of our own hidden layer: even where w1 is the identity."""
-    case = Case((5, 16), 16, 16, activation=activation, layout=layout, bias1=False, device=device)
-    inputs = case.inputs() | {"w1": torch.eye(16, device=device)}
+    dtype = widest(backend)
+    case = Case((5, 16), 16, 16, dtype, activation, layout, bias1=False, device=device)
+    inputs = case.inputs() | {"w1": torch.eye(16, dtype=dtype, device=device)}
     before = {name: x.clone() for name, x in inputs.items()}
     with torch.no_grad():
         case.ours(backend)(**inputs)
@@ -409,20 +450,17 @@ def test_inputs_are_left_alone(layout: str, activation: str, backend: str, devic
 def test_tiles_fit_every_gpu() -> None:
     """The blocks in flight fit the shared memory; tl.dot takes the sizes."""
     limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-    chosen = set()
     for architecture, limit in limits.items():
         for size in (2, 4):
             for tokens in (1, tiles.FEW_TOKENS, tiles.FEW_TOKENS + 1, 1024, 65536):
                 for aligned in (False, True):
                     tile = tiles.tile(architecture, size, tokens, 3072, 132, aligned)
-                    chosen.add(tile)
                     block = (tile.block_m + tile.block_n) * tile.block_k * size
                     assert tile.stages * block <= limit * 1024
                     for n in (tile.block_m, tile.block_n, tile.block_k):
                         assert n >= 16
                         assert n & (n - 1) == 0
                     assert tile.block_m <= 128  # MAX_HIDDEN of triton.py
-    assert len(chosen) == 10
 
 
 @pytest.mark.gpu

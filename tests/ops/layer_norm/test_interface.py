@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from ops.backends import BACKENDS
 
 import fastattn
-from fastattn.backends import explanation_of, triton_runs
 
+KERNELS = ("triton", "cuda")
 X = torch.randn(2, 3, 8)
 W = torch.randn(8)
 
@@ -53,36 +54,19 @@ def test_errors_of_layer_norm_alone() -> None:
         fastattn.layer_norm(X, W, W, None)  # type: ignore[arg-type]
 
 
-def test_what_triton_declines() -> None:
-    for x, reason in ((X.double(), "float64"), (torch.randn(1, 65537), "up to 65536; got 65537")):
-        for norm in (fastattn.layer_norm, fastattn.rms_norm):
-            with pytest.raises(fastattn.UnsupportedError, match=reason):
-                norm(x, backend="triton")
-            norm(x)  # left open, another backend takes it
-
-
-def test_who_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(**more: Any) -> tuple[str | None, str]:
-        explanation = explanation_of(fastattn.layer_norm, X, W, **more)
-        return explanation.backend, explanation.source
-
-    assert chosen() == ("torch", "first capable")
-    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
-    assert chosen() == ("reference", "FASTATTN_BACKEND=reference")
-    with fastattn.use_backend("torch"):
-        assert chosen() == ("torch", "fastattn.use_backend('torch')")
-        assert chosen(backend="reference") == ("reference", "backend='reference'")
-    assert chosen()[0] == "reference"
-
-
-def test_a_forced_backend_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = X.double()
-    assert fastattn.rms_norm(x).dtype == torch.float64
-    monkeypatch.setenv("FASTATTN_BACKEND", "triton")
-    with pytest.raises(fastattn.UnsupportedError, match=r"cannot run rms_norm on x .* float64"):
-        fastattn.rms_norm(x)
-    monkeypatch.delenv("FASTATTN_BACKEND")
-    assert fastattn.rms_norm(x).dtype == torch.float64
+@pytest.mark.parametrize(
+    ("backend", "x", "reason"),
+    [
+        ("triton", X.double(), "float64"),
+        ("triton", torch.randn(1, 65537), "up to 65536; got 65537"),
+        ("cuda", X.double(), "compute in float32: float64 would lose precision"),
+    ],
+)
+def test_what_kernels_decline(backend: str, x: torch.Tensor, reason: str) -> None:
+    for norm in (fastattn.layer_norm, fastattn.rms_norm):
+        with pytest.raises(fastattn.UnsupportedError, match=reason):
+            norm(x, backend=backend)
+        norm(x)  # left open, another backend takes it
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,15 +81,6 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     )
     with pytest.raises(ValueError, match="weight must have the shape"):
         fastattn.explain(fastattn.rms_norm, X, W[:3])
-
-
-def test_triton_on_a_cpu_is_never_chosen_unasked() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled here")
-    assert triton_runs() != "compiled"
-    explanation = explanation_of(fastattn.layer_norm, X)
-    assert explanation.backend == "torch"
-    assert "on a CPU are for tests" in str(explanation.reasons["triton"])
 
 
 def test_no_plan_is_taken_for_another() -> None:
@@ -154,7 +129,7 @@ def test_autocast() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("backend", ("torch", "reference", "triton"))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_on_a_gpu(backend: str) -> None:
     w = W.cuda()
     with torch.autocast("cuda", torch.bfloat16):
@@ -196,14 +171,15 @@ OPCHECKS = (
 )
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
 @pytest.mark.parametrize("residual", (None, torch.float32, torch.float16))
-def test_opcheck(residual: torch.dtype | None, center: bool, device: str) -> None:
+def test_opcheck(residual: torch.dtype | None, center: bool, backend: str, device: str) -> None:
     x = torch.randn(3, 2, 12, device=device, requires_grad=True)
     r = None if residual is None else x.detach().to(residual).requires_grad_()
     weight = torch.randn(12, device=device, requires_grad=True)
     bias = torch.randn(12, device=device, requires_grad=True) if center else None
-    options = (1e-5, center, torch.float32, "triton", True)
+    options = (1e-5, center, torch.float32, backend, True)
     op = torch.ops.fastattn.layer_norm
     torch.library.opcheck(op.default, (x, r, weight, bias, *options), test_utils=OPCHECKS)
     with torch.no_grad():
@@ -211,13 +187,13 @@ def test_opcheck(residual: torch.dtype | None, center: bool, device: str) -> Non
     dstream, stream = (None, x.detach()) if r is None else (torch.randn_like(stream), stream)
     tensors = (torch.randn_like(out), dstream, stream, weight.detach(), statistics)
     dtypes = (torch.float32, residual, torch.float32 if center else None)
-    arguments = (*tensors, 1e-5, center, *dtypes, True, "triton", True)
+    arguments = (*tensors, 1e-5, center, *dtypes, True, backend, True)
     torch.library.opcheck(
         torch.ops.fastattn.layer_norm_backward.default, arguments, test_utils=OPCHECKS
     )
 
 
-@pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", (fastattn.layer_norm, fastattn.rms_norm))
 def test_compiles_without_a_graph_break(norm: Any, backend: str, device: str) -> None:
     """One graph for all lengths: a second length neither breaks nor specialises anew."""
@@ -285,13 +261,14 @@ def test_functional_transforms(center: bool, backend: str | None) -> None:
         )
 
 
-def test_kernels_refuse_transforms(device: str) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_refuse_transforms(backend: str, device: str) -> None:
     x = X.to(device)
     for norm in (fastattn.layer_norm, fastattn.rms_norm):
         with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
-            torch.func.jvp(lambda x, norm=norm: norm(x, backend="triton"), (x,), (x,))
+            torch.func.jvp(lambda x, norm=norm: norm(x, backend=backend), (x,), (x,))
         with pytest.raises(fastattn.UnsupportedError, match=r"torch\.func"):
-            torch.func.vmap(lambda x, norm=norm: norm(x, backend="triton"))(x)
+            torch.func.vmap(lambda x, norm=norm: norm(x, backend=backend))(x)
 
 
 @pytest.mark.parametrize("backend", ("torch", "reference"))
@@ -311,10 +288,11 @@ def test_second_derivative(center: bool, backend: str) -> None:
     assert torch.autograd.gradgradcheck(function, (x, r, w, b))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
 @pytest.mark.parametrize("residual", (None, torch.float32, torch.float16))
 def test_second_derivative_through_the_kernels(
-    residual: torch.dtype | None, center: bool, device: str
+    residual: torch.dtype | None, center: bool, backend: str, device: str
 ) -> None:
     """By every input and by the cotangents, through the registered backward."""
     tensors = [torch.randn(3, 8, device=device), torch.randn(8, device=device)]
@@ -340,11 +318,12 @@ def test_second_derivative_through_the_kernels(
             materialize_grads=True, allow_unused=True,
         )  # fmt: skip
 
-    for ours, expected in zip(second("triton"), second("reference"), strict=True):
+    for ours, expected in zip(second(backend), second("reference"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_batched_cotangents(device: str) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_batched_cotangents(backend: str, device: str) -> None:
     """A Jacobian by `is_grads_batched`, as torch.autograd.functional takes it."""
     x = X.to(device).requires_grad_()
     directions = torch.randn(4, *x.shape, device=device)
@@ -353,7 +332,7 @@ def test_batched_cotangents(device: str) -> None:
         out = fastattn.layer_norm(x, backend=backend)
         return torch.autograd.grad(out, x, directions, is_grads_batched=True)[0]
 
-    torch.testing.assert_close(rows("triton"), rows("reference"))
+    torch.testing.assert_close(rows(backend), rows("reference"))
 
 
 @pytest.mark.gpu

@@ -1,16 +1,16 @@
 """The `triton` backend of attention: FlashAttention-2's loops, features as compile-time switches.
 
-One family of kernels: `forward` (prefill, packed sequences, decoding on padded or paged caches) and
-`merge` behind it, `cache` before it, `backward` and `bias` for the gradients. `scores` is what they
-share: a feature is written there once. `launching` prepares their operands, `documents` the tiles
-to visit.
+One family of kernels: `forward` (prefill, packed sequences, decoding on padded or paged caches; its
+parts are `rows` and `fold`) and `merge` after it; `cache` before it; `backward`, `keys`, `queries`
+and `bias` for the gradients. They share `scores` (a feature is written there once), `blocks`,
+`sequences` and `memory`. `launching` prepares their operands, `documents` the tiles to visit.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fastattn import backends
+from fastattn import backends, chips
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.triton.backward import backward
 from fastattn.ops.attention.triton.cache import attention_with_kv_cache
@@ -20,7 +20,7 @@ from fastattn.ops.common import launch
 __all__ = ["attention_with_kv_cache", "backward", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 512
-SMALL = (86, 87, 89, 120, 121)  # chips with 99 KB of shared memory a block
+WIDE_FLOAT32 = 131 * 1024  # bytes of shared memory of float32 kernels above a head_dim of 256
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -37,6 +37,8 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return "the kernels have no gradient for alibi_slopes"
     wide = problem.dtype == torch.float32 and max(problem.head_dim, problem.head_dim_v) > 256
     # A fake tensor can name a GPU that is not there.
-    if wide and torch.cuda.is_available() and launch.architecture(problem.device) in SMALL:
-        return "float32 with a head_dim above 256 takes more shared memory than this GPU has"
+    if wide and torch.cuda.is_available():
+        shared = chips.shared_memory(launch.architecture(problem.device))
+        if shared < WIDE_FLOAT32:
+            return "float32 with a head_dim above 256 takes more shared memory than this GPU has"
     return None

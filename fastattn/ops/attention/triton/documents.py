@@ -1,7 +1,7 @@
 """Which tiles of the scores documents leave: for each tile of one side, a range of the other side.
 
 A tile of queries needs the keys whose document numbers lie between the smallest and the largest of
-its own. Packed documents lie behind each other, so these keys do as well, and all other tiles are
+its own. Packed documents lie one after another, so these keys do as well, and all other tiles are
 skipped; numbers in any order are right too, with less to skip.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.triton import launching
-from fastattn.ops.attention.triton.scores import held, sequence
+from fastattn.ops.attention.triton.sequences import held, sequence
 from fastattn.ops.common import launch
 
 CHUNK = 1024
@@ -64,35 +64,31 @@ def _ranges_kernel(
     tl.store(pair + 1, end)
 
 
-def tile_ranges(
-    x: launching.Layout, extras: Extras, block: int, tiles: int, *, of_queries: bool
-) -> torch.Tensor:
-    """(batch, tiles, 2): first and one past the last position of the other side, for each tile."""
-    ranges = torch.empty((x.batch, tiles, 2), dtype=torch.int32, device=x.device)
-    q = extras.q_documents, extras.cu_seqlens_q, extras.seqused_q, x.seqlen_q
-    k = extras.k_documents, extras.cu_seqlens_k, extras.seqused_k, x.seqlen_k
-    (own, own_cu, own_used, own_seqlen) = q if of_queries else k
-    (other, other_cu, other_used, other_seqlen) = k if of_queries else q
-    assert own is not None and other is not None
-    launch.launch(
-        _ranges_kernel,
-        (x.batch * tiles,),
-        ranges,
-        own,
-        other,
-        own_cu,
-        other_cu,
-        own_used,
-        other_used,
-        extras.key_lengths if of_queries else None,
-        0 if x.packed else own_seqlen,
-        0 if x.packed else other_seqlen,
-        own_seqlen,
-        other_seqlen,
-        tiles,
-        BLOCK=block,
-        CHUNK=CHUNK,
-        num_warps=4,
-        num_stages=1,
-    )
-    return ranges
+class TileRanges:
+    """The launch, for the tiles of one side, of a plan."""
+
+    def __init__(self, x: launching.Layout, block: int, tiles: int, *, of_queries: bool) -> None:
+        own, other = (x.seqlen_q, x.seqlen_k) if of_queries else (x.seqlen_k, x.seqlen_q)
+        strides = (0, 0) if x.packed else (own, other)
+        self._shape, self._of_queries = (x.batch, tiles, 2), of_queries
+        self._launch = launch.Prepared(
+            _ranges_kernel,
+            (x.batch * tiles,),
+            (*strides, own, other, tiles),
+            BLOCK=block,
+            CHUNK=CHUNK,
+            num_warps=4,
+            num_stages=1,
+        )
+
+    def __call__(self, extras: Extras) -> torch.Tensor:
+        """(batch, tiles, 2): the first position of the other side and the one after the last."""
+        q = extras.q_documents, extras.cu_seqlens_q, extras.seqused_q
+        k = extras.k_documents, extras.cu_seqlens_k, extras.seqused_k
+        (own, *of_own), (other, *of_other) = (q, k) if self._of_queries else (k, q)
+        assert own is not None
+        ranges = own.new_empty(self._shape, dtype=torch.int32)
+        lengths = extras.key_lengths if self._of_queries else None
+        pairs = (x for pair in zip(of_own, of_other) for x in pair)
+        self._launch(ranges, own, other, *pairs, lengths)
+        return ranges

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.ops.attention import tiles
+from fastattn.ops.attention import dropout, tiles
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.triton.scores import LOG2_E
+from fastattn.ops.common import launch
 
 # Integer arguments that change from call to call. None may be part of a compiled kernel's key, and
 # what the kernels need to know of strides is said by ALIGN. The width of an integer is part of the
@@ -20,7 +21,7 @@ SIZES = [
     *(f"stride_{x}{d}" for x in "qkvodg" for d in "bsh"),
     *(f"stride_{x}{d}" for x in "mb" for d in "bhqk"),
     "stride_lb", "stride_lh", "stride_slope", "stride_qd", "stride_kd", "stride_block_b",
-    "stride_block_h", "stride_table", "part_out_stride", "part_lse_stride", "heads", "kv_heads",
+    "stride_block_h", "stride_table", "stride_part_out", "stride_part_lse", "heads", "kv_heads",
     "group_size", "batch_size", "seqlen_q", "seqlen_k", "tiles_m", "tiles_n", "splits",
     "longest_q", "longest_k", "seqlen_new", "pages", "split_length", "page_size", "rotary_half",
     "rotary_positions", "low", "high", "threshold",
@@ -51,15 +52,6 @@ class Layout:
     longest_k: int
     align: int
     strides: tuple[int, ...]  # (batch, token, head) of q, k, v and more, in units of `align`
-
-    def widths(self) -> dict[str, Any]:
-        return {
-            "HEAD_DIM": self.head_dim,
-            "HEAD_DIM_V": self.head_dim_v,
-            "BLOCK_D": tiles.block_d(self.head_dim),
-            "BLOCK_DV": tiles.block_d(self.head_dim_v),
-            "ALIGN": self.align,
-        }
 
 
 def layout(
@@ -235,51 +227,51 @@ def prepared(
     return can_be_read, extras._replace(**vectors), copies
 
 
-def feature_pointers(extras: Extras) -> tuple[torch.Tensor | None, ...]:
-    """mask, bias, slopes, sink, key_lengths, q_documents, k_documents."""
-    mask = None if extras.mask is None else _near(extras.mask).view(torch.uint8)
+def pointers(extras: Extras, *, transposed: bool) -> tuple[torch.Tensor | None, ...]:
+    """From mask_ptr to seed_ptr, in the kernels' order; `transposed` the block mask by columns."""
     return (
-        mask,
+        None if extras.mask is None else _near(extras.mask).view(torch.uint8),
         None if extras.bias is None else _near(extras.bias),
         extras.alibi_slopes,
-        extras.sink,
         extras.key_lengths,
         extras.q_documents,
         extras.k_documents,
+        *_block_pointers(extras, transposed),
+        extras.cu_seqlens_q,
+        extras.cu_seqlens_k,
+        extras.seqused_q,
+        extras.seqused_k,
+        extras.dropout_seed,
     )
 
 
 def _near(x: torch.Tensor) -> torch.Tensor:
     """A mask or bias whose rows and columns 32-bit offsets reach within a tile."""
-    return x if max(broadcast_strides(x)[2:]) <= MAX_ROW_STRIDE else x.contiguous()
+    return x if max(_broadcast_strides(x)[2:]) <= MAX_ROW_STRIDE else x.contiguous()
 
 
-def sequence_pointers(extras: Extras) -> tuple[torch.Tensor | None, ...]:
-    """cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k."""
-    return extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k
-
-
-def feature_strides(x: Layout, extras: Extras) -> tuple[int, ...]:
-    """Strides of mask (4), bias (4), slopes, q_documents and k_documents (from batch to batch)."""
+def strides(x: Layout, extras: Extras, *, transposed: bool) -> tuple[int, ...]:
+    """From stride_mb to stride_block_h, in the kernels' order, as `pointers`."""
     slopes = extras.alibi_slopes
     padded = extras.q_documents is not None and not x.packed
     return (
-        *broadcast_strides(None if extras.mask is None else _near(extras.mask)),
-        *broadcast_strides(None if extras.bias is None else _near(extras.bias)),
+        *_broadcast_strides(None if extras.mask is None else _near(extras.mask)),
+        *_broadcast_strides(None if extras.bias is None else _near(extras.bias)),
         0 if slopes is None or slopes.shape[0] == 1 else x.heads,
         x.seqlen_q if padded else 0,
         x.seqlen_k if padded else 0,
+        *_block_strides(extras, transposed),
     )
 
 
-def broadcast_strides(x: torch.Tensor | None) -> tuple[int, ...]:
+def _broadcast_strides(x: torch.Tensor | None) -> tuple[int, ...]:
     """Strides by which a tensor with dimensions of size 1 reads as the whole."""
     if x is None:
         return (0, 0, 0, 0)
     return tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride()))
 
 
-def block_pointers(extras: Extras, *, transposed: bool) -> tuple[torch.Tensor | None, ...]:
+def _block_pointers(extras: Extras, transposed: bool) -> tuple[torch.Tensor | None, ...]:
     """offsets, indices, partial, patterns of the block mask, by rows of tiles or by columns."""
     if extras.blocks is None:
         return (None,) * 4
@@ -291,7 +283,7 @@ def block_pointers(extras: Extras, *, transposed: bool) -> tuple[torch.Tensor | 
     return offsets, indices, partial, patterns.view(torch.uint8)
 
 
-def block_strides(extras: Extras, *, transposed: bool) -> tuple[int, int]:
+def _block_strides(extras: Extras, transposed: bool) -> tuple[int, int]:
     """(batch, head) strides of the block mask's offsets."""
     if extras.blocks is None:
         return (0, 0)
@@ -300,10 +292,47 @@ def block_strides(extras: Extras, *, transposed: bool) -> tuple[int, int]:
     return (0 if batch == 1 else head * rows), (0 if head == 1 else rows)
 
 
+def tile(kernel: str, x: Layout, extras: Extras, settings: Settings) -> tiles.Tile:
+    """The row of tiles.py for this call, inside the tiles of its block mask."""
+    architecture, width = launch.architecture(x.device), max(x.head_dim, x.head_dim_v)
+    row = tiles.tile(kernel, architecture, x.element_size, width, tiles.masking(extras, settings))
+    return row.within(settings.block_q, settings.block_k)
+
+
+def constants(x: Layout, settings: Settings, tile: tiles.Tile) -> dict[str, Any]:
+    """What all kernels are compiled for: scores.Sizes, warps and stages."""
+    return {
+        "HEAD_DIM": x.head_dim,
+        "HEAD_DIM_V": x.head_dim_v,
+        "BLOCK_D": tiles.block_d(x.head_dim),
+        "BLOCK_DV": tiles.block_d(x.head_dim_v),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_MASK_Q": settings.block_q,
+        "BLOCK_MASK_K": settings.block_k,
+        "TOP_LEFT": settings.top_left,
+        "ALIGN": x.align,
+        "PRECISION": settings.fp32_precision,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
 def band(settings: Settings) -> tuple[int | None, int | None]:
     """(low, high): query i sees the keys from i + d + low to i + d + high, None for no bound."""
     left, right = (min(n, MAX_WINDOW) for n in (settings.window_left, settings.window_right))
     return (None if left < 0 else -left), (None if right < 0 else right)
+
+
+def arithmetic(settings: Settings) -> tuple[Any, ...]:
+    """low, high, scale, softcap, threshold, inverse_keep, in the kernels' order."""
+    return (
+        *band(settings),
+        scale(settings),
+        settings.softcap or None,
+        dropout.threshold(settings.dropout_p),
+        1.0 / (1.0 - settings.dropout_p),
+    )
 
 
 # Below, a scale may be zero in float32, and zero times -inf is NaN.

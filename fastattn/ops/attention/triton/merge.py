@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from fastattn.ops.attention import tiles
-from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, held, parts_of
+from fastattn.ops.attention.triton import launching
+from fastattn.ops.attention.triton.scores import LN_2, LOG2_E
+from fastattn.ops.attention.triton.sequences import held, parts_of
 from fastattn.ops.common import launch
 
 BLOCK_S = 8  # splits in flight
 WARPS = 4
 
 
-@triton.jit(
-    do_not_specialize=["stride_part", "stride_lse", "heads", "seqlen_q", "seqlen_k", "seqlen_new",
-                       "splits", "split_length"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=launching.SIZES)
 def _merge_kernel(
-    part_ptr,  # (splits, batch, seqlen_q, heads, head_dim), float32, contiguous
+    part_out_ptr,  # (splits, batch, seqlen_q, heads, head_dim), float32, contiguous
     part_lse_ptr,  # (splits, batch, heads, seqlen_q), contiguous
     out_ptr,  # (batch, seqlen_q, heads, head_dim), contiguous
     lse_ptr,
     key_lengths_ptr,  # (batch,) without seqlen_new, or None
-    stride_part: tl.int64,
-    stride_lse: tl.int64,
+    stride_part_out: tl.int64,
+    stride_part_lse: tl.int64,
     heads,
     seqlen_q,
     seqlen_k,
@@ -59,13 +57,17 @@ def _merge_kernel(
         split = first + tl.arange(0, BLOCK_S)
         there = split < parts
         split = split.to(tl.int64)
-        lse = tl.load(part_lse_ptr + split * stride_lse + line, mask=there, other=float("-inf"))
+        lse = tl.load(
+            part_lse_ptr + split * stride_part_lse + line, mask=there, other=float("-inf")
+        )
         lse *= LOG2_E
         new_top = tl.maximum(top, tl.max(lse, 0))
         harmless = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(lse - harmless)
         old = tl.exp2(top - harmless)
-        pointers = part_ptr + (split * stride_part + row * HEAD_DIM)[:, None] + columns[None, :]
+        pointers = (
+            part_out_ptr + (split * stride_part_out + row * HEAD_DIM)[:, None] + columns[None, :]
+        )
         # A split in which the row sees no key has no weight, and may hold 0 * NaN.
         exists = (lse != float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
         part = tl.load(pointers, mask=exists, other=0.0)
@@ -82,34 +84,22 @@ def _merge_kernel(
     tl.store(lse_ptr + line, (top + tl.log2(total)) * LN_2)
 
 
-def merge(
-    part_out: torch.Tensor,
-    part_lse: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    seqlen_k: int,
-    seqlen_new: int,
-    split: tiles.Split,
-) -> None:
-    """Write out and lse of the sequences that have several parts."""
-    batch, seqlen_q, heads, head_dim = out.shape
-    launch.launch(
+def prepared(
+    shape: tuple[int, ...], seqlen_k: int, seqlen_new: int, split: tiles.Split
+) -> launch.Prepared:
+    """The launch for an out of `shape`, to be called with the kernel's pointers.
+
+    It writes out and lse of the sequences that have several parts.
+    """
+    batch, seqlen_q, heads, head_dim = shape
+    rows = batch * seqlen_q * heads
+    numbers = (
+        rows * head_dim, rows, heads, seqlen_q, seqlen_k, seqlen_new, split.most, split.keys
+    )  # fmt: skip
+    return launch.Prepared(
         _merge_kernel,
-        (batch * seqlen_q * heads,),
-        part_out,
-        part_lse,
-        out,
-        lse,
-        key_lengths,
-        out.numel(),
-        lse.numel(),
-        heads,
-        seqlen_q,
-        seqlen_k,
-        seqlen_new,
-        split.most,
-        split.keys,
+        (rows,),
+        numbers,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_S=BLOCK_S,

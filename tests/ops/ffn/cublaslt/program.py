@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 from emulator import library  # noqa: E402
 from ops.ffn.cases import Case, check, output_and_gradients  # noqa: E402
 
+from fastattn import measured  # noqa: E402
 from fastattn.ops.ffn import cuda  # noqa: E402
 
 fake = ctypes.CDLL(os.environ["FAKE_CUBLASLT"])
@@ -63,10 +64,11 @@ def main() -> dict[str, Any]:
     for _ in range(3):
         torch.ops.fastattn_cuda.ffn_cublaslt_product(*arguments)
     told["heuristics of three equal products"] = fake.fake_heuristics() - before
-    cuda.OWN["activation", "float16", "cpu"] = cuda.Own("2000-01-01", above=18 * 40 * 24)
+    key = measured.Key(f"{cuda.PRODUCT}activation", "cuda", "float16", None, "cpu")
+    measured.TABLE[key] = measured.Faster("cuBLASLt", "2000-01-01", least=18 * 40 * 24)
     told["activation is ours"] = _calls(lambda: ours(**inputs))
     told["activation is ours above"] = _calls(lambda: ours(**inputs | {"x": inputs["x"][:17]}))
-    cuda.OWN.clear()
+    measured.TABLE.clear()
 
     fake.fake_fail(14)
     told["error of a product"] = _error(lambda: output_and_gradients(ours, inputs, out[:, :16]))

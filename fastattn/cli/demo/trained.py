@@ -1,0 +1,183 @@
+"""The demo's first part: a tokenizer and a small GPT: trained, saved, read back, sampled from."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.cli.demo.comparison import line
+from fastattn.models import GPT, GPTConfig
+from fastattn.training import (
+    History,
+    Tokenizer,
+    TrainingConfig,
+    bits_per_byte,
+    load_corpus,
+    sample_batch,
+    split_text,
+    tokenize,
+    train,
+)
+from fastattn.training.loop import muon_is_fast
+
+PROMPTS = ("And God said unto", "And it came to pass", "今天天气很好", "这本书")
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the demo is."""
+
+    characters: int | None  # of each text; None is all
+    vocab_size: int
+    layers: int
+    heads: int
+    width: int
+    context: int
+    batch_size: int
+    steps: int
+    new_tokens: int
+    seconds: float  # to time each kind of work
+
+
+FULL = Size(None, 1024, 4, 4, 256, 128, 8, steps=500, new_tokens=48, seconds=2.0)
+QUICK = Size(20_000, 512, 2, 2, 64, 32, 4, steps=20, new_tokens=8, seconds=0.1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the other parts need, and what was measured.
+
+    Attributes:
+        batch: inputs and targets of held-out text, (4, context) each.
+        bits_per_byte: of the held-out part of each text.
+    """
+
+    batch: tuple[torch.Tensor, torch.Tensor]
+    bits_per_byte: dict[str, float]
+
+
+def configuration(size: Size, steps: int | None, seed: int, device: torch.device) -> TrainingConfig:
+    """How to train: Muon where its updates are fast, else AdamW."""
+    steps = size.steps if steps is None else steps
+    return TrainingConfig(
+        steps=steps,
+        batch_size=size.batch_size,
+        context=size.context,
+        optimizer="muon" if muon_is_fast(device) else "adamw",
+        learning_rate=4e-3 if muon_is_fast(device) else 2e-3,
+        final_learning_rate=0.0,
+        warmup_steps=min(20, steps // 2),
+        evaluation_interval=max(1, steps // 5),
+        seed=seed,
+    )
+
+
+def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device) -> Trained | None:
+    """Train, save and sample; None if Ctrl-C ended the training.
+
+    Raises:
+        RuntimeError: the saved model gives other logits when it is read back.
+    """
+    corpus = {name: text[: size.characters] for name, text in load_corpus().items()}
+    parts = {name: split_text(text) for name, text in corpus.items()}
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train([training for training, _ in parts.values()], size.vocab_size)
+    seconds = time.perf_counter() - start
+    split = tokenize(tokenizer, parts)
+    texts = ", ".join(f"{name} {len(text):,} characters" for name, text in corpus.items())
+    line("text", f"{texts}; a tenth of each held out")
+    line("tokenizer", f"byte-level BPE, {tokenizer.vocab_size} tokens, trained in {seconds:.1f} s")
+
+    model = GPT(
+        GPTConfig(
+            vocab_size=tokenizer.vocab_size,
+            n_positions=size.context,
+            n_embd=size.width,
+            n_layer=size.layers,
+            n_head=size.heads,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            bos_token_id=tokenizer.end_of_text,
+            eos_token_id=tokenizer.end_of_text,
+        )
+    ).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    line("model", f"{size.layers} layers, {size.width} wide, {parameters:,} parameters")
+
+    with _progress(config) as on_progress:
+        history = train(model, split.training, split.validation, config, on_progress)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    history.save(folder / "history.json")
+    history.plot(folder / "loss.png")
+    if history.interrupted:
+        print(f"   interrupted after {len(history.steps)} steps; saved in {folder}")
+        return None
+    line(
+        "trained",
+        f"{len(history.steps)} steps, {history.training_tokens:,} tokens in "
+        f"{history.training_seconds:.0f} s: {history.tokens_per_second:,.0f} tokens/s",
+    )
+
+    gpt = GPT.from_pretrained(folder, device=device).eval()
+    inputs, targets = sample_batch(
+        split.validation, 4, size.context, torch.Generator().manual_seed(1)
+    )
+    batch = inputs.to(device), targets.to(device)
+    with torch.no_grad():
+        if not torch.equal(model.eval()(batch[0]), gpt(batch[0])):
+            raise RuntimeError("the saved model gives other logits when it is read back")
+    line("saved", f"in {folder}; read back, its logits are identical")
+    bits = {
+        name: bits_per_byte(gpt, tokenizer, held_out, size.context)
+        for name, (_, held_out) in parts.items()
+    }
+    measured = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
+    line("held out", f"bits per byte: {measured}")
+
+    line("samples", "at temperature 0.8 and top-p 0.9, the prompts in brackets")
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        out = gpt.generate([ids], max_new_tokens=size.new_tokens, seed=config.seed, **SAMPLING)
+        # The last character may be cut in the middle of its bytes.
+        text = tokenizer.decode(out[0, len(ids) :].tolist()).rstrip("\N{REPLACEMENT CHARACTER}")
+        print(f"   [{prompt}]{' / '.join(text.splitlines())}")
+    return Trained(batch, bits)
+
+
+@contextlib.contextmanager
+def _progress(config: TrainingConfig) -> Iterator[Callable[[History], None]]:
+    """A line for each validation; on a terminal also one that counts the steps."""
+    optimizer = "Muon and AdamW" if config.optimizer == "muon" else "AdamW"
+    line(
+        "training",
+        f"{config.steps} steps of {config.batch_size} x {config.context} tokens, {optimizer}",
+    )
+    printed = 0
+    terminal = sys.stdout.isatty()
+
+    def show(history: History) -> None:
+        nonlocal printed
+        if terminal and history.steps:
+            done = f"step {len(history.steps)} of {config.steps}, loss {history.steps[-1].loss:.3f}"
+            print(f"\r\033[K   {done}", end="", flush=True)
+        if len(history.evaluations) > printed:
+            printed = len(history.evaluations)
+            last = history.evaluations[-1]
+            clear = "\r\033[K" if terminal else ""
+            print(f"{clear}     step {last.step:>4}  validation loss {last.loss:.3f}", flush=True)
+
+    try:
+        yield show
+    finally:
+        if terminal:
+            print("\r\033[K", end="", flush=True)

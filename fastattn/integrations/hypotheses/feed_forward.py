@@ -1,0 +1,212 @@
+"""Two linear layers with an activation between: fc2(act(fc1(x))), and dropout at most.
+
+The layers are `torch.nn.Linear` or GPT-2's `Conv1D`, whose weight lies the other way. Which
+activation it is, its values tell; where a module keeps none (its forward calls a function), all are
+tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from fastattn.backends import explanation_of
+from fastattn.integrations.proof import Draw, Probe
+from fastattn.integrations.recogniser import Recogniser
+from fastattn.nn.plain import is_plain
+from fastattn.ops.ffn import ffn
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """An MLP, and the names under which a module keeps its parts.
+
+    Attributes:
+        layout: "linear" or "conv1d", as `fastattn.ffn` has it.
+        activation: as `fastattn.ffn` has it; None for one that it has not.
+        act: the attribute with the activation, None if there is none.
+        act_type: the class of what is there.
+        dropout: the module that drops elements of the output; dropouts of the hidden layer are in
+            `inside`.
+    """
+
+    fc1: str
+    fc2: str
+    layout: str
+    activation: str | None
+    act: str | None
+    act_type: type | None
+    dropout: str | None
+    inside: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"MLP of {self.fc1}, {self.activation}, {self.fc2}"
+
+    def arguments(self, module: Any, x: torch.Tensor) -> tuple[Any, ...]:
+        fc1, fc2 = module._modules[self.fc1], module._modules[self.fc2]
+        return x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.activation
+
+
+class FeedForwardSwap(torch.nn.Module):
+    """Runs a module on `fastattn.ffn`; the original where a part of it has to be called itself."""
+
+    _fastattn_bound: ClassVar[FeedForward]
+
+    @staticmethod
+    def recogniser(bound: FeedForward) -> Recogniser:
+        return recogniser(bound)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._fastattn_bound
+        # At every call, because hooks, adapters and parametrisations come and go.
+        if len(args) != 1 or kwargs or _refusal(self, bound) or _drops(self, bound.inside):
+            return super().forward(*args, **kwargs)
+        out = ffn(*bound.arguments(self, args[0]), layout=bound.layout)
+        return out if bound.dropout is None else self._modules[bound.dropout](out)  # type: ignore[misc]
+
+
+def recogniser(bound: FeedForward) -> Recogniser:
+    def probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
+        x = draw.normal(2, 7, _sizes(module._modules[bound.fc1])[0])
+        return [Probe((x,)), Probe((20 * x,))]  # and where an activation may be cut off
+
+    def backend(module: torch.nn.Module, probe: Probe) -> str | None:
+        arguments = bound.arguments(module, probe.args[0])
+        return explanation_of(ffn, *arguments, layout=bound.layout).backend
+
+    return Recogniser(
+        words=str(bound),
+        mixin=FeedForwardSwap,
+        probes=probes,
+        backend=backend,
+        refusal=lambda module: _refusal(module, bound),
+        premise=lambda module, draw: _misplaced(module, bound, draw),
+        bound=bound,
+    )
+
+
+def _refusal(module: torch.nn.Module, bound: FeedForward) -> str | None:
+    """Why the parts of `module` cannot be computed without being called, or None."""
+    act = None if bound.act is None else getattr(module, bound.act)
+    if bound.activation is None or (act is not None and type(act) is not bound.act_type):
+        return f"its activation {type(act).__name__} is none of {sorted(ACTIVATIONS)}"
+    parts = {bound.fc1: module._modules[bound.fc1], bound.fc2: module._modules[bound.fc2]}
+    if not all(map(_sizes, parts.values())):
+        strange = next(name for name, part in parts.items() if not _sizes(part))
+        return f"{strange} is a {type(parts[strange]).__name__} that must be called itself"
+    if isinstance(act, torch.nn.Module):
+        parts[str(bound.act)] = act
+    for name, part in parts.items():
+        assert part is not None
+        if not is_plain(part, type(part)):
+            return (
+                f"{name} is a {type(part).__name__} that must be called itself: "
+                "it has hooks, an adapter or a weight of another kind"
+            )
+    return None
+
+
+def _drops(module: torch.nn.Module, names: tuple[str, ...]) -> bool:
+    dropouts: list[Any] = [module._modules[name] for name in names]
+    return any(dropout.training and dropout.p for dropout in dropouts)
+
+
+def _misplaced(module: torch.nn.Module, bound: FeedForward, draw: Draw) -> str | None:
+    """Why the dropout is not where `bound` says, from a run in which it is watched."""
+    if bound.dropout is None:
+        return None
+    seen: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
+    dropout, fc2 = module._modules[bound.dropout], module._modules[bound.fc2]
+    assert dropout is not None and fc2 is not None
+    handles = [
+        dropout.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        fc2.register_forward_hook(lambda _, args, out: last.append(out)),
+    ]
+    try:
+        module(draw.normal(2, 7, _sizes(module._modules[bound.fc1])[0]))
+    except Exception as error:
+        return f"it fails on random input: {type(error).__name__}: {error}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(seen) != 1 or len(last) != 1 or seen[0] is not last[0]:
+        return f"{bound.dropout} drops something else than the output"
+    return None
+
+
+def of(module: torch.nn.Module) -> Iterator[Recogniser]:
+    yield from map(recogniser, _feed_forwards(module))
+
+
+def _feed_forwards(module: torch.nn.Module) -> Iterator[FeedForward]:
+    if any(p is not None for p in (*module._parameters.values(), *module._buffers.values())):
+        return
+    children = {n: c for n, c in module._modules.items() if c is not None}
+    layers = {n: c for n, c in children.items() if _sizes(c)}
+    if len(layers) != 2 or len(children) > 6:
+        return
+    dropouts = tuple(n for n, c in children.items() if isinstance(c, torch.nn.Dropout))
+    rest = [n for n in children if n not in layers and n not in dropouts]
+    acts = [*rest, *(n for n, v in vars(module).items() if _is_function(v))]
+    if len(acts) > 1:
+        return
+    act = acts[0] if acts else None
+    act_type = None if act is None else type(getattr(module, act))
+    known: list[str | None] = [*ACTIVATIONS]
+    if act is not None:
+        known = [*_names(getattr(module, act))] or [None]
+    for (fc1, fc2), activation in itertools.product(itertools.permutations(layers), known):
+        first, second = layers[fc1], layers[fc2]
+        if type(first).__name__ != type(second).__name__ or _sizes(first)[1] != _sizes(second)[0]:
+            continue
+        layout = "conv1d" if type(first).__name__ == "Conv1D" else "linear"
+        for dropout in (*dropouts, None):
+            inside = tuple(n for n in dropouts if n != dropout)
+            yield FeedForward(fc1, fc2, layout, activation, act, act_type, dropout, inside)
+
+
+def _sizes(layer: torch.nn.Module | None) -> tuple[int, ...]:
+    """(in_features, out_features) of a linear layer, () of anything else."""
+    if layer is None:
+        return ()
+    cls = getattr(layer, "_fastattn_original", type(layer))
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or layer._modules:
+        return ()
+    if cls is torch.nn.Linear:
+        return weight.shape[1], weight.shape[0]
+    if cls.__name__ == "Conv1D" and tuple(weight.shape) == (
+        getattr(layer, "nx", None),
+        getattr(layer, "nf", None),
+    ):
+        return tuple(weight.shape)
+    return ()
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, (type, torch.nn.Module))
+
+
+def _names(act: Any) -> list[str]:
+    """The activation of `ffn` that has the values of `act`, if there is one."""
+    x = torch.linspace(-40, 40, 321)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            y = act(x)
+        found = isinstance(y, torch.Tensor) and y.shape == x.shape
+    except Exception:
+        return []
+    return [n for n, f in ACTIVATIONS.items() if found and torch.allclose(y, f(x), atol=1e-6)]

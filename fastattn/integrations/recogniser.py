@@ -1,0 +1,43 @@
+"""One way in which modules of a class may be run on fastattn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastattn.integrations.proof import Draw, Probe
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """How a module is brought onto fastattn, to be proven before it is.
+
+    Attributes:
+        words: what the module is taken for, for reports.
+        mixin: has our `forward`. Where it is no subclass of the original class, the new class
+            inherits from both, and `super().forward` in it is the original's.
+        probes: the calls with which the two are compared, for a copy of an instance.
+        backend: the name of the fastattn backend that runs the first probe.
+        refusal: the reason why an instance cannot run on `mixin` at present, or None. Asked of
+            originals and of swapped instances.
+        premise: the reason why it cannot be what it is taken for, or None; asked of a copy that may
+            be run.
+        bound: where a module whose class is not known keeps its parts; `mixin` reads it from its
+            class, as `_fastattn_bound`, and `mixin.recogniser(bound)` is this object again. None
+            for a mixin that needs nothing of the kind.
+    """
+
+    words: str
+    mixin: type
+    probes: Callable[[torch.nn.Module, Draw], Sequence[Probe]]
+    backend: Callable[[torch.nn.Module, Probe], str | None]
+    refusal: Callable[[torch.nn.Module], str | None] = _nothing
+    premise: Callable[[torch.nn.Module, Draw], str | None] = _nothing
+    bound: Hashable = None

@@ -1,0 +1,21 @@
+"""What tests of the ops share."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_cuda(request: pytest.FixtureRequest) -> None:
+    """A test whose parameter `backend` is "cuda" has that backend's kernels (emulator/knobs.py).
+
+    In the emulator each test has a schedule of its own, and `long` ones run without the checks that
+    take most of the time.
+    """
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and parameters.params.get("backend") == "cuda":
+        emulator = request.getfixturevalue("emulator")
+        emulator.seed(zlib.crc32(request.node.name.encode()))
+        emulator.checks(int(request.node.get_closest_marker("long") is None))
