@@ -5,7 +5,7 @@ Whoever asks for the extension, by FASTATTN_CUDA_ARCHS or by build_ext, gets it 
 The extension is one shared library on torch's stable C ABI: it is compiled against torch's headers
 once and runs with every torch from TORCH_FLOOR on. pip shows these lines with -v.
 
-FASTATTN_CUDA_ARCHS: what nvcc compiles for, "80+PTX;90a" unless given; empty builds no extension.
+FASTATTN_CUDA_ARCHS: architectures for nvcc, "80+PTX;90a" unless given; empty builds no extension.
 CUDA_HOME:           the CUDA toolkit, before the nvcc on PATH and /usr/local/cuda.
 MAX_JOBS:            how many files are compiled at once, as many as there are cores unless given.
 """
@@ -50,7 +50,7 @@ def go_without(reason):
 
 
 def find_sources(root):
-    """The sources of the library, relative to root; csrc/emulator serves only the tests."""
+    """The library's sources, relative to root; csrc/emulator is only for the tests."""
     found = (path.relative_to(root) for path in root.glob("csrc/**/*"))
     return sorted(
         str(path)
@@ -159,7 +159,7 @@ def manylinux(library):
 
 
 class BuildExtension(build_ext):
-    """nvcc, once a source; its failure fails only the install of those who asked for it."""
+    """Runs nvcc; its failure fails only an install that asked for the extension."""
 
     def run(self):
         try:

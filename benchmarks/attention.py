@@ -15,9 +15,9 @@ from typing import Any
 
 import checkout  # noqa: F401
 import torch
-from harness import BACKWARD, DIRECTIONS, FORWARD, OURS, Cell
+from harness import BACKWARD, FORWARD, OURS, Cell
 from peer import Peer, Refused, compiled, first, imported, matmul, on_a_gpu
-from script import Axis, Grid, Subject, boolean, main
+from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, boolean, grids, main
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -121,7 +121,7 @@ def ours(cell: AttentionCell) -> Peer:
 
 
 def formula(cell: AttentionCell, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v as it is written, in the dtype of the inputs."""
+    """softmax(q k^T / sqrt(head_dim)) v, literally, in the dtype of the inputs."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, seqlen, head_dim)
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -138,7 +138,7 @@ def formula(cell: AttentionCell, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor)
 
 
 def alibi(cell: AttentionCell, dtype: torch.dtype) -> Tensor:
-    """What ALiBi takes from the scores, (heads, seqlen, seqlen)."""
+    """ALiBi's penalty, to be subtracted from the scores: (heads, seqlen, seqlen)."""
     i = torch.arange(cell.seqlen, device=cell.device)
     return (cell.slopes[:, None, None] * (i[:, None] - i).abs()).to(dtype)
 
@@ -351,9 +351,9 @@ AXES: Mapping[str, Axis] = {
     "causal": Axis("yes or no", kind=boolean),
     "feature": Axis("what there is beside causality", kind=str, choices=FEATURES),
     "window": Axis("keys that a query sees, of --feature window"),
-    "direction": Axis("what is timed", kind=str, choices=DIRECTIONS),
-    "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
-    "compile": Axis("have torch.compile's peers take part; seconds to compile a row", kind=boolean),
+    "direction": DIRECTION,
+    "dtype": DTYPE,
+    "compile": COMPILE,
 }
 
 
@@ -365,47 +365,32 @@ def make(
     heads: int | str,
     kv_heads: int | str,
     head_dim: int,
-    causal: bool,
     feature: str,
     window: int,
     direction: str,
-    dtype: str,
     compile: bool,
+    **same: Any,
 ) -> AttentionCell | None:
     """The cell of one value for each axis; None where the features exclude each other."""
     batch = max(1, TOKENS[device] // seqlen) if batch == "auto" else int(batch)
     heads = max(1, WIDTH[device] // head_dim) if heads == "auto" else int(heads)
     kv_heads = heads if kv_heads == "auto" else int(kv_heads)
-    if heads % kv_heads or (feature == "window" and not causal):
+    if heads % kv_heads or (feature == "window" and not same["causal"]):
         return None
     return AttentionCell(
-        op="attention",
-        device=device,
-        dtype=dtype,
-        direction=direction,
+        op="attention", device=device, direction=direction,
         against={**PEERS, **(COMPILED if compile else {})},
         batch=1 if feature == "bias" and direction != FORWARD else batch,
-        seqlen=seqlen,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        causal=causal,
-        feature=feature,
-        window=window if feature == "window" else 0,
-        compile=compile,
-    )
+        seqlen=seqlen, heads=heads, kv_heads=kv_heads, head_dim=head_dim, feature=feature,
+        window=window if feature == "window" else 0, compile=compile, **same,
+    )  # fmt: skip
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "dtype": ["bfloat16"], "batch": ["auto"], "heads": ["auto"], "kv_heads": ["auto"],
-        "head_dim": [128], "seqlen": [4096], "feature": ["none"], "window": [1024],
-        "causal": [True], "direction": [FORWARD, BACKWARD], "compile": [False],
-    }  # fmt: skip
-    return {**axes, **{name: values for name, values in common.items() if name not in axes}}
-
-
+grid = grids(
+    dtype=["bfloat16"], batch=["auto"], heads=["auto"], kv_heads=["auto"], head_dim=[128],
+    seqlen=[4096], feature=["none"], window=[1024], causal=[True], direction=[FORWARD, BACKWARD],
+    compile=[False],
+)  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 BOTH_WAYS = (True, False)
 CUDNN = grid(

@@ -1,4 +1,4 @@
-"""Importing this puts the checkout first on the path: what is measured is the code beside it."""
+"""Importing this puts the checkout first on the path, so that the code beside it is measured."""
 
 from __future__ import annotations
 

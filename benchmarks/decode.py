@@ -8,7 +8,7 @@ and writes as many) in the same run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import checkout  # noqa: F401
 import torch
 from harness import OURS, Cell
 from peer import Peer, Refused, first, imported
-from script import Axis, Grid, Subject, main
+from script import DTYPE, Axis, Subject, grids, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -194,7 +194,7 @@ AXES: Mapping[str, Axis] = {
     "head_dim": Axis("of q, k and v"),
     "page_size": Axis("keys of a page; 0: a contiguous cache"),
     "capacity": Axis("keys that each has room for; 0: as many as it has"),
-    "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
+    "dtype": DTYPE,
 }
 
 
@@ -205,25 +205,15 @@ def make(*, device: str, heads: int, kv_heads: int, dtype: str, **sizes: int) ->
     if 0 < sizes.get("capacity", 0) < sizes["seqlen"]:
         return None
     return DecodeCell(
-        op="decode",
-        device=device,
-        dtype=dtype,
-        against=PEERS,
-        heads=heads,
-        kv_heads=kv_heads,
+        op="decode", device=device, dtype=dtype, against=PEERS, heads=heads, kv_heads=kv_heads,
         **sizes,
-    )
+    )  # fmt: skip
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "dtype": ["bfloat16"], "batch": [16], "seqlen_q": [1], "seqlen": [4096], "heads": [32],
-        "kv_heads": [32, 8], "head_dim": [128], "page_size": [16, 0], "capacity": [0],
-    }  # fmt: skip
-    return {**axes, **{name: values for name, values in common.items() if name not in axes}}
-
-
+grid = grids(
+    dtype=["bfloat16"], batch=[16], seqlen_q=[1], seqlen=[4096], heads=[32], kv_heads=[32, 8],
+    head_dim=[128], page_size=[16, 0], capacity=[0],
+)  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 ROOM = 131072  # beside a length far below it
 PRESETS = {

@@ -45,7 +45,7 @@ def environment(device: str, *, commit: str | None = None) -> Environment:
     }
 
 
-# What a run itself, or the report on it, writes into the checkout.
+# A run itself, or the report on it, writes these into the checkout.
 UNMEASURED = (":!benchmarks/results", ":!docs", ":!*.md")
 
 
@@ -72,7 +72,7 @@ def _sdpa_order() -> list[str]:
 
 
 def nvidia_smi(fields: tuple[str, ...]) -> dict[str, str] | None:
-    """What the driver's tool reports of this GPU; None where there is no tool."""
+    """The report of the driver's tool on this GPU; None where there is no tool."""
     out = _nvidia_smi(f"--query-gpu={','.join(fields)}")
     if not out:
         return None

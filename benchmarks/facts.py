@@ -1,4 +1,4 @@
-"""What there is to say of rows: values as text, ties, who took part, ours against a peer.
+"""Facts of rows: values as text, ties, who took part, ours against a peer.
 
 A ratio is a peer's time over ours, round by round: above 1 we are faster. Rows are grouped by op,
 direction and dtype.

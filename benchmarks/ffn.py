@@ -13,9 +13,9 @@ from typing import Any
 
 import checkout  # noqa: F401
 import torch
-from harness import BACKWARD, DIRECTIONS, FORWARD, OURS, Cell
+from harness import BACKWARD, FORWARD, OURS, Cell
 from peer import Outputs, Peer, Refused, compiled, on_a_gpu
-from script import Axis, Grid, Subject, boolean, main
+from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, grids, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -144,50 +144,25 @@ AXES: Mapping[str, Axis] = {
     "inner": Axis("units between; 0: four times hidden"),
     "activation": Axis("between the products", kind=str, choices=tuple(ACTIVATIONS)),
     "layout": Axis("of the weights", kind=str, choices=("linear", "conv1d")),
-    "direction": Axis("what is timed", kind=str, choices=DIRECTIONS),
-    "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
-    "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),
+    "direction": DIRECTION,
+    "dtype": DTYPE,
+    "compile": COMPILE,
 }
 
 
-def make(
-    *,
-    device: str,
-    rows: int,
-    hidden: int,
-    inner: int,
-    activation: str,
-    layout: str,
-    direction: str,
-    dtype: str,
-    compile: bool,
-) -> FeedForwardCell:
+def make(*, hidden: int, inner: int, compile: bool, **same: Any) -> FeedForwardCell:
     """The cell of one value for each axis."""
+    against = {**PEERS, **(COMPILED if compile else {})}
+    inner = inner or 4 * hidden
     return FeedForwardCell(
-        op="ffn",
-        device=device,
-        dtype=dtype,
-        direction=direction,
-        against={**PEERS, **(COMPILED if compile else {})},
-        rows=rows,
-        hidden=hidden,
-        inner=inner or 4 * hidden,
-        activation=activation,
-        layout=layout,
-        compile=compile,
+        op="ffn", hidden=hidden, inner=inner, compile=compile, against=against, **same
     )
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "dtype": ["bfloat16"], "rows": [8192], "hidden": [768], "inner": [0],
-        "activation": ["gelu_tanh"], "layout": ["linear"], "direction": [FORWARD, BACKWARD],
-        "compile": [False],
-    }  # fmt: skip
-    return {**axes, **{name: values for name, values in common.items() if name not in axes}}
-
-
+grid = grids(
+    dtype=["bfloat16"], rows=[8192], hidden=[768], inner=[0], activation=["gelu_tanh"],
+    layout=["linear"], direction=[FORWARD, BACKWARD], compile=[False],
+)  # fmt: skip
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"]}
 PRESETS = {
     ("cuda", "quick"): [

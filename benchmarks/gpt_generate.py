@@ -1,18 +1,18 @@
 """gpt_generate: greedy generation with a cache by fastattn, transformers and gpt-fast's recipe.
 
-What is timed is one call: the prompts' prefill, then a step for each further token.
+One call is timed: the prompts' prefill, then a step for each further token.
 `decode_step_us` is that call less one for a single token inside a round, over the steps between;
 the first call is the cold start, compilations and captures included (kernels that this process has
 compiled for an earlier row are warm). Unequal prompts have lengths from a quarter of `--prompt` to
 all of it, and are padded on the left.
 
 All peers have the same random weights, in the row's dtype. Before they are timed, each one's tokens
-are compared in float32 with transformers' at the same weights: unequal prompts with what each gives
-alone. A peer whose tokens differ is shown as wrong.
+are compared in float32 with transformers' at the same weights: unequal prompts with what each one
+gives by itself. A peer whose tokens differ is shown as wrong.
 
 A step must read the weights, so rates are in bytes of them (positions and the cache left out), read
 once for every new token of the batch; the ceiling is a copy of as many bytes, which reads and
-writes them, in the same turns.
+writes them, in the same rounds.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from gpt_models import (
     no_slower,
     parameters,
 )
-from harness import OURS, synchronize, timed_by_turns
+from harness import OURS, synchronize, timed_interleaved
 from peer import Refused
 from schema import Entry, Row
-from script import Axis, Grid, Subject, boolean, main
+from script import Axis, Subject, boolean, grids, main
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -105,7 +105,7 @@ def static(models: Models, batch: int, capacity: int) -> Writer:
 def static_compiled(models: Models, batch: int, capacity: int) -> Writer:
     """By transformers' own torch.compile."""
     if models.device == "cpu":
-        raise Refused("transformers compiles generation only on GPUs")
+        raise Refused("transformers compiles generation on GPUs only")
     return _by_transformers(models.transformers(), cache_implementation="static")
 
 
@@ -229,7 +229,7 @@ class GenerateCell(ModelCell):
                     call = functools.partial(writers[name], ids, mask, count)
                     candidates.append(Candidate(name + said, call))
         row = self.row(entries)
-        self.rate(entries, timed_by_turns(self, candidates, seconds, row))
+        self.rate(entries, timed_interleaved(self, candidates, seconds, row))
         row["right"] = entries[OURS].get("right", False)
         return row
 
@@ -244,13 +244,13 @@ class GenerateCell(ModelCell):
         return ids * mask, mask
 
     def expected(self, models: Models, ids: Tensor) -> Tensor:
-        """What transformers gives in float32: (prompts, tokens), unequal prompts one by one."""
+        """Tokens of transformers in float32, (prompts, tokens); unequal prompts one by one."""
         count = min(CHECKED, self.new_tokens)
         write = transformers(models, self.prompts, self.prompt + count)
         if not self.unequal:
             return write(ids, None, count)
-        alone = [row[None, self.prompt - length :] for row, length in zip(ids, self.lengths)]
-        return torch.cat([write(prompt, None, count) for prompt in alone])
+        single = [row[None, self.prompt - length :] for row, length in zip(ids, self.lengths)]
+        return torch.cat([write(prompt, None, count) for prompt in single])
 
     def compare(self, got: Tensor, expected: Tensor) -> Entry:
         if torch.equal(got, expected):
@@ -301,38 +301,26 @@ def make(
     prompt: int,
     new_tokens: int,
     unequal: bool,
-    dtype: str,
     compile: bool,
+    **same: Any,
 ) -> GenerateCell | None:
     """The cell of one value for each axis; None for what is too long, or one prompt unequal."""
     if prompt + new_tokens > SIZES[model]["n_positions"] or (unequal and prompts == 1):
         return None
     promise = TARGET if unequal else f"{TARGET}, accelerated no slower within noise"
     return GenerateCell(
-        op="gpt",
-        direction=GENERATION,
-        device=device,
-        dtype=dtype,
+        op="gpt", direction=GENERATION, device=device, model=model, prompts=prompts,
+        prompt=prompt, new_tokens=new_tokens, unequal=unequal, compile=compile,
         against={**PEERS, **(COMPILED if compile else {})},
         target=promise if device == "cpu" and not compile else None,
-        model=model,
-        prompts=prompts,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        unequal=unequal,
-        compile=compile,
-    )
+        **same,
+    )  # fmt: skip
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "model": ["gpt2"], "prompts": [1], "prompt": [64], "new_tokens": [64],
-        "unequal": [False], "dtype": ["bfloat16"], "compile": [False],
-    }  # fmt: skip
-    return {**common, **axes}
-
-
+grid = grids(
+    model=["gpt2"], prompts=[1], prompt=[64], new_tokens=[64], unequal=[False],
+    dtype=["bfloat16"], compile=[False],
+)  # fmt: skip
 BOTH_WAYS = (False, True)
 SMALL: dict[str, Sequence[Any]] = {"model": ["small"], "prompt": [16], "new_tokens": [16]}
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"]}

@@ -74,7 +74,7 @@ def each(
     attempt: Callable[[str, Callable[..., Any]], Entry],
     device: str,
 ) -> dict[str, Entry]:
-    """What `attempt` says of each peer; what one cannot do, or breaks, stays in its own entry."""
+    """The entry that `attempt` gives of each peer. A failure stays in the peer's own entry."""
     entries: dict[str, Entry] = {}
     for name, make in against.items():
         with warnings.catch_warnings(record=True) as warned:
@@ -88,7 +88,7 @@ def each(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCell(Cell):
-    """What a row of training and one of generation have in common: both run whole models."""
+    """A row that runs whole models: training or generation."""
 
     model: str
     compile: bool
@@ -101,7 +101,7 @@ class ModelCell(Cell):
 
     def measure(self, seconds: float, peers: Collection[str] | None = None) -> Row:
         gc.collect()
-        torch._dynamo.reset()  # here, not between two peers: what was compiled is kept for a cell
+        torch._dynamo.reset()  # once a cell: peers of a cell share what was compiled
         against = chosen(self.against, peers, self.bound)
         judged = against.keys() >= {TRANSFORMERS, ACCELERATED}
         cell = replace(self, against=against, target=self.target if judged else None)
@@ -125,7 +125,7 @@ class Models:
     """One set of random weights in float32, as modules of each kind.
 
     Modules that keep the weights in the same layout share them, gradients and optimiser included:
-    so a large model fits several times. Nothing is spoilt, since no step changes a weight.
+    so a large model fits several times. No step changes a weight.
 
     Attributes:
         ours: fastattn.GPT.
@@ -196,7 +196,7 @@ class Models:
             model.to(dtype)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Fused AdamW, with decay only for matrices.
+        """Fused AdamW; only matrices decay.
 
         The learning rate is 0: a step takes as long, and leaves the weights as they are.
         """

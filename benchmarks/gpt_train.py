@@ -9,8 +9,8 @@ cross-entropy of its own logits.
 FLOPs of a step: 6 N a token, N all parameters but the positions, and 12 layers width seqlen a token
 for attention, as PaLM (appendix B) and nanoGPT count them: causal attention is NOT halved, what is
 recomputed and the padding of a vocabulary do not count. The ceiling is a large matrix product
-measured in the same turns, in the row's dtype. `mfu` is of the peak that the maker states for dense
-products in 16 bits; there is none in float32, on a CPU, and on a GPU that `PEAKS` lacks.
+measured in the same rounds, in the row's dtype. `mfu` is of the peak that the maker states for
+dense products in 16 bits; there is none in float32, on a CPU, and on a GPU that `PEAKS` lacks.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from gpt_models import (
     no_slower,
     parameters,
 )
-from harness import OURS, compare, synchronize, timed_by_turns
+from harness import OURS, compare, synchronize, timed_interleaved
 from peer import matmul
 from schema import Entry, Peak, Row
-from script import Axis, Grid, Subject, boolean, main
+from script import Axis, Subject, boolean, grids, main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,7 +81,7 @@ def peak_of(name: str) -> float | None:
 
 
 def peak(device: str) -> Peak | None:
-    """What `mfu` is a share of."""
+    """The rate that `mfu` is a share of."""
     if device == "cpu":
         return None
     name = torch.cuda.get_device_name()
@@ -232,7 +232,7 @@ class TrainCell(ModelCell):
         entries = each(self.against, attempt, self.device)
         entries[self.bound] = {"ceiling": True}
         row = self.row(entries)
-        samples = timed_by_turns(self, candidates, seconds, row)
+        samples = timed_interleaved(self, candidates, seconds, row)
         self.rate(entries, samples, product.flops)
         row["right"] = entries[OURS].get("right", False)
         return row
@@ -297,43 +297,21 @@ AXES: Mapping[str, Axis] = {
 }
 
 
-def make(
-    *,
-    device: str,
-    model: str,
-    batch: int,
-    seqlen: int,
-    dropout: float,
-    dtype: str,
-    compile: bool,
-) -> TrainCell | None:
+def make(*, device: str, model: str, seqlen: int, compile: bool, **same: Any) -> TrainCell | None:
     """The cell of one value for each axis; None where the model has too few positions."""
     if seqlen > SIZES[model]["n_positions"]:
         return None
     return TrainCell(
-        op="gpt",
-        direction=TRAINING,
-        device=device,
-        dtype=dtype,
+        op="gpt", direction=TRAINING, device=device, model=model, seqlen=seqlen, compile=compile,
         against={**PEERS, **(COMPILED if compile else {})},
         target=NO_SLOWER if device == "cpu" and not compile else None,
-        model=model,
-        batch=batch,
-        seqlen=seqlen,
-        dropout=dropout,
-        compile=compile,
-    )
+        **same,
+    )  # fmt: skip
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "model": ["gpt2"], "batch": [8], "seqlen": [1024], "dropout": [0.0],
-        "dtype": ["bfloat16"], "compile": [False],
-    }  # fmt: skip
-    return {**common, **axes}
-
-
+grid = grids(
+    model=["gpt2"], batch=[8], seqlen=[1024], dropout=[0.0], dtype=["bfloat16"], compile=[False]
+)
 BOTH_WAYS = (False, True)
 SMALL: dict[str, Sequence[Any]] = {"model": ["small"], "batch": [2], "seqlen": [128]}
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"]}
@@ -349,7 +327,7 @@ PRESETS = {
         grid(model=["gpt2-large"], batch=[4]),
         grid(dtype=["float32"], batch=[4]),
     ],
-    # llm.c's and nanoGPT's, see PEERS.md: 124M and 1.5B at 1024 tokens.
+    # llm.c's and nanoGPT's: 124M and 1.5B at 1024 tokens.
     ("cuda", "paper"): [
         grid(batch=[32], compile=BOTH_WAYS),
         grid(model=["gpt2-xl"], batch=[4], compile=BOTH_WAYS),

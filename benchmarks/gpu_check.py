@@ -6,7 +6,7 @@
 Each part can be run by itself; the same command again goes on where the last one stopped. With
 `--part fast --preset full --minutes 8.5`, which is `make gpu-bench`, hours of rows are measured so.
 
-Exit code, of both parts the gravest: 0 all that ran is right and holds its target, 1 something is
+Exit code, the worse of both parts': 0 all that ran is right and holds its target, 1 something is
 wrong, broke or did not build, 2 it could not begin, 3 all that ran is right, but something was left
 out for lack of time: run it again, 4 all that ran is right, but a target was missed.
 """

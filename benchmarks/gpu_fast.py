@@ -73,7 +73,7 @@ def measure(subject: script.Subject, arguments: Sequence[str]) -> int:
 
 
 def outcome(file: Path) -> dict[str, Any]:
-    """What a subject's file comes to."""
+    """A summary of a subject's file."""
     try:
         results = read(file)
     except SchemaError as failure:
@@ -88,7 +88,7 @@ def outcome(file: Path) -> dict[str, Any]:
 
 
 def verdict(data: Mapping[str, Any]) -> Verdict:
-    """What is wrong, missed its target and was left out, over all rows."""
+    """All rows that are wrong, missed their target or were left out."""
     said = Verdict()
     for name, entry in data["subjects"].items():
         if "skipped" in entry:

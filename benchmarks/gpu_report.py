@@ -1,4 +1,4 @@
-"""What both parts of the GPU check share: a file of results, a verdict, an exit code."""
+"""Shared by both parts of the GPU check: a file of results, a verdict, an exit code."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Exit(enum.IntEnum):
 
 @dataclass
 class Verdict:
-    """What it all comes to.
+    """The judgement of a part.
 
     Attributes:
-        wrong: results that are wrong, and what did not build, broke or could not begin.
+        wrong: wrong results, and whatever did not build, broke or could not begin.
         missed: targets of speed and memory that were missed; the results are right.
-        left_out: what there was no time for.
+        left_out: left out for lack of time.
     """
 
     wrong: list[str] = field(default_factory=list)
@@ -51,9 +51,9 @@ class Verdict:
 
 
 def together(exits: Sequence[Exit]) -> Exit:
-    """The gravest."""
-    gravest_first = (Exit.WRONG, Exit.COULD_NOT_BEGIN, Exit.MISSED, Exit.LEFT_OUT, Exit.RIGHT)
-    return min(exits, key=gravest_first.index)
+    """The worst of them."""
+    worst_first = (Exit.WRONG, Exit.COULD_NOT_BEGIN, Exit.MISSED, Exit.LEFT_OUT, Exit.RIGHT)
+    return min(exits, key=worst_first.index)
 
 
 class Report:
@@ -61,7 +61,7 @@ class Report:
 
     Attributes:
         out: the folder of results.
-        data: what is written.
+        data: the file's content.
         goes_on: whether an earlier run of the same code on the same device left its results here.
     """
 

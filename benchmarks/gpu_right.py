@@ -1,4 +1,4 @@
-"""The first part of the GPU check: whether what the kernels compute on this GPU is right.
+"""The first part of the GPU check: do the kernels compute the right results on this GPU?
 
 1. `build`: the CUDA extension, for this GPU only;
 2. `conformance`: the programs that hold the emulator of its kernels to the GPU;
@@ -112,7 +112,7 @@ def steps(report: Report, device: str, rooms: Sequence[str], stack: ExitStack) -
 
 
 def forget(out: Path) -> None:
-    """Remove what a run of other code, or on another device, has left."""
+    """Remove the files of a run of other code, or on another device."""
     for old in out.glob("right-*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
@@ -131,7 +131,7 @@ def workers() -> int:
 
 
 def assemblers() -> dict[str, Any]:
-    """The ptxas in use, another one, and what is wrong with the first."""
+    """The ptxas in use, another one, and a known fault of the first."""
     major, minor = torch.cuda.get_device_capability()
     try:
         used, others = ptxas.in_use(10 * major + minor), ptxas.others(10 * major + minor)
@@ -150,7 +150,7 @@ BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
 
 
 def build(out: Path, seconds: float) -> dict[str, Any]:
-    """Build the extension into the checkout; only what has changed is compiled."""
+    """Build the extension into the checkout."""
     environment = child_environment() | {"FASTATTN_CUDA_ARCHS": architecture()}
     start = time.monotonic()
     code = run(BUILD, out / "right-build.log", environment, seconds)
@@ -195,7 +195,7 @@ def run_tests(
     patience: float,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Run what of a step has not passed yet, for at most `seconds`."""
+    """Run the tests of a step that have not passed yet, for at most `seconds`."""
     stem = out / f"right-{re.sub(r'[^a-z]+', '-', step.name)}"
     events, passed = stem.with_suffix(".jsonl"), stem.with_suffix(".passed")
     before = ledger.tally(events).passed
@@ -224,7 +224,7 @@ def run_tests(
 
 
 def verdict(data: Mapping[str, Any]) -> Verdict:
-    """What is wrong and what was left out, over the build and all tests."""
+    """Failures and omissions of the build and of all tests."""
     said = Verdict()
     if (built := data.get("build")) is not None:
         if built["exit_code"] is None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from environment import ROW_FIELDS, nvidia_smi
+from facts import OURS
 from peer import Outputs, Peer, Refused
 from schema import Entry, Error, Row
 from torch import Tensor
@@ -24,7 +25,6 @@ from torch import Tensor
 from fastattn import rule
 from fastattn.timing import Candidate, Sample, batch_time, interleave, ratio, rotating
 
-OURS = "ours"
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
 ROTATION_BYTES = 256 << 20  # more than twice the L2 of any GPU
 MOST_SETS = 8
@@ -39,10 +39,10 @@ class DeviceLost(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is measured, apart from how. Every subject derives its cells from this.
+    """One measurement, described. Every subject derives its cells from this.
 
-    `against` holds the makers of its peers by name, `OURS` among them. BACKWARD times the backward
-    alone, BOTH a forward and its backward.
+    `against` holds the makers of its peers by name, `OURS` among them. BACKWARD times only the
+    backward, BOTH a forward and its backward.
     """
 
     op: str
@@ -54,7 +54,7 @@ class Cell:
     limit = 90.0  # seconds after which a cell must be stuck
     rounds = 15
     batch_seconds = 2e-3
-    target: str | None = None  # what is promised of this cell, in words
+    target: str | None = None  # the promise of this cell, in words
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Cell:
         raise NotImplementedError
 
     def plain(self, *inputs: Tensor) -> Outputs:
-        """What PyTorch makes of it in the cell's dtype: the measure of errors."""
+        """PyTorch's own way in the cell's dtype: the measure of errors."""
         return self.definition(*inputs)
 
     @property
@@ -99,7 +99,7 @@ class Cell:
         return "float64"
 
     def part(self, tensor: Tensor) -> Tensor:
-        """What is compared of an input, an output or a gradient: all of it unless too large."""
+        """The part of an input, an output or a gradient that is compared: all unless too large."""
         return tensor
 
     def holds(self, samples: Mapping[str, Sample]) -> bool:
@@ -121,7 +121,7 @@ class Cell:
         return f"{self.op} {self.direction} {axes} {self.dtype}"
 
     def row(self, entries: dict[str, Entry]) -> Row:
-        """What there is to say of this cell before anything is timed."""
+        """The row before anything is timed."""
         row: Row = {
             "title": self.title,
             "op": self.op,
@@ -144,7 +144,7 @@ class Cell:
 
 
 def measure(cell: Cell, seconds: float, peers: Collection[str] | None = None) -> Row:
-    """Check and time every peer. What a peer cannot do, or breaks, stays in its own entry."""
+    """Check and time every peer. A peer's failure stays in its own entry."""
     torch.manual_seed(0)
     inputs = cell.inputs()
     sets = 1
@@ -170,13 +170,13 @@ def measure(cell: Cell, seconds: float, peers: Collection[str] | None = None) ->
                 peer = make(cell)
                 entries[name] = _check(cell, peer, inputs, grad_sets[0], exact, eager)
                 candidate = _candidate(cell, name, peer, input_sets, grad_sets)
-                batch_time(candidate, len(input_sets), cell.device)  # what fails, fails here
+                batch_time(candidate, len(input_sets), cell.device)  # a failure is noticed here
                 candidates.append(candidate)
                 timed[name] = peer
             except Exception as failure:
                 entries[name] = failed(name, failure, cell.device, warned)
     row = cell.row(entries)
-    samples = timed_by_turns(cell, candidates, seconds, row)
+    samples = timed_interleaved(cell, candidates, seconds, row)
     for name, sample in samples.items():
         entries[name].update(_rates(cell, timed[name], sample.median))
     _share_ceiling(entries, cell.bound)
@@ -193,7 +193,7 @@ def chosen(
     return {n: make for n, make in against.items() if n in peers or n in (OURS, bound)}
 
 
-def timed_by_turns(
+def timed_interleaved(
     cell: Any, candidates: Sequence[Candidate], seconds: float, row: Row
 ) -> dict[str, Sample]:
     """Time the candidates and write into the row: samples, ratios to ours, the target.
@@ -267,7 +267,7 @@ def _share_ceiling(entries: Mapping[str, Entry], bound: str | None) -> None:
 def _check(
     cell: Cell, peer: Peer, inputs: Tensors, grads: Tensors, exact: Tensors, eager: Tensors
 ) -> Entry:
-    """Run a peer once, compilation included, and compare what it gives."""
+    """Run a peer once, compilation included, and compare its results."""
     if peer.ceiling:
         return {}
     start = time.perf_counter()
@@ -286,7 +286,7 @@ def _check(
 def _results(
     cell: Cell, function: Callable[..., Outputs], inputs: Tensors, grads: Tensors
 ) -> Tensors:
-    """What is compared: the outputs, or the gradient of every input."""
+    """The results to compare: the outputs, or the gradient of every input."""
     if not cell.backward:
         with torch.no_grad():
             return as_tuple(function(*inputs))

@@ -12,9 +12,9 @@ from typing import Any
 
 import checkout  # noqa: F401
 import torch
-from harness import BACKWARD, DIRECTIONS, FORWARD, OURS, Cell
+from harness import BACKWARD, FORWARD, OURS, Cell
 from peer import Outputs, Peer, Refused, compiled, first, imported, on_a_gpu
-from script import Axis, Grid, Subject, boolean, main
+from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, boolean, grids, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -143,48 +143,24 @@ AXES: Mapping[str, Axis] = {
     "rows": Axis("tokens"),
     "hidden": Axis("of a row"),
     "residual": Axis("add one first; only layer_norm", kind=boolean),
-    "direction": Axis("what is timed", kind=str, choices=DIRECTIONS),
-    "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
-    "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),
+    "direction": DIRECTION,
+    "dtype": DTYPE,
+    "compile": COMPILE,
 }
 
 
-def make(
-    *,
-    op: str,
-    device: str,
-    rows: int,
-    hidden: int,
-    residual: bool,
-    direction: str,
-    dtype: str,
-    compile: bool,
-) -> NormCell | None:
+def make(*, op: str, residual: bool, compile: bool, **same: Any) -> NormCell | None:
     """The cell of one value for each axis; None for an rms_norm with a residual."""
     if op == "rms_norm" and residual:
         return None
-    return NormCell(
-        op=op,
-        device=device,
-        dtype=dtype,
-        direction=direction,
-        against={**PEERS, **(COMPILED if compile else {})},
-        rows=rows,
-        hidden=hidden,
-        residual=residual,
-        compile=compile,
-    )
+    against = {**PEERS, **(COMPILED if compile else {})}
+    return NormCell(op=op, residual=residual, compile=compile, against=against, **same)
 
 
-def grid(**axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "dtype": ["bfloat16"], "rows": [16384], "hidden": [4096], "residual": [False, True],
-        "op": ["layer_norm", "rms_norm"], "direction": [FORWARD, BACKWARD], "compile": [False],
-    }  # fmt: skip
-    return {**axes, **{name: values for name, values in common.items() if name not in axes}}
-
-
+grid = grids(
+    dtype=["bfloat16"], rows=[16384], hidden=[4096], residual=[False, True],
+    op=["layer_norm", "rms_norm"], direction=[FORWARD, BACKWARD], compile=[False],
+)  # fmt: skip
 WIDTHS = (768, 1024, 2048, 4096, 8192, 16384)
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"]}
 PRESETS = {

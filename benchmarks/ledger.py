@@ -47,13 +47,13 @@ class _Selection:
     ) -> None:
         out = [item for item in items if item.nodeid in self.passed]
         config.hook.pytest_deselected(items=out)
-        items[:] = by_turns(
+        items[:] = alternating(
             [item for item in items if item.nodeid not in self.passed],
             [config.invocation_params.dir / argument for argument in config.args],
         )
 
 
-def by_turns(items: list[pytest.Item], rooms: list[Path]) -> list[pytest.Item]:
+def alternating(items: list[pytest.Item], rooms: list[Path]) -> list[pytest.Item]:
     """The first file of every room, then the second one of every room, and so on."""
     files: dict[int, dict[Path, int]] = defaultdict(dict)
 
@@ -125,7 +125,7 @@ def context_lost() -> bool:
 
 
 def reason(report: Any) -> str:
-    """What went wrong, in one line."""
+    """The failure, in one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = str(report.longrepr) if crash is None else crash.message
     return " ".join(text.split())[:500]
@@ -133,7 +133,7 @@ def reason(report: Any) -> str:
 
 @dataclass
 class Tally:
-    """What a ledger comes to.
+    """A summary of a ledger.
 
     Attributes:
         outcomes: by test, the last one: "passed", "failed", "error", "skipped", "xfailed", ...

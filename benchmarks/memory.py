@@ -2,8 +2,8 @@
 
 `peak_bytes` is the most memory that a call holds at any time beyond what was there before: results,
 gradients and everything between. On a GPU the allocator counts it; on the CPU it is the running sum
-of the allocations and frees that torch's profiler saw (of torch's own allocator; what MKL or a
-compiler take below it is not seen). `saved_bytes` are the distinct storages that the forward hands
+of the allocations and frees that torch's profiler saw (of torch's own allocator; MKL's and a
+compiler's own memory is not seen). `saved_bytes` are the distinct storages that the forward hands
 to the backward, without inputs and parameters. Of a training step parameters and the optimiser's
 state were there before, gradients were not.
 
@@ -28,7 +28,7 @@ import torch
 from counting import peak_bytes, saved_bytes
 from harness import BOTH, FORWARD, OURS, Cell, as_tuple, chosen
 from schema import Entry, Row
-from script import Axis, Grid, Subject, boolean, main
+from script import COMPILE, DTYPE, Axis, Subject, boolean, grids, main
 from torch import Tensor
 
 # Bytes that an op may take whatever the length: workspaces; the state of a random generator.
@@ -40,7 +40,7 @@ WORKSPACE, STATE = 4 << 20, 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCell(Cell):
-    """What one call takes."""
+    """The memory of one call."""
 
     compile: bool
 
@@ -86,13 +86,13 @@ class OpMemory(MemoryCell):
         inputs = self.of.inputs()
         if not self.backward:
 
-            def alone() -> object:
+            def forward_only() -> object:
                 with torch.no_grad():
                     return peer.function(*inputs)
 
             with peer.context():
-                alone()
-                return {"peak_bytes": peak_bytes(alone, self.device)}
+                forward_only()
+                return {"peak_bytes": peak_bytes(forward_only, self.device)}
 
         leaves = [x.detach().requires_grad_() for x in inputs]
         grads = tuple(torch.randn_like(inputs[0]) for _ in range(self.of.outputs))
@@ -197,9 +197,8 @@ AXES: Mapping[str, Axis] = {
     "hidden": Axis("of a row; ffn has four times as many units between"),
     "model": Axis("of gpt", kind=str, choices=tuple(gpt_models.SIZES)),
     "direction": Axis("of a gpt always a training step", kind=str, choices=(FORWARD, BOTH)),
-    "dtype": Axis("of the tensors; of a gpt by autocast", kind=str,
-                  choices=("bfloat16", "float16", "float32")),
-    "compile": Axis("have torch.compile take part; seconds to compile a row", kind=boolean),
+    "dtype": DTYPE,
+    "compile": COMPILE,
 }  # fmt: skip
 
 
@@ -262,52 +261,46 @@ def _op_memory(
     )  # fmt: skip
 
 
-def grid(op: str, **axes: Sequence[Any]) -> Grid:
-    """The axes named, the others at what is common."""
-    common: dict[str, Sequence[Any]] = {
-        "batch": [1], "seqlen": [4096], "heads": [16], "head_dim": [128], "causal": [True],
-        "rows": [8192], "hidden": [768], "model": ["gpt2"], "direction": [FORWARD, BOTH],
-        "dtype": ["bfloat16"], "compile": [False],
-    }  # fmt: skip
-    return {"op": [op], **common, **axes}
-
-
+grid = grids(
+    batch=[1], seqlen=[4096], heads=[16], head_dim=[128], causal=[True], rows=[8192], hidden=[768],
+    model=["gpt2"], direction=[FORWARD, BOTH], dtype=["bfloat16"], compile=[False],
+)  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"], "head_dim": [64]}
 PRESETS = {
     ("cuda", "quick"): [
-        grid("attention", seqlen=LENGTHS),
-        grid("layer_norm", rows=[32768]),
-        grid("ffn"),
-        grid("gpt", batch=[8], seqlen=[1024]),
-        grid("attention", compile=[True]),
+        grid(op=["attention"], seqlen=LENGTHS),
+        grid(op=["layer_norm"], rows=[32768]),
+        grid(op=["ffn"]),
+        grid(op=["gpt"], batch=[8], seqlen=[1024]),
+        grid(op=["attention"], compile=[True]),
     ],
     ("cuda", "full"): [
-        grid("attention", seqlen=[*LENGTHS, 16384, 32768], head_dim=[64, 128, 256]),
-        grid("attention", seqlen=LENGTHS, causal=[False]),
-        grid("attention", seqlen=LENGTHS, compile=[True]),
-        grid("layer_norm", rows=[4096, 32768], hidden=[768, 4096], compile=[True]),
-        grid("ffn", hidden=[768, 4096], compile=[True]),
-        grid("gpt", batch=[8], seqlen=[256, 512, 1024], compile=[True]),
-        grid("gpt", batch=[4], seqlen=[1024], model=["gpt2-medium", "gpt2-large"]),
+        grid(op=["attention"], seqlen=[*LENGTHS, 16384, 32768], head_dim=[64, 128, 256]),
+        grid(op=["attention"], seqlen=LENGTHS, causal=[False]),
+        grid(op=["attention"], seqlen=LENGTHS, compile=[True]),
+        grid(op=["layer_norm"], rows=[4096, 32768], hidden=[768, 4096], compile=[True]),
+        grid(op=["ffn"], hidden=[768, 4096], compile=[True]),
+        grid(op=["gpt"], batch=[8], seqlen=[256, 512, 1024], compile=[True]),
+        grid(op=["gpt"], batch=[4], seqlen=[1024], model=["gpt2-medium", "gpt2-large"]),
     ],
     ("cuda", "paper"): [
-        grid("attention", seqlen=[*LENGTHS, 16384, 32768, 65536]),
-        grid("gpt", batch=[32], seqlen=[1024], compile=[True]),
-        grid("gpt", batch=[4], seqlen=[1024], model=["gpt2-xl"]),
+        grid(op=["attention"], seqlen=[*LENGTHS, 16384, 32768, 65536]),
+        grid(op=["gpt"], batch=[32], seqlen=[1024], compile=[True]),
+        grid(op=["gpt"], batch=[4], seqlen=[1024], model=["gpt2-xl"]),
     ],
     ("cpu", "quick"): [
-        grid("attention", **CPU, seqlen=LENGTHS, heads=[1]),
-        grid("layer_norm", **CPU, rows=[4096]),
-        grid("ffn", **CPU, rows=[512]),
-        grid("gpt", **CPU, model=["small"], batch=[2], seqlen=[128]),
+        grid(op=["attention"], **CPU, seqlen=LENGTHS, heads=[1]),
+        grid(op=["layer_norm"], **CPU, rows=[4096]),
+        grid(op=["ffn"], **CPU, rows=[512]),
+        grid(op=["gpt"], **CPU, model=["small"], batch=[2], seqlen=[128]),
     ],
     ("cpu", "full"): [
-        grid("attention", **CPU, seqlen=LENGTHS, heads=[1], causal=[True, False]),
-        grid("attention", **CPU, seqlen=[2048], heads=[1], compile=[True]),
-        grid("layer_norm", **CPU, rows=[64, 4096], hidden=[768, 4096]),
-        grid("ffn", **CPU, rows=[64, 512]),
-        grid("gpt", **CPU, batch=[2], seqlen=[256]),
+        grid(op=["attention"], **CPU, seqlen=LENGTHS, heads=[1], causal=[True, False]),
+        grid(op=["attention"], **CPU, seqlen=[2048], heads=[1], compile=[True]),
+        grid(op=["layer_norm"], **CPU, rows=[64, 4096], hidden=[768, 4096]),
+        grid(op=["ffn"], **CPU, rows=[64, 512]),
+        grid(op=["gpt"], **CPU, batch=[2], seqlen=[256]),
     ],
 }
 SUBJECT = Subject("memory", __doc__, AXES, PRESETS, make)

@@ -285,7 +285,7 @@ def full(
         grid("ffn", "33x100x401", activation=["gelu"], **axes),
         grid("ffn", "64x256x1024", activation=["relu", "silu"], layout=["linear", "conv1d"],
              **axes),
-        # Its gradients are 0 but for v's, and errors of a zero have no scale: only the forward.
+        # Its gradients are 0 but for v's, and errors of a zero have no scale: only forward.
         grid("attention", "1x1x1x16", causal=[False], direction=[FORWARD], **axes),
         grid("attention", *whole, causal=[False], **axes),
         grid("attention", *causal, causal=[True], **axes),
@@ -303,7 +303,7 @@ def compiled(**axes: Sequence[Any]) -> list[Grid]:
     ]
 
 
-# One row, odd sizes, many rows; what rows that take a CPU more than a second are only for a GPU.
+# One row, odd sizes, many rows; only a GPU gets calls that take a CPU more than a second.
 WHOLE = ("2x17x3x59", "1x333x3x80", "2x5:64x4x64", "1x512x4x64")
 CAUSAL = (
     "1x8x2x32", "4x64x4x64", "1x128x12x64", "1x128x8:2x64", "1x1:257x12x64", "2x5:64x4x64",

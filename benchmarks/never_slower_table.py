@@ -16,7 +16,7 @@ from schema import Results, Row
 from fastattn.measured import Faster, Key
 
 RAN_ON = "ran on "  # and the backend: the note of ours
-NEXT = "triton"  # the peer of ours on `cuda`: what would run in its place
+NEXT = "triton"  # the peer of ours on `cuda`: it would run in place of `cuda`
 KERNELS = ("cuda", "triton")
 NORMS = ("layer_norm", "rms_norm")
 

@@ -1,16 +1,16 @@
-"""What a call costs on the host, on tensors so small that nothing else is left.
+"""The cost of a call on the host, on tensors so small that nothing else is left.
 
 Three tables (`--table`):
 
 - default: the call that everybody makes, interleaved with the bare ATen calls that do the same: at
   most 5 us above them, forward without and with gradients, and forward and backward;
 - kernel: the registered op of a kernel backend (torch.ops.fastattn.*), its launchers replaced by
-  ones that return results made beforehand, so that what is left is torch.library, autograd and our
-  own Python: at most 15 us a call without gradients, 30 us with;
+  ones that return results made beforehand; torch.library, autograd and our own Python are left: at
+  most 15 us a call without gradients, 30 us with;
 - public: our public call of the same, for which nothing is promised.
 
-On a GPU too it is the host's time that is taken, not the device's. On a CPU the kernels exist in
-Triton's interpreter only, and none of them runs while the clock does.
+On a GPU too it is the host's time that is taken, not the device's. On a CPU the kernels exist
+only in Triton's interpreter, and none of them runs while the clock does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from unittest import mock
 
 import checkout  # noqa: F401
 import torch
-from harness import OURS, as_tuple, timed_by_turns
+from harness import OURS, as_tuple, timed_interleaved
 from peer import Outputs, first
 from schema import Entry, Row
 from script import Axis, Grid, Subject, main
@@ -52,7 +52,7 @@ Function = Callable[..., Outputs]
 class Calls:
     """One op on tiny inputs.
 
-    `bare` does the same only with ATen; `registered` calls the op of torch.library, whose
+    `bare` does the same with ATen only; `registered` calls the op of torch.library, whose
     launchers are `forward` and `backward` of `kernels`. `aside` does less, and is timed too.
     """
 
@@ -205,7 +205,7 @@ class Call:
 
     @property
     def most_us(self) -> float | None:
-        """What is allowed; None for nothing promised."""
+        """The promise; None if there is none."""
         return {DEFAULT: ABOVE_US, KERNEL: KERNEL_US.get(self.mode)}.get(self.table)
 
     @property
@@ -254,7 +254,7 @@ class Call:
             if self.on == "cuda":
                 ours["note"] = "host time"
                 candidates = [replace(candidate, context=drained) for candidate in candidates]
-            samples = timed_by_turns(self, candidates, seconds, row)
+            samples = timed_interleaved(self, candidates, seconds, row)
         if ATEN in samples:
             above: Any = difference(samples[OURS], samples[ATEN]).as_dict(1e6)
             row["peers"][ATEN]["above_us"] = above

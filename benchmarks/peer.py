@@ -72,7 +72,7 @@ def first(result: Any) -> Tensor:
 
 
 def matmul(cell: Any) -> Peer:
-    """A large square product in the cell's dtype: what the device can multiply at best."""
+    """A large square product in the cell's dtype: the most that the device can multiply."""
     size = MATMUL_SIZE[cell.device]
     options = {"device": cell.device, "dtype": cell.torch_dtype}
     a, b = (torch.randn(size, size, **options) for _ in range(2))

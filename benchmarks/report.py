@@ -32,7 +32,7 @@ LEGEND = """\
 A ratio is the time of a peer over ours, taken round by round: above 1 fastattn is faster. In
 brackets stand the 20th and the 80th percentile over the rounds; where they enclose 1, or the median
 is within 2% of it, it is a tie. "ours +3.0 us" is our time less the peer's. All else is a median.
-"share of ceiling" is our rate over that of the named ceiling in the same turns. A wrong result is
+"share of ceiling" is our rate over that of the named ceiling in the same rounds. A wrong result is
 timed all the same and says "wrong"; means over cells leave it out. "-" is a cell that a peer cannot
 do, "failed" what should not have failed: the reasons are under the table."""
 
@@ -113,7 +113,7 @@ def _on_gpu(run: Run) -> bool:
 
 
 def _shared_method(runs: Sequence[Run]) -> dict[str, str]:
-    """What all runs say of their method, if there are several."""
+    """The method that all runs have in common, if there are several."""
     methods = [run.data["method"] for run in runs]
     if len(methods) < 2:
         return {}

@@ -1,7 +1,7 @@
 """Two runs of one subject on one device, before and after a change: is any row of ours slower?
 
-Rows are matched by title. Where both have a ceiling that was timed in the same rounds, what is
-compared is our time over the ceiling's, so that drift of the machine is divided out; else our time.
+Rows are matched by title. Where both have a ceiling that was timed in the same rounds, our
+time over the ceiling's is compared, so that drift of the machine is divided out; else our time.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _state(row: Row) -> str:
 
 
 def _spreads(a: Row, b: Row) -> tuple[Spread, Spread, Callable[[float], str]] | None:
-    """What is compared of both rows, and how it is written; None if one side was not timed."""
+    """The values to compare, and how they are written; None if one side was not timed."""
     bound = a.get("bound")
     if bound is not None and bound == b.get("bound"):
         before, after = _over(a, bound), _over(b, bound)
@@ -146,7 +146,7 @@ def _pair(before: Path, after: Path) -> tuple[Run, Run]:
 
 
 def _differences(a: Run, b: Run) -> Iterator[str]:
-    """What besides the commit may have made the difference."""
+    """Other causes of a difference than the commit."""
     before, after = _setting(a), _setting(b)
     for name in before:
         if before[name] != after[name]:

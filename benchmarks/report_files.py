@@ -11,7 +11,7 @@ from schema import Environment, Results, SchemaError, read
 
 
 class ReportError(ValueError):
-    """What no report can be made of; the message names the file and the place."""
+    """No report can be made of it; the message names the file and the place."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load_file(path: Path) -> Run:
 
 
 def _problems(data: Results) -> Iterator[str]:
-    """Conditions that the types do not express."""
+    """Problems that the types do not show."""
     environment = data["environment"]
     for name in ("device", "date", "commit"):
         if not environment[name].strip():

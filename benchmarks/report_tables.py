@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from facts import (
     OURS,
@@ -37,17 +37,16 @@ from schema import Entry, Row
 
 AGAINST = ("against", "cells", "geometric mean", "faster / tie / slower", "worst cell")
 
-Line = TypeVar("Line")
-Columns = Sequence[tuple[str, Callable[[Line], str]]]
+Columns = Sequence[tuple[str, Callable[[Row], str]]]
 
 
 def joined(parts: Iterable[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def filled(columns: Columns[Line], lines: Sequence[Line]) -> str:
+def filled(columns: Columns, rows: Sequence[Row]) -> str:
     """The table of those columns that say anything."""
-    cells = [[text(line) for _, text in columns] for line in lines]
+    cells = [[text(row) for _, text in columns] for row in rows]
     kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     return table([columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells])
 
@@ -258,7 +257,7 @@ def _command(words: Sequence[str]) -> str:
 
 
 def targets_table(rows: Sequence[Row]) -> str:
-    """What was promised, how often it was kept, and the cell that did worst."""
+    """Promises, how often each was kept, and the cell that did worst."""
     promised: dict[str, list[Row]] = {}
     for row in rows:
         if "target" in row:

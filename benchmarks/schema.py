@@ -1,4 +1,4 @@
-"""What a results file holds: the types are the documentation, and every file is checked by them.
+"""The content of a results file: the types are the documentation, and every file is checked.
 
 One file is one run of one subject on one device. `write` refuses data that does not fit, `read`
 files that do not; both name the place. Times are in microseconds unless the name says otherwise,
@@ -29,7 +29,7 @@ class Spread(TypedDict):
 
 
 class Error(TypedDict):
-    """Of one output or gradient, against the reference; `eager_*`: what plain PyTorch makes of it.
+    """Of one output or gradient, against the reference; `eager_*`: the errors of plain PyTorch.
 
     `within`: the largest error is at most twice, the rms error at most 1.5 times eager's, but for a
     few units in the last place.
@@ -43,11 +43,11 @@ class Error(TypedDict):
 
 
 class Entry(TypedDict, total=False):
-    """What one peer did in a row: times, or why there are none.
+    """A peer in a row: its times, or why there are none.
 
     Attributes:
         refused: why the peer is absent, or cannot do this row.
-        error: what broke, where that should not break (ours, or a ceiling).
+        error: the failure of a peer that should not fail (ours, or a ceiling).
         ceiling: it does not do the row's work, only what bounds it: a copy, matrix products.
         median_us, p20_us, p80_us: of the times of a call, one value a round; each value is the
             mean of `calls` calls.
@@ -55,11 +55,11 @@ class Entry(TypedDict, total=False):
         right: whether all `errors` are within.
         times_ours: this peer's time over ours inside a round; above 1 we are faster.
         tflops, gbps, tokens_per_second: the row's work over the median.
-        share: of the rate that the row's ceiling (`bound`) reached in the same turns.
+        share: of the rate that the row's ceiling (`bound`) reached in the same rounds.
         mfu: model FLOPs utilisation, see the file's `peak`.
         above_us: our time less this peer's inside a round.
         peak_bytes: the most memory above the inputs at any time of the call.
-        saved_bytes: what the forward keeps for the backward, beyond the inputs.
+        saved_bytes: kept by the forward for the backward, beyond the inputs.
         note: anything else that a reader must know, e.g. the kernel that a dispatcher took.
     """
 
@@ -108,7 +108,7 @@ class Row(_Row, total=False):
         bound: the peer that is the ceiling of this row; `share` is of it.
         peers: by name, ours is "ours".
         right: ours is right, and nothing that should not break broke.
-        target: what is promised of this row, in words; `holds`: whether it was kept.
+        target: the promise of this row, in words; `holds`: whether it was kept.
         error: the row could not be measured.
         gpu: clock, power, temperature and reasons for a lower clock, right after the timing.
     """
@@ -158,7 +158,7 @@ class Environment(TypedDict):
 
 
 class Peak(TypedDict):
-    """What `mfu` is a share of."""
+    """The rate that `mfu` is a share of."""
 
     tflops: float
     of: str

@@ -1,4 +1,4 @@
-"""The face that all benchmark scripts share: options, a process to measure in, a table, a file.
+"""Shared by all benchmark scripts: options, a process to measure in, a table, a file.
 
 A subject is a grid of cells under names (presets) on each kind of device. Its script measures them
 in a process of its own (supervise.py), so that a kernel that hangs or breaks the GPU's context
@@ -28,7 +28,7 @@ import schema
 import supervise
 import torch
 from environment import environment, others
-from harness import DeviceLost, reason
+from harness import DIRECTIONS, DeviceLost, reason
 from schema import Environment, Peak, Results, Row
 from show import Progress, summary
 
@@ -46,7 +46,7 @@ METHOD = {
 
 
 class Measurable(Protocol):
-    """A cell: harness.Cell, or what does the same in another way."""
+    """A cell: harness.Cell, or something with the same interface."""
 
     @property
     def title(self) -> str: ...
@@ -69,16 +69,31 @@ def boolean(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Axis:
-    """An option of a script: what its values are, and how they are read."""
+    """An option of a script: its values, and how they are read."""
 
     help: str
     kind: Callable[[str], Any] = int
     choices: Sequence[Any] | None = None
 
 
+# Axes that several subjects have.
+DTYPE = Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32"))
+DIRECTION = Axis("what is timed", kind=str, choices=DIRECTIONS)
+COMPILE = Axis("have torch.compile take part; seconds to compile a row", kind=boolean)
+
+
+def grids(**common: Sequence[Any]) -> Callable[..., Grid]:
+    """A function from some axes to a grid; the other axes have the `common` values."""
+
+    def grid(**axes: Sequence[Any]) -> Grid:
+        return {**axes, **{name: values for name, values in common.items() if name not in axes}}
+
+    return grid
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What a script measures.
+    """The subject of a script.
 
     Attributes:
         name: of the script and its results.
@@ -87,8 +102,8 @@ class Subject:
         presets: (device, preset) -> grids, the most telling cells first.
         make: the cell of `device` and one value for each axis; None where it makes no sense.
         seconds: how long a cell is timed, by device.
-        peak: what `mfu` is a share of, by device.
-        method: what it does otherwise than METHOD says.
+        peak: the rate that `mfu` is a share of, by device.
+        method: where it differs from METHOD.
     """
 
     name: str
@@ -196,7 +211,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
 def run(
     subject: Subject, cells: Sequence[Measurable], argv: list[str], arguments: argparse.Namespace
 ) -> int:
-    """Have the cells measured in another process, write and show what comes of them."""
+    """Have the cells measured in another process; write and show the results."""
     start = time.monotonic()
     where = environment(arguments.device, commit=arguments.commit)
     if arguments.record:

@@ -46,7 +46,7 @@ def one_line(row: Row) -> str:
 
 
 def _measured(row: Row) -> Iterator[tuple[str, str]]:
-    """What was measured of ours, by name; empty texts for what was not."""
+    """Our measurements by name; an empty text for each that is missing."""
     ours = entry_of(row, OURS)
     time = duration(ours["median_us"]) if "median_us" in ours else ""
     yield OURS, "FAILED" if failed(row) else time
@@ -103,24 +103,25 @@ def _wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)
 
 
-def _tables(rows: Sequence[Row]) -> Iterator[str]:
-    """What, shape, ours and a column a peer; peers that do not fit have a table after it."""
+def _shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """What all rows have in common, and what tells each one apart."""
     varying, same = split_axes(rows)
     names = ("op", "direction", "dtype")
     constant = [n for n in names if len({row[n] for row in rows}) == 1]  # type: ignore[literal-required]
     told = [str(rows[0][n]) for n in constant]  # type: ignore[literal-required]
-    measure = "time" if any("median_us" in entry_of(row, OURS) for row in rows) else "memory"
-    about = " ".join([*told, axes_text(same)]).strip() or "all rows"
-    yield f"{about}; a peer's {measure} over ours:"
-
-    def what(row: Row) -> str:
-        return " ".join(row[n] for n in names if n not in constant)  # type: ignore[literal-required]
-
-    def shape(row: Row) -> str:
+    shapes = []
+    for row in rows:
+        words = [row[n] for n in names if n not in constant]  # type: ignore[literal-required]
         axes = axes_text({n: row["axes"][n] for n in varying if n in row["axes"]})
-        return " ".join(filter(None, [what(row), axes])) or "-"
+        shapes.append(" ".join(filter(None, [*words, axes])) or "-")
+    return " ".join([*told, axes_text(same)]).strip() or "all rows", shapes
 
-    shapes = [shape(row) for row in rows]
+
+def _tables(rows: Sequence[Row]) -> Iterator[str]:
+    """What, shape, ours and a column a peer; peers that do not fit have a table after it."""
+    about, shapes = _shapes(rows)
+    measure = "time" if any("median_us" in entry_of(row, OURS) for row in rows) else "memory"
+    yield f"{about}; a peer's {measure} over ours:"
     units = dict.fromkeys(unit for row in rows for unit, text in _measured(row) if text)
     ours = [[unit, *(dict(_measured(row)).get(unit, "") for row in rows)] for unit in units]
     peers = [
@@ -164,11 +165,15 @@ def _table(shapes: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[
 
 def standings(rows: Sequence[Row]) -> list[str]:
     """Against each peer, where it is right: wins, ties, losses; who took no part; targets."""
-    lines = [
-        f"against {of.peer}: faster / tie / slower {of.counts}; its time over ours: geometric mean "
-        f"{of.mean:.2f}, worst {of.least:.2f} ({of.worst['title']})"
-        for of in against(rows)
-    ]
+    lines: list[str] = []
+    if found := against(rows):
+        shapes = dict(zip([row["title"] for row in rows], _shapes(rows)[1]))
+        totals = [
+            (of.peer, of.counts, f"{of.mean:.2f}x", f"{of.least:.2f}x {shapes[of.worst['title']]}")
+            for of in found
+        ]
+        headers = ("against", "faster / tie / slower", "mean", "worst")
+        lines += ["", *table(headers, totals).splitlines(), ""]
     reasons: dict[str, str] = {}
     for row in rows:
         for name, entry in row.get("peers", {}).items():
@@ -193,7 +198,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
-    return "\n".join([lines[0], "-" * max(len(line) for line in lines), *lines[1:]])
+    rule = "-" * min(WIDTH, max(map(len, lines)))
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 class Progress:

@@ -36,7 +36,7 @@ def measure(
         end: the monotonic time after which no cell is begun; None for no end.
 
     Yields:
-        The title of each cell when it begins, then its row; at last what was left out, and why.
+        The title of each cell when it begins, then its row; at last the cells left out, and why.
     """
     there = {row["title"] for row in done}
     waiting = [title for title in titles if title not in there]

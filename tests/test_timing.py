@@ -1,4 +1,4 @@
-"""Timing by turns, on calls whose times are known."""
+"""Interleaved timing, of calls whose times are known."""
 
 from __future__ import annotations
 

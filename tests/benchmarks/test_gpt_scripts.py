@@ -93,15 +93,6 @@ def vars_of(cell: gpt_generate.GenerateCell) -> dict[str, Any]:
     return {**cell.axes, "device": cell.device, "dtype": cell.dtype}
 
 
-@pytest.mark.parametrize("subject", [gpt_train.SUBJECT, gpt_generate.SUBJECT], ids=lambda s: s.name)
-def test_presets(subject: Any) -> None:
-    assert {preset for _, preset in subject.presets} == {"quick", "full", "paper"}
-    for device, preset in subject.presets:
-        assert subject.cells(device, preset)
-    with pytest.raises(ValueError, match="quick, full"):
-        subject.cells("cpu", "paper")
-
-
 # --- wrong peers --------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ class Fake:
         self.set(gpu_right, "assemblers", lambda: {"second": second})
 
     def builds(self, statement: str) -> None:
-        """What the build does instead of compiling."""
+        """Let the build do this instead of compiling."""
         code = (
             f"import os\n{self.note('build ' + '{os.environ[`FASTATTN_CUDA_ARCHS`]}')}\n{statement}"
         )
@@ -98,7 +98,7 @@ class Fake:
     def suite(
         self, workers: int = 1, seconds: float = 100, patience: float = 100
     ) -> dict[str, Any]:
-        """What comes of the suite only."""
+        """Run only the suite."""
         self.happened.unlink(missing_ok=True)
         self.out.mkdir(exist_ok=True)
         step = gpu_right.Step("suite", ["tests/ops", "tests/nn"])
@@ -106,7 +106,7 @@ class Fake:
 
     @property
     def events(self) -> list[str]:
-        """What has run, but for the numbers of the tests."""
+        """The tests and builds that ran, without the numbers of the tests."""
         lines = self.happened.read_text().splitlines() if self.happened.exists() else []
         return [line.removesuffix(" 0") for line in lines]
 
@@ -129,7 +129,7 @@ SUITE = ["ops first", "nn first", "ops second", "nn second"]
 
 
 def test_order(fake: Fake) -> None:
-    """Build, conformance, sweep, again with another ptxas, and a file of each room by turns."""
+    """Build, conformance, sweep, again with another ptxas, and a file of each room in turn."""
     assert fake.run() == Exit.RIGHT
     first = ["build 90a", "conformance first", "conformance second"]
     assert fake.events == [*first, *SWEEP, *SWEEP, *SUITE]
@@ -340,7 +340,7 @@ def report_in(folder: Path, seconds: float = 100) -> gpu_report.Report:
 
 
 def subjects(folder: Path, *names: str, seconds: float = 100, preset: str = "quick") -> dict:
-    """What is reported of subjects that are measured on the CPU, for no time."""
+    """The report on subjects that are measured on the CPU, for no time."""
     report = report_in(folder, seconds)
     gpu_fast.check(report, "cpu", names, preset, ["--seconds", "0"])
     return json.loads(report.path.read_text())["subjects"]
@@ -370,7 +370,7 @@ def test_a_subject_has_its_own_file_and_goes_on(
 
 
 def test_a_subject_that_cannot_begin_is_wrong(tmp_path: Path) -> None:
-    found = subjects(tmp_path, "ffn", preset="paper")  # which it has on a GPU alone
+    found = subjects(tmp_path, "ffn", preset="paper")  # which it has only on a GPU
     assert found["ffn"]["exit_code"] == 2
     assert gpu_fast.verdict({"subjects": found}) == Verdict(wrong=["ffn: it could not begin"])
 

@@ -1,4 +1,4 @@
-"""never_slower.py: what its grid covers, how a cell is judged, the table that follows.
+"""never_slower.py: its grid, how a cell is judged, the table that follows.
 
 Speed itself is not judged here: the rule is set to what always and what never holds.
 """
@@ -45,50 +45,7 @@ def tiny(op: str = "rms_norm", **values: Any) -> Judged:
     return never_slower.make(op=op, **{**common, "compile": False, **TINY[op], **values})
 
 
-def rows_of(cell: Judged) -> int:
-    return cell.axes.get("rows") or cell.axes["batch"] * cell.axes["seqlen"]
-
-
 # --- the grid -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("device", "dtypes"),
-    [("cpu", {"float32", "bfloat16"}), ("cuda", {"float32", "bfloat16", "float16"})],
-)
-def test_the_full_grid(device: str, dtypes: set[str]) -> None:
-    cells = never_slower.SUBJECT.cells(device, "full")
-    titles = {cell.title for cell in cells}
-    assert len(titles) == len(cells) >= 200
-    directions = {"forward", "forward+backward"}
-    everything = {(op, dtype, way) for op in OPS for dtype in dtypes for way in directions}
-    assert {(cell.op, cell.dtype, cell.direction) for cell in cells} == everything
-    assert {min(map(rows_of, cells)), max(map(rows_of, cells))} == {1, 65536}
-    for op in OPS if device == "cuda" else {"layer_norm", "rms_norm", "ffn"}:
-        assert {1, 65536} <= {rows_of(cell) for cell in cells if cell.op == op}
-    assert {cell.op for cell in cells if "compiled" in cell.against} == OPS
-
-    axes = [cell.axes for cell in cells]
-    seen = {(name, value) for each in axes for name, value in each.items()}
-    assert {("hidden", 1023), ("hidden", 50257), ("head_dim", 59)} <= seen
-    assert {("seqlen_q", 1), ("causal", True), ("causal", False)} <= seen
-    assert {("layout", "linear"), ("layout", "conv1d")} <= seen
-    assert {("activation", name) for name in ("gelu_tanh", "gelu", "relu", "silu")} <= seen
-    assert any(each["heads"] != each["kv_heads"] for each in axes if "heads" in each)
-    assert {(cell.op, cell.axes["residual"]) for cell in cells if "residual" in cell.axes} == {
-        (op, residual) for op in ("layer_norm", "rms_norm") for residual in (False, True)
-    }
-
-    quick = {cell.title for cell in never_slower.SUBJECT.cells(device, "quick")}
-    assert 50 <= len(quick) <= 70
-    assert quick <= titles
-
-
-def test_a_shape_is_of_the_op_that_it_fits() -> None:
-    given = {"shape": ["33x100x401"], "dtype": ["float32"]}
-    cells = never_slower.SUBJECT.cells("cpu", "quick", given)
-    assert {cell.op for cell in cells} == {"ffn"}
-    assert {cell.axes["inner"] for cell in cells} == {401}
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -144,11 +101,6 @@ def test_the_rule() -> None:
 
     assert excess(9.0, 109e-6, 1e-6) == pytest.approx(-1e-6)
     assert excess(9.0, 111e-6, 1e-6) == pytest.approx(1e-6)
-
-
-def test_eager_takes_part_whoever_is_asked_for() -> None:
-    row = tiny().measure(0.0, ["compiled"])
-    assert "holds" in row and "eager" in row["peers"]
 
 
 def test_without_eager_nothing_is_kept() -> None:
@@ -339,16 +291,6 @@ def test_triton_takes_part_against_cuda() -> None:
     assert "triton" not in tiny().against
 
 
-def test_results_of_something_else_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "results.json"
-    schema.write(path, results(subject="ffn"))
-    assert never_slower.run(["--table", str(path)]) == 2
-    assert "is of ffn, not of never_slower" in capsys.readouterr().err
-    assert never_slower.run(["--table", str(tmp_path / "none.json")]) == 2
-
-
 # --- the script ---------------------------------------------------------------------------------
 
 
@@ -362,6 +304,6 @@ def test_the_script(tmp_path: Path) -> None:
     data = schema.read(path)
     assert len(data["rows"]) == 2
     assert done.returncode == (0 if all(row["holds"] for row in data["rows"]) else 1), done.stderr
-    worst = min(data["rows"], key=lambda row: row["peers"]["eager"]["times_ours"]["median"])
-    assert f"({worst['title']})" in done.stdout
+    worst = min(row["peers"]["eager"]["times_ours"]["median"] for row in data["rows"])
+    assert f"{worst:.2f}x" in done.stdout
     assert never_slower.run(["--table", str(path)]) == 0

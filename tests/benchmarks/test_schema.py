@@ -1,4 +1,4 @@
-"""What a results file may hold, and what is refused."""
+"""Results files: what fits is written and read, all else is refused."""
 
 from __future__ import annotations
 

@@ -41,18 +41,6 @@ def test_all_run_and_the_worst_exit_code_tells(called: list[list[str]]) -> None:
     assert main(["bench", "decode"]) == 3
 
 
-def test_every_subject_has_a_script() -> None:
-    folder = Path(__file__).parents[2] / "benchmarks"
-    assert all((folder / f"{name}.py").is_file() for name in bench.SUBJECTS)
-
-
-def test_an_unknown_subject_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", "nothing"])
-    assert stopped.value.code == 2
-    assert "attention" in capsys.readouterr().err
-
-
 def test_a_wheel_has_no_benchmarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

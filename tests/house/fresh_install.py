@@ -2,8 +2,8 @@
 
     python tests/house/fresh_install.py dist/fastattn-*.whl
 
-torch and the other dependencies are those of the interpreter that runs this, which are large and
-not what is tested; fastattn is the wheel's alone.
+torch and the other dependencies, which are large and not tested here, are those of the interpreter
+that runs this; fastattn comes only from the wheel.
 """
 
 from __future__ import annotations

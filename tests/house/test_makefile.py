@@ -32,7 +32,7 @@ class Tree:
         (folder / "python").chmod(0o755)
 
     def make(self, *arguments: str, fail: str = "", code: int = 0) -> list[str]:
-        """What the interpreters were called with by `make ARGUMENTS`."""
+        """The calls of interpreters by `make ARGUMENTS`."""
         self.log.write_text("")
         run = subprocess.run(
             ["make", f"PYTHON={self.folder}/python", *arguments],

@@ -1,4 +1,4 @@
-"""The package as a whole: what its import costs and needs, and what its files may say."""
+"""The package as a whole: cost and needs of its import, rules for all its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONAL = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib")
 
 
 def python(code: str, *options: str) -> str:
-    """What `code` prints in a fresh interpreter that sees this tree, and keeps its bytecode."""
+    """The output of `code` in a fresh interpreter that sees this tree and keeps its bytecode."""
     command = [sys.executable, *options, "-c", code]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

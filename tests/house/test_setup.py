@@ -1,4 +1,4 @@
-"""setup.py: what it decides, and that only who asked for the extension fails without it."""
+"""setup.py: its decisions; only an install that asked for the extension fails without it."""
 
 from __future__ import annotations
 
