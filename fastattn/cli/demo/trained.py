@@ -144,7 +144,8 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
     measured = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
     line("held out", f"bits per byte: {measured}")
 
-    line("samples", "at temperature 0.7 and top-p 0.9, the prompts in brackets")
+    how = f"temperature {SAMPLING['temperature']}, top-p {SAMPLING['top_p']}"
+    line("samples", f"{how}; the prompts in brackets")
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)
         out = gpt.generate([ids], max_new_tokens=size.new_tokens, seed=config.seed, **SAMPLING)
