@@ -27,8 +27,8 @@ from fastattn.training import (
 )
 from fastattn.training.loop import muon_is_fast
 
-PROMPTS = ("And God said unto", "And it came to pass", "今天天气很好", "这本书")
-SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+PROMPTS = ("And God said unto", "And it came to pass", "酒店的房间", "这本书")
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Size:
     seconds: float  # to time each kind of work
 
 
-FULL = Size(None, 1024, 4, 4, 256, 128, 8, steps=500, new_tokens=48, seconds=2.0)
+FULL = Size(None, 1024, 4, 4, 256, 128, 8, steps=600, new_tokens=48, seconds=2.0)
 QUICK = Size(20_000, 512, 2, 2, 64, 32, 4, steps=20, new_tokens=8, seconds=0.1)
 
 
@@ -144,7 +144,8 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
     measured = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
     line("held out", f"bits per byte: {measured}")
 
-    line("samples", "at temperature 0.8 and top-p 0.9, the prompts in brackets")
+    how = f"temperature {SAMPLING['temperature']}, top-p {SAMPLING['top_p']}"
+    line("samples", f"{how}; the prompts in brackets")
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)
         out = gpt.generate([ids], max_new_tokens=size.new_tokens, seed=config.seed, **SAMPLING)
