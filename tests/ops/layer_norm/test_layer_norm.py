@@ -69,7 +69,9 @@ def test_against_float64(name: str, center: bool, backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.long] * (x != "bfloat16")) for x in LONG]
+)
 def test_long_rows(name: str, center: bool, device: str) -> None:
     check(dataclasses.replace(LONG[name], center=center, device=device), "triton")
 
@@ -140,15 +142,15 @@ def test_any_strides(backend: str, device: str) -> None:
 
 
 class Copies(TorchDispatchMode):
-    """Counts copies of a whole tensor."""
+    """The tensors of which copies are made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.seen: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("clone", "copy_", "_to_copy", "contiguous"):
-            self.seen.append(func.overloadpacket.__name__)
+        if func.overloadpacket.__name__ == "clone":  # the interpreter's own copies are others
+            self.seen.append(args[0])
         return func(*args, **(kwargs or {}))
 
 
