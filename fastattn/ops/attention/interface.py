@@ -12,7 +12,7 @@ from fastattn.ops.attention import aten, reference, registration
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import NONE, Extras
-from fastattn.ops.attention.problem import Causal, Documents
+from fastattn.ops.attention.problem import AttentionProblem, Causal, Documents
 from fastattn.ops.common import modes, slower
 from fastattn.ops.common.plans import PlanCache
 
@@ -26,7 +26,7 @@ BACKENDS = slower.consulted(
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
-_plans: PlanCache[tuple[_problem.AttentionProblem, Callable[..., Any]]] = PlanCache()
+_plans: PlanCache[tuple[AttentionProblem, Callable[..., Any]]] = PlanCache()
 
 
 def _metadata(x: Any) -> Any:
@@ -341,7 +341,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
         fp32_precision=fp32_precision,
     )  # fmt: skip
-    described = _problem.of(q, k, v, extras, settings, return_lse=return_lse)
+    described = AttentionProblem.of(q, k, v, extras, settings, return_lse=return_lse)
     chosen = backends.select("attention_varlen", BACKENDS, described, backend)
     run = registration.entry(chosen, described, backends.named(backend) is not None)
     out, lse = run(described, q, k, v, extras)

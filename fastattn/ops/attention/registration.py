@@ -17,7 +17,6 @@ import torch
 
 from fastattn import backends
 from fastattn.ops.attention import dropout, reference
-from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import autograd, faster
@@ -170,7 +169,7 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 def _backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, forced = _split(call)
-    problem = _problem.of(q, k, v, extras, settings, return_lse=True)
+    problem = AttentionProblem.of(q, k, v, extras, settings, return_lse=True)
     # What is transformed around the call of `backward` is about other calls.
     problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=bias_grad)
     kernel = backends.select_backward("attention", KERNELS, problem, backend, forced)
@@ -208,7 +207,7 @@ def _double_backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         dout, dlse, q, k, v = (leaf(x) for x in (dout, dlse, q, k, v))
         bias, sink = leaf(extras.bias, ctx.bias_grad), leaf(extras.sink, ctx.sink_grad)
         extras = extras._replace(bias=bias, sink=sink)
-        problem = _problem.of(q, k, v, extras, settings, return_lse=True)
+        problem = AttentionProblem.of(q, k, v, extras, settings, return_lse=True)
         out, lse = reference.attention(problem, q, k, v, extras)
         outputs, directions = [out], [dout]
         if dlse is not None:

@@ -11,7 +11,7 @@ import torch
 
 from fastattn import backends
 from fastattn.ops.attention import interface as attention_interface
-from fastattn.ops.attention import kv_cache
+from fastattn.ops.attention.cache import interface as cache_interface
 from fastattn.ops.common import faster
 from fastattn.ops.common.faster import Faster
 from fastattn.ops.common.slower import Key
@@ -48,7 +48,7 @@ def test_rows_name_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_op_asks_it() -> None:
-    for module in (attention_interface, ffn_interface, norm_interface, kv_cache):
+    for module in (attention_interface, ffn_interface, norm_interface, cache_interface):
         first, *others = module.BACKENDS
         assert first.name == "cuda" and first.slower is faster.declined
         assert all(backend.slower is not faster.declined for backend in others)
@@ -91,6 +91,6 @@ def test_a_row_of_an_architecture() -> None:
 
 def test_the_size_of_a_step_of_decoding() -> None:
     q, cache = torch.randn(2, 3, 4, 8), torch.randn(2, 16, 2, 8)
-    described = kv_cache.describe(q, cache, cache, torch.tensor([3, 4]))
+    described = cache_interface.describe(q, cache, cache, torch.tensor([3, 4]))
     assert (described.op, described.needs_grad) == ("attention_with_kv_cache", False)
     assert (described.dtype, described.elements) == (torch.float32, 2 * 3 * 4 * 8)

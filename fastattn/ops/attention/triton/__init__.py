@@ -1,9 +1,8 @@
 """The `triton` backend of attention: FlashAttention-2's loops, features as compile-time switches.
 
 One family of kernels: `forward` (prefill, packed sequences, decoding on padded or paged caches) and
-`merge` behind it, `cache` before it, `backward` and `bias` for the gradients. `scores` is what they
-share: a feature is written there once. `launching` prepares their operands, `documents` the tiles
-to visit.
+`merge` after it, `backward` and `bias` for the gradients. `scores` is what they share: a feature is
+written there once. `launching` prepares their operands, `documents` the tiles to visit.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ import torch
 from fastattn import backends
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.triton.backward import backward
-from fastattn.ops.attention.triton.cache import attention_with_kv_cache
 from fastattn.ops.attention.triton.forward import forward
 from fastattn.ops.common import launch
 
-__all__ = ["attention_with_kv_cache", "backward", "forward", "unsupported"]
+__all__ = ["backward", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 512
 SMALL = (86, 87, 89, 120, 121)  # chips with 99 KB of shared memory a block
