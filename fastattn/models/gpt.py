@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import nn
-from fastattn.models import folder, generation
+from fastattn.models import folder, generation, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.loss import IGNORED, LARGE, cross_entropy
@@ -117,7 +117,8 @@ class GPT(torch.nn.Module):
                 on a CPU alone: on a GPU the check would make the host wait.
             targets: (B, T) the tokens that follow, or -100 where none counts. Nothing is shifted
                 here: ``targets[:, t]`` is what comes after ``input_ids[:, t]``.
-            cache: keys and values of the tokens before; those of ``input_ids`` are appended.
+            cache: keys and values of the tokens before; those of ``input_ids`` are appended. The
+                result then has no gradient.
             logits_to_keep: compute the logits of the last so many positions alone; 0 means all.
 
         Returns:
@@ -128,6 +129,9 @@ class GPT(torch.nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(input_ids, targets, cache=cache, logits_to_keep=logits_to_keep)
         check_ids("input_ids", input_ids, self.config.vocab_size)
         if targets is not None:
             if logits_to_keep:
@@ -209,6 +213,7 @@ class GPT(torch.nn.Module):
         return hidden
 
     generate = generation.generate
+    resize_token_embeddings = resizing.resize_token_embeddings
     save_pretrained = folder.save_pretrained
 
     @classmethod

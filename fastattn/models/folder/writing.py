@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastattn.models.folder.layout import CONFIG, HEAD, INDEX, PREFIX, WEIGHTS, layout
+from fastattn.models.folder.layout import CONFIG, GENERATION, HEAD, INDEX, PREFIX, WEIGHTS, layout
+from fastattn.models.folder.reading import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from fastattn.models.gpt import GPT
@@ -66,8 +67,10 @@ def save_pretrained(
         if len(shards) > 1:
             names.append(INDEX)
             _write_json(beside / INDEX, _index(names, shards))
-        _write_json(beside / CONFIG, _config_json(model))
-        publish([*names, CONFIG])
+        config = _config_json(model)
+        _write_json(beside / GENERATION, {name: config[name] for name in SPECIAL_TOKENS})
+        _write_json(beside / CONFIG, config)
+        publish([*names, GENERATION, CONFIG])
         for stale in target.glob("model*.safetensors*"):
             if OURS.fullmatch(stale.name) and stale.name not in names:
                 stale.unlink()

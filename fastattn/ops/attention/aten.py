@@ -27,7 +27,7 @@ from fastattn.ops.common import modes
 from fastattn.ops.common.straight import ERRORS, plain
 
 # Bound once: `fastattn.override_sdpa` may put our own function in its place.
-_SDPA = F.scaled_dot_product_attention
+SDPA = F.scaled_dot_product_attention
 
 # Rows of one mask: 512 rows of a 16k context are 8 MB, and large enough for ATen's own blocking.
 CHUNK = 512
@@ -94,7 +94,7 @@ def straight(
             return None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = heads != kv_heads
-        out = _SDPA(q, k, v, None, 0.0, is_causal, scale=softmax_scale, enable_gqa=grouped)
+        out = SDPA(q, k, v, None, 0.0, is_causal, scale=softmax_scale, enable_gqa=grouped)
         return out.transpose(1, 2)
     except ERRORS:
         return None
@@ -398,7 +398,7 @@ def _sdpa(
     if scale < SMALLEST:
         q, scale = q * scale, 1.0
     if not problem.return_lse:
-        out = _SDPA(
+        out = SDPA(
             q,
             k,
             v,

@@ -5,7 +5,8 @@ Adjacent sequences of equal length are batched, and read only their own keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,7 +15,9 @@ from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
 from fastattn.ops.attention.cache.reference import append, rotated_keys, rotated_queries
 from fastattn.ops.attention.call import Extras
-from fastattn.ops.attention.problem import AttentionProblem
+from fastattn.ops.attention.problem import INDEX_DTYPES, AttentionProblem
+from fastattn.ops.common import modes
+from fastattn.ops.common.straight import ERRORS, plain
 
 
 def unsupported(problem: CacheProblem) -> str | None:
@@ -23,6 +26,69 @@ def unsupported(problem: CacheProblem) -> str | None:
     if torch.compiler.is_compiling():
         return "the sequences go through ATen by their lengths, which cannot be compiled"
     return aten.unsupported(problem.attention)
+
+
+def straight(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    softmax_scale: float | None,
+) -> torch.Tensor | None:
+    """A causal call on a CPU (ops/common/straight.py) without other features: one query and one new
+    key a sequence, or the first keys of all. None for any other call; nothing is written then.
+    """
+    try:
+        if k is None or v is None or torch.is_grad_enabled():
+            return None
+        if not plain(q, k_cache, v_cache, k, v) or not modes.plain():
+            return None
+        if type(cache_lengths) is not torch.Tensor or cache_lengths.dtype not in INDEX_DTYPES:
+            return None
+        if softmax_scale is not None and not (
+            type(softmax_scale) is float and aten.SMALLEST <= softmax_scale < math.inf
+        ):
+            return None
+        batch, seqlen_q, heads, head_dim = q.shape
+        rows, capacity, kv_heads, _ = shape = k_cache.shape
+        new = (batch, seqlen_q, kv_heads, head_dim)
+        fits = rows == batch and k.shape == new and v.shape == new and seqlen_q > 0
+        if not fits or heads % kv_heads or v_cache.shape != shape or shape[3] != head_dim:
+            return None
+        if not k_cache.stride(3) == v_cache.stride(3) == 1 or head_dim == 0:
+            return None
+        lengths = cache_lengths.tolist()
+        if len(lengths) != batch or not (0 <= min(lengths) <= max(lengths) <= capacity - seqlen_q):
+            return None
+        if seqlen_q > 1 and (heads != kv_heads or any(lengths)):
+            return None
+    except ERRORS:
+        return None
+    group_size = heads // kv_heads
+    q = q.transpose(1, 2) if group_size == 1 else q.reshape(batch, kv_heads, group_size, head_dim)
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    n = lengths[0]
+    if lengths.count(n) == batch:
+        end = n + seqlen_q
+        k_cache[:, n:end] = k
+        v_cache[:, n:end] = v
+        keys, values = keys[:, :, :end], values[:, :, :end]
+        out = aten.SDPA(q, keys, values, None, 0.0, seqlen_q > 1, scale=softmax_scale)
+    else:
+        sequences = torch.arange(batch, device=q.device)
+        k_cache[sequences, cache_lengths] = k[:, 0]
+        v_cache[sequences, cache_lengths] = v[:, 0]
+        sizes = [last - first for first, last in _runs(lengths, False)]
+        outs, first = [], 0
+        for some, its_keys, its_values in zip(*(x.split(sizes) for x in (q, keys, values))):
+            end = lengths[first] + 1
+            its_keys, its_values = its_keys.narrow(2, 0, end), its_values.narrow(2, 0, end)
+            outs.append(aten.SDPA(some, its_keys, its_values, scale=softmax_scale))
+            first += len(some)
+        out = torch.cat(outs)
+    return out.transpose(1, 2) if group_size == 1 else out.reshape(batch, 1, heads, head_dim)
 
 
 def attention_with_kv_cache(
@@ -84,7 +150,7 @@ def _keys_of(
     return k[:, start:stop], v[:, start:stop]
 
 
-def _runs(spans: list[tuple[int, int]], alone: bool) -> Iterator[tuple[int, int]]:
+def _runs(spans: Sequence[object], alone: bool) -> Iterator[tuple[int, int]]:
     """(first, end) of adjacent sequences that are equal; `alone`: of each by itself."""
     first = 0
     for end in range(1, len(spans) + 1):

@@ -142,12 +142,17 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
             Unchecked, the kernels still touch nothing outside of the tensors.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    autocast = isinstance(q, torch.Tensor) and modes.autocast_enabled(q.device.type)
-    if autocast:
-        q, k, v = (_as_cached(x, k_cache) for x in (q, k, v))
     rare = (
         block_table, cache_indices, cache_starts, rotary_cos, rotary_sin, alibi_slopes, sink
     )  # fmt: skip
+    plain = (window, backend, num_splits) == (None, None, None) and softcap == 0.0
+    if plain and causal is True and not return_lse and rare == NO_FEATURE:
+        out = aten.straight(q, k_cache, v_cache, cache_lengths, k, v, softmax_scale)
+        if out is not None:
+            return out
+    autocast = isinstance(q, torch.Tensor) and modes.autocast_enabled(q.device.type)
+    if autocast:
+        q, k, v = (_as_cached(x, k_cache) for x in (q, k, v))
     key = plan = None
     if not torch.compiler.is_compiling():
         try:

@@ -68,7 +68,7 @@ def rotated_keys(call: CacheCall, k: torch.Tensor, positions: torch.Tensor) -> t
 def append(call: CacheCall) -> torch.Tensor:
     """Write the new keys and values into the cache; the lengths afterwards."""
     lengths = call.lengths.long().clamp(max=call.capacity)
-    if call.new_k is None or call.new_v is None or not call.new_k.numel() * call.k.numel():
+    if call.new_k is None or call.new_v is None or not call.new_k.numel() * call.capacity:
         return lengths + call.seqlen_new
     positions = lengths[:, None] + torch.arange(call.seqlen_new, device=lengths.device)
     k, v = rotated_keys(call, call.new_k, positions), call.new_v
@@ -95,11 +95,11 @@ def _fitting(
     fits, or, if none does, writes what is in slot 0 of row 0.
     """
     none = ~fits.any()
-    first = fits.flatten().int().argmax()
+    first = fits.flatten().int().argmax(0, keepdim=True)
 
     def instead(given: torch.Tensor, otherwise: torch.Tensor | int) -> torch.Tensor:
         """`given` where it fits, else its first that does, else `otherwise`."""
-        repeated = torch.where(none, otherwise, given.flatten(0, 1)[first])
+        repeated = torch.where(none, otherwise, given.flatten(0, 1).index_select(0, first))
         return torch.where(fits.view(*fits.shape, *[1] * (given.dim() - 2)), given, repeated)
 
     k, v = instead(k, call.k[0, 0]), instead(v, call.v[0, 0])

@@ -69,7 +69,8 @@ def formula(call: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, tor
             keys, values = torch.cat([keys, new]), torch.cat([values, call["v"][b].to(dtype)])
         group = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        scale = call.get("softmax_scale") or 1 / math.sqrt(q.shape[-1])
+        scale = call.get("softmax_scale")
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         scores = torch.einsum("ihd,jhd->hij", queries, keys) * scale
         if call.get("softcap"):
             scores = call["softcap"] * torch.tanh(scores / call["softcap"])
@@ -490,6 +491,81 @@ def test_rotary_tables_that_are_just_long_enough(backend: str, device: str) -> N
             tables = {"rotary_cos": angles[:n].cos(), "rotary_sin": angles[:n].sin()}
             outs.append(attention_with_kv_cache(**moved(call | tables, device), backend=backend))
         assert torch.equal(*outs)
+
+
+def steps(lengths: list[int], seqlen_q: int, kv_heads: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Causal, appending, without other features; unused slots hold NaN; q, k, v are slices."""
+    batch = len(lengths)
+    caches = torch.randn(2, batch, 24, kv_heads, 16)
+    for b, n in enumerate(lengths):
+        caches[:, b, n:] = math.nan
+    packed = torch.randn(batch, seqlen_q, 4 + 2 * kv_heads, 16).to(dtype)
+    q, k, v = packed.split([4, kv_heads, kv_heads], dim=2)
+    k_cache, v_cache = caches.to(dtype)
+    return {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_lengths": torch.tensor(lengths),
+        "k": k, "v": v,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("scale", (None, 0.3, -0.3, 0.0))
+@pytest.mark.parametrize("kv_heads", (4, 2))
+@pytest.mark.parametrize(
+    ("lengths", "seqlen_q"),
+    (
+        ([9], 1),
+        ([9] * 3, 1),
+        ([9, 9, 0, 23, 9], 1),
+        ([0, 0], 7),
+        ([0], 24),
+        ([3, 3], 5),
+        ([0, 4], 5),
+    ),
+)
+def test_plain_steps(
+    lengths: list[int], seqlen_q: int, kv_heads: int, scale: float | None, dtype: torch.dtype
+) -> None:
+    """What a CPU does without a description (`straight`) is what is described."""
+    call = steps(lengths, seqlen_q, kv_heads, dtype) | {"softmax_scale": scale}
+    before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    with torch.no_grad():
+        out = attention_with_kv_cache(**call)
+    exact, _ = formula(before, torch.float64)
+    eager, _ = formula(before, dtype)
+    assert_close_to_reference(out, exact, eager)
+    for b, n in enumerate(lengths):
+        for name in ("k", "v"):
+            row = call[f"{name}_cache"][b]
+            assert torch.equal(row[n : n + seqlen_q], call[name][b])
+            expected = before[f"{name}_cache"][b]
+            expected[n : n + seqlen_q] = call[name][b]
+            assert torch.equal(row.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_plain_steps_that_do_not_fit_write_nothing() -> None:
+    for changes in ({"cache_lengths": torch.tensor([9, 24])}, {"v": torch.zeros(2, 1, 4, 8)}):
+        call = steps([9, 3], 1, 4, torch.float32) | changes
+        before = call["k_cache"].nan_to_num(7.0)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"cache_lengths|v must have"):
+            attention_with_kv_cache(**call)
+        assert torch.equal(call["k_cache"].nan_to_num(7.0), before)
+
+
+def test_reference_compiles_whole() -> None:
+    """Its shapes do not depend on data, so that it can be captured too."""
+    torch._dynamo.reset()
+    call = steps([9, 3], 2, 2, torch.float32)
+    expected = {k: v.clone() for k, v in call.items()}
+
+    def step(**call: torch.Tensor) -> torch.Tensor:
+        return attention_with_kv_cache(**call, backend="reference")
+
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(**call)
+        torch.testing.assert_close(compiled, step(**expected))
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(call[name], expected[name], equal_nan=True)
 
 
 # --- contents that nobody checks ------------------------------------------------------------------
