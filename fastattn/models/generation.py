@@ -147,7 +147,7 @@ def _run(
     stops = ends is not None or texts is not None
     unfinished = torch.ones(batch_size, dtype=torch.bool, device=new.device)
     needed = torch.zeros((), dtype=torch.int64, device=new.device)  # steps until all had ended
-    lost = torch.zeros_like(unfinished)  # got no token
+    found = torch.zeros_like(needed).expand(batch_size)  # a row's token, NO_TOKEN from the first on
     check_every = _check_every(new, on_token, texts)
 
     for step in range(max_new_tokens):
@@ -160,15 +160,12 @@ def _run(
         if stops:
             tokens = torch.where(unfinished, tokens, pad)
             needed += unfinished.any()
-        lost |= tokens < 0
-        tokens = tokens.clamp(min=0)
         last, checked = step + 1 == max_new_tokens, (step + 1) % check_every == 0
-        if (last or checked) and lost.any():
-            raise ValueError(
-                f"the logits of prompt {lost.tolist().index(True)} are NaN or infinite by new "
-                f"token {step}, and say no token: look for NaN in the weights, or for a dtype that "
-                "is too narrow (float16 overflows where bfloat16 does not)"
-            )
+        if check_every > 1:  # no step is waited for
+            found = torch.where(found < 0, found, tokens)
+            tokens = tokens.clamp(min=0)
+        if last or checked:
+            _check_tokens(tokens if check_every == 1 else found, step)
         new[:, step] = tokens
         if ends is not None:
             unfinished = unfinished & ~torch.isin(tokens, ends)
@@ -190,6 +187,17 @@ def _check_every(
     """After how many steps to ask whether all have ended; 1 where each is waited for anyway."""
     waited_for = new.is_cpu or on_token is not None or texts is not None
     return 1 if waited_for else STEPS_BETWEEN_CHECKS
+
+
+def _check_tokens(tokens: Tensor, step: int) -> None:
+    """Raise where the logits said no token."""
+    listed = tokens.tolist()
+    if sampling.NO_TOKEN in listed:
+        raise ValueError(
+            f"the logits of prompt {listed.index(sampling.NO_TOKEN)} are NaN or infinite by new "
+            f"token {step}, and say no token: look for NaN in the weights, or for a dtype that is "
+            "too narrow (float16 overflows where bfloat16 does not)"
+        )
 
 
 def decode(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:

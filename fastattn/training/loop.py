@@ -95,6 +95,8 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: torch.nn.Module,
     training: torch.Tensor,

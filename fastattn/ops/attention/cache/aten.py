@@ -41,7 +41,7 @@ def straight(
     key a sequence, or the first keys of all. None for any other call; nothing is written then.
     """
     try:
-        if k is None or v is None or torch.is_grad_enabled():
+        if k is None or v is None or modes.needs_grad(q, k_cache, v_cache, k, v):
             return None
         if not plain(q, k_cache, v_cache, k, v) or not modes.plain():
             return None
