@@ -20,7 +20,9 @@ from ops.attention.cases import Case, call, check, formula, formula_of, results
 
 import fastattn
 from fastattn import backends
-from fastattn.ops.attention import interface, kv_cache, problem
+from fastattn.ops.attention import interface, problem
+from fastattn.ops.attention.cache import interface as cache_interface
+from fastattn.ops.attention.cache.problem import CacheProblem, describe
 from fastattn.ops.attention.problem import AttentionProblem
 
 COLUMNS = ("triton", "torch", "reference")
@@ -195,9 +197,9 @@ class CacheCase:
         tensors = (q, *caches, torch.tensor([5, 11]))
         return tuple(x.to(device) for x in tensors), {n: x.to(device) for n, x in options.items()}
 
-    def describe(self, device: str) -> kv_cache.CacheProblem:
+    def describe(self, device: str) -> CacheProblem:
         tensors, options = self.draw(device)
-        return kv_cache.describe(*tensors, **options)
+        return describe(*tensors, **options)
 
     def run(self, backend: str, device: str) -> None:
         (q, k_cache, v_cache, lengths), options = self.draw(device)
@@ -241,7 +243,7 @@ class CacheCase:
 
 def cached(**flags: bool) -> Feature:
     case = CacheCase(**flags)
-    return Feature(case.describe, case.run, table=kv_cache.BACKENDS)
+    return Feature(case.describe, case.run, table=cache_interface.BACKENDS)
 
 
 FEATURES = {
@@ -301,7 +303,7 @@ TABLE = features_table()
 
 def elsewhere(described: Any, device: torch.device) -> Any:
     """The same problem on another device."""
-    if isinstance(described, kv_cache.CacheProblem):
+    if isinstance(described, CacheProblem):
         moved = elsewhere(described.attention, device)
         return dataclasses.replace(described, attention=moved)
     return dataclasses.replace(described, device=device)

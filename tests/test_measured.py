@@ -15,7 +15,7 @@ from fastattn import backends, measured
 from fastattn.backends import explanation_of
 from fastattn.measured import Faster, Key
 from fastattn.ops.attention import interface as attention_interface
-from fastattn.ops.attention import kv_cache
+from fastattn.ops.attention.cache.problem import describe
 from fastattn.ops.attention.problem import describe as describe_attention
 from fastattn.ops.ffn import interface as ffn_interface
 from fastattn.ops.ffn.cuda import PRODUCT
@@ -291,6 +291,6 @@ def test_a_row_of_an_architecture(gpu: None) -> None:
 
 def test_the_size_of_a_step_of_decoding() -> None:
     q, cache = torch.randn(2, 3, 4, 8), torch.randn(2, 16, 2, 8)
-    described = kv_cache.describe(q, cache, cache, torch.tensor([3, 4]))
+    described = describe(q, cache, cache, torch.tensor([3, 4]))
     assert (described.op, described.needs_grad) == ("attention_with_kv_cache", False)
     assert (described.dtype, described.elements) == (torch.float32, 2 * 3 * 4 * 8)

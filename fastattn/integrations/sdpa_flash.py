@@ -169,7 +169,7 @@ def _described(
         softmax_scale=scale,
         dropout_p=dropout_p,
     )
-    problem = _problem.of(q, k, v, extras, settings, return_lse=True)
+    problem = _problem.AttentionProblem.of(q, k, v, extras, settings, return_lse=True)
     named = backends.named(None)
     if named is not None:
         if named[0] not in [kernel.name for kernel in KERNELS]:

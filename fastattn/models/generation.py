@@ -10,7 +10,7 @@ it, and the cache lets the first new token overwrite it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastattn.models import graphs, sampling
 from fastattn.models.cache import KVCache
 from fastattn.models.prompts import read_prompts, special_tokens
 from fastattn.models.sampling import Sampling
+from fastattn.models.stopping import StopStrings
 from fastattn.nn.mode import in_mode
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def generate(
     repetition_penalty: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
     seed: int | Sequence[int] | torch.Generator | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -69,6 +72,11 @@ def generate(
         eos_token_id: the tokens that end a sequence; None means the config's, ``()`` none.
         pad_token_id: what fills a sequence after its end, and before a prompt given as a list;
             None means the config's, else the first eos token, else 0.
+        stop_strings: texts that end a sequence, as in transformers: with the token that completes
+            one of them, even if that token goes on after it or the prompt began it. Each step is
+            then decoded on the host.
+        tokenizer: for ``stop_strings``: what has ``decode(token_ids) -> str``, as
+            `fastattn.training.Tokenizer` and the tokenizers of transformers have it.
         seed: for ``do_sample``. An integer gives row b a stream of its own, seeded ``seed + b``;
             several integers seed the rows one by one: so a row's tokens are those of its prompt
             alone with its seed. A generator, or torch's default one for None, is drawn from for all
@@ -83,6 +91,7 @@ def generate(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was computed.
+        ValueError: the model's logits are NaN, or none can be drawn from.
     """
     config, device = model.config, model.device
     how = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
@@ -91,6 +100,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     eos, pad = special_tokens(config, eos_token_id, pad_token_id)
+    texts = StopStrings.of(stop_strings, tokenizer)
     ends = torch.tensor(eos, device=device) if eos else None
     prompts = read_prompts(config, input_ids, attention_mask)
     longest = max(map(len, prompts))
@@ -110,11 +120,11 @@ def generate(
         out[:, :width] = input_ids
     else:
         for row, prompt in zip(out, prompts, strict=True):
-            row[width - len(prompt) : width] = torch.tensor(prompt)
+            row[width - len(prompt) : width] = torch.tensor(prompt, device=device)
 
     with torch.inference_mode(), in_mode(model, training=False):
         new = out[:, width:]
-        steps = _run(model, prompts, new, how, numbers, ends, pad, on_token)
+        steps = _run(model, prompts, new, how, numbers, ends, texts, pad, on_token)
     return out[:, : width + steps]
 
 
@@ -125,6 +135,7 @@ def _run(
     how: Sampling,
     numbers: Tensor | None,
     ends: Tensor | None,
+    texts: StopStrings | None,
     pad: int,
     on_token: Callable[[Tensor], None] | None,
 ) -> int:
@@ -133,9 +144,11 @@ def _run(
     decoder = _decoder(model, batch_size, max(map(len, prompts)) + max_new_tokens)
     logits = _prefill(model, prompts, decoder.cache)
     seen = _seen(prompts, logits) if how.repetition_penalty != 1.0 else None
+    stops = ends is not None or texts is not None
     unfinished = torch.ones(batch_size, dtype=torch.bool, device=new.device)
     needed = torch.zeros((), dtype=torch.int64, device=new.device)  # steps until all had ended
-    check_every = _check_every(new, on_token)
+    found = torch.zeros_like(needed).expand(batch_size)  # a row's token, NO_TOKEN from the first on
+    check_every = _check_every(new, on_token, texts)
 
     for step in range(max_new_tokens):
         if seen is not None:
@@ -143,27 +156,48 @@ def _run(
         if numbers is not None:
             tokens = sampling.draw(sampling.warp(logits.float(), how), numbers[step])
         else:
-            tokens = logits.argmax(-1)
-        if ends is not None:
+            tokens = sampling.most_probable(logits)
+        if stops:
             tokens = torch.where(unfinished, tokens, pad)
             needed += unfinished.any()
+        last, checked = step + 1 == max_new_tokens, (step + 1) % check_every == 0
+        if check_every > 1:  # no step is waited for
+            found = torch.where(found < 0, found, tokens)
+            tokens = tokens.clamp(min=0)
+        if last or checked:
+            _check_tokens(tokens if check_every == 1 else found, step)
+        new[:, step] = tokens
+        if ends is not None:
             unfinished = unfinished & ~torch.isin(tokens, ends)
+        if texts is not None:
+            unfinished = unfinished & ~texts.ended(prompts, new[:, : step + 1], unfinished)
         if seen is not None:
             seen.scatter_(1, tokens.unsqueeze(1), True)
-        new[:, step] = tokens
         if on_token is not None:
             on_token(new[:, step])
-        if step + 1 == max_new_tokens:
-            break
-        if ends is not None and (step + 1) % check_every == 0 and not unfinished.any():
+        if last or (stops and checked and not unfinished.any()):
             break
         logits = decoder(tokens)
-    return max_new_tokens if ends is None else int(needed)
+    return int(needed) if stops else max_new_tokens
 
 
-def _check_every(new: Tensor, on_token: Callable[[Tensor], None] | None) -> int:
-    """After how many steps to ask whether all have ended; a callback waits for each step anyway."""
-    return 1 if new.is_cpu or on_token is not None else STEPS_BETWEEN_CHECKS
+def _check_every(
+    new: Tensor, on_token: Callable[[Tensor], None] | None, texts: StopStrings | None
+) -> int:
+    """After how many steps to ask whether all have ended; 1 where each is waited for anyway."""
+    waited_for = new.is_cpu or on_token is not None or texts is not None
+    return 1 if waited_for else STEPS_BETWEEN_CHECKS
+
+
+def _check_tokens(tokens: Tensor, step: int) -> None:
+    """Raise where the logits said no token."""
+    listed = tokens.tolist()
+    if sampling.NO_TOKEN in listed:
+        raise ValueError(
+            f"the logits of prompt {listed.index(sampling.NO_TOKEN)} are NaN or infinite by new "
+            f"token {step}, and say no token: look for NaN in the weights, or for a dtype that is "
+            "too narrow (float16 overflows where bfloat16 does not)"
+        )
 
 
 def decode(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -180,14 +214,15 @@ def _prefill(model: GPT, prompts: list[list[int]], cache: KVCache) -> Tensor:
         [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device
     )
     hidden = model.features(ids, cache)  # (B, T, C)
-    if cache.static or min(lengths) < longest:
+    if min(lengths) < longest:
         cache.set_lengths(lengths)
+    rows = torch.arange(len(lengths), device=ids.device)
     last = torch.tensor(lengths, device=ids.device) - 1
-    return model.lm_head(hidden[cache.sequences, last])
+    return model.lm_head(hidden[rows, last])
 
 
 class EagerDecoder:
-    """`decode` with a cache that grows: every step reads only what is there."""
+    """`decode` with a cache of its own."""
 
     def __init__(self, model: GPT, batch_size: int, capacity: int) -> None:
         self.model = model
@@ -196,7 +231,7 @@ class EagerDecoder:
             batch_size,
             capacity,
             device=model.device,
-            dtype=model.wte.weight.dtype,
+            dtype=graphs.cache_dtype(model),
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:

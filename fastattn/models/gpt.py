@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastattn import nn
-from fastattn.models import folder, generation
+from fastattn.models import folder, generation, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.ops.common import modes
@@ -153,7 +153,8 @@ class GPT(torch.nn.Module):
                 torch.func transforms, fake tensors and tracing.
             targets: (B, T) the tokens that follow, or -100 where none counts. Nothing is shifted
                 here: ``targets[:, t]`` is what comes after ``input_ids[:, t]``.
-            cache: keys and values of the tokens before; those of ``input_ids`` are appended.
+            cache: keys and values of the tokens before; those of ``input_ids`` are appended. The
+                result then has no gradient.
             logits_to_keep: compute the logits only of the last so many positions; 0 means all.
 
         Returns:
@@ -164,6 +165,9 @@ class GPT(torch.nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(input_ids, targets, cache=cache, logits_to_keep=logits_to_keep)
         check_ids("input_ids", input_ids, self.config.vocab_size)
         if targets is not None:
             if logits_to_keep:
@@ -217,6 +221,7 @@ class GPT(torch.nn.Module):
         return hidden
 
     generate = generation.generate
+    resize_token_embeddings = resizing.resize_token_embeddings
     save_pretrained = folder.save_pretrained
 
     @classmethod

@@ -3,7 +3,7 @@
 A decoding step of a small model is hundreds of kernels of a few microseconds each, which the host
 launches more slowly than the GPU runs them. A graph launches them all at once. It replays the same
 kernels on the same memory, so everything that changes from step to step is in tensors: the tokens,
-the keys and values, and the sequences' lengths (a static `KVCache`). What depends on the step in
+the keys and values, and the sequences' lengths (a `KVCache`). What depends on the step in
 other ways (sampling, the end of a sequence) stays outside.
 
 Capturing a step takes about as long as running it twice; beyond the kernels themselves nothing is
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastattn.models.cache import KVCache
+from fastattn.ops.common import modes
 
 if TYPE_CHECKING:
     from fastattn.models.gpt import GPT
@@ -31,6 +32,13 @@ Step = Callable[["GPT", Tensor, KVCache], Tensor]
 BUCKET = 256
 # How many graphs, each with a cache of its own, are kept for a model.
 KEPT = 4
+
+
+def cache_dtype(model: GPT) -> torch.dtype:
+    """The dtype in which the model's layers give keys and values: autocast's, or the weights'."""
+    weights = model.wte.weight.dtype
+    autocast = modes.autocast_dtype(model.device.type)
+    return weights if autocast is None or weights == torch.float64 else autocast
 
 
 class GraphDecoder:
@@ -45,9 +53,8 @@ class GraphDecoder:
             model.config,
             batch_size,
             capacity,
-            static=True,
             device=device,
-            dtype=model.wte.weight.dtype,
+            dtype=cache_dtype(model),
         )
         self._step = step
         # The graph holds the addresses of the weights, not the model, which may go before it does.
@@ -99,11 +106,12 @@ def decoder(step: Step, model: GPT, batch_size: int, capacity: int) -> GraphDeco
     """A captured decoder with an empty cache for at least ``capacity`` tokens, kept for next time.
 
     Kept with the model: the last 4 graphs and their caches. Weights that were replaced or moved
-    (not those changed in place) make a new one.
+    (not those changed in place) make a new one, and so does another dtype of autocast.
     """
     capacity = min(-(-capacity // BUCKET) * BUCKET, model.config.n_positions)
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
-    key = (batch_size, capacity, model.wte.weight.dtype, addresses)
+    dtypes = model.wte.weight.dtype, modes.autocast_dtype(model.device.type)
+    key = (batch_size, capacity, dtypes, addresses)
     kept = _kept.setdefault(model, OrderedDict())
     if key not in kept:
         for stale in [k for k in kept if k[-1] != addresses]:

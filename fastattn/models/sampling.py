@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastattn.nn.checks import check_seed
 
+# In place of a token where the logits do not say one.
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -78,9 +81,10 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     kept = logits.shape[-1]
     if sampling.top_k is not None and sampling.top_k < kept:
         least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        removed = logits < least
+        logits = logits.masked_fill(removed, -math.inf)
         if logits.is_cpu:  # only these need sorting; the number is cheap to read here
-            kept = int((logits >= least).sum(-1).max())
+            kept -= int(removed.sum(-1).min())
     if sampling.top_p is not None and sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p, kept)
     return logits
@@ -96,7 +100,7 @@ def _nucleus(logits: Tensor, top_p: float, kept: int) -> Tensor:
         order = logits.argsort(dim=-1)
     ascending = logits.gather(-1, order)
     # The probability of all up to a token: where it is at most 1 - top_p, the rest suffices.
-    remove = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    remove = _running_sum(ascending.softmax(-1), torch.float32) <= 1 - top_p
     remove[:, -1] = False
     return logits.masked_fill(
         torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, remove), -math.inf
@@ -107,12 +111,28 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """A token a row, by inverting the distribution function at ``uniform``.
 
     logits (B, V); uniform (B,) float64 in [0, 1) -> (B,) int64. The number decides the token, so a
-    row's tokens depend on nothing but its own logits and its own numbers.
+    row's tokens depend on nothing but its own logits and its own numbers. `NO_TOKEN` where the
+    logits are no distribution: one is NaN or +inf, or all are -inf.
     """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    cumulative = _running_sum(logits.softmax(-1), torch.float64)  # (B, V)
     # Of the tokens with equal sums, the first has the probability; the others are 0.
     point = uniform.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    tokens = torch.searchsorted(cumulative, point, right=True)
+    return tokens.masked_fill(point.isnan(), NO_TOKEN).squeeze(-1)
+
+
+def most_probable(logits: Tensor) -> Tensor:
+    """The greedy token a row, (B, V) -> (B,) int64; `NO_TOKEN` where a logit is NaN."""
+    best = logits.max(-1)
+    return best.indices.masked_fill(best.values.isnan(), NO_TOKEN)
+
+
+def _running_sum(probabilities: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, V) in ``dtype``."""
+    if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # CUDA's cumsum is not deterministic, and raises.
+        return probabilities.cpu().cumsum(-1, dtype=dtype).to(probabilities.device)
+    return probabilities.cumsum(-1, dtype=dtype)
 
 
 def uniforms(
@@ -150,7 +170,12 @@ def uniforms(
             check_seed(f"the seed of sequence {row}", each)
         numbers = torch.stack(
             [
-                torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+                torch.rand(
+                    steps,
+                    generator=torch.Generator("cpu").manual_seed(s),
+                    dtype=torch.float64,
+                    device="cpu",
+                )
                 for s in seeds
             ],
             dim=1,

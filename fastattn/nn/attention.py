@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +11,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.nn.checks import check_integer, check_probability
 from fastattn.nn.plain import is_plain, refresh
-from fastattn.ops.attention import attention
+from fastattn.ops.attention import attention, attention_with_kv_cache
 from fastattn.ops.common import modes
 from fastattn.ops.linear import linear
 
 
-class KeyValueCache(Protocol):
-    """What `MultiheadAttention.self_attention` asks of a cache."""
+class KeyValueCache(NamedTuple):
+    """The cache of one layer, in the form of `fastattn.attention_with_kv_cache`.
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append the new ``k`` and ``v`` (batch, seqlen, heads, head_dim).
+    `MultiheadAttention.self_attention` writes new keys and values after the first ``lengths`` ones.
+    The caller then counts ``lengths`` on, which several layers may share.
+    """
 
-        Returns all the keys and values that shall be seen, the new ones last, and their
-        ``key_lengths`` (batch,), or None where every one of them counts.
-        """
-        ...
+    keys: Tensor  # (batch, capacity, heads, head_dim)
+    values: Tensor  # (batch, capacity, heads, head_dim)
+    lengths: Tensor  # (batch,), int32 or int64
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -201,8 +201,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         ``batch_first`` has no say here: the batch is always first. ``causal``, ``key_lengths``
         (batch,) and ``softmax_scale`` mean what they do in `fastattn.attention`.
 
-        With ``cache``, the new keys and values are appended to it, and x attends to all that it
-        then holds; ``key_lengths`` comes from the cache, or from the caller if the cache has none.
+        With ``cache``, the new keys and values are written into it, and x attends to all that it
+        then holds, by `fastattn.attention_with_kv_cache`: without a gradient, under
+        ``torch.no_grad()``, and in eval mode if the module has dropout.
 
         It is a method of its own: hooks on this module belong to ``forward`` and do not fire (but
         for those of pruning and normed weights, which compute weights); those on ``out_proj`` do.
@@ -210,29 +211,40 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         `torch.distributed.fsdp.register_fsdp_forward_method`.
 
         Raises ValueError if x has another shape, if the module was built with ``kdim``, ``vdim``,
-        ``add_bias_kv`` or ``add_zero_attn``, or if caller and cache both give ``key_lengths``.
+        ``add_bias_kv`` or ``add_zero_attn``, or if ``cache`` comes with ``key_lengths``, with
+        dropout or where a gradient is wanted.
         """
         self._check_self_attention(x)
         refresh(self)
         q, k, v = self._project(x, x, x)
         if cache is not None:
-            k, v, cached_lengths = cache.update(k, v)
-            if cached_lengths is not None:
-                if key_lengths is not None:
-                    raise ValueError(
-                        "key_lengths was given, and the cache returned its own: leave the argument "
-                        "away with a cache that keeps lengths"
-                    )
-                key_lengths = cached_lengths
-        heads = attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            key_lengths=key_lengths,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+            if key_lengths is not None:
+                raise ValueError("key_lengths must be None with a cache, which has its own lengths")
+            if self.training and self.dropout:
+                raise ValueError(
+                    f"a cache is for inference, and this module has dropout={self.dropout} in "
+                    "training mode: call eval() first"
+                )
+            heads = attention_with_kv_cache(
+                q,
+                cache.keys,
+                cache.values,
+                cache.lengths,
+                k=k,
+                v=v,
+                causal=causal,
+                softmax_scale=softmax_scale,
+            )
+        else:
+            heads = attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                softmax_scale=softmax_scale,
+                key_lengths=key_lengths,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
         out = heads.flatten(-2)
         if is_plain(self.out_proj, NonDynamicallyQuantizableLinear):
             return linear(out, self.out_proj.weight, self.out_proj.bias)

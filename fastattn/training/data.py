@@ -73,7 +73,7 @@ def tokenize(tokenizer: Tokenizer, parts: Mapping[str, tuple[str, str]]) -> Toke
         ids: list[int] = []
         for pair in parts.values():
             ids += [*tokenizer.encode(pair[which]), tokenizer.end_of_text]
-        return torch.tensor(ids, dtype=torch.int64)
+        return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     return TokenSplit(stream(0), stream(1))
 
@@ -105,8 +105,11 @@ def sample_batch(
         ValueError: the stream is shorter than context + 1.
     """
     check_stream(tokens, context, "tokens")
-    starts = torch.randint(len(tokens) - context, (batch_size, 1), generator=generator)
-    windows = tokens[(starts + torch.arange(context + 1)).to(tokens.device)]  # (B, T + 1)
+    where = generator.device
+    choices = len(tokens) - context
+    starts = torch.randint(choices, (batch_size, 1), generator=generator, device=where)
+    places = starts + torch.arange(context + 1, device=where)
+    windows = tokens[places.to(tokens.device)]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 

@@ -161,6 +161,8 @@ def _optimizers(model: torch.nn.Module, config: TrainingConfig) -> list[torch.op
     return optimizers
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: torch.nn.Module,
     training: torch.Tensor,

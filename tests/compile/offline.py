@@ -243,7 +243,7 @@ def attention(
         caches: (dtype, head_dim, whether paged) of decoding steps.
         one_query: a forward of one query too, where it has the features.
     """
-    import fastattn.ops.attention.kv_cache
+    import fastattn.ops.attention.cache.registration
     from fastattn.ops.attention import BlockMask
     from fastattn.ops.attention import triton as kernels
     from fastattn.ops.attention.problem import check, check_varlen
@@ -324,7 +324,7 @@ def attention(
         angles = empty(4096, head_dim // 2)
 
         def step(q=q, k=k, keys=keys, lengths=lengths, paged=paged, t=table, angles=angles) -> None:  # type: ignore[no-untyped-def]
-            fastattn.ops.attention.kv_cache._run(
+            fastattn.ops.attention.cache.registration._forward(
                 q, keys, keys, lengths, k, k, t if paged else None, None, None, angles, angles,
                 not paged, True, None, None, None, -1, 0, 0.1, 0.0, "triton",
             )  # fmt: skip

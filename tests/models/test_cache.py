@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastattn
 from fastattn import GPTConfig
 from fastattn.models import KVCache
 
@@ -22,49 +23,49 @@ def _new(batch: int, seqlen: int, first: float) -> torch.Tensor:
     return values[:, :, None, None].expand(batch, seqlen, 4, 12).float()
 
 
-def _append(cache: KVCache, new: torch.Tensor) -> tuple[list, Any, torch.Tensor]:
-    positions = cache.begin(new.shape[1]).tolist()
-    keys, values, lengths = cache.layers[0].update(new, -new)
-    for b in range(cache.batch_size):  # what is seen; the rest may hold anything
-        seen = slice(None if lengths is None else int(lengths[b]))
-        assert torch.equal(values[b, seen], -keys[b, seen])
+def _append(cache: KVCache, new: torch.Tensor) -> list:
+    """As a layer does; the positions."""
+    positions = cache.begin(new.shape[1])
+    keys, values, lengths = cache.layers[0]
+    with torch.no_grad():
+        fastattn.attention_with_kv_cache(new, keys, values, lengths, k=new, v=-new)
+    before = positions.tolist()
     cache.end(new.shape[1])
-    return positions, lengths, keys[..., 0, 0]
+    return before
 
 
-def test_uniform_growth(config: GPTConfig) -> None:
+def _held(cache: KVCache) -> list[list[float]]:
+    """The first number of each key that each sequence holds; the values are their negatives."""
+    keys, values, lengths = cache.layers[0]
+    held = [k[:n, 0, 0].tolist() for k, n in zip(keys, lengths.tolist())]
+    assert held == [(-v[:n, 0, 0]).tolist() for v, n in zip(values, lengths.tolist())]
+    return held
+
+
+def test_growth(config: GPTConfig) -> None:
     cache = KVCache(config, 2, 8)
-    positions, lengths, keys = _append(cache, _new(2, 3, 0))
-    assert positions == [0, 1, 2] and lengths is None
-    positions, lengths, keys = _append(cache, _new(2, 2, 3))
-    assert positions == [3, 4] and lengths is None
-    assert keys.tolist() == [[0, 1, 2, 3, 4], [100, 101, 102, 103, 104]]
+    assert _append(cache, _new(2, 3, 0)) == [[0, 1, 2]] * 2
+    assert _append(cache, _new(2, 2, 3)) == [[3, 4]] * 2
+    assert _held(cache) == [[0, 1, 2, 3, 4], [100, 101, 102, 103, 104]]
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_each_sequence_grows_at_its_own_end(config: GPTConfig, static: bool) -> None:
-    cache = KVCache(config, 2, 8, static=static)
+def test_each_sequence_grows_at_its_own_end(config: GPTConfig) -> None:
+    cache = KVCache(config, 2, 8)
     _append(cache, _new(2, 3, 0))
     cache.set_lengths([3, 1])
-    positions, lengths, keys = _append(cache, _new(2, 1, 50))
-    assert positions == [[3], [1]] and lengths.tolist() == [4, 2]
-    assert keys.shape == (2, 8 if static else 4)
-    assert keys[0, :4].tolist() == [0, 1, 2, 50] and keys[1, :2].tolist() == [100, 150]
-    positions, lengths, keys = _append(cache, _new(2, 1, 60))
-    assert positions == [[4], [2]] and lengths.tolist() == [5, 3]
-    assert keys[0, :5].tolist() == [0, 1, 2, 50, 60] and keys[1, :3].tolist() == [100, 150, 160]
+    assert _append(cache, _new(2, 1, 50)) == [[3], [1]]
+    assert _held(cache) == [[0, 1, 2, 50], [100, 150]]
+    assert _append(cache, _new(2, 2, 60)) == [[4, 5], [2, 3]]
+    assert _held(cache) == [[0, 1, 2, 50, 60, 61], [100, 150, 160, 161]]
 
 
-def test_static_steps_use_the_same_memory(config: GPTConfig) -> None:
-    cache = KVCache(config, 2, 8, static=True)
-    cache.set_lengths([0, 0])
-    before = cache.lengths.data_ptr()
+def test_steps_use_the_same_memory(config: GPTConfig) -> None:
+    cache = KVCache(config, 2, 8)
+    before = [x.data_ptr() for x in (*cache.layers[0], cache.lengths)]
     for _ in range(2):
-        cache.begin(1)
-        keys, _, _ = cache.layers[0].update(_new(2, 1, 0), _new(2, 1, 0))
-        cache.end(1)
-        assert keys.data_ptr() == cache.layers[0].keys.data_ptr() and keys.shape[1] == 8
-    assert cache.lengths.data_ptr() == before and cache.lengths.tolist() == [2, 2]
+        _append(cache, _new(2, 1, 0))
+    assert [x.data_ptr() for x in (*cache.layers[0], cache.lengths)] == before
+    assert cache.lengths.tolist() == [2, 2] and cache.longest == 2
 
 
 def test_reset(config: GPTConfig) -> None:
@@ -72,8 +73,7 @@ def test_reset(config: GPTConfig) -> None:
     _append(cache, _new(1, 4, 0))
     cache.set_lengths([2])
     cache.reset()
-    positions, lengths, keys = _append(cache, _new(1, 2, 7))
-    assert positions == [0, 1] and lengths is None and keys.tolist() == [[7, 8]]
+    assert _append(cache, _new(1, 2, 7)) == [[0, 1]] and _held(cache) == [[7, 8]]
 
 
 def test_errors(config: GPTConfig) -> None:
@@ -89,7 +89,5 @@ def test_errors(config: GPTConfig) -> None:
         with pytest.raises(ValueError, match="lengths must"):
             cache.set_lengths(lengths)
     cache.set_lengths([4, 2])
-    with pytest.raises(ValueError, match="one token at a time, got 2"):
-        cache.begin(2)
-    with pytest.raises(ValueError, match="room for 4 tokens and is full"):
+    with pytest.raises(ValueError, match="room for 4 tokens and holds 4: 1 more do not fit"):
         cache.begin(1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from fastattn import GPT
+from fastattn import GPT, GPTConfig
 from fastattn.models import generation, graphs
+from fastattn.training import Tokenizer
 
 Pair = tuple[GPT, transformers.GPT2LMHeadModel]
 MakePair = Callable[..., Pair]
@@ -118,7 +121,7 @@ def test_checks_for_the_end_now_and_then(pair: Pair, monkeypatch: pytest.MonkeyP
     decode, steps = generation.decode, []
     monkeypatch.setattr(generation, "decode", lambda *args: (steps.append(1), decode(*args))[1])
     monkeypatch.setattr(generation, "_decoder", generation.EagerDecoder)
-    monkeypatch.setattr(generation, "_check_every", lambda new, on_token: 16)
+    monkeypatch.setattr(generation, "_check_every", lambda *args: 16)
     got = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
     assert torch.equal(got, expected) and len(steps) == 15
 
@@ -185,6 +188,188 @@ def test_top_k_of_one_is_greedy(pair: Pair) -> None:
     prompts = _prompts(ours)
     greedy = ours.generate(prompts, max_new_tokens=20)
     assert torch.equal(ours.generate(prompts, max_new_tokens=20, do_sample=True, top_k=1), greedy)
+
+
+# --- the caller's context -------------------------------------------------------------------------
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "default dtype": lambda: _set(torch.set_default_dtype, torch.float64, torch.float32),
+    "default device": lambda: _set(torch.set_default_device, "meta", None),
+    "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "enable_grad": torch.enable_grad,
+}
+
+
+@contextlib.contextmanager
+def _set(setter: Callable[[Any], None], value: Any, before: Any) -> Iterator[None]:
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+@either_cache
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[3]], ids=["greedy", "sampling"])
+def test_the_context_does_not_count(pair: Pair, settings: dict[str, Any], context: str) -> None:
+    ours, _ = pair
+    prompts = _prompts(ours)
+    seeds = {"seed": 3} if settings else {}
+    expected = ours.generate(prompts, max_new_tokens=8, **settings, **seeds)
+    with CONTEXTS[context]():
+        got = ours.generate(prompts, max_new_tokens=8, **settings, **seeds)
+    assert torch.equal(got, expected)
+
+
+@either_cache
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64])
+def test_autocast(make_pair: MakePair, dtype: torch.dtype, weights: torch.dtype) -> None:
+    """Each new token is the most probable one by the model on the whole text, under autocast."""
+    ours, _ = make_pair(dtype=weights)
+    prompts = _prompts(ours)
+    with torch.autocast(ours.device.type, dtype=dtype):
+        out = ours.generate(prompts, max_new_tokens=12)
+        for row, prompt in zip(out, prompts, strict=True):
+            text = row[17 - len(prompt) :]
+            with torch.no_grad():
+                logits = ours(text[None])[0, len(prompt) - 1 : -1].float()
+            best = logits.max(-1).values
+            taken = logits.gather(-1, text[len(prompt) :, None]).squeeze(-1)
+            # Rounding may swap two that are as good; the largest logits are near 30.
+            torch.testing.assert_close(taken, best, atol=0.5, rtol=0)
+
+
+def test_a_graph_is_kept_for_each_dtype_of_autocast(pair: Pair) -> None:
+    ours, _ = pair
+    plain = graphs.GraphDecoder(generation.decode, ours, 1, 8)
+    with torch.autocast(ours.device.type, dtype=torch.bfloat16):
+        cast = graphs.GraphDecoder(generation.decode, ours, 1, 8)
+    assert plain.cache.layers[0].keys.dtype == torch.float32
+    assert cast.cache.layers[0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("check_every", [1, 16], ids=["at once", "now and then"])
+@pytest.mark.parametrize("settings", [SETTINGS[0], *SETTINGS[2:]], ids=str)
+def test_logits_that_are_no_distribution(
+    pair: Pair,
+    settings: dict[str, Any],
+    check_every: int,
+    value: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, _ = pair
+    monkeypatch.setattr(generation, "_check_every", lambda *args: check_every)
+    with torch.no_grad():
+        ours.norm_f.bias.fill_(value)  # the head's products are NaN
+    with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new token"):
+        ours.generate(_prompts(ours), max_new_tokens=3, **settings)
+
+
+# --- stop strings ---------------------------------------------------------------------------------
+
+TEXT = ["the cat sat on the mat, and the dog sat on the cat: 天气很好, stop at nothing"] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return Tokenizer.train(TEXT, vocab_size=300)
+
+
+@pytest.fixture
+def _speller(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the model write a text: `decode` and `_prefill` give its tokens one by one."""
+
+    def write(text: str) -> None:
+        ids = iter(tokenizer.encode(text) + [0] * 50)
+
+        def step(model: GPT, *rest: Any) -> torch.Tensor:
+            logits = torch.zeros(1, 300)
+            logits[0, next(ids)] = 1.0
+            return logits
+
+        monkeypatch.setattr(generation, "_prefill", step)
+        monkeypatch.setattr(generation, "decode", step)
+        monkeypatch.setattr(generation, "_decoder", generation.EagerDecoder)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "stops"),
+    [
+        ("the", " cat sat on the mat", "sat"),
+        ("the", " cat sat on the mat", ["mat", " on"]),
+        ("the", " cat sat on the mat", "at s"),  # over two tokens
+        ("the", " cat sat on the mat", "he cat"),  # begun in the prompt
+        ("the cat", " sat on the cat", "cat"),  # the prompt's own does not count
+        ("the", " dog: 天气很好, stop", "气"),  # of several tokens
+        ("the", " dog: 天气很好, stop", "ca"),  # never
+    ],
+)
+def test_stop_strings(
+    tokenizer: Any, _speller: Callable[[str], None], prompt: str, text: str, stops: Any
+) -> None:
+    """The fewest tokens whose text, the prompt's before them, has a stop string that ends in it."""
+    model = GPT(GPTConfig(300, 64, 16, 1, 2, eos_token_id=None)).eval()
+    ids = tokenizer.encode(prompt)
+    _speller(text)
+    out = model.generate([ids], max_new_tokens=20, stop_strings=stops, tokenizer=tokenizer)
+    new = (tokenizer.encode(text) + [0] * 20)[:20]
+    listed = [stops] if isinstance(stops, str) else stops
+
+    def found(count: int) -> int:
+        return sum(tokenizer.decode(ids + new[:count]).count(s) for s in listed)
+
+    expected = next((n for n in range(1, 21) if found(n) > found(0)), 20)
+    assert out[0, len(ids) :].tolist() == new[:expected]
+
+
+def test_stop_strings_equal_transformers(
+    make_pair: MakePair, tokenizer: Any, tmp_path: Any
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    ours, theirs = make_pair(vocab_size=len(theirs_tokenizer))
+    for seed in range(4):
+        prompt = torch.randint(
+            1, 97, (1, 6), generator=torch.Generator().manual_seed(seed), device="cpu"
+        ).to(ours.device)
+        free = ours.generate(prompt, max_new_tokens=20)[0, 6:].tolist()
+        # Whole characters, so that both see the same text.
+        text = theirs_tokenizer.decode(free[4:9]).replace("\ufffd", "")
+        if not text:
+            continue
+        settings = {"max_new_tokens": 20, "stop_strings": [text[-2:]]}
+        got = ours.generate(prompt, tokenizer=theirs_tokenizer, **settings)
+        expected = _theirs(theirs, prompt, tokenizer=theirs_tokenizer, **settings)
+        assert torch.equal(got, expected)
+
+
+def test_rows_end_by_their_own_texts(pair: Pair) -> None:
+    class Letters:
+        def decode(self, ids: list[int]) -> str:
+            return "".join(chr(0x4E00 + i) for i in ids)
+
+    ours, _ = pair
+    prompts = _prompts(ours)
+    free = ours.generate(prompts, max_new_tokens=12)[:, 17:]
+    stops = [chr(0x4E00 + int(free[0, 3])), Letters().decode(free[1, 5:7].tolist())]
+    got = ours.generate(
+        prompts, max_new_tokens=12, pad_token_id=96, stop_strings=stops, tokenizer=Letters()
+    )[:, 17:]
+    for row, whole, prompt in zip(got.tolist(), free.tolist(), prompts, strict=True):
+        ends = [
+            n
+            for n in range(1, 13)
+            if any(Letters().decode(prompt + whole[:n]).endswith(s) for s in stops)
+        ]
+        n = ends[0] if ends else 12
+        assert row[:n] == whole[:n] and set(row[n:]) <= {96}
 
 
 @either_cache
@@ -305,6 +490,10 @@ IDS = torch.tensor([[1, 2, 3]])
         (IDS, {"temperature": 0.5}, ValueError, "temperature would have no effect"),
         (IDS, {"seed": 0}, ValueError, "seed would have no effect: give do_sample=True too"),
         (IDS, {"do_sample": True, "seed": [0, 1]}, ValueError, "each of 1 sequences, got 2"),
+        (IDS, {"stop_strings": "x"}, ValueError, "give tokenizer=.*got None"),
+        (IDS, {"stop_strings": []}, ValueError, r"at least one string, .*got \[\]"),
+        (IDS, {"stop_strings": ["a", ""]}, ValueError, "no empty one"),
+        (IDS, {"stop_strings": [1]}, TypeError, "must be a string or a list of them, got .1."),
     ],
 )
 def test_bad_input(

@@ -173,6 +173,17 @@ def test_cache_in_parts_equals_the_whole(pair: Pair) -> None:
         torch.testing.assert_close(torch.cat(parts, dim=1), ours(tokens), atol=1e-4, rtol=0)
 
 
+def test_a_cache_has_no_gradient(pair: Pair) -> None:
+    """Where gradients are on, too: the cache is written in place."""
+    ours, _ = pair
+    tokens = _tokens(pair, batch=2, seqlen=20)
+    cache = KVCache(ours.config, 2, 20, device=ours.device)
+    parts = [ours(part, cache=cache) for part in tokens.split([10, 10], dim=1)]
+    logits = torch.cat(parts, dim=1)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, ours(tokens).detach(), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("tokens", "kwargs", "error", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations, prune
 
-from fastattn.nn import MultiheadAttention
+from fastattn.nn import KeyValueCache, MultiheadAttention
 from fastattn.nn import attention as attention_module
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -626,41 +627,52 @@ def test_softmax_scale() -> None:
     torch.testing.assert_close(ours.self_attention(x, softmax_scale=scale), expected)
 
 
-class GrowingCache:
-    """The simplest cache: concatenation."""
-
-    def __init__(self, key_lengths: torch.Tensor | None = None) -> None:
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
-        self.key_lengths = key_lengths
-
-    def update(
-        self, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        if self.k is not None and self.v is not None:
-            k, v = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1)
-        self.k, self.v = k, v
-        return k, v, self.key_lengths
+def _cache(ours: MultiheadAttention, lengths: list[int]) -> KeyValueCache:
+    """With room for 9 tokens; unused slots hold NaN."""
+    keys, values = torch.full((2, len(lengths), 9, ours.num_heads, ours.head_dim), math.nan)
+    return KeyValueCache(keys, values, torch.tensor(lengths))
 
 
 @pytest.mark.parametrize("steps", [[1] * 7, [4, 1, 2], [7]])
 def test_cache_gives_what_the_whole_sequence_gives(steps: list[int]) -> None:
     ours, _ = _pair()
     x = _input(KEYS)
-    cache = GrowingCache()
-    parts = [ours.self_attention(part, causal=True, cache=cache) for part in x.split(steps, 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), ours.self_attention(x, causal=True))
+    cache = _cache(ours, [0] * len(x))
+    parts = []
+    with torch.no_grad():
+        for part in x.split(steps, 1):
+            parts.append(ours.self_attention(part, causal=True, cache=cache))
+            cache.lengths.add_(part.shape[1])
+        torch.testing.assert_close(torch.cat(parts, 1), ours.self_attention(x, causal=True))
 
 
-def test_key_lengths_from_the_cache_or_from_the_caller() -> None:
+@torch.no_grad()
+def test_cached_sequences_of_unequal_lengths() -> None:
+    ours, _ = _pair()
+    x, lengths = _input(KEYS), [7, 2, 4]
+    cache = _cache(ours, [0] * 3)
+    ours.self_attention(x, causal=True, cache=cache)
+    cache.lengths.copy_(torch.tensor(lengths))
+    new = _input(KEYS)[:, :2]
+    together = ours.self_attention(new, causal=True, cache=cache)
+    for b, n in enumerate(lengths):
+        whole = torch.cat([x[b : b + 1, :n], new[b : b + 1]], 1)
+        alone = ours.self_attention(whole, causal=True)[:, n:]
+        torch.testing.assert_close(together[b : b + 1], alone)
+
+
+def test_a_cache_is_for_inference() -> None:
     ours, _ = _pair()
     x = _input(KEYS)
-    lengths = torch.tensor([7, 2, 4])
-    expected = ours.self_attention(x, key_lengths=lengths)
-    assert torch.equal(ours.self_attention(x, cache=GrowingCache(lengths)), expected)
-    assert torch.equal(ours.self_attention(x, key_lengths=lengths, cache=GrowingCache()), expected)
-    with pytest.raises(ValueError, match="key_lengths was given, and the cache returned its own"):
-        ours.self_attention(x, key_lengths=lengths, cache=GrowingCache(lengths))
+    with pytest.raises(ValueError, match=r"call it under torch.no_grad\(\)"):
+        ours.self_attention(x, cache=_cache(ours, [0] * 3))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="key_lengths must be None with a cache"):
+            lengths = torch.tensor([7, 2, 4])
+            ours.self_attention(x, key_lengths=lengths, cache=_cache(ours, [0] * 3))
+        ours.dropout = 0.5
+        with pytest.raises(ValueError, match=r"dropout=0.5 in training mode: call eval\(\) first"):
+            ours.train().self_attention(x, cache=_cache(ours, [0] * 3))
 
 
 # --- inside torch's layers -----------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn.nn import FeedForward, LayerNorm, MultiheadAttention, TransformerBlock
+from fastattn.nn import FeedForward, KeyValueCache, LayerNorm, MultiheadAttention, TransformerBlock
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 EMBED, HEADS, HIDDEN, LENGTH = 16, 4, 24, 6
@@ -210,22 +210,16 @@ def test_key_lengths_hide_padding() -> None:
     torch.testing.assert_close((branch + residual)[1:, :2], alone)
 
 
+@torch.no_grad()
 def test_the_cache_reaches_the_attention() -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.shapes: list[torch.Size] = []
-
-        def update(
-            self, k: torch.Tensor, v: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-            self.shapes += [k.shape, v.shape]
-            return k, v, torch.tensor([6, 2])
-
-    block, cache, x = _block(), Recorder(), torch.randn(2, LENGTH, EMBED)
-    branch, _ = block(x, cache=cache)
-    assert cache.shapes == 2 * [(2, LENGTH, HEADS, EMBED // HEADS)]
-    expected, _ = block(x, key_lengths=torch.tensor([6, 2]))
-    assert torch.equal(branch, expected)
+    block, x = _block(causal=True).eval(), torch.randn(2, LENGTH, EMBED)
+    keys, values = torch.empty(2, 2, LENGTH, HEADS, EMBED // HEADS)
+    cache = KeyValueCache(keys, values, torch.tensor([0, 0]))
+    block(x[:, :-1], cache=cache)
+    cache.lengths.add_(LENGTH - 1)
+    last = _sum(block, x)[:, -1:]
+    branch, residual = block(x[:, -1:], cache=cache)
+    torch.testing.assert_close(branch + residual, last)
 
 
 def test_softmax_scale() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from emulator.knobs import Emulator
-from ops.attention import test_kv_cache as cache
+from ops.attention.cache import test_cache as cache
 from ops.attention.cases import Case, check
 from sweep.device import ARCHITECTURE, DEVICE, DTYPES, GPU, HALVES
 

@@ -69,6 +69,17 @@ def test_batches_follow_the_seed_alone() -> None:
     assert not torch.equal(first[0], first[1])
 
 
+def test_the_default_device_does_not_count() -> None:
+    tokens = torch.arange(1000)
+    expected = sample_batch(tokens, 4, 16, torch.Generator().manual_seed(0))
+    torch.set_default_device("meta")
+    try:
+        got = sample_batch(tokens, 4, 16, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected))
+
+
 def test_consecutive_batches_have_each_target_once() -> None:
     tokens = torch.arange(100)
     batches = list(consecutive_batches(tokens, batch_size=3, context=9))

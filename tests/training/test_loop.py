@@ -76,6 +76,16 @@ def test_a_seed_gives_the_same_bits() -> None:
     assert first.steps != other.steps
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=str)
+def test_it_trains_where_gradients_are_off(context: Any) -> None:
+    subjects = model(), model()
+    train(subjects[0], STREAM, STREAM[:300], dataclasses.replace(CONFIG, steps=3))
+    with context():
+        train(subjects[1], STREAM, STREAM[:300], dataclasses.replace(CONFIG, steps=3))
+    for x, y in zip(*(subject.parameters() for subject in subjects)):
+        assert torch.equal(x, y)
+
+
 def test_the_rate_rises_then_falls_as_a_cosine() -> None:
     config = TrainingConfig(steps=110, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.5)
     rates = [config.learning_rate_at(step) for step in range(1, 111)]

@@ -22,6 +22,7 @@ import dataclasses
 from fastattn.models.config import GPTConfig
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 

@@ -22,10 +22,19 @@ from torch import Tensor
 
 from fastattn.files import local_path
 from fastattn.models.config import GPTConfig
-from fastattn.models.folder.layout import CONFIG, HEAD, INDEX, PREFIX, WEIGHTS, Stored, layout
+from fastattn.models.folder.layout import (
+    CONFIG,
+    GENERATION,
+    HEAD,
+    INDEX,
+    PREFIX,
+    WEIGHTS,
+    Stored,
+    layout,
+)
 
 # All that is downloaded: pickle files may hold code, and are not even fetched.
-DOWNLOADED = [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+DOWNLOADED = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 # Causal masks that older versions of transformers saved as buffers.
@@ -33,6 +42,8 @@ MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 # What GPT2Config assumes where a file is silent, and GPTConfig does not.
 SILENT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 DTYPES = {
     "F16": torch.float16,
@@ -98,7 +109,11 @@ def read(
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The `GPTConfig` in a config.json of GPT-2; ValueError, naming the file, for any other."""
+    """The `GPTConfig` in a config.json of GPT-2; ValueError, naming the file, for any other.
+
+    The special tokens are those of a generation_config.json beside it, if there is one, even where
+    it does not name them: by them transformers generates.
+    """
     data = _read_json(path)
     model_type = data.get("model_type")
     if model_type != "gpt2":
@@ -107,9 +122,18 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f'{path}: "add_cross_attention" is on, which GPT does not have')
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     try:
-        return GPTConfig(**{**SILENT, **{k: v for k, v in data.items() if k in fields}})
+        config = GPTConfig(**{**SILENT, **{k: v for k, v in data.items() if k in fields}})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    beside = path.with_name(GENERATION)
+    if not beside.exists():
+        return config
+    data = _read_json(beside)
+    tokens: dict[str, Any] = {name: data.get(name) for name in SPECIAL_TOKENS}
+    try:
+        return dataclasses.replace(config, **tokens)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{beside}: {error}") from error
 
 
 def _folder(path: str | PathLike[str], revision: str | None) -> Path:

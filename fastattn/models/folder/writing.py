@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastattn.files import folder_written_beside, local_path
 from fastattn.models.config import GPTConfig
-from fastattn.models.folder.layout import CONFIG, HEAD, INDEX, PREFIX, WEIGHTS
+from fastattn.models.folder.layout import CONFIG, GENERATION, HEAD, INDEX, PREFIX, WEIGHTS
+from fastattn.models.folder.reading import SPECIAL_TOKENS
 from fastattn.models.folder.weights import weights_of
 from fastattn.nn.checks import check_integer
 from fastattn.nn.mode import in_mode
@@ -91,7 +92,9 @@ def _write(
             save_file(shard, beside / name, metadata={"format": "pt"})
         if len(shards) > 1:
             _write_json(beside / INDEX, _index(names, shards))
-        _write_json(beside / CONFIG, _config_json(config, weights["wte.weight"].dtype))
+        stored = _config_json(config, weights["wte.weight"].dtype)
+        _write_json(beside / GENERATION, {name: stored[name] for name in SPECIAL_TOKENS})
+        _write_json(beside / CONFIG, stored)
 
 
 def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:

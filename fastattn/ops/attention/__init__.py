@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastattn.ops.attention.block_mask import BlockMask
+from fastattn.ops.attention.cache import attention_with_kv_cache
 from fastattn.ops.attention.interface import attention, attention_varlen
-from fastattn.ops.attention.kv_cache import attention_with_kv_cache
 from fastattn.ops.attention.merging import merge_attention_states
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import cuda_cache, dropout
+from fastattn.ops.attention import dropout
 from fastattn.ops.attention.call import (
     Extras,
     Settings,
@@ -18,19 +18,12 @@ from fastattn.ops.attention.call import (
     forward_results,
     no_sequence,
 )
-from fastattn.ops.attention.cuda_cache import attention_with_kv_cache
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.sink import gradient as sink_gradient
-
-__all__ = [
-    "attention_with_kv_cache", "backward", "forward", "unsupported", "unsupported_cache",
-]  # fmt: skip
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**30 - 1  # positions are 32-bit, and so is a position and a side of the window
-
-unsupported_cache = cuda_cache.unsupported
 
 
 def unsupported(problem: AttentionProblem) -> str | None:

@@ -319,7 +319,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
         fp32_precision=fp32_precision,
     )  # fmt: skip
-    described = _problem.of(q, k, v, extras, settings, return_lse=return_lse)
+    described = _problem.AttentionProblem.of(q, k, v, extras, settings, return_lse=return_lse)
     _, run = _dispatch.make(None, described, backend, "attention_varlen")
     out, lse = run(described, q, k, v, extras)
     return (out, lse) if return_lse else out

@@ -53,6 +53,41 @@ class AttentionProblem:
     needs_slope_grad: bool
     transformed: bool
 
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        extras: Extras,
+        settings: Settings,
+        *,
+        return_lse: bool,
+    ) -> AttentionProblem:
+        """The problem of a call whose arguments have been checked."""
+        cu_seqlens = extras.cu_seqlens_q
+        packed = cu_seqlens is not None
+        slopes = extras.alibi_slopes
+        return cls(
+            batch=q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            seqlen_q=settings.max_seqlen_q if packed else q.shape[1],
+            seqlen_k=settings.max_seqlen_k if packed else k.shape[1],
+            heads=q.shape[-2],
+            kv_heads=k.shape[-2],
+            head_dim=q.shape[-1],
+            head_dim_v=v.shape[-1],
+            dtype=q.dtype,
+            device=q.device,
+            settings=settings,
+            given=tuple(name for name, x in zip(Extras._fields, extras) if x is not None),
+            is_empty=0 in q.shape or 0 in k.shape or 0 in v.shape,
+            return_lse=return_lse,
+            needs_grad=modes.needs_grad(q, k, v, extras.bias, extras.sink, slopes),
+            needs_bias_grad=extras.bias is not None and modes.needs_grad(extras.bias),
+            needs_slope_grad=slopes is not None and modes.needs_grad(slopes),
+            transformed=modes.transformed(),
+        )
+
     @property
     def op(self) -> str:
         return "attention"
@@ -118,40 +153,6 @@ class AttentionProblem:
         return ", ".join([shapes, kind, *filter(None, features)])
 
 
-def of(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    extras: Extras,
-    settings: Settings,
-    *,
-    return_lse: bool,
-) -> AttentionProblem:
-    """The problem of a call whose arguments have been checked."""
-    cu_seqlens = extras.cu_seqlens_q
-    packed = cu_seqlens is not None
-    slopes = extras.alibi_slopes
-    return AttentionProblem(
-        batch=q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        seqlen_q=settings.max_seqlen_q if packed else q.shape[1],
-        seqlen_k=settings.max_seqlen_k if packed else k.shape[1],
-        heads=q.shape[-2],
-        kv_heads=k.shape[-2],
-        head_dim=q.shape[-1],
-        head_dim_v=v.shape[-1],
-        dtype=q.dtype,
-        device=q.device,
-        settings=settings,
-        given=tuple(name for name, x in zip(Extras._fields, extras) if x is not None),
-        is_empty=0 in q.shape or 0 in k.shape or 0 in v.shape,
-        return_lse=return_lse,
-        needs_grad=modes.needs_grad(q, k, v, extras.bias, extras.sink, slopes),
-        needs_bias_grad=extras.bias is not None and modes.needs_grad(extras.bias),
-        needs_slope_grad=slopes is not None and modes.needs_grad(slopes),
-        transformed=modes.transformed(),
-    )
-
-
 def describe(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -162,7 +163,7 @@ def describe(
 ) -> AttentionProblem:
     """The problem of a call of `attention`. Raises for every error of the caller."""
     settings, extras = check(q, k, v, **features)
-    return of(q, k, v, extras, settings, return_lse=return_lse)
+    return AttentionProblem.of(q, k, v, extras, settings, return_lse=return_lse)
 
 
 def describe_varlen(
@@ -175,7 +176,7 @@ def describe_varlen(
 ) -> AttentionProblem:
     """The problem of a call of `attention_varlen`. Raises for every error of the caller."""
     settings, extras = check_varlen(q, k, v, *lengths, **features)
-    return of(q, k, v, extras, settings, return_lse=return_lse)
+    return AttentionProblem.of(q, k, v, extras, settings, return_lse=return_lse)
 
 
 # --- checks: the only place of the op that raises for what the caller got wrong -------------------

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import backends
 from fastattn.ops.attention import dropout, reference
-from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings, results
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import autograd, flops
@@ -120,7 +119,7 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 def _backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, forced = _split(call)
-    problem = _problem.of(q, k, v, extras, settings, return_lse=True)
+    problem = AttentionProblem.of(q, k, v, extras, settings, return_lse=True)
     # What is transformed around the call of `backward` is about other calls.
     problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=bias_grad)
     kernel = backends.select_backward("attention", BACKENDS, problem, backend, forced)
@@ -153,7 +152,7 @@ def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, .
         given = extras._replace(
             bias=extras.bias if bias is None else bias, sink=extras.sink if sink is None else sink
         )
-        problem = _problem.of(q, k, v, given, settings, return_lse=True)
+        problem = AttentionProblem.of(q, k, v, given, settings, return_lse=True)
         out, lse = reference.forward(problem, q, k, v, given)
         outputs, directions = [out], [dout]
         if dlse is not None:

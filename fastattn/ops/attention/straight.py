@@ -32,7 +32,7 @@ def run(
 ) -> Tensor | None:
     """The result of a call without other features, or None."""
     try:
-        if not (_plain(q, k, v) and modes.plain()):
+        if not (plain(q, k, v) and modes.plain()):
             return None
         if softmax_scale is not None and not (
             type(softmax_scale) is float and SMALLEST <= softmax_scale < math.inf
@@ -55,7 +55,7 @@ def run(
         return None
 
 
-def _plain(x: Tensor, *others: Tensor) -> bool:
+def plain(x: Tensor, *others: Tensor) -> bool:
     """Whether these are tensors of one dtype on the CPU, for which nobody chooses a backend.
 
     Who might: `use_backend` and the environment. torch.compile has no use for the short way.

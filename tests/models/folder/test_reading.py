@@ -351,3 +351,49 @@ def test_without_the_libraries(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r'pip install "fastattn\[hf\]"'):
         GPT.from_pretrained("someone/gpt2-tiny")
+
+
+# --- generation_config.json -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eos_token_id": [5, 7, 11, 40, 41, 42, 43, 44, 45], "pad_token_id": 96},
+        {"eos_token_id": 7, "pad_token_id": None},
+        {"eos_token_id": None},
+    ],
+    ids=str,
+)
+def test_generation_stops_as_the_folder_says(
+    make_pair: Any, tmp_path: Path, device: str, changes: dict[str, Any]
+) -> None:
+    """config.json says otherwise; transformers generates by generation_config.json."""
+    _, theirs = make_pair(eos_token_id=3, pad_token_id=4)
+    folder = tmp_path / "with"
+    theirs.save_pretrained(folder)
+    path = folder / "generation_config.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **changes}))
+    ours = GPT.from_pretrained(folder, device=device)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
+    tokens = torch.randint(0, 97, (3, 6), generator=torch.Generator().manual_seed(0)).to(device)
+    got = ours.generate(tokens, max_new_tokens=40)
+    mask = torch.ones_like(tokens)
+    expected = theirs.generate(tokens, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    assert torch.equal(got, expected)
+    ours.save_pretrained(folder)
+    assert GPT.from_pretrained(folder).config == ours.config
+
+
+def test_a_generation_config_that_is_wrong(make_pair: Any, tmp_path: Path) -> None:
+    _, theirs = make_pair()
+    theirs.save_pretrained(tmp_path / "wrong")
+    path = tmp_path / "wrong" / "generation_config.json"
+    for text, message in (
+        ('{"eos_token_id": "a"}', "eos_token_id must be"),
+        ("[1", "not valid JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+            GPT.from_pretrained(tmp_path / "wrong")

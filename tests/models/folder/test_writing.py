@@ -75,7 +75,7 @@ def test_other_files_stay_and_a_former_save_goes(pair: Pair, tmp_path: Path) -> 
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model-card.safetensors").write_text("mine")
-    both = {"tokenizer.json", "model-card.safetensors", "config.json"}
+    both = {"tokenizer.json", "model-card.safetensors", "config.json", "generation_config.json"}
     for size, weights in (
         (10**9, {"model.safetensors"}),
         (10**5, None),

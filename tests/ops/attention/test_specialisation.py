@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.ops.attention import BlockMask, kv_cache
+from fastattn.ops.attention import BlockMask
+from fastattn.ops.attention.cache import registration
 from fastattn.ops.attention.problem import check, check_varlen
 from fastattn.ops.common import launch
 
@@ -177,7 +178,7 @@ def cache(
     table = torch.zeros(batch, 3, dtype=torch.int32, device=device) if paged else None
     rows = integers(device, *range(batch))
     angles = numbers(device, capacity + seqlen_q, 16) if rotary else None
-    kv_cache._run(
+    registration._forward(
         numbers(device, batch, seqlen_q, 4, 64, dtype=DTYPE), keys, keys, rows * 0, new, new, table,
         None if paged else rows, rows * 0 if padded else None, angles, angles, False, True, splits,
         None, None, capacity // 2 if window else -1, 0, 0.125, 0.0, "triton",

@@ -13,11 +13,10 @@ import torch
 from fastattn import backends, chips
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.triton.backward import backward
-from fastattn.ops.attention.triton.cache import attention_with_kv_cache
 from fastattn.ops.attention.triton.forward import forward
 from fastattn.ops.common import launch
 
-__all__ = ["attention_with_kv_cache", "backward", "forward", "unsupported"]
+__all__ = ["backward", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 512
 WIDE_FLOAT32 = 131 * 1024  # bytes of shared memory of float32 kernels above a head_dim of 256

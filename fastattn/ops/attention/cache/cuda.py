@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fastattn.ops.attention import tiles
+from fastattn.ops.attention import cuda, tiles
+from fastattn.ops.attention.cache.call import CacheCall
+from fastattn.ops.attention.cache.problem import CacheProblem
+from fastattn.ops.attention.cache.reference import rotated_queries
 from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
-from fastattn.ops.attention.kv_cache import Cache, CacheProblem, rotate
 from fastattn.ops.common import launch
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -50,8 +52,8 @@ def split(
     return tiles.split(capacity, batch, kv_heads * row_tiles, multiprocessors, wanted, least)
 
 
-def attention_with_kv_cache(
-    q: torch.Tensor, extras: Extras, settings: Settings, call: Cache
+def forward(
+    q: torch.Tensor, extras: Extras, settings: Settings, call: CacheCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); the new keys and values, if there are any, are in the caches afterwards."""
     batch, seqlen_q, heads, _ = q.shape
@@ -94,15 +96,10 @@ def attention_with_kv_cache(
 
 
 def _prefill(
-    q: torch.Tensor, extras: Extras, settings: Settings, call: Cache
+    q: torch.Tensor, extras: Extras, settings: Settings, call: CacheCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Many queries on a padded cache: the forward kernel, whose tiles of queries are larger."""
-    from fastattn.ops.attention import cuda
-
-    if call.rotary_cos is not None and call.rotary_sin is not None:
-        ahead = torch.arange(q.shape[1], device=q.device) * int(call.rotary_advances)
-        positions = call.lengths.long()[:, None] + ahead
-        q = rotate(q, call.rotary_cos, call.rotary_sin, positions, call.rotary_interleaved)
+    q = rotated_queries(q, call)
     held = call.lengths.clamp(max=call.capacity) + call.seqlen_new  # cut to the cache by the kernel
     return cuda.forward(q, call.k, call.v, extras._replace(seqused_k=held), settings)
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from emulator.knobs import Emulator
-from ops.attention import test_kv_cache as table
+from ops.attention.cache import test_cache as table
 
 import fastattn
 from fastattn import attention_with_kv_cache
-from fastattn.ops.attention import problem, tiles
-from fastattn.ops.attention.cuda_cache import split
+from fastattn.ops.attention import tiles
+from fastattn.ops.attention.cache.cuda import split
 from fastattn.ops.common import launch
 from oracle import assert_close_to_reference
 
@@ -264,7 +264,7 @@ def test_unchecked_contents_touch_nothing_outside(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The emulator raises for an access outside of the tensors."""
-    monkeypatch.setattr(problem, "values_are_checked", lambda tensor: False)
+    table.check_no_values(monkeypatch)
     call = table.moved(table.arguments(**table.CONTENTS[name]), device)
     for key in ("q", "k_cache", "v_cache", "k", "v"):
         if key in call:

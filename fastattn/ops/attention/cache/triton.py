@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention import tiles
+from fastattn.ops.attention import triton as attention
+from fastattn.ops.attention.cache.call import CacheCall
+from fastattn.ops.attention.cache.problem import CacheProblem
 from fastattn.ops.attention.call import Extras, Settings
-from fastattn.ops.attention.kv_cache import Cache
 from fastattn.ops.attention.triton import launching
 from fastattn.ops.attention.triton.forward import attend
 from fastattn.ops.attention.triton.rotary import rotated
@@ -141,8 +143,13 @@ def _append(
     )
 
 
-def attention_with_kv_cache(
-    q: torch.Tensor, extras: Extras, settings: Settings, call: Cache
+def unsupported(problem: CacheProblem) -> str | None:
+    """The reason why these kernels cannot run `problem`, or None."""
+    return attention.unsupported(problem.attention)
+
+
+def forward(
+    q: torch.Tensor, extras: Extras, settings: Settings, call: CacheCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); the new keys and values, if there are any, are in the caches afterwards."""
 

@@ -1,4 +1,4 @@
-"""Attention on a key-value cache, on every backend against float64, and merging partial results."""
+"""Attention on a key-value cache, on every backend against float64."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import attention_with_kv_cache, merge_attention_states
+from fastattn import attention_with_kv_cache
 from fastattn.backends import triton_runs
 from fastattn.ops.attention import tiles
+from fastattn.ops.attention.cache import interface, problem, reference
 from fastattn.ops.common import launch
 from oracle import assert_close_to_reference
 
@@ -68,7 +69,8 @@ def formula(call: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, tor
             keys, values = torch.cat([keys, new]), torch.cat([values, call["v"][b].to(dtype)])
         group = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        scale = call.get("softmax_scale") or 1 / math.sqrt(q.shape[-1])
+        scale = call.get("softmax_scale")
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         scores = torch.einsum("ihd,jhd->hij", queries, keys) * scale
         if call.get("softcap"):
             scores = call["softcap"] * torch.tanh(scores / call["softcap"])
@@ -491,6 +493,81 @@ def test_rotary_tables_that_are_just_long_enough(backend: str, device: str) -> N
         assert torch.equal(*outs)
 
 
+def steps(lengths: list[int], seqlen_q: int, kv_heads: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Causal, appending, without other features; unused slots hold NaN; q, k, v are slices."""
+    batch = len(lengths)
+    caches = torch.randn(2, batch, 24, kv_heads, 16)
+    for b, n in enumerate(lengths):
+        caches[:, b, n:] = math.nan
+    packed = torch.randn(batch, seqlen_q, 4 + 2 * kv_heads, 16).to(dtype)
+    q, k, v = packed.split([4, kv_heads, kv_heads], dim=2)
+    k_cache, v_cache = caches.to(dtype)
+    return {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_lengths": torch.tensor(lengths),
+        "k": k, "v": v,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("scale", (None, 0.3, -0.3, 0.0))
+@pytest.mark.parametrize("kv_heads", (4, 2))
+@pytest.mark.parametrize(
+    ("lengths", "seqlen_q"),
+    (
+        ([9], 1),
+        ([9] * 3, 1),
+        ([9, 9, 0, 23, 9], 1),
+        ([0, 0], 7),
+        ([0], 24),
+        ([3, 3], 5),
+        ([0, 4], 5),
+    ),
+)
+def test_plain_steps(
+    lengths: list[int], seqlen_q: int, kv_heads: int, scale: float | None, dtype: torch.dtype
+) -> None:
+    """What a CPU does without a description (`straight`) is what is described."""
+    call = steps(lengths, seqlen_q, kv_heads, dtype) | {"softmax_scale": scale}
+    before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    with torch.no_grad():
+        out = attention_with_kv_cache(**call)
+    exact, _ = formula(before, torch.float64)
+    eager, _ = formula(before, dtype)
+    assert_close_to_reference(out, exact, eager)
+    for b, n in enumerate(lengths):
+        for name in ("k", "v"):
+            row = call[f"{name}_cache"][b]
+            assert torch.equal(row[n : n + seqlen_q], call[name][b])
+            expected = before[f"{name}_cache"][b]
+            expected[n : n + seqlen_q] = call[name][b]
+            assert torch.equal(row.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_plain_steps_that_do_not_fit_write_nothing() -> None:
+    for changes in ({"cache_lengths": torch.tensor([9, 24])}, {"v": torch.zeros(2, 1, 4, 8)}):
+        call = steps([9, 3], 1, 4, torch.float32) | changes
+        before = call["k_cache"].nan_to_num(7.0)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"cache_lengths|v must have"):
+            attention_with_kv_cache(**call)
+        assert torch.equal(call["k_cache"].nan_to_num(7.0), before)
+
+
+def test_reference_compiles_whole() -> None:
+    """Its shapes do not depend on data, so that it can be captured too."""
+    torch._dynamo.reset()
+    call = steps([9, 3], 2, 2, torch.float32)
+    expected = {k: v.clone() for k, v in call.items()}
+
+    def step(**call: torch.Tensor) -> torch.Tensor:
+        return attention_with_kv_cache(**call, backend="reference")
+
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(**call)
+        torch.testing.assert_close(compiled, step(**expected))
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(call[name], expected[name], equal_nan=True)
+
+
 # --- contents that nobody checks ------------------------------------------------------------------
 
 
@@ -499,13 +576,18 @@ def moved(call: dict[str, Any], device: str) -> dict[str, Any]:
     return {k: v.clone().to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
 
 
+def check_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    for module in (interface, problem, reference):
+        monkeypatch.setattr(module, "values_are_checked", lambda tensor: False)
+
+
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; on a CPU an access outside of a launch's tensors raises."""
-    from fastattn.ops.attention import problem
     from fastattn.ops.common import launch
 
-    monkeypatch.setattr(problem, "values_are_checked", lambda tensor: False)
+    check_no_values(monkeypatch)
     if triton_runs() != "interpreted":  # where the IR is executed, every access is checked
         return
     from triton.runtime.interpreter import InterpreterBuilder
@@ -697,132 +779,3 @@ def test_captured_by_a_cuda_graph() -> None:
         graph.replay()
         torch.testing.assert_close(out, step(*copies))
         assert torch.equal(k_cache, copies[0]) and torch.equal(v_cache, copies[1])
-
-
-# --- merging --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.float64))
-def test_merge_is_attention_on_all_keys(dtype: torch.dtype) -> None:
-    q = torch.randn(2, 6, 4, 16).to(dtype)
-    k, v = torch.randn(2, 2, 30, 2, 16).to(dtype)
-    mask = torch.rand(2, 1, 6, 30) > 0.4
-    mask[:, :, 0] = False  # a row without a key
-    mask[:, :, 1, :10] = False  # a part without a key
-
-    def part(keys: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return fastattn.attention(
-            q, k[:, keys], v[:, keys], mask=mask[..., keys], return_lse=True, backend="reference"
-        )
-
-    parts = [part(slice(a, b)) for a, b in ((0, 10), (10, 11), (11, 30))]
-    out, lse = merge_attention_states([p[0] for p in parts], [p[1] for p in parts])
-    exact = fastattn.attention(
-        q.double(), k.double(), v.double(), mask=mask, return_lse=True, backend="reference"
-    )
-    eager = fastattn.attention(q, k, v, mask=mask, return_lse=True, backend="reference")
-    assert out.dtype == dtype
-    assert_close_to_reference(out, eager[0], exact[0], ulps=8, name="out")
-    assert_close_to_reference(lse, eager[1], exact[1], ulps=8, name="lse")
-    stacked = merge_attention_states(*(torch.stack(x) for x in zip(*parts)))
-    assert torch.equal(stacked[0], out) and torch.equal(stacked[1], lse)
-
-
-def test_merge_has_the_gradient_of_the_whole() -> None:
-    """Also through the LSEs, and where a part has no key."""
-    q, k, v = (torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-
-    def merged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        seen = torch.ones(5, 5, dtype=torch.bool).tril()
-        pairs = [
-            fastattn.attention(q, k[:, s], v[:, s], mask=seen[:, s], return_lse=True)
-            for s in (slice(0, 2), slice(2, 5))
-        ]
-        out, lse = merge_attention_states([p[0] for p in pairs], [p[1] for p in pairs])
-        return out.square().sum() + lse.square().sum()
-
-    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
-        return out.square().sum() + lse.square().sum()
-
-    for ours, expected in zip(
-        torch.autograd.grad(merged(q, k, v), (q, k, v)),
-        torch.autograd.grad(whole(q, k, v), (q, k, v)),
-    ):
-        torch.testing.assert_close(ours, expected)
-
-
-@pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_merge_leaves_out_what_has_no_weight(value: float) -> None:
-    """A part with LSE -inf may hold anything: result and gradients are those without it."""
-    g = torch.Generator().manual_seed(0)
-    out = torch.randn(3, 2, 5, 4, 8, generator=g, dtype=torch.float64)
-    lse = torch.randn(3, 2, 4, 5, generator=g, dtype=torch.float64)
-    lse[1] = -math.inf
-    lse[:, :, :, 0] = -math.inf  # a row without a key in any part
-    spoilt = out.masked_fill((lse == -math.inf).mT[..., None], value)
-
-    def merged(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The results and their gradients; into the row without a key an infinite one arrives."""
-        leaves = out.clone().requires_grad_(), lse.clone().requires_grad_()
-        results = merge_attention_states(*leaves)
-        g = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in results]
-        cotangents[0][:, 0] = cotangents[1][:, :, 0] = math.inf
-        return *results, *torch.autograd.grad(results, leaves, cotangents)
-
-    ours, expected = merged(spoilt, lse), merged(out[[0, 2]], lse[[0, 2]])
-    for name, x, y in zip(("out", "lse", "dout", "dlse"), ours, expected):
-        if name.startswith("d"):
-            assert (x[1] == 0).all()
-            x = x[[0, 2]]
-        assert torch.equal(x, y), name
-    for x in (ours[0][:, 0], ours[2][:, :, 0], ours[3][:, :, :, 0]):
-        assert (x == 0).all()
-    assert (ours[1][:, :, 0] == -math.inf).all()
-
-
-def test_merge_derivatives_where_a_part_has_no_key() -> None:
-    out = torch.randn(3, 1, 2, 1, 2, dtype=torch.float64)
-    lse = torch.randn(3, 1, 1, 2, dtype=torch.float64)
-    lse[1, ..., 0] = -math.inf
-    out[1, :, 0] = math.nan
-    hidden = lse == -math.inf
-
-    def function(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return merge_attention_states(
-            out.masked_fill(hidden.mT[..., None], math.nan), lse.masked_fill(hidden, -math.inf)
-        )
-
-    leaves = out.nan_to_num().requires_grad_(), lse.masked_fill(hidden, 0.0).requires_grad_()
-    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, leaves)
-
-
-def test_merge_kernel_leaves_out_what_has_no_weight(device: str) -> None:
-    """A row that sees no key of a split may have made 0 * NaN there."""
-    from fastattn.ops.attention.triton import merge
-
-    part, part_lse = torch.randn(3, 1, 2, 4, 16), torch.randn(3, 1, 4, 2)
-    part_lse[1] = -math.inf
-    part_lse[:, :, :, 0] = -math.inf
-    expected = merge_attention_states(part, part_lse)
-    part = part.masked_fill((part_lse == -math.inf).mT[..., None], math.nan)
-    out, lse = torch.empty(1, 2, 4, 16, device=device), torch.empty(1, 4, 2, device=device)
-    run = merge.prepared(out.shape, 700, 0, tiles.Split(3, 256, 1))
-    run(part.to(device), part_lse.to(device), out, lse, None)
-    torch.testing.assert_close((out.cpu(), lse.cpu()), expected)
-
-
-def test_merge_errors() -> None:
-    out, lse = torch.randn(3, 2, 5, 4, 8), torch.randn(3, 2, 4, 5)
-    for bad, error, message in [
-        ((out, lse[:2]), ValueError, "3 outs of shape .* got 2"),
-        ((out, lse.mT), ValueError, "need as many lses of shape"),
-        (([], []), TypeError, "at least one tensor"),
-        (([out[0], out[1, :1]], list(lse[:2])), ValueError, "the parts of out must have one shape"),
-        ((out[0, 0], lse[0, 0]), ValueError, "each out must have the shape"),
-        ((out.int(), lse), TypeError, "floating point"),
-    ]:
-        with pytest.raises(error, match=message):
-            merge_attention_states(*bad)
