@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _RECORDERS = (
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.PROXY,
@@ -53,9 +55,9 @@ def recorded() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
         or (
-            torch._C._len_torch_dispatch_stack() > 0
+            _dispatch_modes() > 0
             and any(torch._C._get_dispatch_mode(mode) is not None for mode in _RECORDERS)
         )
     )

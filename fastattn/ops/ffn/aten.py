@@ -34,18 +34,19 @@ def forward(
     w2: torch.Tensor,
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
-    run, transformed = _conv1d if problem.conv1d else _linear, problem.transformed
-    if problem.recompute and problem.needs_grad and not transformed:
-        recomputed = functools.partial(run, problem.activation, transformed)
+    run = _conv1d if problem.conv1d else _linear
+    functional = problem.transformed or modes.recorded()
+    if problem.recompute and problem.needs_grad and not problem.transformed:
+        recomputed = functools.partial(run, problem.activation, functional)
         return checkpoint(
             recomputed, x, w1, b1, w2, b2, use_reentrant=False, preserve_rng_state=False
         )
-    return run(problem.activation, transformed, x, w1, b1, w2, b2)
+    return run(problem.activation, functional, x, w1, b1, w2, b2)
 
 
 def _linear(
     activation: str,
-    transformed: bool,
+    functional: bool,
     x: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor | None,
@@ -53,13 +54,13 @@ def _linear(
     b2: torch.Tensor | None,
 ) -> torch.Tensor:
     # Where gradients are wanted or calls recorded, `linear` has nothing to offer.
-    product = F.linear if torch.is_grad_enabled() or modes.recorded() else linear
-    return product(_activate(activation, transformed, product(x, w1, b1)), w2, b2)
+    product = F.linear if functional or torch.is_grad_enabled() else linear
+    return product(_activate(activation, functional, product(x, w1, b1)), w2, b2)
 
 
 def _conv1d(
     activation: str,
-    transformed: bool,
+    functional: bool,
     x: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor | None,
@@ -68,18 +69,17 @@ def _conv1d(
 ) -> torch.Tensor:
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     pre = torch.mm(rows, w1) if b1 is None else torch.addmm(b1, rows, w1)
-    hidden = _activate(activation, transformed, pre)
+    hidden = _activate(activation, functional, pre)
     out = torch.mm(hidden, w2) if b2 is None else torch.addmm(b2, hidden, w2)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], w2.shape[1])
 
 
-def _activate(activation: str, transformed: bool, pre: torch.Tensor) -> torch.Tensor:
-    """activation(pre), in place where `pre` is not needed again."""
-    recorded = transformed or modes.recorded()
-    in_place = not (recorded or pre.requires_grad)
+def _activate(activation: str, functional: bool, pre: torch.Tensor) -> torch.Tensor:
+    """activation(pre), in place where `pre` is not needed again, unless `functional`."""
+    in_place = not (functional or pre.requires_grad)
     if activation == "gelu_tanh" or activation == "gelu":
         gelu = torch._C._nn.gelu_ if in_place else F.gelu  # type: ignore[attr-defined]
         return gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
     if activation == "relu":
-        return F.relu(pre) if recorded else F.relu_(pre)
+        return F.relu(pre) if functional else F.relu_(pre)
     return F.silu(pre, inplace=in_place)

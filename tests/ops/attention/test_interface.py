@@ -109,8 +109,11 @@ def test_lengths_are_not_read_where_they_cannot_be() -> None:
     def padded(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         return fastattn.attention(x, x, x, key_lengths=lengths)
 
-    def varlen(x: torch.Tensor, cu: torch.Tensor, longest: int | None = 8) -> torch.Tensor:
-        return fastattn.attention_varlen(x, x, x, cu, cu, longest, longest)
+    def varlen(x: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention_varlen(x, x, x, cu, cu, 8, 8)
+
+    def unbounded(x: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention_varlen(x, x, x, cu, cu)
 
     each = torch.vmap(lambda x, n: padded(x[None], n[None])[0])(x, lengths)
     torch.testing.assert_close(each, padded(x, lengths))
@@ -126,11 +129,11 @@ def test_lengths_are_not_read_where_they_cannot_be() -> None:
         assert out.shape == arguments[0].shape
     # Nothing but the lengths themselves says how long the longest is.
     torch.testing.assert_close(
-        torch.func.grad(lambda x: varlen(x, cu_seqlens, None).sum())(packed),
+        torch.func.grad(lambda x: unbounded(x, cu_seqlens).sum())(packed),
         torch.func.grad(lambda x: varlen(x, cu_seqlens).sum())(packed),
     )
     with pytest.raises(ValueError, match="max_seqlen_q must be given where cu_seqlens_q cannot"):
-        torch.vmap(lambda x, cu: varlen(x, cu, None))(packed[None], cu_seqlens[None])
+        torch.vmap(unbounded)(packed[None], cu_seqlens[None])
 
 
 @pytest.mark.parametrize(
