@@ -1,19 +1,25 @@
-"""Small random GPT-2s, ours and transformers', with the same weights; nothing is downloaded."""
+"""Small random GPT-2s, ours and transformers', with the same weights; nothing is downloaded.
+
+transformers is imported by the tests only: it imports Triton, before tests/conftest.py has settled
+what runs the kernels if this folder is named on the command line.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import transformers
 
 import fastattn
 
-Pair = tuple[fastattn.GPT, transformers.GPT2LMHeadModel]
-MakePair = Callable[..., Pair]
+if TYPE_CHECKING:
+    import transformers
+
+    Pair = tuple[fastattn.GPT, transformers.GPT2LMHeadModel]
+    MakePair = Callable[..., Pair]
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -37,6 +43,8 @@ def make_pair(tmp_path: Path, device: str) -> MakePair:
     """`make_pair(seed=0, dtype=float32, **config)`: (ours, transformers'), by way of a folder."""
 
     def make(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Pair:
+        import transformers
+
         torch.manual_seed(seed)
         config = transformers.GPT2Config(**{**SMALL, **changes})
         theirs = transformers.GPT2LMHeadModel(config)

@@ -1,15 +1,20 @@
-"""Small random models of transformers; nothing is downloaded."""
+"""Small random models of transformers; nothing is downloaded.
+
+transformers is imported by the tests only: see tests/models/conftest.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-MakeGPT2 = Callable[..., PreTrainedModel]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    MakeGPT2 = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture
@@ -17,12 +22,14 @@ def make_gpt2(device: str) -> MakeGPT2:
     """A GPT-2 in eval mode: `make_gpt2(cls, attn_implementation=..., **config)`."""
 
     def make(
-        cls: type[PreTrainedModel] = GPT2LMHeadModel,
+        cls: type[PreTrainedModel] | None = None,
         *,
         attn_implementation: str = "sdpa",
         seed: int = 0,
         **changes: Any,
     ) -> PreTrainedModel:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
         settings: dict[str, Any] = {
             "vocab_size": 97,
             "n_positions": 64,
@@ -40,7 +47,10 @@ def make_gpt2(device: str) -> MakeGPT2:
         }
         config = GPT2Config(**{**settings, **changes})
         torch.manual_seed(seed)
-        return cls._from_config(config, attn_implementation=attn_implementation).to(device).eval()
+        made = (cls or GPT2LMHeadModel)._from_config(
+            config, attn_implementation=attn_implementation
+        )
+        return made.to(device).eval()
 
     return make
 
