@@ -83,20 +83,20 @@ def configuration(module: torch.nn.Module) -> Hashable:
     return tuple(parts)
 
 
-class Miss(NamedTuple):
+class Mismatch(NamedTuple):
     """Why a replacement may not stand in, and how far it is off: error over what is allowed."""
 
     reason: str
     factor: float = math.inf
 
 
-def disproof(
+def mismatch(
     module: torch.nn.Module,
     original: type[torch.nn.Module],
     replacement: type[torch.nn.Module],
     recogniser: Recogniser,
     draw: Draw,
-) -> Miss | None:
+) -> Mismatch | None:
     """The reason why `replacement` may not stand in for `original`, or None if it is proven.
 
     Args:
@@ -107,14 +107,14 @@ def disproof(
         copy = _bare_copy(module, draw.like_weight)
         copy.__class__ = original
         if (reason := recogniser.premise(copy, draw)) is not None:
-            return Miss(reason)
+            return Mismatch(reason)
         reference = _bare_copy(copy, lambda tensor: tensor.detach().double())
         for training in (False, True):
             mode = "train" if training else "eval"
             try:
                 probes = recogniser.probes(copy, draw)
             except Exception as error:
-                return Miss(f"no input for it: {type(error).__name__}: {error}")
+                return Mismatch(f"no input for it: {type(error).__name__}: {error}")
             for probe in probes:
                 runs: list[list[tuple[str, torch.Tensor]]] = []
                 for who, subject, cls in (
@@ -128,13 +128,13 @@ def disproof(
                         runs.append(_run(subject, probe, draw, exact=subject is reference))
                     except Exception as error:
                         text = f"{who} fails on random input: {type(error).__name__}: {error}"
-                        return Miss(text)
+                        return Mismatch(text)
                 names = [[name for name, _ in run] for run in runs]
                 if names[1] != names[2]:
-                    return Miss(f"it returns {names[2]}, the original {names[1]} ({mode} mode)")
+                    return Mismatch(f"it returns {names[2]}, the original {names[1]} ({mode} mode)")
                 for (name, expected), (_, theirs), (_, ours) in zip(*runs, strict=True):
                     if (finding := _violation(ours, theirs, expected)) is not None:
-                        return Miss(f"{name} is off in {mode} mode: {finding[0]}", finding[1])
+                        return Mismatch(f"{name} is off in {mode} mode: {finding[0]}", finding[1])
     return None
 
 
@@ -226,10 +226,10 @@ def _run(
         return named + outputs(" under no_grad")
 
 
-def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> Miss | None:
+def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> Mismatch | None:
     """How `ours` breaks the rule, or None."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return Miss(
+        return Mismatch(
             f"{tuple(ours.shape)} {ours.dtype}, the original gives {tuple(theirs.shape)} "
             f"{theirs.dtype}"
         )
@@ -237,4 +237,4 @@ def _violation(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor)
     if found.violation is None:
         return None
     off = found.max / max(found.eager_max, torch.finfo(ours.dtype).tiny)
-    return Miss(found.violation, math.inf if math.isnan(off) else off)
+    return Mismatch(found.violation, math.inf if math.isnan(off) else off)

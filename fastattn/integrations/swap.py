@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastattn.integrations import hypotheses
-from fastattn.integrations.proof import Draw, configuration, disproof
+from fastattn.integrations.proof import Draw, configuration, mismatch
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.report import Entry, Report
 from fastattn.integrations.torch_nn import TABLE
@@ -187,7 +187,7 @@ def _left_alone(unit: _Unit, excluded: set[torch.nn.Module]) -> str | None:
         return ALREADY
     if not unit.recognised:
         return UNKNOWN
-    return EXCLUDED if unit.module in excluded else _unfit(unit.module)
+    return EXCLUDED if unit.module in excluded else _not_swappable(unit.module)
 
 
 def restore(model: torch.nn.Module) -> None:
@@ -240,7 +240,7 @@ def verify(model: torch.nn.Module) -> Report:
         if not isinstance(unit.module, Swapped):
             reason: str | None = "not accelerated" if unit.recognised else UNKNOWN
             left.append(unit.entry(reason=ALREADY if _is_ours(unit.cls) else reason))
-        elif (reason := _unfit(unit.module)) is not None:
+        elif (reason := _not_swappable(unit.module)) is not None:
             left.append(unit.entry(reason=f"cannot be probed: {reason}"))
         elif (reason := unit.module._fastattn_recogniser.refusal(unit.module)) is not None:
             left.append(unit.entry(reason=f"runs as the original: {reason}"))
@@ -296,7 +296,7 @@ class _Examiner:
             # A hypothesis also has to hold in the dtypes to which the model may be cast.
             tried = dict.fromkeys((dtype, *(HYPOTHESIS_DTYPES if guessed else ())))
             draws = [Draw(each, device) for each in tried]
-            misses = (disproof(module, original, cls, recogniser, draw) for draw in draws)
+            misses = (mismatch(module, original, cls, recogniser, draw) for draw in draws)
             miss = next(filter(None, misses), None)
             if miss is None:
                 with torch.inference_mode(False), torch.enable_grad():
@@ -317,7 +317,7 @@ def _kind(module: torch.nn.Module) -> tuple[torch.dtype, torch.device] | None:
     return None
 
 
-def _unfit(module: torch.nn.Module) -> str | None:
+def _not_swappable(module: torch.nn.Module) -> str | None:
     """Why a module of a known class cannot be swapped whatever its class."""
     if "_hf_hook" in module.__dict__:
         return "dispatched or offloaded by Hugging Face accelerate (device_map)"

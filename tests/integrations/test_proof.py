@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastattn.integrations.proof import Draw, Probe, configuration, disproof
+from fastattn.integrations.proof import Draw, Probe, configuration, mismatch
 from fastattn.integrations.recogniser import Recogniser
 
 
@@ -83,7 +83,7 @@ KNOWN = Recogniser("Scale", Scale, probes, lambda *_: None)
 def disprove(
     replacement: type[torch.nn.Module], original: type[torch.nn.Module] = Scale
 ) -> str | None:
-    found = disproof(original(), original, replacement, KNOWN, Draw(torch.float32, CPU))
+    found = mismatch(original(), original, replacement, KNOWN, Draw(torch.float32, CPU))
     return found and found.reason
 
 
@@ -136,8 +136,8 @@ class NoisyHalf(Scale):
 def test_the_measure_is_the_originals_own_error() -> None:
     draw = Draw(torch.bfloat16, torch.device("cpu"))
     module = Scale().bfloat16()
-    assert disproof(module, Scale, NoisyHalf, KNOWN, draw) is None
-    found = disproof(module, Scale, OffInTraining, KNOWN, draw)
+    assert mismatch(module, Scale, NoisyHalf, KNOWN, draw) is None
+    found = mismatch(module, Scale, OffInTraining, KNOWN, draw)
     assert found is None  # 0.1% is less than a rounding in bfloat16
 
 
@@ -149,7 +149,7 @@ def test_the_module_is_left_as_it_was() -> None:
     module.eval()
     state = torch.get_rng_state()
     draw = Draw(torch.float32, torch.device("cpu"))
-    assert disproof(module, Scale, Same, KNOWN, draw) is None
+    assert mismatch(module, Scale, Same, KNOWN, draw) is None
     assert type(module) is Scale
     assert not module.training and not module.drop.training
     assert module.drop.p == 0.5

@@ -371,7 +371,7 @@ def test_all_or_nothing(
         return Other if original is torch.nn.RMSNorm else real(original, *rest)
 
     monkeypatch.setattr(swap, "replacement", replacement)
-    monkeypatch.setattr(swap, "disproof", lambda *_: None)
+    monkeypatch.setattr(swap, "mismatch", lambda *_: None)
     before = classes(model)
     with pytest.raises(TypeError, match="layout"):
         fastattn.accelerate(model)

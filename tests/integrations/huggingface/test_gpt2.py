@@ -161,13 +161,13 @@ class TestWhatIsSwapped:
         self, make_gpt2: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         proven: list[str] = []
-        disproof = fastattn.integrations.swap.disproof
+        mismatch = fastattn.integrations.swap.mismatch
 
         def counted(module: torch.nn.Module, original: type, *rest: Any) -> str | None:
             proven.append(original.__name__)
-            return disproof(module, original, *rest)
+            return mismatch(module, original, *rest)
 
-        monkeypatch.setattr(fastattn.integrations.swap, "disproof", counted)
+        monkeypatch.setattr(fastattn.integrations.swap, "mismatch", counted)
         fastattn.accelerate(make_gpt2(n_layer=4))
         # A hypothesis in two dtypes.
         assert sorted(proven) == [*["GPT2Attention"] * 2, *["GPT2MLP"] * 2, "LayerNorm"]
