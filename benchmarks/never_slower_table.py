@@ -42,7 +42,7 @@ def print_table(
 
 
 def table(files: Iterable[Results]) -> dict[Key, Faster]:
-    """What misses the rule goes to torch: all sizes but the longest series of those that hold it.
+    """Sizes that miss the rule go to torch: all sizes but the longest series of those that hold it.
 
     The sizes between two that were measured go where the slower one of them goes.
     """

@@ -104,7 +104,7 @@ def _wrapped(line: str) -> list[str]:
 
 
 def _shapes(rows: Sequence[Row]) -> tuple[str, list[str]]:
-    """What all rows have in common, and what tells each one apart."""
+    """The facts that all rows share, and those that tell each one apart."""
     varying, same = split_axes(rows)
     names = ("op", "direction", "dtype")
     constant = [n for n in names if len({row[n] for row in rows}) == 1]  # type: ignore[literal-required]

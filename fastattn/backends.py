@@ -54,7 +54,7 @@ class UnsupportedError(RuntimeError):
 
 
 class Problem(Protocol):
-    """What a call is, apart from its data."""
+    """A call apart from its data."""
 
     @property
     def device(self) -> torch.device: ...
@@ -194,7 +194,7 @@ _KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 def _in_environment() -> str | None:
-    """What the environment variable says, None or "" if nothing."""
+    """The value of the environment variable, None or "" if it is not set."""
     if not torch.compiler.is_compiling():
         return os.environ.get(ENVIRONMENT_VARIABLE)
     _set_in_environment()  # before torch.compile looks at the dict
@@ -215,7 +215,7 @@ def _set_in_environment() -> None:
 
 
 def state() -> tuple[str | None, Any]:
-    """What a plan's cache key needs to know of the user's choice outside the call."""
+    """The user's choice outside the call, for the key of a plan."""
     if _environment is None:
         return _used, os.environ.get(ENVIRONMENT_VARIABLE)
     return _used, _environment.get(_KEY) or None

@@ -1,4 +1,4 @@
-"""What was measured where: for which calls a kernel is faster than what would run in its place.
+"""Measurements by device: the calls for which a kernel is faster than its replacement.
 
 One table. A row says that on this device the calls of `least` elements and more, up to `most`, are
 faster on this backend than on the next one, forward and backward together where gradients are

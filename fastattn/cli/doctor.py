@@ -81,7 +81,7 @@ def _devices() -> Iterator[str]:
 
 
 def _assembler(architecture: int) -> Iterator[str]:
-    """What would assemble Triton's kernels for a GPU, and a warning if it should not."""
+    """The ptxas that would assemble Triton's kernels for a GPU, and a warning if it should not."""
     try:
         yield f"{ptxas.in_use(architecture)}"
     except (ImportError, RuntimeError) as error:

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the figures hold for."""
+    """The device and versions for which the figures hold."""
     about = {"GPU": torch.cuda.get_device_name(device), "fastattn": fastattn.__version__}
     about |= {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     return about

@@ -9,7 +9,7 @@ seqlen_q = 2 and seqlen_k = 5, and with 5 and 2, causal=True shows (1) and hides
                      1 0
                      1 1
 
-What differs from flash-attn 2.8:
+Differences from flash-attn 2.8:
 
 - More runs: every device, dtype and head_dim that `fastattn.attention` takes, v with a head_dim of
   its own, softcap together with dropout, gradients through `softmax_lse` (flash-attn drops them),

@@ -61,7 +61,7 @@ class Draw:
 
 
 def configuration(module: torch.nn.Module) -> Hashable:
-    """What two modules must have in common for the proof of one to hold for the other.
+    """The properties that two modules must share for the proof of one to hold for the other.
 
     Classes, settings, and the tensors' shapes, dtypes and devices, of the module and all its
     children; not the values of the weights, nor which layer of the model it is.

@@ -1,4 +1,4 @@
-"""What `accelerate` and `verify` answer: one entry per module, printed as a short table."""
+"""The answer of `accelerate` and `verify`: one entry per module, printed as a short table."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def _rerouted(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """What stands in torch.nn.functional during `override_sdpa`."""
+    """The function in torch.nn.functional during `override_sdpa`."""
     if _standing.active:
         call = _taken(query, key, value, attn_mask, dropout_p, is_causal, **options)
         if call is not None:
@@ -313,7 +313,7 @@ def _translate(
 
 
 def _causality(bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> Causal:
-    """What torch's object for a causal mask means to `attention`."""
+    """Torch's object for a causal mask as `attention` has it."""
     if is_causal:
         raise ValueError("attn_mask is a causal bias already: leave is_causal False")
     size, lengths = (bias.seq_len_q, bias.seq_len_kv), (query.shape[-2], key.shape[-2])

@@ -42,7 +42,7 @@ EXCLUDED = "excluded by the caller"
 
 
 class Swapped:
-    """What all classes that `accelerate` makes have in common."""
+    """The base of all classes that `accelerate` makes."""
 
     _fastattn_original: ClassVar[type[torch.nn.Module]]
     _fastattn_recogniser: ClassVar[Recogniser]
@@ -260,7 +260,7 @@ def verify(model: torch.nn.Module) -> Report:
 
 @dataclass(frozen=True)
 class _Finding:
-    """What a module was proven to be and the backend that runs it, or why it is left alone."""
+    """The recogniser that was proven and the backend that runs it, or why nothing was."""
 
     recogniser: Recogniser | None = None
     backend: str | None = None

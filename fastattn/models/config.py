@@ -1,4 +1,4 @@
-"""What a GPT is made of."""
+"""The configuration of a GPT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `generate` is given: prompts and special tokens, checked and in one form."""
+"""Prompts and special tokens of `generate`, checked and in one form."""
 
 from __future__ import annotations
 

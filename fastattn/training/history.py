@@ -1,4 +1,4 @@
-"""What a training run was: losses, learning rates and speed, as data, JSON and a picture."""
+"""The record of a training run: losses, learning rates and speed, as data, JSON and a picture."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Works = Mapping[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Attributes:
         swapped: how many modules of which class run on fastattn.

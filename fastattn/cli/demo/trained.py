@@ -53,7 +53,7 @@ QUICK = Size(20_000, 512, 2, 2, 64, 32, 4, steps=20, new_tokens=8, seconds=0.1)
 
 @dataclass(frozen=True)
 class Trained:
-    """What the other parts need, and what was measured.
+    """The model and the measurements, for the other parts.
 
     Attributes:
         batch: inputs and targets of held-out text, (4, context) each.

@@ -1,4 +1,4 @@
-"""What a family of transformers does with the name of an attention implementation.
+"""How a family of transformers uses the name of an attention implementation.
 
 transformers takes any registered name for any model, and makes its masks by that name. Families
 differ in what follows:

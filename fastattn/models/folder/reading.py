@@ -40,7 +40,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Causal masks that older versions of transformers saved as buffers.
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
-# What GPT2Config assumes where a file is silent, and GPTConfig does not.
+# Defaults of GPT2Config where a file is silent, which GPTConfig does not share.
 SILENT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

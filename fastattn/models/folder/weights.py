@@ -91,7 +91,7 @@ class _Place:
             self.owner = _unwrapped(child)
 
     def parameters(self) -> list[Tensor]:
-        """What the weight is made of: itself, or what a parametrisation or a hook makes it of."""
+        """The parameters that make the weight: itself, or those of a parametrisation or a hook."""
         own = self.owner._parameters
         names = (self.leaf, f"{self.leaf}_orig", f"{self.leaf}_g", f"{self.leaf}_v")
         found: list[Tensor] = [own[name] for name in names if own.get(name) is not None]  # type: ignore[misc]

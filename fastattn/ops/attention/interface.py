@@ -23,7 +23,7 @@ _dispatch: Dispatch[_problem.AttentionProblem] = Dispatch(BACKENDS, registration
 
 
 def _metadata(x: Any) -> Any:
-    """What of a feature's tensors a plan depends on."""
+    """The metadata of a feature's tensors on which a plan depends."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype, x.device, x.requires_grad
     if isinstance(x, (tuple, list)):

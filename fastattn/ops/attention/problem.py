@@ -1,4 +1,4 @@
-"""What a call of attention is, apart from its data, and every error that a user can make."""
+"""A call of attention apart from its data, and every error that a user can make."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def _features(
     dropout_p: Any = 0.0,
     fp32_precision: str = "ieee",
 ) -> tuple[Settings, Extras]:
-    """What dense and packed calls share; `document_ids` are checked by the callers."""
+    """The checks that dense and packed calls share; the callers check `document_ids`."""
     heads = q.shape[-2]
     full = (batch, heads, seqlen_q, seqlen_k)
     left, right = check_window(causal, window)

@@ -264,7 +264,7 @@ def alibi(
     columns: slice = slice(None),
     shift: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What ALiBi subtracts from scores: (batch|1, heads, rows, columns)."""
+    """The numbers that ALiBi subtracts from scores: (batch|1, heads, rows, columns)."""
     if shift is None:
         shift = problem.seqlen_k - problem.seqlen_q
     i = torch.arange(problem.seqlen_q, device=slopes.device)[rows, None]

@@ -120,7 +120,7 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 def _backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, forced = _split(call)
     problem = AttentionProblem.of(q, k, v, extras, settings, return_lse=True)
-    # What is transformed around the call of `backward` is about other calls.
+    # Transforms around the call of `backward` are about other calls.
     problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=bias_grad)
     kernel = backends.select_backward("attention", BACKENDS, problem, backend, forced)
     return kernel.backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, extras, settings)

@@ -43,7 +43,7 @@ LEAST_GAIN = 1.02
 ROUNDS, CONFIRMING_ROUNDS = 11, 31
 ROUNDINGS = 16  # by which results of two tiles may differ, in units of the largest one's last place
 
-# What a kernel takes: block sizes are powers of two from 16 (tl.dot) to 128 (32-bit offsets).
+# Sizes that a kernel takes: powers of two from 16 (tl.dot) to 128 (32-bit offsets).
 BLOCKS = (16, 32, 64, 128)
 WARPS = (2, 4, 8)
 STAGES = (1, 2, 3, 4, 5)
@@ -70,7 +70,7 @@ class Entry:
         return tiles.row(self.kernel, self.architecture, size, self.head_dim)
 
     def tile(self, masking: str | None = None) -> Tile:
-        """What the table says, of this column or of the one named."""
+        """The table's tile, of this column or of the one named."""
         size = DTYPES[self.dtype].itemsize
         return tiles.tile(
             self.kernel, self.architecture, size, self.head_dim, masking or self.masking
@@ -222,7 +222,7 @@ def neighbours(tile: Tile, kernel: str) -> Iterator[Tile]:
 
 @dataclass
 class Outcome:
-    """What was found for an entry."""
+    """The result for an entry."""
 
     entry: Entry
     present: Tile
@@ -296,7 +296,7 @@ def written(tile: Tile) -> str:
 
 
 def described(outcome: Outcome) -> Iterator[str]:
-    """What was found for an entry, in lines."""
+    """The result for an entry, in lines."""
     timed = "" if math.isnan(outcome.seconds) else f", {outcome.seconds * 1e6:.1f} us"
     yield f"{outcome.entry}: {written(outcome.present)}{timed}"
     for tile, gain in sorted(outcome.gains.items(), key=lambda pair: -pair[1].median):

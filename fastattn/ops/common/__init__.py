@@ -1,1 +1,1 @@
-"""What the ops share: autocast, transforms, launching."""
+"""Shared by the ops: autocast, transforms, launching."""

@@ -74,7 +74,7 @@ def _places() -> Iterator[Path]:
 
 
 def warning(architecture: int) -> str | None:
-    """What is wrong with the one in use, and the fix; None if nothing is."""
+    """The fault of the one in use, and the fix; None if there is none."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 

@@ -1,4 +1,4 @@
-"""What a call of a norm is, apart from its data, and every error that a user can make."""
+"""A call of a norm apart from its data, and every error that a user can make."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ with fake implementations for tracing and autograd formulas up to the second der
 names who runs the forward; if the user named it (`forced`), the backward stays on it too, else the
 backward chooses again.
 
-What a call does not have is an empty tensor: `stream` without a residual (it is x), and gradients
+Absent tensors are empty ones: `stream` without a residual (it is x), and gradients
 that nobody asked for. `statistics` is rstd and, for layer_norm, mean: (2 or 1, ...) float32.
 """
 

@@ -28,7 +28,7 @@ MAX_HIDDEN = 65536
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program holds at a time: `rows` x `block` elements."""
+    """The tile that one program holds: `rows` x `block` elements."""
 
     rows: int
     block: int

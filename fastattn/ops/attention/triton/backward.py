@@ -69,7 +69,7 @@ def _delta_kernel(
 
 
 class _Plan(NamedTuple):
-    """What follows from a call's metadata."""
+    """The launches of calls with the same metadata."""
 
     x: launching.Layout  # its strides are those of q, k, v, dout and out
     copies: bool  # whether the kernels need copies of inputs

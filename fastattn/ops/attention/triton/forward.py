@@ -179,7 +179,7 @@ def _forward_kernel(
         parts_in_all = find_part(0, batch_size, lengths, parts)[2]
         items = parts_in_all * tiles_of_part
         first = tl.program_id(0).to(tl.int64)
-        # What could be computed before the loop would hold a hundred registers in it.
+        # Computed before the loop, this would hold a hundred registers in it.
         for item in tl.range(first, items, tl.num_programs(0), disable_licm=True):
             batch, part, _ = find_part(item // tiles_of_part, batch_size, lengths, parts)
             tile = (item % tiles_of_part).to(tl.int32)
@@ -196,7 +196,7 @@ def _forward_kernel(
 
 
 class _Plan(NamedTuple):
-    """What follows from a call's metadata."""
+    """The launches of calls with the same metadata."""
 
     copies: bool  # whether the kernel needs copies of inputs
     ranges: TileRanges | None

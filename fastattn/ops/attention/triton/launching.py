@@ -1,4 +1,4 @@
-"""What the launchers of forward, backward and decoding share: layouts, pointers, strides."""
+"""Shared by the launchers of forward, backward and decoding: layouts, pointers, strides."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def layout(
     *more: torch.Tensor,
     capacity: int | None = None,
 ) -> Layout:
-    """What a launcher needs to know of q, k and v.
+    """Sizes, strides and dtypes of q, k and v, for a launcher.
 
     Args:
         more: tensors beside them with strides in units of `align`.
@@ -191,7 +191,7 @@ def lse_strides(x: Layout) -> tuple[int, int]:
     return (0 if x.packed else x.heads * x.seqlen_q), x.seqlen_q
 
 
-# What the kernels read as if it were contiguous.
+# Features that the kernels read as contiguous tensors.
 _DENSE = (
     "alibi_slopes", "sink", "key_lengths", "q_documents", "k_documents", "cu_seqlens_q",
     "cu_seqlens_k", "seqused_q", "seqused_k",
@@ -289,7 +289,7 @@ def tile(kernel: str, x: Layout, extras: Extras, settings: Settings) -> tiles.Ti
 
 
 def constants(x: Layout, settings: Settings, tile: tiles.Tile) -> dict[str, Any]:
-    """What all kernels are compiled for: scores.Sizes, warps and stages."""
+    """The constants of all kernels: scores.Sizes, warps and stages."""
     return {
         "HEAD_DIM": x.head_dim,
         "HEAD_DIM_V": x.head_dim_v,
@@ -329,7 +329,7 @@ LEAST_SCALE = 1e-37
 
 
 def scale(settings: Settings) -> float:
-    """What q k^T is multiplied with: to base 2, unless a softcap comes first."""
+    """The factor of q k^T: to base 2, unless a softcap comes first."""
     return in_float32(settings.softmax_scale * (1.0 if settings.softcap else LOG2_E.value))
 
 

@@ -99,7 +99,7 @@ class Call(NamedTuple):
 
 
 class Switches(NamedTuple):
-    """What else the forward kernel is compiled for."""
+    """The other constants of the forward kernel."""
 
     PACK: tl.constexpr  # query heads that are rows of one tile
     SPLIT: tl.constexpr  # there may be several parts of the keys

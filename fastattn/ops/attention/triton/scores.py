@@ -24,7 +24,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Sizes(NamedTuple):
-    """What every kernel of attention is compiled for."""
+    """The constants of every kernel of attention."""
 
     HEAD_DIM: tl.constexpr
     HEAD_DIM_V: tl.constexpr
@@ -51,7 +51,7 @@ class Rule(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What the scores of one tile need besides."""
+    """The other inputs of one tile's scores."""
 
     inside: Any  # queries that exist, like i
     q_documents: Any  # like i
