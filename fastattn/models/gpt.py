@@ -192,7 +192,7 @@ class GPT(torch.nn.Module):
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten().long())
 
     def features(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The hidden states that the head reads: (B, T) token ids, which are not checked -> (B, T, C).
+        """The hidden states before the head: (B, T) token ids, unchecked -> (B, T, C).
 
         Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``.
         """
