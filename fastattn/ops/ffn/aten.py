@@ -1,4 +1,4 @@
-"""The `torch` backend of ffn: two calls of ATen's matrix product with the activation between.
+"""The `torch` backend of ffn: calls of ATen's matrix product with the activation between.
 
 Plain differentiable PyTorch. Where no gradient goes through it the hidden layer is activated in
 place, which spares a second tensor of its size; ReLU's derivative needs only its result, so it is
@@ -32,14 +32,15 @@ def forward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     run, transformed = _conv1d if problem.conv1d else _linear, problem.transformed
+    tensors = x, w1, b1, w2, b2, gate, gate_bias
     if problem.recompute and problem.needs_grad and not transformed:
         recomputed = functools.partial(run, problem.activation, transformed)
-        return checkpoint(
-            recomputed, x, w1, b1, w2, b2, use_reentrant=False, preserve_rng_state=False
-        )
-    return run(problem.activation, transformed, x, w1, b1, w2, b2)
+        return checkpoint(recomputed, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return run(problem.activation, transformed, *tensors)
 
 
 def _linear(
@@ -50,9 +51,16 @@ def _linear(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     product = F.linear if torch.is_grad_enabled() else linear  # which has nothing to offer there
-    return product(_activate(activation, transformed, product(x, w1, b1)), w2, b2)
+    if gate is None:
+        hidden = _activate(activation, transformed, product(x, w1, b1))
+    else:
+        hidden = _activate(activation, transformed, product(x, gate, gate_bias))
+        hidden = _multiply(transformed, hidden, product(x, w1, b1))
+    return product(hidden, w2, b2)
 
 
 def _conv1d(
@@ -63,12 +71,29 @@ def _conv1d(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    pre = torch.mm(rows, w1) if b1 is None else torch.addmm(b1, rows, w1)
-    hidden = _activate(activation, transformed, pre)
-    out = torch.mm(hidden, w2) if b2 is None else torch.addmm(b2, hidden, w2)
+    pre = _product(rows, w1, b1)
+    if gate is None:
+        hidden = _activate(activation, transformed, pre)
+    else:
+        hidden = _activate(activation, transformed, _product(rows, gate, gate_bias))
+        hidden = _multiply(transformed, hidden, pre)
+    out = _product(hidden, w2, b2)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], w2.shape[1])
+
+
+def _product(rows: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    return torch.mm(rows, w) if b is None else torch.addmm(b, rows, w)
+
+
+def _multiply(transformed: bool, activated: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """activated * up, in place where neither is needed again."""
+    if transformed or activated.requires_grad or up.requires_grad:
+        return activated * up
+    return activated.mul_(up)
 
 
 def _activate(activation: str, transformed: bool, pre: torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,14 @@ def test_activations_everywhere(activation: str, device: str) -> None:
         torch.testing.assert_close(mine.double(), exact, rtol=1e-3, atol=2e-6)
 
 
+def test_no_gate(device: str) -> None:
+    """It is refused, and another backend takes the call."""
+    case = Case((5, 16), 24, 8, HALF, gated=True, device=device)
+    with pytest.raises(fastattn.UnsupportedError, match="the CUDA kernels have no gate"):
+        case.ours("cuda")(**case.inputs())
+    check(case, None)
+
+
 def test_not_a_number(device: str) -> None:
     """It stays in its row, and is not taken for zero by ReLU."""
     case = Case((5, 16), 24, 8, HALF, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from typing import Any
 
@@ -40,6 +41,19 @@ CASES = {
     "no b1": Case((7, 24), 48, 16, bias1=False),
     "no b2": Case((7, 24), 48, 16, bias2=False),
     "no bias": Case((70, 24), 48, 16, HALF, bias1=False, bias2=False),
+    "gated, few tokens": Case((2, 3, 32), 64, 48, gated=True),
+    "gated, few tokens, odd": Case((3, 11), 37, 5, gated=True),
+    "gated, unaligned tile": Case((70, 33), 75, 41, gated=True),
+    "gated, medium tile": Case((66, 32), 48, 16, gated=True),
+    "gated, large tile, masked": Case((300, 80), 528, 48, HALF, gated=True),
+    "gated, large tile, whole": Case((512, 64), 512, 64, HALF, gated=True),
+    "gated, large tile, float32": Case((300, 48), 272, 80, gated=True),
+    "gated, two groups of rows": Case((1100, 17), 70, 9, HALF, gated=True),
+    "gated, no gate_bias": Case((7, 24), 48, 16, gated=True, gate_bias=False),
+    "gated, no b1": Case((7, 24), 48, 16, gated=True, bias1=False),
+    "gated, no bias": Case(
+        (70, 24), 48, 16, HALF, bias1=False, bias2=False, gated=True, gate_bias=False
+    ),
 }
 
 
@@ -53,13 +67,14 @@ def test_against_float64(name: str, layout: str, backend: str, device: str) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("recompute", (False, True))
 def test_activations(
-    activation: str, recompute: bool, dtype: torch.dtype, backend: str, device: str
+    activation: str, recompute: bool, gated: bool, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     for layout in LAYOUTS:
-        case = Case((66, 40), 50, 24, dtype, activation, layout, recompute=recompute, device=device)
-        check(case, backend)
+        case = Case((66, 40), 50, 24, dtype, activation, layout, gated=gated, device=device)
+        check(dataclasses.replace(case, recompute=recompute), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,28 +84,32 @@ def test_bfloat16(activation: str, backend: str, device: str) -> None:
         pytest.skip("Triton's interpreter computes bfloat16 dots wrong")
     for shape, hidden in (((66, 40), 50), ((3, 64), 128), ((128, 64), 256)):
         check(Case(shape, hidden, 24, BF16, activation, device=device), backend)
+        check(Case(shape, hidden, 24, BF16, activation, gated=True, device=device), backend)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", (BF16, HALF, FLOAT))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_enough_tokens_for_a_gpu(layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gated", (False, True))
+def test_enough_tokens_for_a_gpu(gated: bool, layout: str, dtype: torch.dtype) -> None:
     """The large tile, whole and masked, which a GPU takes only where there are many of them."""
-    check(Case((8192, 768), 3072, 768, dtype, layout=layout, device="cuda"), "triton")
-    check(Case((8000, 784), 3088, 400, dtype, layout=layout, device="cuda"), "triton")
+    whole = Case((8192, 768), 3072, 768, dtype, layout=layout, gated=gated, device="cuda")
+    check(whole, "triton")
+    check(dataclasses.replace(whole, shape=(8000, 784), hidden=3088, out_features=400), "triton")
 
 
 @pytest.mark.parametrize("backend", ("reference", "torch"))
 @pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_float64(layout: str, recompute: bool, backend: str, device: str) -> None:
+def test_float64(layout: str, gated: bool, recompute: bool, backend: str, device: str) -> None:
     for activation in ACTIVATIONS:
-        case = Case((5, 33), 20, 7, DOUBLE, activation, layout, recompute=recompute, device=device)
-        check(case, backend)
+        case = Case((5, 33), 20, 7, DOUBLE, activation, layout, gated=gated, device=device)
+        check(dataclasses.replace(case, recompute=recompute), backend)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_problems(seed: int, device: str) -> None:
     r = random.Random(seed)
     leading = [r.randint(1, 9) for _ in range(r.randint(0, 3))]
@@ -104,6 +123,8 @@ def test_random_problems(seed: int, device: str) -> None:
         bias1=r.random() < 0.7,
         bias2=r.random() < 0.7,
         recompute=r.random() < 0.5,
+        gated=r.random() < 0.5,
+        gate_bias=r.random() < 0.7,
         device=device,
         seed=seed,
     )
@@ -133,9 +154,9 @@ def test_any_strides_of_x(backend: str, device: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_of_the_weights(layout: str, backend: str, device: str) -> None:
-    case = Case((7, 24), 40, 16, layout=layout, device=device)
+    case = Case((7, 24), 40, 16, layout=layout, gated=True, device=device)
     inputs = case.inputs()
-    for name in ("w1", "w2"):
+    for name in ("w1", "w2", "gate"):
         weight = inputs[name]
         rows, cols = weight.shape
         padded = torch.randn(rows, 2 * cols, device=device)
@@ -147,14 +168,46 @@ def test_any_strides_of_the_weights(layout: str, backend: str, device: str) -> N
         ):
             check(case, backend, inputs | {name: view})
     check(case, backend, inputs | {"b1": torch.randn(80, device=device)[::2]})
+    check(case, backend, inputs | {"gate_bias": torch.randn(80, device=device)[::2]})
     check(case, backend, inputs | {"b1": torch.randn(1, device=device).expand(40)})
     check(case, backend, inputs | {"b2": torch.randn(1, device=device).expand(16)})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_halves_of_a_joint_weight(
+    layout: str, interleaved: bool, backend: str, device: str
+) -> None:
+    """Views of one tensor, side by side or in turns, and the gradient of the whole."""
+    case = Case((70, 32), 48, 16, layout=layout, gated=True, device=device)
+    inputs = case.inputs()
+    dim = 0 if layout == "linear" else 1
+    pair = [inputs.pop("w1"), inputs.pop("gate")]
+    inputs["joint"] = (
+        torch.stack(pair, dim + 1).flatten(dim, dim + 1) if interleaved else torch.cat(pair, dim)
+    )
+
+    def of(function: Any) -> Any:
+        def run(joint: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+            w1, gate = (
+                joint.unflatten(dim, (-1, 2)).unbind(dim + 1)
+                if interleaved
+                else joint.chunk(2, dim)
+            )
+            return function(w1=w1, gate=gate, **others)
+
+        return run
+
+    cotangent = torch.randn(70, 16, device=device)
+    ours = output_and_gradients(of(case.ours(backend)), inputs, cotangent)
+    torch.testing.assert_close(ours, output_and_gradients(of(case.eager), inputs, cotangent))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expanded_cotangent(backend: str, device: str) -> None:
     """What .sum().backward() hands to the backward: one number, stride 0."""
-    case = Case((70, 24), 40, 16, device=device)
+    case = Case((70, 24), 40, 16, gated=True, device=device)
     inputs = case.inputs()
     for cotangent in (
         torch.ones((), device=device).expand(70, 16),
@@ -185,26 +238,28 @@ def test_weights_and_rows_are_read_in_place(
     transposed: bool, layout: str, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     launches = _launched(monkeypatch)
-    case = Case((4, 24), 40, 16, layout=layout, device=device)
+    case = Case((4, 24), 40, 16, layout=layout, gated=True, device=device)
     inputs = case.inputs()
     if transposed:
-        inputs |= {name: inputs[name].t().contiguous().t() for name in ("w1", "w2")}
+        inputs |= {name: inputs[name].t().contiguous().t() for name in ("w1", "w2", "gate")}
     inputs["x"] = torch.randn(4, 3, 24, device=device)[:, 1]
     output_and_gradients(case.ours("triton"), inputs, torch.randn(4, 16, device=device))
     read = {name: [t.data_ptr() for t in tensors] for name, tensors, _ in launches}
     assert inputs["w1"].data_ptr() in read["_forward_kernel"]
+    assert inputs["gate"].data_ptr() in read["_forward_kernel"]
     assert inputs["x"].data_ptr() in read["_forward_kernel"]
     assert inputs["w2"].data_ptr() in read["_backward_kernel"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_lie_as_the_weights_do(layout: str, device: str) -> None:
-    case = Case((4, 24), 40, 16, layout=layout, device=device)
+    case = Case((4, 24), 40, 16, layout=layout, gated=True, device=device)
     inputs = case.inputs()
-    inputs["w1"] = inputs["w1"].t().contiguous().t()
+    inputs["w1"], inputs["gate"] = (inputs[n].t().contiguous().t() for n in ("w1", "gate"))
     inputs["w2"] = torch.randn(inputs["w2"].shape[0], 64, device=device)[:, : inputs["w2"].shape[1]]
     grads = output_and_gradients(case.ours("triton"), inputs, torch.ones(4, 16, device=device))
     assert grads["dw1"].stride() == inputs["w1"].stride()
+    assert grads["dgate"].stride() == inputs["gate"].stride()
     assert grads["dw2"].is_contiguous()
 
 
@@ -213,6 +268,7 @@ def test_gradients_lie_as_the_weights_do(layout: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize(
     ("shape", "hidden", "out_features"),
@@ -232,12 +288,14 @@ def test_empty(
     hidden: int,
     out_features: int,
     recompute: bool,
+    gated: bool,
     layout: str,
     backend: str,
     device: str,
 ) -> None:
     """Shapes and values as torch's: sums over nothing are zeros, not garbage."""
-    case = Case(shape, hidden, out_features, layout=layout, recompute=recompute, device=device)
+    case = Case(shape, hidden, out_features, layout=layout, gated=gated, device=device)
+    case = dataclasses.replace(case, recompute=recompute)
     inputs = case.inputs()
     cotangent = torch.ones((*shape[:-1], out_features), device=device)
     ours = output_and_gradients(case.ours(backend), inputs, cotangent)
@@ -273,9 +331,10 @@ def test_activations_everywhere(activation: str, device: str) -> None:
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_bad_token_stays_alone(activation: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize("gated", (False, True))
+def test_a_bad_token_stays_alone(gated: bool, activation: str, backend: str, device: str) -> None:
     """NaN or Inf in a token leave the tokens beside it, in the same tile, as they were."""
-    case = Case((6, 40), 32, 24, activation=activation, device=device)
+    case = Case((6, 40), 32, 24, activation=activation, gated=gated, device=device)
     inputs = case.inputs()
     ffn = case.ours(backend)
 
@@ -298,8 +357,9 @@ def test_a_bad_token_stays_alone(activation: str, backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("dtype", (FLOAT, *HALVES))
-def test_same_inputs_same_bits(dtype: torch.dtype, device: str) -> None:
-    case = Case((600, 40), 80, 48, dtype, device=device)
+@pytest.mark.parametrize("gated", (False, True))
+def test_same_inputs_same_bits(gated: bool, dtype: torch.dtype, device: str) -> None:
+    case = Case((600, 40), 80, 48, dtype, gated=gated, device=device)
     inputs = case.inputs()
     cotangent = torch.randn(600, 48, device=device).to(dtype)
     first, second, third = (
@@ -316,15 +376,25 @@ def test_same_inputs_same_bits(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize(
     "wanted",
-    [("x",), ("w1",), ("b1",), ("w2",), ("b2",), ("w2", "b2"), ("x", "b2")],
+    [
+        ("x",), ("w1",), ("b1",), ("w2",), ("b2",), ("w2", "b2"), ("x", "b2"),
+        ("gate",), ("gate_bias",), ("x", "gate"),
+    ],
     ids="+".join,
-)
+)  # fmt: skip
+@pytest.mark.parametrize("gated", (False, True))
 def test_gradients_of_some_inputs_alone(
-    wanted: tuple[str, ...], recompute: bool, monkeypatch: pytest.MonkeyPatch, device: str
+    wanted: tuple[str, ...],
+    gated: bool,
+    recompute: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
 ) -> None:
     """What is frozen costs nothing: no product for b2 alone."""
+    if not gated and {"gate", "gate_bias"} & {*wanted}:
+        pytest.skip("there is no gate")
     launches = _launched(monkeypatch)
-    case = Case((66, 24), 40, 16, recompute=recompute, device=device)
+    case = Case((66, 24), 40, 16, recompute=recompute, gated=gated, device=device)
     inputs = case.inputs()
     cotangent = torch.randn(66, 16, device=device)
 
@@ -339,7 +409,7 @@ def test_gradients_of_some_inputs_alone(
     for name, _, constants in launches:
         if name == "_backward_kernel":
             assert constants["STORE_ACTIVATED"] == ("w2" in wanted)
-            assert constants["STORE_SUMS"] == ("b1" in wanted)
+            assert constants["STORE_SUMS"] == ("b1" in wanted or "gate_bias" in wanted)
 
 
 def test_without_gradients_nothing_is_stored_for_them(
@@ -357,30 +427,36 @@ def test_without_gradients_nothing_is_stored_for_them(
 
 
 def test_what_triton_keeps_for_the_backward(device: str) -> None:
-    """x and the pre-activation, or x alone; never the hidden layer after it."""
-    case = Case((64, 24), 40, 16, device=device)
-    leaves = {n: x.requires_grad_() for n, x in case.inputs().items()}
+    """x and the pre-activation, with a gate both, or x alone; never the hidden layer after it."""
     kept: list[int] = []
 
     def keep(t: torch.Tensor) -> torch.Tensor:
         kept.append(t.numel())
         return t
 
-    for recompute, extra in ((False, [64 * 40]), (True, [])):
+    for gated, recompute, extra in (
+        (False, False, [64 * 40]),
+        (False, True, []),
+        (True, False, [2 * 64 * 40]),
+        (True, True, []),
+    ):
+        case = Case((64, 24), 40, 16, gated=gated, recompute=recompute, device=device)
+        leaves = {n: x.requires_grad_() for n, x in case.inputs().items()}
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            dataclasses.replace(case, recompute=recompute).ours("triton")(**leaves)
+            case.ours("triton")(**leaves)
         assert sorted(kept) == sorted([leaf.numel() for leaf in leaves.values()] + extra)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gated", (False, True))
 def test_torch_recomputes_only_when_asked(
-    layout: str, monkeypatch: pytest.MonkeyPatch, device: str
+    gated: bool, layout: str, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     calls = []
     activate = aten._activate
     monkeypatch.setattr(aten, "_activate", lambda *args: calls.append(1) or activate(*args))
-    case = Case((5, 8), 16, 4, layout=layout, device=device)
+    case = Case((5, 8), 16, 4, layout=layout, gated=gated, device=device)
     inputs, cotangent = case.inputs(), torch.ones(5, 4, device=device)
     for recompute, times in ((False, 1), (True, 2)):
         calls.clear()
@@ -395,10 +471,17 @@ def test_torch_recomputes_only_when_asked(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_inputs_are_left_alone(layout: str, activation: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize("gated", (False, True))
+def test_inputs_are_left_alone(
+    gated: bool, layout: str, activation: str, backend: str, device: str
+) -> None:
     """The activation in place is of our own hidden layer: even where w1 is the identity."""
-    case = Case((5, 16), 16, 16, activation=activation, layout=layout, bias1=False, device=device)
-    inputs = case.inputs() | {"w1": torch.eye(16, device=device)}
+    case = Case(
+        (5, 16), 16, 16, activation=activation, layout=layout, bias1=False, gated=gated,
+        gate_bias=False, device=device,
+    )  # fmt: skip
+    inputs = case.inputs()
+    inputs |= {name: torch.eye(16, device=device) for name in inputs if name in ("w1", "gate")}
     before = {name: x.clone() for name, x in inputs.items()}
     with torch.no_grad():
         case.ours(backend)(**inputs)
@@ -413,24 +496,26 @@ def test_tiles_fit_every_gpu() -> None:
     for architecture, limit in limits.items():
         for size in (2, 4):
             for tokens in (1, tiles.FEW_TOKENS, tiles.FEW_TOKENS + 1, 1024, 65536):
-                for aligned in (False, True):
-                    tile = tiles.tile(architecture, size, tokens, 3072, 132, aligned)
+                for aligned, gated in itertools.product((False, True), repeat=2):
+                    tile = tiles.tile(architecture, size, tokens, 3072, 132, aligned, gated)
                     chosen.add(tile)
-                    block = (tile.block_m + tile.block_n) * tile.block_k * size
+                    columns = 2 * tile.block_n if gated else tile.block_n
+                    block = (tile.block_m + columns) * tile.block_k * size
                     assert tile.stages * block <= limit * 1024
                     for n in (tile.block_m, tile.block_n, tile.block_k):
                         assert n >= 16
                         assert n & (n - 1) == 0
                     assert tile.block_m <= 128  # MAX_HIDDEN of triton.py
-    assert len(chosen) == 10
+    assert len(chosen) == 20
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 20 GB of GPU memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_more_than_two_to_the_31_elements(layout: str) -> None:
+@pytest.mark.parametrize("gated", (False, True))
+def test_more_than_two_to_the_31_elements(gated: bool, layout: str) -> None:
     tokens, hidden = 2**20 + 3, 2064
-    case = Case((tokens, 16), hidden, 16, HALF, layout=layout, device="cuda")
+    case = Case((tokens, 16), hidden, 16, HALF, layout=layout, gated=gated, device="cuda")
     inputs = {name: x.requires_grad_(name == "x") for name, x in case.inputs().items()}
     out = case.ours("triton")(**inputs)
     last = inputs | {"x": inputs["x"].detach()[-5:].requires_grad_()}

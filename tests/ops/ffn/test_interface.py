@@ -17,9 +17,11 @@ from fastattn.backends import explanation_of, triton_runs
 BACKENDS = ("reference", "torch", "triton")
 LAYOUTS = ("linear", "conv1d")
 NAMES = ("x", "w1", "b1", "w2", "b2")
+GATE = ("gate", "gate_bias")
 
 X, W1, B1 = torch.randn(2, 3, 8), torch.randn(20, 8), torch.randn(20)
 W2, B2 = torch.randn(5, 20), torch.randn(5)
+G, GB = torch.randn(20, 8), torch.randn(20)
 
 
 def call(options: dict[str, Any]) -> torch.Tensor:
@@ -50,6 +52,14 @@ def call(options: dict[str, Any]) -> torch.Tensor:
         ({"b1": B1[None]}, ValueError, r"b1 must have the shape .* got \(1, 20\)"),
         ({"b1": 1.0}, TypeError, "b1 must be a torch.Tensor or None; got float"),
         ({"b2": B1}, ValueError, r"b2 must have the shape \(out_features,\) = \(5,\), or be None"),
+        ({"gate": G.tolist()}, TypeError, "gate must be a torch.Tensor or None; got list"),
+        ({"gate": GB}, ValueError, r"gate must have 2 dimensions .hidden, in_features.; got .*.20,"),
+        ({"gate": G[:19]}, ValueError, r"gate must have the shape of w1, .* \(20, 8\); got \(19, 8\)"),
+        ({"gate": G.t()}, ValueError, r"shape of w1, .* got \(8, 20\); gate.t\(\) has it"),
+        ({"gate": G.half()}, TypeError, "must have one dtype; got x float32, gate float16: cast"),
+        ({"gate": G.to("meta")}, ValueError, "on one device; got x on cpu, gate on meta"),
+        ({"gate_bias": GB}, ValueError, "gate_bias is the bias of gate, which is None: give gate"),
+        ({"gate": G, "gate_bias": B2}, ValueError, r"gate_bias must have the shape .*\(20,\).*\(5,\)"),
         ({"activation": "swish"}, ValueError, "activation must be one of 'gelu_tanh', .* 'swish'"),
         ({"activation": None}, ValueError, "activation must be one of .* got None"),
         ({"activation": ["relu"]}, ValueError, "activation must be one of .* got"),
@@ -117,6 +127,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         "x (2, 3, 8), hidden 20, out_features 5, silu, layout linear, float32 on cpu, no b1, "
         "recompute, with gradients"
     )
+    gated = fastattn.explain(fastattn.ffn, X, W1, B1, W2, B2, gate=G)
+    assert gated.problem.endswith(", gated, no gate_bias")
     with pytest.raises(ValueError, match="layout must be"):
         fastattn.explain(fastattn.ffn, X, W1, B1, W2, B2, layout="torch")
 
@@ -132,6 +144,8 @@ def test_no_plan_is_taken_for_another() -> None:
         *({"activation": activation} for activation in ACTIVATIONS),
         {"w1": W1[:12], "b1": B1[:12], "w2": W2[:, :12]},
         {n: t.half() for n, t in zip(NAMES, (X, W1, B1, W2, B2), strict=True)},
+        {"gate": G},
+        {"gate": G, "gate_bias": GB},
         square,
         square | {"layout": "conv1d"},
     ]
@@ -139,7 +153,8 @@ def test_no_plan_is_taken_for_another() -> None:
         a = {"x": X, "w1": W1, "b1": B1, "w2": W2, "b2": B2} | options
         layout, activation = a.get("layout", "linear"), a.get("activation", "gelu_tanh")
         case = Case((8,), 1, 1, layout=layout, activation=activation)
-        exact = [None if a[n] is None else a[n].double() for n in ("x", "w1", "w2", "b1", "b2")]
+        order = ("x", "w1", "w2", "b1", "b2", *GATE)
+        exact = [None if a.get(n) is None else a[n].double() for n in order]
         expected = case.eager(*exact).to(a["x"].dtype)  # type: ignore[arg-type]
         out = call(options | {"backend": backend})
         tolerance = 1e-2 if out.dtype == torch.half else 1e-5
@@ -149,8 +164,8 @@ def test_no_plan_is_taken_for_another() -> None:
 def test_a_plan_of_inference_is_not_one_of_training() -> None:
     """Without gradients the activation is in place, which would break a backward."""
     leaves = {n: t.clone().requires_grad_() for n, t in zip(NAMES, (X, W1, B1, W2, B2))}
-    for activation in ACTIVATIONS:
-        options: dict[str, Any] = {"activation": activation}
+    for activation, gate in itertools.product(ACTIVATIONS, (None, G)):
+        options: dict[str, Any] = {"activation": activation, "gate": gate}
         for _ in range(2):
             with torch.no_grad():
                 call(leaves | options)
@@ -162,9 +177,10 @@ def test_a_plan_of_inference_is_not_one_of_training() -> None:
 
 @pytest.mark.parametrize("backend", (None, *BACKENDS))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-def test_autocast(dtype: torch.dtype, backend: str | None, device: str) -> None:
+@pytest.mark.parametrize("gated", (False, True))
+def test_autocast(gated: bool, dtype: torch.dtype, backend: str | None, device: str) -> None:
     """As F.linear: computed and returned in autocast's dtype, gradients in the tensors' own."""
-    case = Case((4, 8), 20, 5, dtype, device=device)
+    case = Case((4, 8), 20, 5, dtype, gated=gated, device=device)
     inputs = case.inputs()
     cotangent = torch.randn(4, 5, device=device).half()
     with torch.autocast(device, torch.float16):
@@ -208,20 +224,27 @@ OPCHECKS = (
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("save_pre", (True, False))
-def test_opcheck(save_pre: bool, layout: str, bias: bool, device: str) -> None:
-    case = Case((3, 2, 8), 12, 4, layout=layout, bias1=bias, bias2=bias, device=device)
+@pytest.mark.parametrize("gated", (False, True))
+def test_opcheck(gated: bool, save_pre: bool, layout: str, bias: bool, device: str) -> None:
+    case = Case(
+        (3, 2, 8), 12, 4, layout=layout, bias1=bias, bias2=bias, gated=gated, gate_bias=bias,
+        device=device,
+    )  # fmt: skip
     inputs = case.inputs()
-    x, w1, b1, w2, b2 = (inputs[n].requires_grad_() if n in inputs else None for n in NAMES)
+    given = [inputs[n].requires_grad_() if n in inputs else None for n in (*NAMES, *GATE)]
     options = ("gelu_tanh", layout)
     forward = torch.ops.fastattn.ffn
-    arguments = (x, w1, b1, w2, b2, *options, save_pre, "triton", True)
+    arguments = (*given, *options, save_pre, "triton", True)
     torch.library.opcheck(forward.default, arguments, test_utils=OPCHECKS)
     with torch.no_grad():
         out, pre = forward(*arguments)
     saved = pre if save_pre else None
-    tensors = (torch.randn_like(out), x, w1, b1, w2, b2, saved)
+    tensors = (torch.randn_like(out), *given, saved)
     plain = [t if t is None else t.detach() for t in tensors]
-    for needs in ((True, True, bias, True, bias), (True, False, bias, False, False)):
+    for needs in (
+        (True, True, bias, True, bias, gated, gated and bias),
+        (True, False, bias, False, False, False, gated and bias),
+    ):
         torch.library.opcheck(
             torch.ops.fastattn.ffn_backward.default,
             (*plain, needs, *options, "triton", True),
@@ -232,13 +255,14 @@ def test_opcheck(save_pre: bool, layout: str, bias: bool, device: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gated", (False, True))
 def test_compiles_without_a_graph_break(
-    layout: str, recompute: bool, backend: str, device: str
+    gated: bool, layout: str, recompute: bool, backend: str, device: str
 ) -> None:
     """One graph for all lengths: a second length neither breaks nor specialises anew."""
     torch._dynamo.reset()
     compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    case = Case((8,), 20, 8, layout=layout, recompute=recompute, device=device)
+    case = Case((8,), 20, 8, layout=layout, recompute=recompute, gated=gated, device=device)
     weights = {n: t.requires_grad_() for n, t in case.inputs().items() if n != "x"}
     ffn = case.ours(backend)
 
@@ -270,8 +294,10 @@ def test_compiles_with_the_default_choice() -> None:
 # --- transforms and second derivatives -----------------------------------------------------------
 
 
-def _double(layout: str, activation: str, recompute: bool = False) -> tuple[Case, dict[str, Any]]:
-    case = Case((3, 4), 6, 5, torch.float64, activation, layout, recompute=recompute)
+def _double(
+    layout: str, activation: str, recompute: bool, gated: bool
+) -> tuple[Case, dict[str, Any]]:
+    case = Case((3, 4), 6, 5, torch.float64, activation, layout, gated=gated, recompute=recompute)
     return case, case.inputs()
 
 
@@ -279,11 +305,12 @@ def _double(layout: str, activation: str, recompute: bool = False) -> tuple[Case
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gated", (False, True))
 def test_functional_transforms(
-    layout: str, activation: str, recompute: bool, backend: str | None
+    gated: bool, layout: str, activation: str, recompute: bool, backend: str | None
 ) -> None:
     """jvp, grad, vmap and Hessian-vector products against the formula; never a silent zero."""
-    case, inputs = _double(layout, activation, recompute)
+    case, inputs = _double(layout, activation, recompute, gated)
     x, weights = inputs.pop("x"), inputs
     t = torch.randn_like(x)
 
@@ -337,8 +364,11 @@ def test_kernels_refuse_transforms(device: str) -> None:
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("activation", ("gelu_tanh", "gelu", "silu"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_second_derivative(layout: str, activation: str, recompute: bool, backend: str) -> None:
-    case, inputs = _double(layout, activation, recompute)
+@pytest.mark.parametrize("gated", (False, True))
+def test_second_derivative(
+    gated: bool, layout: str, activation: str, recompute: bool, backend: str
+) -> None:
+    case, inputs = _double(layout, activation, recompute, gated)
     leaves = [t.requires_grad_() for t in inputs.values()]
     ours = case.ours(backend)
 
@@ -352,13 +382,15 @@ def test_second_derivative(layout: str, activation: str, recompute: bool, backen
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gated", (False, True))
 def test_second_derivative_of_the_registered_op(
-    layout: str, activation: str, recompute: bool, device: str
+    gated: bool, layout: str, activation: str, recompute: bool, device: str
 ) -> None:
     """A gradient penalty through the kernels against the formula, whole and with frozen weights."""
     case = Case(
-        (4, 8), 20, 5, activation=activation, layout=layout, recompute=recompute, device=device
-    )
+        (4, 8), 20, 5, activation=activation, layout=layout, recompute=recompute, gated=gated,
+        device=device,
+    )  # fmt: skip
     inputs = case.inputs()
     cotangent = torch.randn(4, 5, device=device)
 
