@@ -117,7 +117,7 @@ def _tile_of_program(
 def _products(
     a_ptr,  # (m_size, k_size)
     b_ptr,  # (k_size, n_size)
-    c_ptr,  # the same; unused unless BOTH
+    c_ptr,  # the same; None unless BOTH
     rows,  # (BLOCK_M,), all inside
     cols,  # (BLOCK_N,)
     stride_am,
@@ -148,23 +148,25 @@ def _products(
             a = tl.load(a_ptrs)
         else:
             a = tl.load(a_ptrs, mask=(ks < k_size - k)[None, :], other=0.0)
-        b = _load_block(b_ptrs, ks < k_size - k, cols < n_size, EVEN_K and EVEN_N)
+        if EVEN_K and EVEN_N:
+            b = tl.load(b_ptrs)
+        else:
+            b = tl.load(
+                b_ptrs, mask=(ks < k_size - k)[:, None] & (cols < n_size)[None, :], other=0.0
+            )
         acc = tl.dot(a, b, acc, input_precision="ieee")
         if BOTH:
-            c = _load_block(c_ptrs, ks < k_size - k, cols < n_size, EVEN_K and EVEN_N)
+            if EVEN_K and EVEN_N:
+                c = tl.load(c_ptrs)
+            else:
+                c = tl.load(
+                    c_ptrs, mask=(ks < k_size - k)[:, None] & (cols < n_size)[None, :], other=0.0
+                )
             acc_c = tl.dot(a, c, acc_c, input_precision="ieee")
             c_ptrs += BLOCK_K * tl.cast(stride_ck, tl.int64)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * tl.cast(stride_bk, tl.int64)
     return acc, acc_c
-
-
-@triton.jit
-def _load_block(pointers, rows_inside, cols_inside, WHOLE: tl.constexpr):
-    if WHOLE:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=rows_inside[:, None] & cols_inside[None, :], other=0.0)
 
 
 # A tile's products are finished in strips of so many columns, one after the other: the activation's
@@ -251,7 +253,7 @@ def _forward_kernel(
     x_ptr,  # (tokens, in_features)
     w_ptr,  # (in_features, hidden)
     bias_ptr,  # (hidden,)
-    gate_ptr,  # (in_features, hidden); this and its bias are unused unless GATED
+    gate_ptr,  # (in_features, hidden); None, as its bias, unless GATED
     gate_bias_ptr,  # (hidden,)
     activated_ptr,  # (tokens, hidden), contiguous
     pre_ptr,  # (tokens, hidden), contiguous; GATED: (2, tokens, hidden)
@@ -345,20 +347,19 @@ def _launch_forward(
     """Fill `activated` and `pre`, those that are given."""
     (tokens, in_features), hidden = rows.shape, w1.shape[1]
     tile = _tile(rows, w1, gate)
-    # A kernel reads no stand-in.
     launch.launch(
         _forward_kernel,
         (tile.programs(tokens, hidden),),
         rows,
         w1,
-        rows if b1 is None else b1.contiguous(),
-        w1 if gate is None else gate,
-        rows if gate_bias is None else gate_bias.contiguous(),
+        rows if b1 is None else b1.contiguous(),  # a kernel reads no stand-in
+        gate,
+        None if gate_bias is None else gate_bias.contiguous(),
         rows if activated is None else activated,
         rows if pre is None else pre,
         rows.stride(0),
         *w1.stride(),
-        *(w1 if gate is None else gate).stride(),
+        *((1, 1) if gate is None else gate.stride()),  # 1 is a constant, so no parameter is left
         tokens,
         hidden,
         in_features,
@@ -470,9 +471,8 @@ def _backward_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     product, _ = _products(
-        dout_ptr, w_ptr, w_ptr, tl.minimum(rows, tokens - 1), cols, stride_dout, stride_wk,
-        stride_wn, stride_wk, stride_wn, hidden, out_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N,
-        EVEN_K, False,
+        dout_ptr, w_ptr, None, tl.minimum(rows, tokens - 1), cols, stride_dout, stride_wk,
+        stride_wn, 1, 1, hidden, out_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, False,
     )  # fmt: skip
     first = tile_m.to(tl.int64) * BLOCK_M * hidden
     second = first + tl.cast(tokens, tl.int64) * hidden
