@@ -27,7 +27,9 @@ ACTIVATIONS = {"few": "relu", "unaligned": "silu", "medium": "gelu", "large": "g
 
 def table(size: int, gated: bool) -> dict[str, tiles.Tile]:
     """The tiles of the shapes; with a gate those of the forward, half as wide."""
-    large = tiles.LARGER.get(ARCHITECTURE, tiles.LARGE[size]) if size == 2 else tiles.LARGE[size]
+    large = tiles.LARGE[size]
+    if size == 2 and not (gated and ARCHITECTURE == 80):
+        large = tiles.LARGER.get(ARCHITECTURE, large)
     rows = (tiles.FEW[size], tiles.UNALIGNED[size], tiles.MEDIUM[size], large)
     if gated:
         rows = tuple(dataclasses.replace(row, block_n=row.block_n // 2) for row in rows)

@@ -170,8 +170,10 @@ def _products(
 
 
 # A tile's products are finished in strips of so many columns, one after the other: the activation's
-# registers are those of a strip, beside the accumulators of a whole tile.
+# registers are those of a strip, beside the accumulators of a whole tile. With a gate there are
+# twice as many values of an element at hand.
 STRIP = tl.constexpr(64)
+GATED_STRIP = tl.constexpr(32)
 
 
 @triton.jit
@@ -204,7 +206,7 @@ def _finish_forward(
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    if WIDTH > STRIP:
+    if WIDTH > STRIP or (GATED and WIDTH > GATED_STRIP):
         left, right = _halves(product, BLOCK_M, WIDTH)
         gate_left, gate_right = left, right
         if GATED:
@@ -396,7 +398,7 @@ def _finish_backward(
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    if WIDTH > STRIP:
+    if WIDTH > STRIP or (GATED and WIDTH > GATED_STRIP):
         left, right = _halves(dactivated, BLOCK_M, WIDTH)
         _finish_backward(
             left, first_col, pre_ptr, gate_pre_ptr, activated_ptr, dpre_ptr, dgate_pre_ptr,
