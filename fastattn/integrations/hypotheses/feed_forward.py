@@ -31,7 +31,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
 }
 
-
 Halves = Callable[[torch.Tensor, int], Sequence[torch.Tensor]]
 
 # (gate, fc1) of what one layer has for both, along the dimension of its results: views.
@@ -44,7 +43,7 @@ HALVES: dict[str, Halves] = {
 
 
 def _interleaved(joint: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
-    return joint.unflatten(dim, (-1, 2)).unbind(dim + 1 if dim >= 0 else dim)
+    return joint.unflatten(dim, (-1, 2)).unbind(dim + 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class FeedForward:
             gate, gate_bias = gated.weight, gated.bias
         elif self.halves is not None:
             of = HALVES[self.halves]
-            gate, w1 = of(w1, -1 if self.layout == "conv1d" else 0)
+            gate, w1 = of(w1, 1 if self.layout == "conv1d" else 0)
             if b1 is not None:
                 gate_bias, b1 = of(b1, 0)
         return {
