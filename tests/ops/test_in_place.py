@@ -66,6 +66,10 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], tuple[int,
     "ffn, recompute": (
         lambda *x, **kw: fastattn.ffn(*x, recompute=True, **kw), layered(2, 3, 8), ()
     ),
+    "ffn, gated": (
+        lambda x, w1, b1, w2, b2, gate, **kw: fastattn.ffn(x, w1, b1, w2, b2, gate=gate, **kw),
+        (*layered(2, 3, 8), WEIGHTS[0]), ()
+    ),
     "ffn, a token": (fastattn.ffn, layered(8), ()),
     "ffn, tokens": (fastattn.ffn, layered(3, 8), ()),
 }  # fmt: skip
