@@ -212,6 +212,8 @@ def _feed_forwards(module: torch.nn.Module) -> Iterator[FeedForward]:
     if len({type(layer).__name__ for layer in layers.values()}) > 1:
         return
     layout = "conv1d" if type(next(iter(layers.values()))).__name__ == "Conv1D" else "linear"
+    if len(layers) == 3 and act is None and len({_sizes(c) for c in layers.values()}) == 1:
+        return  # q, k and v
     for order, activation in itertools.product(_orders(layers), known):
         for dropout in (*dropouts, None):
             inside = tuple(n for n in dropouts if n != dropout)

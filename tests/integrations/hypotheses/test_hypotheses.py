@@ -298,6 +298,15 @@ def test_gated_mlps_of_conv1d(joint: bool, device: str, x: Tensor) -> None:
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_q_k_and_v_are_taken_for_no_mlp() -> None:
+    """Three equal layers and no activation: the report would name an MLP that nobody wrote."""
+    from fastattn.integrations.hypotheses import feed_forward
+
+    module = nn.Module()
+    module.q, module.k, module.v = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+    assert not list(feed_forward.of(module))
+
+
 def test_a_joint_weight_is_not_copied(
     device: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
