@@ -131,7 +131,7 @@ def ffn_calls(device: str) -> Calls:
         inputs=tuple(torch.randn(shape, device=device) for shape in shapes),
         ours=fastattn.ffn,
         bare=bare,
-        registered=lambda *inputs: registered(*inputs, *options),
+        registered=lambda *inputs: registered(*inputs, None, None, *options),
         kernels=kernels,
         aside={},
     )

@@ -158,6 +158,7 @@ def test_sizes() -> None:
     assert describe_layer_norm(x).elements == describe_rms_norm(x).elements == 21
     assert describe_ffn(*ffn_inputs()).elements == 96
     assert describe_ffn(*ffn_inputs(), recompute=True).elements is None
+    assert describe_ffn(*ffn_inputs(), gate=torch.randn(8, 4)).elements is None
     assert describe_attention(*qkv()).elements == 1680
     assert describe_attention(*qkv(), causal=True).elements == 1680
 

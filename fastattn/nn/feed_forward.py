@@ -26,12 +26,17 @@ class FeedForward(torch.nn.Module):
     """Two linear layers with an activation between, on `fastattn.ffn`: one fused op.
 
         dropout(linear2(activation(linear1(x))))
+        dropout(linear2(activation(gate(x)) * linear1(x)))      gated: SwiGLU with "silu"
 
-    ``linear1`` and ``linear2`` are `torch.nn.Linear`, initialised as such. Their weights go to the
-    op without a call of the modules. Where that could be noticed (see `fastattn.nn.plain.is_plain`:
-    hooks, LoRA and other wrappers, parametrisations, weights of a tensor subclass or sparse), both
-    are called as modules, with the activation between; ``recompute`` then saves nothing. The same
-    holds for a nested tensor.
+    ``linear1``, ``linear2`` and ``gate`` are `torch.nn.Linear`, initialised as such, and so
+    ``state_dict`` has their weights and biases: ``linear1.weight``, ``gate.weight`` (both
+    feedforward_dim x embed_dim), ``linear2.weight`` (embed_dim x feedforward_dim). In a Llama they
+    are called ``up_proj``, ``gate_proj`` and ``down_proj``.
+
+    The weights go to the op without a call of the modules. Where that could be noticed (see
+    `fastattn.nn.plain.is_plain`: hooks, LoRA and other wrappers, parametrisations, weights of a
+    tensor subclass or sparse), all are called as modules, with the activation between;
+    ``recompute`` then saves nothing. The same holds for a nested tensor.
 
     Args:
         embed_dim: size of the last dimension of input and output.
@@ -39,8 +44,10 @@ class FeedForward(torch.nn.Module):
         activation: "gelu_tanh", "gelu" (by erf), "relu" or "silu".
         bias: whether the linear layers have one.
         dropout: probability with which an element of the output is dropped in training.
+        gated: whether there is a third linear layer, ``gate``, whose activated result multiplies
+            that of ``linear1``. At the same number of weights feedforward_dim is 2/3 as large.
         recompute: keep only the input for backward and compute the hidden layer again, where False
-            also keeps the hidden layer before its activation.
+            also keeps the hidden layer before its activation, and the gate's.
 
     Raises:
         TypeError: a size is no integer, or dropout no number.
@@ -55,6 +62,7 @@ class FeedForward(torch.nn.Module):
         *,
         bias: bool = True,
         dropout: float = 0.0,
+        gated: bool = False,
         recompute: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -73,15 +81,17 @@ class FeedForward(torch.nn.Module):
         self.recompute = recompute
         self.linear1 = torch.nn.Linear(embed_dim, feedforward_dim, bias, device, dtype)
         self.linear2 = torch.nn.Linear(feedforward_dim, embed_dim, bias, device, dtype)
+        into = embed_dim, feedforward_dim, bias, device, dtype
+        self.gate = torch.nn.Linear(*into) if gated else None
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., embed_dim) -> (..., embed_dim), in x's dtype (under autocast: in autocast's)."""
-        if (
-            is_plain(self.linear1, torch.nn.Linear)
-            and is_plain(self.linear2, torch.nn.Linear)
-            and not x.is_nested
-        ):
+        gate = self.gate
+        layers = (
+            (self.linear1, self.linear2) if gate is None else (self.linear1, self.linear2, gate)
+        )
+        if all(is_plain(layer, torch.nn.Linear) for layer in layers) and not x.is_nested:
             out = ffn(
                 x,
                 self.linear1.weight,
@@ -89,12 +99,17 @@ class FeedForward(torch.nn.Module):
                 self.linear2.weight,
                 self.linear2.bias,
                 self.activation,
+                gate=None if gate is None else gate.weight,
+                gate_bias=None if gate is None else gate.bias,
                 layout="linear",
                 recompute=self.recompute,
             )
         else:
-            out = self.linear2(_ACTIVATIONS[self.activation](self.linear1(x)))
+            activation, hidden = _ACTIVATIONS[self.activation], self.linear1(x)
+            hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
+            out = self.linear2(hidden)
         return self.dropout(out)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, recompute={self.recompute}"
+        gated = "" if self.gate is None else ", gated=True"
+        return f"activation={self.activation!r}{gated}, recompute={self.recompute}"

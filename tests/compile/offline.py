@@ -339,32 +339,40 @@ def attention(
         )
 
 
-def ffn(rows: list[tuple[torch.dtype, int, str, str, bool]] | None = None) -> Grid:
-    """Both layouts and all activations, on tiles for many, some, and few tokens."""
+def ffn(rows: list[tuple[torch.dtype, int, str, str, bool, bool]] | None = None) -> Grid:
+    """Both layouts and all activations, on tiles for many, some, and few tokens; gated and not."""
     from fastattn.ops.ffn import triton as kernels
 
     every = [
-        (torch.bfloat16, 16384, "linear", "gelu_tanh", False),
-        (torch.float16, 16384, "conv1d", "gelu", True),
-        (torch.bfloat16, 512, "conv1d", "silu", False),
-        (torch.float16, 4, "linear", "relu", False),
-        (torch.float32, 16384, "linear", "gelu_tanh", False),
-        (torch.float32, 4, "conv1d", "gelu", True),
+        (torch.bfloat16, 16384, "linear", "gelu_tanh", False, False),
+        (torch.float16, 16384, "conv1d", "gelu", True, False),
+        (torch.bfloat16, 512, "conv1d", "silu", False, False),
+        (torch.float16, 4, "linear", "relu", False, False),
+        (torch.float32, 16384, "linear", "gelu_tanh", False, False),
+        (torch.float32, 4, "conv1d", "gelu", True, False),
+        (torch.bfloat16, 16384, "linear", "silu", False, True),
+        (torch.float16, 16384, "conv1d", "gelu_tanh", True, True),
+        (torch.bfloat16, 16384, "conv1d", "gelu", False, True),
+        (torch.bfloat16, 512, "linear", "silu", False, True),
+        (torch.float16, 4, "linear", "relu", False, True),
+        (torch.float32, 16384, "linear", "silu", False, True),
+        (torch.float32, 512, "conv1d", "gelu", False, True),
+        (torch.float32, 4, "conv1d", "gelu", True, True),
     ]
-    for dtype, tokens, layout, activation, recompute in every if rows is None else rows:
+    for dtype, tokens, layout, activation, recompute, gated in every if rows is None else rows:
         x = torch.empty(tokens, 1024, dtype=dtype, device="meta")
         w1 = torch.empty(4096, 1024, dtype=dtype, device="meta")
         w2 = torch.empty(1024, 4096, dtype=dtype, device="meta")
         if layout == "conv1d":
             w1, w2 = w2, w1
         bias = torch.empty(4096, dtype=dtype, device="meta")
+        gate = (w1, bias) if gated else (None, None)
+        given = x, w1, bias, w2, bias[:1024], *gate
 
-        def call(
-            x=x, w1=w1, w2=w2, b=bias, layout=layout, act=activation, save=not recompute
-        ) -> None:  # type: ignore[no-untyped-def]
-            out, pre = kernels.forward(x, w1, b, w2, b[:1024], act, layout, save)
-            saved = pre if save else None
-            kernels.backward(out, x, w1, b, w2, b[:1024], saved, (True,) * 5, act, layout)
+        def call(given=given, layout=layout, act=activation, save=not recompute) -> None:  # type: ignore[no-untyped-def]
+            out, pre = kernels.forward(*given, act, layout, save)
+            needs = tuple(t is not None for t in given)
+            kernels.backward(out, *given, pre if save else None, needs, act, layout)
 
         yield (
             {
@@ -373,6 +381,7 @@ def ffn(rows: list[tuple[torch.dtype, int, str, str, bool]] | None = None) -> Gr
                 "layout": layout,
                 "activation": activation,
                 "recompute": recompute,
+                "gated": gated,
             },
             call,
         )
@@ -416,6 +425,7 @@ HOT = {
     "attention, causal, head_dim 128": ("_forward_kernel", "_keys_kernel", "_queries_kernel"),
     "attention, decoding, pages, head_dim 128": ("_forward_kernel",),
     "ffn, gelu_tanh": ("_forward_kernel", "_backward_kernel"),
+    "ffn, silu, gated": ("_forward_kernel", "_backward_kernel"),
     "layer_norm, hidden 4096": ("_forward_kernel", "_backward_kernel"),
 }
 
@@ -427,7 +437,8 @@ def hot(*names: str) -> Grid:
         "attention, causal, head_dim 64": attention([(dtype, 64, "causal")], (), False),
         "attention, causal, head_dim 128": attention([(dtype, 128, "causal")], (), False),
         "attention, decoding, pages, head_dim 128": attention([], ((dtype, 128, True),)),
-        "ffn, gelu_tanh": ffn([(dtype, 16384, "linear", "gelu_tanh", False)]),
+        "ffn, gelu_tanh": ffn([(dtype, 16384, "linear", "gelu_tanh", False, False)]),
+        "ffn, silu, gated": ffn([(dtype, 16384, "linear", "silu", False, True)]),
         "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True)]),
     }
     for name in names or HOT:
@@ -454,7 +465,7 @@ def main_loops() -> Grid:
     dtype = torch.bfloat16
     masked = [(dtype, d, name) for d in (64, 128, 256) for name in ("full", "causal")]
     yield from attention(masked, (), False)
-    yield from ffn([(dtype, 16384, "linear", "gelu_tanh", False)])
+    yield from ffn([(dtype, 16384, "linear", "gelu_tanh", False, False)])
 
 
 GRIDS: dict[str, Callable[[], Grid]] = {

@@ -77,11 +77,12 @@ def main() -> None:
             dtype if center else None, True,
         )  # fmt: skip
 
-    def feed_forward(length: int) -> None:
+    def feed_forward(length: int, gate: tuple[Any, Any] = (None, None)) -> None:
         x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
-        b1, b2 = biases[: 4 * hidden], biases[:hidden]
-        out, pre = ffn.forward(x, w1, b1, w2, b2, "gelu_tanh", "linear", True)
-        ffn.backward(out, x, w1, b1, w2, b2, pre, (True,) * 5, "gelu_tanh", "linear")
+        given = x, w1, biases[: 4 * hidden], w2, biases[:hidden], *gate
+        needs = tuple(t is not None for t in given)
+        out, pre = ffn.forward(*given, "gelu_tanh", "linear", True)
+        ffn.backward(out, *given, pre, needs, "gelu_tanh", "linear")
 
     def self_attention(length: int) -> None:
         attention.dense("causal", (batch, length, length), "meta")
@@ -97,6 +98,7 @@ def main() -> None:
         "layer_norm, training": lambda n: norm(n, center=True),
         "rms_norm, training": lambda n: norm(n, center=False),
         "ffn, training": feed_forward,
+        "ffn, gated, training": lambda n: feed_forward(n, (w1, biases[: 4 * hidden])),
     }
     counts: Numbers = {}
     for name, call in by_length.items():

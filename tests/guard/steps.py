@@ -111,6 +111,12 @@ def _ffn(**options: Any) -> Step:
     return Step(lambda: fastattn.ffn(x, w1, b1, w2, b2, **options), (x, w1, b1, w2, b2))
 
 
+def _gated_ffn() -> Step:
+    x, w1, w2 = _input(BATCH, SEQLEN, WIDTH), _input(4 * WIDTH, WIDTH), _input(WIDTH, 4 * WIDTH)
+    gate = _input(4 * WIDTH, WIDTH)
+    return Step(lambda: fastattn.ffn(x, w1, None, w2, None, "silu", gate=gate), (x, w1, w2, gate))
+
+
 def _block() -> Step:
     block = fastattn.nn.TransformerBlock(WIDTH, HEADS, causal=True)
     x, residual = _input(BATCH, SEQLEN, WIDTH), _input(BATCH, SEQLEN, WIDTH)
@@ -187,6 +193,7 @@ STEPS: Steps = {
     "rms_norm, residual": _rms_norm,
     "ffn": _ffn,
     "ffn, recompute": lambda: _ffn(recompute=True),
+    "ffn, gated": _gated_ffn,
     "TransformerBlock": _block,
     "GPT, training": _training,
     "GPT, training, autocast": lambda: _training(autocast=True),

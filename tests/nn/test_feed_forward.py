@@ -30,6 +30,18 @@ def _sequence(ours: FeedForward) -> torch.nn.Sequential:
     )
 
 
+class Gated(torch.nn.Module):
+    """torch's own modules with the same weights, multiplied by a gate."""
+
+    def __init__(self, ours: FeedForward) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = copy.deepcopy(ours.linear1), copy.deepcopy(ours.linear2)
+        self.gate, self.activation = copy.deepcopy(ours.gate), ACTIVATIONS[ours.activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear2(self.activation(self.gate(x)) * self.linear1(x))
+
+
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry per call of the fused op."""
@@ -55,6 +67,40 @@ def test_against_torch(
     ours = FeedForward(12, 20, activation, recompute=recompute, dtype=dtype)
     x = torch.randn(3, 5, 12, dtype=dtype)
     assert_module_close(ours, _sequence(ours), x, their_names=NAMES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_against_torch(
+    bias: bool,
+    activation: str,
+    recompute: bool,
+    dtype: torch.dtype,
+    fused_calls: list[object],
+    assert_module_close: Callable[..., None],
+) -> None:
+    ours = FeedForward(12, 20, activation, bias=bias, gated=True, recompute=recompute, dtype=dtype)
+    assert_module_close(ours, Gated(ours), torch.randn(3, 5, 12, dtype=dtype))
+    assert fused_calls
+    fused_calls.clear()
+    called: list[torch.nn.Module] = []
+    ours.gate.register_forward_hook(lambda m, *_: called.append(m))
+    assert_module_close(ours, Gated(ours), torch.randn(3, 5, 12, dtype=dtype))
+    assert ours.gate in called and not fused_calls
+
+
+def test_the_weights_of_a_gated_one() -> None:
+    """The first two are those of a module without a gate: it comes last."""
+    ours, plain = FeedForward(8, 12, bias=False, gated=True), FeedForward(8, 12, bias=False)
+    shapes = {name: tuple(weight.shape) for name, weight in ours.state_dict().items()}
+    plain_shapes = {name: tuple(weight.shape) for name, weight in plain.state_dict().items()}
+    assert shapes == plain_shapes | {"gate.weight": (12, 8)}
+    assert list(FeedForward(8, gated=True).state_dict())[-2:] == ["gate.weight", "gate.bias"]
+    assert "gated=True" in repr(ours) and "gated" not in repr(plain)
+    twin = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(twin(torch.ones(3, 8)), ours(torch.ones(3, 8)))
 
 
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (2, 3, 4, 12), (0, 12)])
@@ -84,7 +130,7 @@ def test_initialised_as_linear() -> None:
 
 def test_plain_children_are_fused(fused_calls: list[object]) -> None:
     FeedForward(8, recompute=True)(torch.randn(2, 8))
-    assert fused_calls == [{"layout": "linear", "recompute": True}]
+    assert fused_calls == [{"gate": None, "gate_bias": None, "layout": "linear", "recompute": True}]
 
 
 @pytest.mark.parametrize("child", ["linear1", "linear2"])
@@ -230,9 +276,10 @@ def test_constructor_refuses_other_types(arguments: dict) -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_jit_trace(activation: str) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_jit_trace(gated: bool, activation: str) -> None:
     """With the check of torch.jit.trace, which runs again without gradients."""
-    module = FeedForward(8, activation=activation)
+    module = FeedForward(8, activation=activation, gated=gated)
     x = torch.randn(5, 8)
     torch.testing.assert_close(torch.jit.trace(module, (x,))(x[:2]), module(x[:2]))
 
@@ -240,8 +287,9 @@ def test_jit_trace(activation: str) -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nested_tensors(layout: torch.layout, activation: str) -> None:
-    module = FeedForward(8, activation=activation)
+@pytest.mark.parametrize("gated", [False, True])
+def test_nested_tensors(gated: bool, layout: torch.layout, activation: str) -> None:
+    module = FeedForward(8, activation=activation, gated=gated)
     rows = [torch.randn(n, 8) for n in (2, 5)]
     with torch.no_grad():
         out = module(torch.nested.nested_tensor(rows, layout=layout))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +25,22 @@ SHAPES = {
 ACTIVATIONS = {"few": "relu", "unaligned": "silu", "medium": "gelu", "large": "gelu_tanh"}
 
 
-def table(size: int) -> dict[str, tiles.Tile]:
-    large = tiles.LARGER.get(ARCHITECTURE, tiles.LARGE[size]) if size == 2 else tiles.LARGE[size]
+def table(size: int, gated: bool) -> dict[str, tiles.Tile]:
+    """The tiles of the shapes; with a gate those of the forward, half as wide."""
+    large = tiles.LARGE[size]
+    if size == 2 and not (gated and ARCHITECTURE == 80):
+        large = tiles.LARGER.get(ARCHITECTURE, large)
     rows = (tiles.FEW[size], tiles.UNALIGNED[size], tiles.MEDIUM[size], large)
+    if gated:
+        rows = tuple(dataclasses.replace(row, block_n=row.block_n // 2) for row in rows)
     return dict(zip(SHAPES, rows, strict=True))
 
 
-def of(name: str, dtype: str, layout: str) -> Case:
+def of(name: str, dtype: str, layout: str, gated: bool = False) -> Case:
     tokens, features, hidden = SHAPES[name]
     return Case(
         (tokens, features), hidden, features, getattr(torch, dtype), ACTIVATIONS[name], layout,
-        recompute=layout == "conv1d", device=DEVICE.type,
+        recompute=layout == "conv1d", gated=gated, device=DEVICE.type,
     )  # fmt: skip
 
 
@@ -42,14 +48,21 @@ def of(name: str, dtype: str, layout: str) -> Case:
 @pytest.mark.parametrize("layout", ("linear", "conv1d"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("gated", (False, True))
 def test_triton(
-    name: str, dtype: str, layout: str, keep: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+    gated: bool,
+    name: str,
+    dtype: str,
+    layout: str,
+    keep: Callable[[Any], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = []
     tile = tiles.tile
     monkeypatch.setattr(tiles, "tile", lambda *a, **k: taken.append(tile(*a, **k)) or taken[-1])
-    keep(check(of(name, dtype, layout), "triton"))
-    assert set(taken) == {table(getattr(torch, dtype).itemsize)[name]}
+    keep(check(of(name, dtype, layout, gated), "triton"))
+    size = getattr(torch, dtype).itemsize
+    assert {*taken} == {table(size, which)[name] for which in {False, gated}}
 
 
 @pytest.mark.long
@@ -70,7 +83,8 @@ def test_every_tile_is_swept() -> None:
     processors = launch.multiprocessors(DEVICE)
     for dtype in DTYPES:
         size = getattr(torch, dtype).itemsize
-        for name, tile in table(size).items():
-            tokens, _, hidden = SHAPES[name]
-            aligned = name != "unaligned"
-            assert tiles.tile(ARCHITECTURE, size, tokens, hidden, processors, aligned) == tile
+        for gated in (False, True):
+            for name, tile in table(size, gated).items():
+                tokens, _, hidden = SHAPES[name]
+                call = ARCHITECTURE, size, tokens, hidden, processors, name != "unaligned", gated
+                assert tiles.tile(*call) == tile

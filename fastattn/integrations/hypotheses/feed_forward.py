@@ -1,14 +1,17 @@
-"""Two linear layers with an activation between: fc2(act(fc1(x))), and dropout at most.
+"""Linear layers with an activation between, and dropout at most.
+
+    fc2(act(fc1(x)))                    an MLP
+    fc2(act(gate(x)) * fc1(x))          a gated one; gate and fc1 may be the two halves of one layer
 
 The layers are `torch.nn.Linear` or GPT-2's `Conv1D`, whose weight lies the other way. Which
 activation it is, its values tell; where a module keeps none (its forward calls a function), all are
-tried.
+tried. The layers' sizes tell which is which, but not gate from fc1: both ways are tried.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,12 +31,28 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
 }
 
+Halves = Callable[[torch.Tensor, int], Sequence[torch.Tensor]]
+
+# (gate, fc1) of what one layer has for both, along the dimension of its results: views.
+HALVES: dict[str, Halves] = {
+    "gate first": lambda joint, dim: joint.chunk(2, dim),
+    "gate last": lambda joint, dim: joint.chunk(2, dim)[::-1],
+    "interleaved, gate first": lambda joint, dim: _interleaved(joint, dim),
+    "interleaved, gate last": lambda joint, dim: _interleaved(joint, dim)[::-1],
+}
+
+
+def _interleaved(joint: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
+    return joint.unflatten(dim, (-1, 2)).unbind(dim + 1)
+
 
 @dataclass(frozen=True)
 class FeedForward:
     """An MLP, and the names under which a module keeps its parts.
 
     Attributes:
+        gate: the layer of the gate, None if there is none or `fc1` has both.
+        halves: how they lie in `fc1` if it has both, a key of HALVES.
         layout: "linear" or "conv1d", as `fastattn.ffn` has it.
         activation: as `fastattn.ffn` has it; None for one that it has not.
         act: the attribute with the activation, None if there is none.
@@ -42,8 +61,10 @@ class FeedForward:
             `inside`.
     """
 
+    gate: str | None
     fc1: str
     fc2: str
+    halves: str | None
     layout: str
     activation: str | None
     act: str | None
@@ -52,11 +73,32 @@ class FeedForward:
     inside: tuple[str, ...]
 
     def __str__(self) -> str:
+        if self.halves is not None:
+            return f"gated MLP of {self.fc1} ({self.halves}), {self.activation}, {self.fc2}"
+        if self.gate is not None:
+            return f"gated MLP of {self.gate}, {self.activation}, {self.fc1}, {self.fc2}"
         return f"MLP of {self.fc1}, {self.activation}, {self.fc2}"
 
-    def arguments(self, module: Any, x: torch.Tensor) -> tuple[Any, ...]:
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (self.fc1, self.fc2) if self.gate is None else (self.gate, self.fc1, self.fc2)
+
+    def arguments(self, module: Any, x: torch.Tensor) -> dict[str, Any]:
+        """Those of `ffn`."""
         fc1, fc2 = module._modules[self.fc1], module._modules[self.fc2]
-        return x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.activation
+        w1, b1, gate, gate_bias = fc1.weight, fc1.bias, None, None
+        if self.gate is not None:
+            gated = module._modules[self.gate]
+            gate, gate_bias = gated.weight, gated.bias
+        elif self.halves is not None:
+            of = HALVES[self.halves]
+            gate, w1 = of(w1, 1 if self.layout == "conv1d" else 0)
+            if b1 is not None:
+                gate_bias, b1 = of(b1, 0)
+        return {
+            "x": x, "w1": w1, "b1": b1, "w2": fc2.weight, "b2": fc2.bias, "gate": gate,
+            "gate_bias": gate_bias, "activation": self.activation, "layout": self.layout,
+        }  # fmt: skip
 
 
 class FeedForwardSwap(torch.nn.Module):
@@ -73,7 +115,7 @@ class FeedForwardSwap(torch.nn.Module):
         # At every call, because hooks, adapters and parametrisations come and go.
         if len(args) != 1 or kwargs or _refusal(self, bound) or _drops(self, bound.inside):
             return super().forward(*args, **kwargs)
-        out = ffn(*bound.arguments(self, args[0]), layout=bound.layout)
+        out = ffn(**bound.arguments(self, args[0]))
         return out if bound.dropout is None else self._modules[bound.dropout](out)  # type: ignore[misc]
 
 
@@ -83,8 +125,7 @@ def recogniser(bound: FeedForward) -> Recogniser:
         return [Probe((x,)), Probe((20 * x,))]  # and where an activation may be cut off
 
     def backend(module: torch.nn.Module, probe: Probe) -> str | None:
-        arguments = bound.arguments(module, probe.args[0])
-        return explanation_of(ffn, *arguments, layout=bound.layout).backend
+        return explanation_of(ffn, **bound.arguments(module, probe.args[0])).backend
 
     return Recogniser(
         words=str(bound),
@@ -102,7 +143,7 @@ def _refusal(module: torch.nn.Module, bound: FeedForward) -> str | None:
     act = None if bound.act is None else getattr(module, bound.act)
     if bound.activation is None or (act is not None and type(act) is not bound.act_type):
         return f"its activation {type(act).__name__} is none of {sorted(ACTIVATIONS)}"
-    parts = {bound.fc1: module._modules[bound.fc1], bound.fc2: module._modules[bound.fc2]}
+    parts = {name: module._modules[name] for name in bound.layers}
     if not all(map(_sizes, parts.values())):
         strange = next(name for name, part in parts.items() if not _sizes(part))
         return f"{strange} is a {type(parts[strange]).__name__} that must be called itself"
@@ -156,7 +197,7 @@ def _feed_forwards(module: torch.nn.Module) -> Iterator[FeedForward]:
         return
     children = {n: c for n, c in module._modules.items() if c is not None}
     layers = {n: c for n, c in children.items() if _sizes(c)}
-    if len(layers) != 2 or len(children) > 6:
+    if len(layers) not in (2, 3) or len(children) > 7:
         return
     dropouts = tuple(n for n, c in children.items() if isinstance(c, torch.nn.Dropout))
     rest = [n for n in children if n not in layers and n not in dropouts]
@@ -168,14 +209,28 @@ def _feed_forwards(module: torch.nn.Module) -> Iterator[FeedForward]:
     known: list[str | None] = [*ACTIVATIONS]
     if act is not None:
         known = [*_names(getattr(module, act))] or [None]
-    for (fc1, fc2), activation in itertools.product(itertools.permutations(layers), known):
-        first, second = layers[fc1], layers[fc2]
-        if type(first).__name__ != type(second).__name__ or _sizes(first)[1] != _sizes(second)[0]:
-            continue
-        layout = "conv1d" if type(first).__name__ == "Conv1D" else "linear"
+    if len({type(layer).__name__ for layer in layers.values()}) > 1:
+        return
+    layout = "conv1d" if type(next(iter(layers.values()))).__name__ == "Conv1D" else "linear"
+    if len(layers) == 3 and act is None and len({_sizes(c) for c in layers.values()}) == 1:
+        return  # q, k and v
+    for order, activation in itertools.product(_orders(layers), known):
         for dropout in (*dropouts, None):
             inside = tuple(n for n in dropouts if n != dropout)
-            yield FeedForward(fc1, fc2, layout, activation, act, act_type, dropout, inside)
+            yield FeedForward(*order, layout, activation, act, act_type, dropout, inside)
+
+
+def _orders(
+    layers: dict[str, torch.nn.Module],
+) -> Iterator[tuple[str | None, str, str, str | None]]:
+    """(gate, fc1, fc2, halves), wherever the sizes chain."""
+    sizes = {name: _sizes(layer) for name, layer in layers.items()}
+    for *gates, fc1, fc2 in itertools.permutations(layers):
+        hidden = sizes[fc2][0]
+        if sizes[fc1][1] == hidden and all(sizes[gate] == sizes[fc1] for gate in gates):
+            yield gates[0] if gates else None, fc1, fc2, None
+        if sizes[fc1][1] == 2 * hidden and not gates:
+            yield from ((None, fc1, fc2, halves) for halves in HALVES)
 
 
 def _sizes(layer: torch.nn.Module | None) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The `torch` backend of ffn: two calls of ATen's matrix product with the activation between.
+"""The `torch` backend of ffn: calls of ATen's matrix product with the activation between.
 
 Plain differentiable PyTorch. Where no gradient goes through it the hidden layer is activated in
 place, which spares a second tensor of its size; ReLU's derivative needs only its result, so it is
@@ -33,15 +33,16 @@ def forward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     run = _conv1d if problem.conv1d else _linear
     functional = problem.transformed or modes.recorded()
+    tensors = x, w1, b1, w2, b2, gate, gate_bias
     if problem.recompute and problem.needs_grad and not problem.transformed:
         recomputed = functools.partial(run, problem.activation, functional)
-        return checkpoint(
-            recomputed, x, w1, b1, w2, b2, use_reentrant=False, preserve_rng_state=False
-        )
-    return run(problem.activation, functional, x, w1, b1, w2, b2)
+        return checkpoint(recomputed, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return run(problem.activation, functional, *tensors)
 
 
 def _linear(
@@ -52,10 +53,17 @@ def _linear(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     # Where gradients are wanted or calls recorded, `linear` has nothing to offer.
     product = F.linear if functional or torch.is_grad_enabled() else linear
-    return product(_activate(activation, functional, product(x, w1, b1)), w2, b2)
+    if gate is None:
+        hidden = _activate(activation, functional, product(x, w1, b1))
+    else:
+        hidden = _activate(activation, functional, product(x, gate, gate_bias))
+        hidden = _multiply(functional, hidden, product(x, w1, b1))
+    return product(hidden, w2, b2)
 
 
 def _conv1d(
@@ -66,12 +74,29 @@ def _conv1d(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    pre = torch.mm(rows, w1) if b1 is None else torch.addmm(b1, rows, w1)
-    hidden = _activate(activation, functional, pre)
-    out = torch.mm(hidden, w2) if b2 is None else torch.addmm(b2, hidden, w2)
+    pre = _product(rows, w1, b1)
+    if gate is None:
+        hidden = _activate(activation, functional, pre)
+    else:
+        hidden = _activate(activation, functional, _product(rows, gate, gate_bias))
+        hidden = _multiply(functional, hidden, pre)
+    out = _product(hidden, w2, b2)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], w2.shape[1])
+
+
+def _product(rows: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    return torch.mm(rows, w) if b is None else torch.addmm(b, rows, w)
+
+
+def _multiply(functional: bool, activated: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """activated * up, in place where neither is needed again, unless `functional`."""
+    if functional or activated.requires_grad or up.requires_grad:
+        return activated * up
+    return activated.mul_(up)
 
 
 def _activate(activation: str, functional: bool, pre: torch.Tensor) -> torch.Tensor:

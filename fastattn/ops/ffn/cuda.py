@@ -58,6 +58,8 @@ PRODUCT = "ffn's product, then "
 def unsupported(problem: FFNProblem) -> str | None:
     if problem.transformed:
         return "torch.func transforms and forward-mode AD need a differentiable backend"
+    if problem.gated:
+        return "the CUDA kernels have no gate"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         dtype = str(problem.dtype).removeprefix("torch.")
         return f"the mma.sync kernels compute float16 and bfloat16, not {dtype}"
@@ -78,6 +80,8 @@ def forward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: None,
+    gate_bias: None,
     activation: str,
     layout: str,
     save_pre: bool,
@@ -102,17 +106,19 @@ def backward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: None,
+    gate_bias: None,
     pre: torch.Tensor | None,
     needs: tuple[bool, ...],
     activation: str,
     layout: str,
 ) -> tuple[torch.Tensor, ...]:
-    """dx, dw1, db1, dw2, db2; those that `needs` leaves out have no elements.
+    """dx, dw1, db1, dw2, db2, and the gate's two; those that `needs` leaves out have no elements.
 
     `pre` is None if the forward did not save it.
     """
-    need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
-    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in needs)
+    need_dx, need_dw1, need_db1, need_dw2, need_db2, *_ = needs
+    dx, dw1, db1, dw2, db2, dgate, dgate_bias = (x.new_empty(0) for _ in needs)
     drows = as_rows(dout)
     if need_db2:
         db2 = _column_sums(drows, x.dtype)
@@ -133,7 +139,7 @@ def backward(
             dw1 = _weight_gradient(w1, layout, rows, dpre)
         if need_dw2:
             dw2 = _weight_gradient(w2, layout, activated, drows)
-    return dx, dw1, db1, dw2, db2
+    return dx, dw1, db1, dw2, db2, dgate, dgate_bias
 
 
 # --- products -------------------------------------------------------------------------------------

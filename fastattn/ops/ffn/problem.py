@@ -18,7 +18,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AXES = {
     "w1": {"linear": "(hidden, in_features)", "conv1d": "(in_features, hidden)"},
     "w2": {"linear": "(out_features, hidden)", "conv1d": "(hidden, out_features)"},
+    "gate": {"linear": "(hidden, in_features)", "conv1d": "(in_features, hidden)"},
 }
+_ALL = "x, w1, b1, w2, b2, gate and gate_bias"
+_OPTIONAL = ("b1", "b2", "gate", "gate_bias")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class FFNProblem:
     recompute: bool
     has_bias1: bool
     has_bias2: bool
+    gated: bool
+    has_gate_bias: bool
     autocast: bool
     needs_grad: bool
     transformed: bool
@@ -47,9 +52,10 @@ class FFNProblem:
     def elements(self) -> int | None:
         """The problem's size where backends are compared (measured.py).
 
-        The multiplications of the first product; None with `recompute`, which is not compared.
+        The multiplications of the first product; None with `recompute` or a gate, which are not
+        compared.
         """
-        return None if self.recompute else math.prod(self.x_shape) * self.hidden
+        return None if self.recompute or self.gated else math.prod(self.x_shape) * self.hidden
 
     @property
     def in_features(self) -> int:
@@ -64,6 +70,8 @@ class FFNProblem:
         features = [
             "no b1" if not self.has_bias1 else "",
             "no b2" if not self.has_bias2 else "",
+            "gated" if self.gated else "",
+            "no gate_bias" if self.gated and not self.has_gate_bias else "",
             "recompute" if self.recompute else "",
             "under autocast" if self.autocast else "",
             "with gradients" if self.needs_grad else "",
@@ -82,11 +90,13 @@ def describe(
     b2: torch.Tensor | None,
     activation: str = "gelu_tanh",
     *,
+    gate: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
     layout: str = "linear",
     recompute: bool = False,
 ) -> FFNProblem:
     """The problem of a call. Raises TypeError or ValueError for every error of the caller."""
-    check(x, w1, b1, w2, b2, activation, layout, recompute)
+    check(x, w1, b1, w2, b2, gate, gate_bias, activation, layout, recompute)
     autocast = modes.autocast_dtype(x.device.type)
     if x.dtype == torch.float64:  # autocast leaves float64 alone
         autocast = None
@@ -102,8 +112,10 @@ def describe(
         recompute=recompute,
         has_bias1=b1 is not None,
         has_bias2=b2 is not None,
+        gated=gate is not None,
+        has_gate_bias=gate_bias is not None,
         autocast=autocast is not None,
-        needs_grad=modes.needs_grad(x, w1, b1, w2, b2),
+        needs_grad=modes.needs_grad(x, w1, b1, w2, b2, gate, gate_bias),
         transformed=modes.transformed(),
     )
 
@@ -114,6 +126,8 @@ def check(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
     activation: str,
     layout: str,
     recompute: bool,
@@ -129,18 +143,22 @@ def check(
             )
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be True or False; got {type(recompute).__name__}")
-    _check_tensors(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2})
+    others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate, "gate_bias": gate_bias}
+    _check_tensors(x, others)
+    if gate is None and gate_bias is not None:
+        raise ValueError("gate_bias is the bias of gate, which is None: give gate, or no gate_bias")
     if x.dim() == 0:
         raise ValueError(
             "x must have the shape (..., in_features); got a tensor without dimensions"
         )
-    for name, weight in (("w1", w1), ("w2", w2)):
-        if weight.dim() != 2:
+    for name, weight in (("w1", w1), ("w2", w2), ("gate", gate)):
+        if weight is not None and weight.dim() != 2:
             raise ValueError(
                 f"{name} must have 2 dimensions {_AXES[name][layout]}; "
                 f"got shape {tuple(weight.shape)}"
             )
     _check_sizes(x, w1, b1, w2, b2, layout)
+    _check_gate(w1, gate, gate_bias, layout)
 
 
 def _check_tensors(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
@@ -149,9 +167,9 @@ def _check_tensors(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> N
     accepted = ", ".join(_name(dtype) for dtype in DTYPES)
     one_dtype = modes.autocast_dtype(x.device.type) is None or x.dtype == torch.float64
     for name, tensor in {"x": x, **others}.items():
-        if tensor is None and name in ("b1", "b2"):
+        if tensor is None and name in _OPTIONAL:
             continue
-        none = " or None" if name in ("b1", "b2") else ""
+        none = " or None" if name in _OPTIONAL else ""
         tensor = check_dense(name, tensor, BY_ROWS, none)
         if tensor.dtype not in DTYPES:
             raise TypeError(
@@ -159,13 +177,12 @@ def _check_tensors(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> N
             )
         if tensor.dtype != x.dtype and (one_dtype or tensor.dtype == torch.float64):
             raise TypeError(
-                f"x, w1, b1, w2 and b2 must have one dtype; got x {_name(x.dtype)}, {name} "
+                f"{_ALL} must have one dtype; got x {_name(x.dtype)}, {name} "
                 f"{_name(tensor.dtype)}: cast them to the same"
             )
         if tensor.device != x.device:
             raise ValueError(
-                "x, w1, b1, w2 and b2 must be on one device; "
-                f"got x on {x.device}, {name} on {tensor.device}"
+                f"{_ALL} must be on one device; got x on {x.device}, {name} on {tensor.device}"
             )
 
 
@@ -204,6 +221,26 @@ def _check_sizes(
                 f"{name} must have the shape ({of},) = ({size},), or be None; "
                 f"got {tuple(bias.shape)}"
             )
+
+
+def _check_gate(
+    w1: torch.Tensor, gate: torch.Tensor | None, gate_bias: torch.Tensor | None, layout: str
+) -> None:
+    """That the gate has the shape of w1, and its bias fits."""
+    if gate is None:
+        return
+    if gate.shape != w1.shape:
+        fix = "; gate.t() has it" if gate.t().shape == w1.shape else ""
+        raise ValueError(
+            f"gate must have the shape of w1, {_AXES['gate'][layout]} = {tuple(w1.shape)}; "
+            f"got {tuple(gate.shape)}{fix}"
+        )
+    hidden = w1.shape[1 if layout == "conv1d" else 0]
+    if gate_bias is not None and tuple(gate_bias.shape) != (hidden,):
+        raise ValueError(
+            f"gate_bias must have the shape (hidden,) = ({hidden},), or be None; "
+            f"got {tuple(gate_bias.shape)}"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

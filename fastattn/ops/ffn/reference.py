@@ -1,6 +1,7 @@
 """The definition of ffn: plain differentiable PyTorch, read as the formula.
 
     out = activation(x w1 + b1) w2 + b2
+    out = (activation(x gate + gate_bias) * (x w1 + b1)) w2 + b2        with a gate
 
 Computed in float64 for float64 inputs, else in float32, and rounded once at the end.
 """
@@ -28,22 +29,29 @@ def forward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not problem.conv1d:
-        w1, w2 = w1.t(), w2.t()  # (in_features, hidden), (hidden, out_features)
     precision = torch.float64 if problem.dtype == torch.float64 else torch.float32
     kind = problem.device.type
     autocast = modes.autocast_enabled(kind)
     # Autocast rounds the inputs to its dtype, but has no say in the precision of the definition.
     with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
-        x, w1, w2 = (t.to(problem.dtype).to(precision) for t in (x, w1, w2))
-        pre = x @ w1
-        if b1 is not None:
-            pre = pre + b1.to(problem.dtype).to(precision)
-        out = ACTIVATIONS[problem.activation](pre) @ w2
-        if b2 is not None:
-            out = out + b2.to(problem.dtype).to(precision)
-        return out.to(problem.dtype)
+
+        def rounded(t: torch.Tensor) -> torch.Tensor:
+            return t.to(problem.dtype).to(precision)
+
+        def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+            product = x @ (rounded(w) if problem.conv1d else rounded(w).t())
+            return product if b is None else product + rounded(b)
+
+        x, activation = rounded(x), ACTIVATIONS[problem.activation]
+        pre = linear(x, w1, b1)
+        if gate is None:
+            hidden = activation(pre)
+        else:
+            hidden = activation(linear(x, gate, gate_bias)) * pre
+        return linear(hidden, w2, b2).to(problem.dtype)
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:

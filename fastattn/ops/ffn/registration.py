@@ -5,8 +5,9 @@ second derivative. `backend` names who runs the forward; if the user named it (`
 backward stays on it too, else the backward chooses anew.
 
 The forward returns (out, pre), pre = x w1 + b1 of shape (tokens, hidden), which is what a backward
-wants; it has no elements unless `save_pre`. The backward computes what `needs` asks for (x, w1, b1,
-w2, b2); the other gradients have no elements.
+wants; with a gate (2, tokens, hidden), x gate + gate_bias after it. It has no elements unless
+`save_pre`. The backward computes what `needs` asks for (x, w1, b1, w2, b2, gate, gate_bias); the
+other gradients have no elements.
 """
 
 from __future__ import annotations
@@ -33,48 +34,55 @@ def run_kernel(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """A call on a kernel backend."""
+    tensors = [x, w1, b1, w2, b2, gate, gate_bias]
     if problem.autocast:
-        x, w1, w2 = (t.to(problem.dtype) for t in (x, w1, w2))
-        b1, b2 = (t if t is None else t.to(problem.dtype) for t in (b1, b2))
+        tensors = [t if t is None else t.to(problem.dtype) for t in tensors]
     save_pre = problem.needs_grad and not problem.recompute
     return torch.ops.fastattn.ffn(
-        x, w1, b1, w2, b2, problem.activation, problem.layout, save_pre, backend, forced
+        *tensors, problem.activation, problem.layout, save_pre, backend, forced
     )[0]
 
 
 # --- forward ------------------------------------------------------------------------------------
 
 
-def _forward(x, w1, b1, w2, b2, activation, layout, save_pre, backend, forced):  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    x, w1, b1, w2, b2, gate, gate_bias, activation, layout, save_pre, backend, forced
+):
     kernel = backends.module_of(BACKENDS, backend)
-    return kernel.forward(x, w1, b1, w2, b2, activation, layout, save_pre)
+    return kernel.forward(x, w1, b1, w2, b2, gate, gate_bias, activation, layout, save_pre)
 
 
-def _forward_fake(x, w1, b1, w2, b2, activation, layout, save_pre, backend, forced):  # type: ignore[no-untyped-def]
+def _forward_fake(  # type: ignore[no-untyped-def]
+    x, w1, b1, w2, b2, gate, gate_bias, activation, layout, save_pre, backend, forced
+):
     hidden, out_features = (0, 0) if layout == "linear" else (1, 1)
     leading = x.shape[:-1]
     tokens = 1
     for size in leading:
         tokens = tokens * size
-    pre = x.new_empty((tokens, w1.shape[hidden]) if save_pre else (0,))
+    shape = (tokens, w1.shape[hidden]) if gate is None else (2, tokens, w1.shape[hidden])
+    pre = x.new_empty(shape if save_pre else (0,))
     return x.new_empty((*leading, w2.shape[out_features])), pre
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, w1, b1, w2, b2, activation, layout, save_pre, backend, forced = inputs
+    *tensors, activation, layout, save_pre, backend, forced = inputs
     _, pre = output
     ctx.mark_non_differentiable(pre)
-    ctx.save_for_backward(x, w1, b1, w2, b2, pre if save_pre else None)
+    ctx.save_for_backward(*tensors, pre if save_pre else None)
     ctx.options = (activation, layout, backend, forced)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, dout: torch.Tensor | None, _: None) -> tuple[Any, ...]:
     if dout is None:
-        return (None,) * 10
-    needs = ctx.needs_input_grad[:5]
+        return (None,) * 12
+    needs = ctx.needs_input_grad[:7]
     grads = torch.ops.fastattn.ffn_backward(dout, *ctx.saved_tensors, needs, *ctx.options)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return *wanted, *(None,) * 5
@@ -84,17 +92,18 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, _: None) -> tuple[Any, ...]:
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    dout, x, w1, b1, w2, b2, pre, needs, activation, layout, backend, forced
+    dout, x, w1, b1, w2, b2, gate, gate_bias, pre, needs, activation, layout, backend, forced
 ):
-    problem = describe(x, w1, b1, w2, b2, activation, layout=layout)
+    tensors = x, w1, b1, w2, b2, gate, gate_bias
+    problem = _problem(tensors, activation, layout)
     kernel = backends.select_backward("ffn", BACKENDS, problem, backend, forced)
-    return kernel.backward(dout, x, w1, b1, w2, b2, pre, needs, activation, layout)
+    return kernel.backward(dout, *tensors, pre, needs, activation, layout)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
-    dout, x, w1, b1, w2, b2, pre, needs, activation, layout, backend, forced
+    dout, x, w1, b1, w2, b2, gate, gate_bias, pre, needs, activation, layout, backend, forced
 ):
-    dx, dw1, db1, dw2, db2 = needs
+    dx, dw1, db1, dw2, db2, dgate, dgate_bias = needs
     nothing = (0,)
     return (
         x.new_empty(x.shape if dx else nothing),
@@ -102,51 +111,63 @@ def _backward_fake(  # type: ignore[no-untyped-def]
         x.new_empty(b1.shape if db1 else nothing),
         gradient_like(w2) if dw2 else x.new_empty(nothing),
         x.new_empty(b2.shape if db2 else nothing),
+        gradient_like(gate) if dgate else x.new_empty(nothing),
+        x.new_empty(gate_bias.shape if dgate_bias else nothing),
     )
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dout, x, w1, b1, w2, b2, _, ctx.needs, ctx.activation, ctx.layout, _, _ = inputs
-    ctx.save_for_backward(dout, x, w1, b1, w2, b2)
+    *tensors, _, ctx.needs, ctx.activation, ctx.layout, _, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, ...]:
-    def gradients(
-        dout: Any, x: Any, w1: Any, b1: Any, w2: Any, b2: Any
-    ) -> list[torch.Tensor | None]:
-        problem = describe(x, w1, b1, w2, b2, ctx.activation, layout=ctx.layout)
-        out = reference.forward(problem, x, w1, b1, w2, b2)
-        wanted = [t if need else None for t, need in zip((x, w1, b1, w2, b2), ctx.needs)]
+    def gradients(dout: Any, *tensors: Any) -> list[torch.Tensor | None]:
+        problem = _problem(tensors, ctx.activation, ctx.layout)
+        out = reference.forward(problem, *tensors)
+        wanted = [t if need else None for t, need in zip(tensors, ctx.needs, strict=True)]
         return autograd.first_derivative([out], wanted, [dout])
 
     return *autograd.double_backward(gradients, ctx.saved_tensors, directions), *(None,) * 6
 
 
+def _problem(tensors: tuple[Any, ...], activation: str, layout: str) -> FFNProblem:
+    x, w1, b1, w2, b2, gate, gate_bias = tensors
+    gates = {"gate": gate, "gate_bias": gate_bias}
+    return describe(x, w1, b1, w2, b2, activation, layout=layout, **gates)
+
+
 autograd.register(
-    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str layout, "
-    "bool save_pre, str backend, bool forced) -> (Tensor out, Tensor pre)",
+    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? gate_bias, "
+    "str activation, str layout, bool save_pre, str backend, bool forced) "
+    "-> (Tensor out, Tensor pre)",
     _forward, _forward_fake, _setup_context, _autograd,
 )  # fmt: skip
 autograd.register(
     "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-    "Tensor? pre, bool[5] needs, str activation, str layout, str backend, bool forced) "
-    "-> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    "Tensor? gate, Tensor? gate_bias, Tensor? pre, bool[7] needs, str activation, str layout, "
+    "str backend, bool forced) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
+    "Tensor dgate, Tensor dgate_bias)",
     _backward, _backward_fake, _backward_setup_context, _double_backward,
 )  # fmt: skip
 
 # --- floating-point operations --------------------------------------------------------------------
 
 
-def _flops(x, w1, b1, w2, *rest):  # type: ignore[no-untyped-def]
+def _flops(x, w1, b1, w2, b2, gate, *rest):  # type: ignore[no-untyped-def]
     tokens = x.numel() // max(1, x.shape[-1])
-    return 2 * tokens * (w1.numel() + w2.numel())
+    into = 1 if gate is None else 2
+    return 2 * tokens * (into * w1.numel() + w2.numel())
 
 
-def _backward_flops(dout, x, w1, b1, w2, b2, pre, needs, *rest):  # type: ignore[no-untyped-def]
-    dx, dw1, db1, dw2, _ = needs
-    through = dx or dw1 or db1
-    # Of w1's size: pre again, dx, dw1. Of w2's: the hidden layer's gradient, dw2.
-    first = (pre is None and (through or dw2)) + dx + dw1
+def _backward_flops(  # type: ignore[no-untyped-def]
+    dout, x, w1, b1, w2, b2, gate, gate_bias, pre, needs, *rest
+):
+    dx, dw1, db1, dw2, _, dgate, dgate_bias = needs
+    through = dx or dw1 or db1 or dgate or dgate_bias
+    into = 1 if gate is None else 2
+    # Of w1's size: pre again, dx, dw1, dgate. Of w2's: the hidden layer's gradient, dw2.
+    first = into * (pre is None and (through or dw2)) + into * dx + dw1 + dgate
     second = through + dw2
     tokens = x.numel() // max(1, x.shape[-1])
     return 2 * tokens * (first * w1.numel() + second * w2.numel())

@@ -7,6 +7,7 @@ and shared memory within the chip's limit, which is 163 KB on sm_80, 99 KB on sm
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 # Tokens up to which the cost of a call is to read the weights.
@@ -57,12 +58,22 @@ def tile(
     hidden: int,
     multiprocessors: int,
     aligned: bool,
+    gated: bool = False,
 ) -> Tile:
     """The tile of a product with a (tokens, hidden) result, forward and backward.
 
     `aligned`: all sizes and strides that a model fixes are multiples of 16, so that operands are
     copied 16 bytes at a time and asynchronously, past the registers.
+
+    `gated`: of two products of the same rows, the forward of a gated ffn. Two tiles of half the
+    width have the accumulators and the operands of one, so the rows of the table hold for them;
+    but sm_80 takes those of sm_86, for with 128 accumulators a thread it spills in the loop, where
+    the fragments of both weights are fetched ahead.
     """
+    if gated:
+        architecture = 86 if architecture == 80 else architecture
+        whole = tile(architecture, bytes_per_element, tokens, 2 * hidden, multiprocessors, aligned)
+        return dataclasses.replace(whole, block_n=whole.block_n // 2)
     if tokens <= FEW_TOKENS:
         return FEW[bytes_per_element]
     if not aligned:

@@ -7,6 +7,14 @@
                 db1 = the sums of those, db2 = column sums of dout        kernel
                 dw2 = hidden^T dout, dw1 = x^T dpre, dx = dpre w1^T       ATen
 
+With a gate the kernels are these, GATED, and ATen has two products more:
+
+    forward     up = x w1 + b1, gated = x gate + gate_bias, both in one kernel
+                hidden = activation(gated) up
+    backward    dup = (dout w2^T) activation(gated)
+                dgated = (dout w2^T) up activation'(gated)
+                dgate = x^T dgated, dx = dup w1^T + dgated gate^T
+
 The weights are read as (in, out) views: both layouts are one kernel with other strides. Any size;
 float16, bfloat16 and float32; sums in float32, float32 operands multiplied as such (IEEE, no TF32).
 No atomics. Another number of tokens compiles nothing anew, but for the three tiles that it may
@@ -106,14 +114,17 @@ def _tile_of_program(
 
 
 @triton.jit
-def _product(
+def _products(
     a_ptr,  # (m_size, k_size)
     b_ptr,  # (k_size, n_size)
+    c_ptr,  # the same; None unless BOTH
     rows,  # (BLOCK_M,), all inside
     cols,  # (BLOCK_N,)
     stride_am,
     stride_bk,
     stride_bn,
+    stride_ck,
+    stride_cn,
     n_size,
     k_size,
     BLOCK_M: tl.constexpr,
@@ -121,12 +132,17 @@ def _product(
     BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BOTH: tl.constexpr,
 ):
-    """The tile a[rows] b[:, cols] in float32; columns beyond n_size hold zeros."""
+    """The tiles a[rows] b[:, cols] and a[rows] c[:, cols] in float32; zeros beyond n_size."""
     ks = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + rows[:, None].to(tl.int64) * stride_am + ks[None, :]
     b_ptrs = b_ptr + ks[:, None].to(tl.int64) * stride_bk + cols[None, :].to(tl.int64) * stride_bn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_c = acc
+    if BOTH:
+        c_ptrs = c_ptr + ks[:, None].to(tl.int64) * stride_ck
+        c_ptrs += cols[None, :].to(tl.int64) * stride_cn
     for k in range(0, k_size, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_ptrs)
@@ -139,14 +155,25 @@ def _product(
                 b_ptrs, mask=(ks < k_size - k)[:, None] & (cols < n_size)[None, :], other=0.0
             )
         acc = tl.dot(a, b, acc, input_precision="ieee")
+        if BOTH:
+            if EVEN_K and EVEN_N:
+                c = tl.load(c_ptrs)
+            else:
+                c = tl.load(
+                    c_ptrs, mask=(ks < k_size - k)[:, None] & (cols < n_size)[None, :], other=0.0
+                )
+            acc_c = tl.dot(a, c, acc_c, input_precision="ieee")
+            c_ptrs += BLOCK_K * tl.cast(stride_ck, tl.int64)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * tl.cast(stride_bk, tl.int64)
-    return acc
+    return acc, acc_c
 
 
 # A tile's products are finished in strips of so many columns, one after the other: the activation's
-# registers are those of a strip, beside the accumulators of a whole tile.
+# registers are those of a strip, beside the accumulators of a whole tile. With a gate there are
+# twice as many values of an element at hand.
 STRIP = tl.constexpr(64)
+GATED_STRIP = tl.constexpr(32)
 
 
 @triton.jit
@@ -161,28 +188,38 @@ def _halves(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _finish_forward(
     product,  # (BLOCK_M, WIDTH), float32
+    gate_product,  # the same
     first_col,
     bias_ptr,
+    gate_bias_ptr,
     activated_ptr,  # (height, hidden), from this row of tiles on
     pre_ptr,  # the same
+    gate_pre_ptr,  # the same
     height,
     hidden,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
     STORE_ACTIVATED: tl.constexpr,
     STORE_PRE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    if WIDTH > STRIP:
+    if WIDTH > STRIP or (GATED and WIDTH > GATED_STRIP):
         left, right = _halves(product, BLOCK_M, WIDTH)
+        gate_left, gate_right = left, right
+        if GATED:
+            gate_left, gate_right = _halves(gate_product, BLOCK_M, WIDTH)
         _finish_forward(
-            left, first_col, bias_ptr, activated_ptr, pre_ptr, height, hidden, ACTIVATION,
-            HAS_BIAS, STORE_ACTIVATED, STORE_PRE, BLOCK_M, WIDTH // 2,
+            left, gate_left, first_col, bias_ptr, gate_bias_ptr, activated_ptr, pre_ptr,
+            gate_pre_ptr, height, hidden, ACTIVATION, GATED, HAS_BIAS, HAS_GATE_BIAS,
+            STORE_ACTIVATED, STORE_PRE, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
         _finish_forward(
-            right, first_col + WIDTH // 2, bias_ptr, activated_ptr, pre_ptr, height, hidden,
-            ACTIVATION, HAS_BIAS, STORE_ACTIVATED, STORE_PRE, BLOCK_M, WIDTH // 2,
+            right, gate_right, first_col + WIDTH // 2, bias_ptr, gate_bias_ptr, activated_ptr,
+            pre_ptr, gate_pre_ptr, height, hidden, ACTIVATION, GATED, HAS_BIAS, HAS_GATE_BIAS,
+            STORE_ACTIVATED, STORE_PRE, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
     else:
         cols = first_col + tl.arange(0, WIDTH)
@@ -195,8 +232,20 @@ def _finish_forward(
             pre += bias.to(tl.float32)[None, :]
         if STORE_PRE:
             tl.store(pre_ptr + offsets, pre.to(pre_ptr.dtype.element_ty), mask=inside)
+        if GATED:
+            gate_pre = gate_product
+            if HAS_GATE_BIAS:
+                bias = tl.load(gate_bias_ptr + cols, mask=cols < hidden, other=0.0)
+                gate_pre += bias.to(tl.float32)[None, :]
+            if STORE_PRE:
+                rounded = gate_pre.to(gate_pre_ptr.dtype.element_ty)
+                tl.store(gate_pre_ptr + offsets, rounded, mask=inside)
         if STORE_ACTIVATED:
-            activated, _ = _activation_and_derivative(pre, ACTIVATION)
+            if GATED:
+                activated, _ = _activation_and_derivative(gate_pre, ACTIVATION)
+                activated *= pre
+            else:
+                activated, _ = _activation_and_derivative(pre, ACTIVATION)
             activated = activated.to(activated_ptr.dtype.element_ty)
             tl.store(activated_ptr + offsets, activated, mask=inside)
 
@@ -206,16 +255,22 @@ def _forward_kernel(
     x_ptr,  # (tokens, in_features)
     w_ptr,  # (in_features, hidden)
     bias_ptr,  # (hidden,)
+    gate_ptr,  # (in_features, hidden); None, as its bias, unless GATED
+    gate_bias_ptr,  # (hidden,)
     activated_ptr,  # (tokens, hidden), contiguous
-    pre_ptr,  # (tokens, hidden), contiguous
+    pre_ptr,  # (tokens, hidden), contiguous; GATED: (2, tokens, hidden)
     stride_x,
     stride_wk,
     stride_wn,
+    stride_gk,
+    stride_gn,
     tokens,
     hidden,
     in_features,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
     STORE_ACTIVATED: tl.constexpr,
     STORE_PRE: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -225,20 +280,24 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """pre = x w + bias, activated = activation(pre), either or both."""
+    """pre = x w + bias, activated = activation(pre), either or both.
+
+    GATED: pre[0] is that, pre[1] = x gate + gate_bias, activated = activation(pre[1]) pre[0].
+    """
     tile_m, tile_n = _tile_of_program(tokens, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the last read the last again and are not stored.
-    product = _product(
-        x_ptr, w_ptr, tl.minimum(rows, tokens - 1), cols, stride_x, stride_wk, stride_wn, hidden,
-        in_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+    product, gate_product = _products(
+        x_ptr, w_ptr, gate_ptr, tl.minimum(rows, tokens - 1), cols, stride_x, stride_wk, stride_wn,
+        stride_gk, stride_gn, hidden, in_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, GATED,
     )  # fmt: skip
     first = tile_m.to(tl.int64) * BLOCK_M * hidden
+    second = first + tl.cast(tokens, tl.int64) * hidden
     _finish_forward(
-        product, tile_n * BLOCK_N, bias_ptr, activated_ptr + first, pre_ptr + first,
-        tokens - tile_m * BLOCK_M, hidden, ACTIVATION, HAS_BIAS, STORE_ACTIVATED, STORE_PRE,
-        BLOCK_M, BLOCK_N,
+        product, gate_product, tile_n * BLOCK_N, bias_ptr, gate_bias_ptr, activated_ptr + first,
+        pre_ptr + first, pre_ptr + second, tokens - tile_m * BLOCK_M, hidden, ACTIVATION, GATED,
+        HAS_BIAS, HAS_GATE_BIAS, STORE_ACTIVATED, STORE_PRE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -248,17 +307,23 @@ def forward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
     activation: str,
     layout: str,
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (..., out_features), and pre (tokens, hidden) if `save_pre`, else without elements."""
+    """out (..., out_features), and pre if `save_pre`, else without elements.
+
+    pre is (tokens, hidden), with a gate (2, tokens, hidden): before the activation that of w1, then
+    that of the gate.
+    """
     rows = as_rows(x)
-    w1 = columns(w1, layout)
+    w1, gate = columns(w1, layout), gate if gate is None else columns(gate, layout)
     shape = (rows.shape[0], w1.shape[1])
     activated = rows.new_empty(shape)
-    pre = rows.new_empty(shape if save_pre else (0,))
-    _launch_forward(rows, w1, b1, activated, pre if save_pre else None, activation)
+    pre = _empty_pre(rows, w1, gate) if save_pre else rows.new_empty(0)
+    _launch_forward(rows, w1, b1, gate, gate_bias, activated, pre if save_pre else None, activation)
     if layout == "linear":
         out = F.linear(activated, w2, b2)
     else:
@@ -266,32 +331,44 @@ def forward(
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1]), pre
 
 
+def _empty_pre(rows: torch.Tensor, w1: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    shape = rows.shape[0], w1.shape[1]
+    return rows.new_empty(shape if gate is None else (2, *shape))
+
+
 def _launch_forward(
     rows: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
     activated: torch.Tensor | None,
     pre: torch.Tensor | None,
     activation: str,
 ) -> None:
     """Fill `activated` and `pre`, those that are given."""
     (tokens, in_features), hidden = rows.shape, w1.shape[1]
-    tile = _tile(rows, w1)
+    tile = _tile(rows, w1, gate)
     launch.launch(
         _forward_kernel,
         (tile.programs(tokens, hidden),),
         rows,
         w1,
         rows if b1 is None else b1.contiguous(),  # a kernel reads no stand-in
+        gate,
+        None if gate_bias is None else gate_bias.contiguous(),
         rows if activated is None else activated,
         rows if pre is None else pre,
         rows.stride(0),
         *w1.stride(),
+        *((1, 1) if gate is None else gate.stride()),  # 1 is a constant, so no parameter is left
         tokens,
         hidden,
         in_features,
         ACTIVATION=activation,
+        GATED=gate is not None,
         HAS_BIAS=b1 is not None,
+        HAS_GATE_BIAS=gate_bias is not None,
         STORE_ACTIVATED=activated is not None,
         STORE_PRE=pre is not None,
         **_blocks(tile, hidden, in_features),
@@ -306,26 +383,32 @@ def _finish_backward(
     dactivated,  # (BLOCK_M, WIDTH), float32
     first_col,
     pre_ptr,  # (height, hidden), from this row of tiles on
+    gate_pre_ptr,  # the same
     activated_ptr,  # the same
     dpre_ptr,  # the same
+    dgate_pre_ptr,  # the same
     sums_ptr,  # (hidden,), of this row of tiles
+    gate_sums_ptr,  # the same
     height,
     hidden,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     STORE_ACTIVATED: tl.constexpr,
     STORE_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    if WIDTH > STRIP:
+    if WIDTH > STRIP or (GATED and WIDTH > GATED_STRIP):
         left, right = _halves(dactivated, BLOCK_M, WIDTH)
         _finish_backward(
-            left, first_col, pre_ptr, activated_ptr, dpre_ptr, sums_ptr, height, hidden,
-            ACTIVATION, STORE_ACTIVATED, STORE_SUMS, BLOCK_M, WIDTH // 2,
+            left, first_col, pre_ptr, gate_pre_ptr, activated_ptr, dpre_ptr, dgate_pre_ptr,
+            sums_ptr, gate_sums_ptr, height, hidden, ACTIVATION, GATED, STORE_ACTIVATED, STORE_SUMS,
+            BLOCK_M, WIDTH // 2,
         )  # fmt: skip
         _finish_backward(
-            right, first_col + WIDTH // 2, pre_ptr, activated_ptr, dpre_ptr, sums_ptr, height,
-            hidden, ACTIVATION, STORE_ACTIVATED, STORE_SUMS, BLOCK_M, WIDTH // 2,
+            right, first_col + WIDTH // 2, pre_ptr, gate_pre_ptr, activated_ptr, dpre_ptr,
+            dgate_pre_ptr, sums_ptr, gate_sums_ptr, height, hidden, ACTIVATION, GATED,
+            STORE_ACTIVATED, STORE_SUMS, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
     else:
         cols = first_col + tl.arange(0, WIDTH)
@@ -333,8 +416,17 @@ def _finish_backward(
         offsets = rows[:, None] * hidden + cols[None, :]
         inside = (rows < height)[:, None] & (cols < hidden)[None, :]
         pre = tl.load(pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        activated, derivative = _activation_and_derivative(pre, ACTIVATION)
-        dpre = dactivated * derivative
+        if GATED:
+            gate_pre = tl.load(gate_pre_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            activated, derivative = _activation_and_derivative(gate_pre, ACTIVATION)
+            dgate_pre = dactivated * pre * derivative
+            dpre = dactivated * activated
+            activated *= pre
+            rounded = dgate_pre.to(dgate_pre_ptr.dtype.element_ty)
+            tl.store(dgate_pre_ptr + offsets, rounded, mask=inside)
+        else:
+            activated, derivative = _activation_and_derivative(pre, ACTIVATION)
+            dpre = dactivated * derivative
         tl.store(dpre_ptr + offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
         if STORE_ACTIVATED:
             activated = activated.to(activated_ptr.dtype.element_ty)
@@ -342,16 +434,19 @@ def _finish_backward(
         if STORE_SUMS:
             sums = tl.sum(tl.where(inside, dpre, 0.0), 0)
             tl.store(sums_ptr + cols, sums, mask=cols < hidden)
+            if GATED:
+                sums = tl.sum(tl.where(inside, dgate_pre, 0.0), 0)
+                tl.store(gate_sums_ptr + cols, sums, mask=cols < hidden)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _backward_kernel(
     dout_ptr,  # (tokens, out_features)
     w_ptr,  # (out_features, hidden), the second weight transposed
-    pre_ptr,  # (tokens, hidden), contiguous
+    pre_ptr,  # (tokens, hidden), contiguous; GATED: (2, tokens, hidden)
     activated_ptr,  # (tokens, hidden), contiguous
-    dpre_ptr,  # (tokens, hidden), contiguous
-    sums_ptr,  # (tiles of tokens, hidden), float32, contiguous
+    dpre_ptr,  # as pre
+    sums_ptr,  # (tiles of tokens, hidden), float32, contiguous; GATED: (2, tiles, hidden)
     stride_dout,
     stride_wk,
     stride_wn,
@@ -359,6 +454,7 @@ def _backward_kernel(
     hidden,
     out_features,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     STORE_ACTIVATED: tl.constexpr,
     STORE_SUMS: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -368,19 +464,26 @@ def _backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """dpre = (dout w) activation'(pre); activated = activation(pre); sums = dpre over the tile."""
+    """dpre = (dout w) activation'(pre); activated = activation(pre); sums = dpre over the tile.
+
+    GATED: dpre[0] = (dout w) activation(pre[1]), dpre[1] = (dout w) pre[0] activation'(pre[1]),
+    activated = activation(pre[1]) pre[0].
+    """
     tile_m, tile_n = _tile_of_program(tokens, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    product = _product(
-        dout_ptr, w_ptr, tl.minimum(rows, tokens - 1), cols, stride_dout, stride_wk, stride_wn,
-        hidden, out_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K,
+    product, _ = _products(
+        dout_ptr, w_ptr, None, tl.minimum(rows, tokens - 1), cols, stride_dout, stride_wk,
+        stride_wn, 1, 1, hidden, out_features, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, False,
     )  # fmt: skip
     first = tile_m.to(tl.int64) * BLOCK_M * hidden
+    second = first + tl.cast(tokens, tl.int64) * hidden
+    sums_ptr += tile_m.to(tl.int64) * hidden
+    gate_sums_ptr = sums_ptr + tl.cdiv(tokens, BLOCK_M).to(tl.int64) * hidden
     _finish_backward(
-        product, tile_n * BLOCK_N, pre_ptr + first, activated_ptr + first, dpre_ptr + first,
-        sums_ptr + tile_m.to(tl.int64) * hidden, tokens - tile_m * BLOCK_M, hidden, ACTIVATION,
-        STORE_ACTIVATED, STORE_SUMS, BLOCK_M, BLOCK_N,
+        product, tile_n * BLOCK_N, pre_ptr + first, pre_ptr + second, activated_ptr + first,
+        dpre_ptr + first, dpre_ptr + second, sums_ptr, gate_sums_ptr, tokens - tile_m * BLOCK_M,
+        hidden, ACTIVATION, GATED, STORE_ACTIVATED, STORE_SUMS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -391,38 +494,57 @@ def backward(
     b1: torch.Tensor | None,
     w2: torch.Tensor,
     b2: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
     pre: torch.Tensor | None,
     needs: tuple[bool, ...],
     activation: str,
     layout: str,
 ) -> tuple[torch.Tensor, ...]:
-    """dx, dw1, db1, dw2, db2; those that `needs` leaves out have no elements.
+    """dx, dw1, db1, dw2, db2, dgate, dgate_bias; those that `needs` leaves out have no elements.
 
     `pre` is None if the forward did not save it.
     """
-    need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
+    need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dgate, need_dgate_bias = needs
+    dx = dw1 = db1 = dw2 = db2 = dgate = dgate_bias = None
     drows = as_rows(dout)
-    db2 = _column_sums(drows, x.dtype) if need_db2 else x.new_empty(0)
-    if not (need_dx or need_dw1 or need_db1 or need_dw2):
-        dx, dw1, db1, dw2 = (x.new_empty(0) for _ in range(4))
-        return dx, dw1, db1, dw2, db2
-    rows = as_rows(x)
-    activated, dpre, sums = _launch_backward(
-        drows, rows, columns(w1, layout), b1, columns(w2, layout), pre, need_dw2, need_db1,
-        activation,
-    )  # fmt: skip
-    if need_dx:
-        dx = torch.mm(dpre, columns(w1, layout).t()).view(x.shape)
-    else:
-        dx = x.new_empty(0)
-    dw1 = gradient_like(w1) if need_dw1 else x.new_empty(0)
-    if need_dw1:
-        torch.mm(rows.t(), dpre, out=columns(dw1, layout))
-    db1 = _column_sums(sums, x.dtype) if need_db1 else x.new_empty(0)
-    dw2 = gradient_like(w2) if need_dw2 else x.new_empty(0)
-    if need_dw2:
-        torch.mm(activated.t(), drows, out=columns(dw2, layout))
-    return dx, dw1, db1, dw2, db2
+    if need_db2:
+        db2 = _column_sums(drows, x.dtype)
+    if need_dx or need_dw1 or need_db1 or need_dw2 or need_dgate or need_dgate_bias:
+        rows, into = as_rows(x), columns(w1, layout)
+        gate_into = gate if gate is None else columns(gate, layout)
+        activated, dpre, sums = _launch_backward(
+            drows, rows, into, b1, columns(w2, layout), gate_into, gate_bias, pre, need_dw2,
+            need_db1 or need_dgate_bias, activation,
+        )  # fmt: skip
+        if gate is not None:
+            (dpre, dgate_pre), (sums, gate_sums) = dpre, sums
+            if need_dgate:
+                dgate = _weight_gradient(gate, layout, rows, dgate_pre)
+            if need_dgate_bias:
+                dgate_bias = _column_sums(gate_sums, x.dtype)
+        if need_dx:
+            dx = torch.mm(dpre, into.t())
+            if gate_into is not None:
+                dx.addmm_(dgate_pre, gate_into.t())
+            dx = dx.view(x.shape)
+        if need_dw1:
+            dw1 = _weight_gradient(w1, layout, rows, dpre)
+        if need_db1:
+            db1 = _column_sums(sums, x.dtype)
+        if need_dw2:
+            dw2 = _weight_gradient(w2, layout, activated, drows)
+    gradients = dx, dw1, db1, dw2, db2, dgate, dgate_bias
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _weight_gradient(
+    weight: torch.Tensor, layout: str, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """left^T right, (in, out), as the gradient of `weight`."""
+    gradient = gradient_like(weight)
+    torch.mm(left.t(), right, out=columns(gradient, layout))
+    return gradient
 
 
 def _launch_backward(
@@ -431,6 +553,8 @@ def _launch_backward(
     w1: torch.Tensor,
     b1: torch.Tensor | None,
     w2: torch.Tensor,
+    gate: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
     pre: torch.Tensor | None,
     need_activated: bool,
     need_sums: bool,
@@ -440,13 +564,13 @@ def _launch_backward(
     (tokens, out_features), hidden = drows.shape, w2.shape[0]
     tile = _tile(drows, w2.t())
     if pre is None:
-        pre = rows.new_empty((tokens, hidden))
-        _launch_forward(rows, w1, b1, None, pre, activation)
+        pre = _empty_pre(rows, w1, gate)
+        _launch_forward(rows, w1, b1, gate, gate_bias, None, pre, activation)
     dpre = torch.empty_like(pre)
-    activated = torch.empty_like(pre) if need_activated else pre
+    activated = rows.new_empty(pre.shape[-2:]) if need_activated else pre
     sums = pre
     if need_sums:
-        shape = (triton.cdiv(tokens, tile.block_m), hidden)
+        shape = (*pre.shape[:-2], triton.cdiv(tokens, tile.block_m), hidden)
         sums = rows.new_empty(shape, dtype=torch.float32)
     launch.launch(
         _backward_kernel,
@@ -464,6 +588,7 @@ def _launch_backward(
         hidden,
         out_features,
         ACTIVATION=activation,
+        GATED=gate is not None,
         STORE_ACTIVATED=need_activated,
         STORE_SUMS=need_sums,
         **_blocks(tile, hidden, out_features),
@@ -531,11 +656,12 @@ def _column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # --- what the launchers share -------------------------------------------------------------------
 
 
-def _tile(rows: torch.Tensor, weight: torch.Tensor) -> tiles.Tile:
-    """The tile of rows weight, (tokens, k) by (k, n)."""
+def _tile(rows: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None = None) -> tiles.Tile:
+    """The tile of rows weight, (tokens, k) by (k, n), and of rows gate with it."""
     (tokens, k_size), n_size = rows.shape, weight.shape[1]
-    stride_k, stride_n = weight.stride()
-    long = stride_k if stride_n == 1 else stride_n if stride_k == 1 else 1
+    long = 0
+    for stride_k, stride_n in (w.stride() for w in (weight, gate) if w is not None):
+        long |= stride_k if stride_n == 1 else stride_n if stride_k == 1 else 1
     return tiles.tile(
         launch.architecture(rows.device),
         rows.element_size(),
@@ -543,6 +669,7 @@ def _tile(rows: torch.Tensor, weight: torch.Tensor) -> tiles.Tile:
         n_size,
         launch.multiprocessors(rows.device),
         aligned=(k_size | n_size | rows.stride(0) | long) % 16 == 0,
+        gated=gate is not None,
     )
 
 

@@ -118,6 +118,73 @@ MLPS = {
 }
 
 
+class Gated(nn.Module):
+    """As Llama has it, or T5, with a dropout inside."""
+
+    def __init__(
+        self, act: object, *, bias: bool = False, inside: float = 0.0, first: bool = True,
+        hidden: int = 40,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.a, self.b = nn.Linear(HIDDEN, hidden, bias), nn.Linear(HIDDEN, hidden, bias)
+        self.act, self.gate_first = act, first
+        self.inner = nn.Dropout(inside)
+        self.out = nn.Linear(hidden, HIDDEN, bias)
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act(gate) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        return self.out(self.inner(self.product(a, b) if self.gate_first else self.product(b, a)))
+
+
+class Joint(nn.Module):
+    """As Phi3 or ModernBERT has it: one layer for the gate and what it gates."""
+
+    def __init__(
+        self, act: object, *, bias: bool = False, first: bool = True, interleaved: bool = False
+    ) -> None:
+        super().__init__()
+        self.down, self.gate_up = nn.Linear(40, HIDDEN, bias), nn.Linear(HIDDEN, 80, bias)
+        self.act, self.gate_first, self.interleaved = act, first, interleaved
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up(x)
+        a, b = (both[..., ::2], both[..., 1::2]) if self.interleaved else both.chunk(2, -1)
+        gate, up = (a, b) if self.gate_first else (b, a)
+        return self.down(up * self.act(gate))
+
+
+class Conv1DGated(nn.Module):
+    """Of GPT-2's layers, whose weights lie the other way."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.first = Conv1D(80 if joint else 40, HIDDEN)
+        if not joint:
+            self.second = Conv1D(40, HIDDEN)
+        self.last, self.joint = Conv1D(HIDDEN, 40), joint
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2, -1) if self.joint else (self.first(x), self.second(x))
+        return self.last(F.silu(a) * b)
+
+
+GATED = {
+    "gated": Gated(nn.SiLU()),
+    "gated, gate last": Gated(F.gelu, first=False, bias=True),
+    "gated, all sizes equal": Gated(nn.ReLU(), first=False, hidden=HIDDEN),
+    "gated, dropout inside": Gated(nn.GELU(approximate="tanh"), inside=0.5),
+    "joint": Joint(nn.SiLU()),
+    "joint, gate last": Joint(nn.GELU(), bias=True, first=False),
+    "joint, interleaved": Joint(F.silu, bias=True, interleaved=True),
+    "joint, interleaved, gate last": Joint(F.relu, first=False, interleaved=True),
+}
+
+
 class Twice(MLP):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(super().forward(x))
@@ -130,6 +197,28 @@ NOT_MLPS = {
         F.gelu
     ),
     "twice": Twice(F.gelu),
+    "gated, another activation": Gated(torch.tanh),
+    "gated, both activated": type(
+        "Both", (Gated,), {"product": lambda self, gate, up: F.silu(gate) * F.silu(up)}
+    )(F.silu),
+    "gated, clamped": type(
+        "Clamped", (Gated,), {"product": lambda self, gate, up: F.silu(gate) * up.clamp(-7, 7)}
+    )(F.silu),
+    "gated, one more": type(
+        "OneMore", (Gated,), {"product": lambda self, gate, up: F.silu(gate) * (up + 1)}
+    )(F.silu),
+    "a sum, no product": type(
+        "Sum", (Gated,), {"product": lambda self, gate, up: F.silu(gate) + up}
+    )(F.silu),
+    "joint, but a maximum": type(
+        "Maximum",
+        (Joint,),
+        {
+            "forward": lambda self, x: self.down(
+                F.silu(self.gate_up(x).unflatten(-1, (2, -1)).amax(-2))
+            )
+        },
+    )(F.silu),
 }
 
 
@@ -151,7 +240,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
-SWAPPED = {**NORMS, **MLPS, "attention": Attention()}
+SWAPPED = {**NORMS, **MLPS, **GATED, "attention": Attention()}
 
 
 def fresh(module: nn.Module, device: str) -> nn.Module:
@@ -200,7 +289,41 @@ def test_the_nearest_miss_is_named(device: str) -> None:
     assert "its activation Mish is none of ['gelu', 'gelu_tanh'" in str(mish.reason)
 
 
-@pytest.mark.parametrize("name", ("RMSNorm, 1 + weight", "dropout outside", "attention"))
+@pytest.mark.parametrize("joint", (False, True))
+def test_gated_mlps_of_conv1d(joint: bool, device: str, x: Tensor) -> None:
+    pytest.importorskip("transformers")
+    ours = fresh(Conv1DGated(joint), device)
+    theirs = copy.deepcopy(ours)
+    assert fastattn.accelerate(ours).swapped
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_q_k_and_v_are_taken_for_no_mlp() -> None:
+    """Three equal layers and no activation: the report would name an MLP that nobody wrote."""
+    from fastattn.integrations.hypotheses import feed_forward
+
+    module = nn.Module()
+    module.q, module.k, module.v = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+    assert not list(feed_forward.of(module))
+
+
+def test_a_joint_weight_is_not_copied(
+    device: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastattn.integrations.hypotheses import feed_forward
+
+    ours, given = fresh(GATED["joint"], device), {}
+    fastattn.accelerate(ours)
+    run = feed_forward.ffn
+    monkeypatch.setattr(feed_forward, "ffn", lambda **kw: given.update(kw) or run(**kw))
+    ours(x)
+    storage = ours.gate_up.weight.untyped_storage().data_ptr()
+    assert all(given[name].untyped_storage().data_ptr() == storage for name in ("gate", "w1"))
+
+
+@pytest.mark.parametrize(
+    "name", ("RMSNorm, 1 + weight", "dropout outside", "gated", "joint, gate last", "attention")
+)
 def test_copies_and_compiles(name: str, device: str, x: Tensor) -> None:
     if name == "RMSNorm, 1 + weight":
         model: nn.Module = fresh(SWAPPED[name], device)
@@ -238,6 +361,11 @@ def test_parts_that_must_be_called(device: str, x: Tensor) -> None:
     assert calls == ["up"]
     (entry,) = (e for e in fastattn.verify(model).left if e.name == "")
     assert "up is a Linear that must be called itself" in str(entry.reason)
+    gated, calls = fresh(GATED["gated"], device), []
+    fastattn.accelerate(gated)
+    gated.a.register_forward_hook(lambda *_: calls.append("a"))
+    gated(x)
+    assert calls == ["a"]
     model = fresh(MLPS["module"], device)
     fastattn.accelerate(model)
     model.activation_fn = nn.Tanh()

@@ -60,13 +60,23 @@ def test_packed_sequences_count_by_themselves() -> None:
     assert counted(run, q, k, v) == (2 * scores * 2 * 16, 2 * scores * 5 * 16)
 
 
-@pytest.mark.parametrize("wanted", ["all", "x", "w1", "w2", "b2"])
+@pytest.mark.parametrize(
+    ("gated", "wanted"),
+    [
+        *((False, wanted) for wanted in ("all", "x", "w1", "w2", "b2")),
+        *((True, wanted) for wanted in ("all", "x", "w1", "w2", "b2", "gate", "gate_bias")),
+    ],
+)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-def test_ffn_as_the_reference(layout: str, wanted: str) -> None:
+def test_ffn_as_the_reference(layout: str, gated: bool, wanted: str) -> None:
     """The reference is counted product by product."""
     shapes = {"x": (2, 3, 8), "w1": (20, 8), "b1": (20,), "w2": (5, 20), "b2": (5,)}
+    if gated:
+        shapes |= {"gate": (20, 8), "gate_bias": (20,)}
     inputs = {
-        name: torch.randn(shape if layout == "linear" else shape[::-1] if name[0] == "w" else shape)
+        name: torch.randn(
+            shape[::-1] if layout == "conv1d" and name in ("w1", "w2", "gate") else shape
+        )
         for name, shape in shapes.items()
     }
     for name, x in inputs.items():
@@ -74,11 +84,14 @@ def test_ffn_as_the_reference(layout: str, wanted: str) -> None:
 
     def of(backend: str) -> tuple[int, int]:
         return counted(
-            lambda *x: fastattn.ffn(*x, layout=layout, backend=backend), *inputs.values()
+            lambda *x: fastattn.ffn(
+                *x[:5], layout=layout, backend=backend, **dict(zip(list(inputs)[5:], x[5:]))
+            ),
+            *inputs.values(),
         )
 
     assert of("triton") == of("reference")
-    assert of("triton")[0] == 2 * 6 * (20 * 8 + 5 * 20)
+    assert of("triton")[0] == 2 * 6 * ((2 if gated else 1) * 20 * 8 + 5 * 20)
 
 
 def test_a_hidden_layer_computed_again_counts_again() -> None:

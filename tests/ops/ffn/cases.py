@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ops.backends import BACKENDS
 
 import fastattn
 from oracle import assert_close_to_reference
+
+# Whether there is a gate, and who takes it: the kernels of `cuda` have none.
+GATES = [(False, backend) for backend in BACKENDS]
+GATES += [(True, backend) for backend in BACKENDS if backend != "cuda"]
 
 Tensor = torch.Tensor
 Function = Callable[..., Tensor]
@@ -34,12 +39,14 @@ class Case:
     layout: str = "linear"
     bias1: bool = True
     bias2: bool = True
+    gated: bool = False
+    gate_bias: bool = True
     recompute: bool = False
     device: str = "cpu"
     seed: int = 0
 
     def inputs(self) -> dict[str, Tensor]:
-        """x, w1, w2 and the biases that there are; w1 and w2 scaled so that all is of size 1."""
+        """x, the weights and the biases that there are; weights scaled so that all is of size 1."""
         g = torch.Generator().manual_seed(self.seed)
         in_features = self.shape[-1]
 
@@ -56,26 +63,35 @@ class Case:
         tensors["w2"] = weight(self.hidden, self.out_features)
         if self.bias2:
             tensors["b2"] = normal(self.out_features)
+        if self.gated:
+            tensors["gate"] = weight(in_features, self.hidden)
+            if self.gate_bias:
+                tensors["gate_bias"] = normal(self.hidden)
         return tensors
 
     def ours(self, backend: str | None) -> Function:
         def ffn(
-            x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None
-        ) -> Tensor:
+            x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None,
+            **gate: Tensor,
+        ) -> Tensor:  # fmt: skip
             return fastattn.ffn(
                 x, w1, b1, w2, b2, self.activation, layout=self.layout, recompute=self.recompute,
-                backend=backend,
+                backend=backend, **gate,
             )  # fmt: skip
 
         return ffn
 
     def eager(
-        self, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None,
+        gate: Tensor | None = None, gate_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """What a user of torch writes; in float64 the reference."""
         if self.layout == "conv1d":
-            w1, w2 = w1.t(), w2.t()
-        return F.linear(ACTIVATIONS[self.activation](F.linear(x, w1, b1)), w2, b2)
+            w1, w2, gate = w1.t(), w2.t(), gate if gate is None else gate.t()
+        activation = ACTIVATIONS[self.activation]
+        if gate is None:
+            return F.linear(activation(F.linear(x, w1, b1)), w2, b2)
+        return F.linear(activation(F.linear(x, gate, gate_bias)) * F.linear(x, w1, b1), w2, b2)
 
 
 def output_and_gradients(

@@ -16,6 +16,7 @@ import torch
 from emulator.knobs import Emulator
 from ops.ffn.cases import ACTIVATIONS, Case, check, output_and_gradients
 
+import fastattn
 from fastattn.ops.ffn import cuda
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -60,6 +61,14 @@ def test_enough_tokens_for_a_gpu(layout: str, dtype: torch.dtype) -> None:
     """Large tiles, whole and masked, and all multiprocessors at once."""
     check(Case((8192, 768), 3072, 768, dtype, layout=layout, device="cuda"), "cuda")
     check(Case((8000, 776), 3080, 392, dtype, layout=layout, device="cuda"), "cuda")
+
+
+def test_no_gate(device: str) -> None:
+    """It is refused, and another backend takes the call."""
+    case = Case((5, 16), 24, 8, HALF, gated=True, device=device)
+    with pytest.raises(fastattn.UnsupportedError, match="the CUDA kernels have no gate"):
+        case.ours("cuda")(**case.inputs())
+    check(case, None)
 
 
 # --- bits -----------------------------------------------------------------------------------------
@@ -157,9 +166,9 @@ def test_backwards_and_forwards_of_other_backends(activation: str, device: str) 
 
     case = Case((20, 24), 40, 16, HALF, activation, device=device)
     inputs = case.inputs()
-    tensors = [inputs[name] for name in ("x", "w1", "b1", "w2", "b2")]
+    tensors = [inputs.get(name) for name in ("x", "w1", "b1", "w2", "b2", "gate", "gate_bias")]
     options = activation, "linear"
-    dout, needs = torch.randn(20, 16, device=device).half(), (True,) * 5
+    dout, needs = torch.randn(20, 16, device=device).half(), [t is not None for t in tensors]
     results = []
     for first, second in itertools.product((cuda, triton), repeat=2):
         _, pre = first.forward(*tensors, *options, True)

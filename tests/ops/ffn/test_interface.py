@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from ops.backends import BACKENDS, widest
-from ops.ffn.cases import ACTIVATIONS, Case, Function, output_and_gradients
+from ops.backends import widest
+from ops.ffn.cases import ACTIVATIONS, GATES, Case, Function, output_and_gradients
 
 import fastattn
 from fastattn.backends import triton_runs
@@ -18,9 +18,11 @@ from fastattn.backends import triton_runs
 KERNELS = ("triton", "cuda")
 LAYOUTS = ("linear", "conv1d")
 NAMES = ("x", "w1", "b1", "w2", "b2")
+GATE = ("gate", "gate_bias")
 
 X, W1, B1 = torch.randn(2, 3, 8), torch.randn(20, 8), torch.randn(20)
 W2, B2 = torch.randn(5, 20), torch.randn(5)
+G, GB = torch.randn(20, 8), torch.randn(20)
 
 
 def call(options: dict[str, Any]) -> torch.Tensor:
@@ -53,6 +55,14 @@ def call(options: dict[str, Any]) -> torch.Tensor:
         ({"b1": B1[None]}, ValueError, r"b1 must have the shape .* got \(1, 20\)"),
         ({"b1": 1.0}, TypeError, "b1 must be a torch.Tensor or None; got float"),
         ({"b2": B1}, ValueError, r"b2 must have the shape \(out_features,\) = \(5,\), or be None"),
+        ({"gate": G.tolist()}, TypeError, "gate must be a torch.Tensor or None; got list"),
+        ({"gate": GB}, ValueError, r"gate must have 2 dimensions .hidden, in_features.; got .*.20,"),
+        ({"gate": G[:19]}, ValueError, r"gate must have the shape of w1, .* \(20, 8\); got \(19, 8\)"),
+        ({"gate": G.t()}, ValueError, r"shape of w1, .* got \(8, 20\); gate.t\(\) has it"),
+        ({"gate": G.half()}, TypeError, "must have one dtype; got x float32, gate float16: cast"),
+        ({"gate": G.to("meta")}, ValueError, "on one device; got x on cpu, gate on meta"),
+        ({"gate_bias": GB}, ValueError, "gate_bias is the bias of gate, which is None: give gate"),
+        ({"gate": G, "gate_bias": B2}, ValueError, r"gate_bias must have the shape .*\(20,\).*\(5,\)"),
         ({"activation": "swish"}, ValueError, "activation must be one of 'gelu_tanh', .* 'swish'"),
         ({"activation": None}, ValueError, "activation must be one of .* got None"),
         ({"activation": ["relu"]}, ValueError, "activation must be one of .* got"),
@@ -106,6 +116,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         "x (2, 3, 8), hidden 20, out_features 5, silu, layout linear, float32 on cpu, no b1, "
         "recompute, with gradients"
     )
+    gated = fastattn.explain(fastattn.ffn, X, W1, B1, W2, B2, gate=G)
+    assert gated.problem.endswith(", gated, no gate_bias")
     with pytest.raises(ValueError, match="layout must be"):
         fastattn.explain(fastattn.ffn, X, W1, B1, W2, B2, layout="torch")
 
@@ -121,6 +133,8 @@ def test_no_plan_is_taken_for_another() -> None:
         *({"activation": activation} for activation in ACTIVATIONS),
         {"w1": W1[:12], "b1": B1[:12], "w2": W2[:, :12]},
         {n: t.half() for n, t in zip(NAMES, (X, W1, B1, W2, B2), strict=True)},
+        {"gate": G},
+        {"gate": G, "gate_bias": GB},
         square,
         square | {"layout": "conv1d"},
     ]
@@ -128,7 +142,8 @@ def test_no_plan_is_taken_for_another() -> None:
         a = {"x": X, "w1": W1, "b1": B1, "w2": W2, "b2": B2} | options
         layout, activation = a.get("layout", "linear"), a.get("activation", "gelu_tanh")
         case = Case((8,), 1, 1, layout=layout, activation=activation)
-        exact = [None if a[n] is None else a[n].double() for n in ("x", "w1", "w2", "b1", "b2")]
+        order = ("x", "w1", "w2", "b1", "b2", *GATE)
+        exact = [None if a.get(n) is None else a[n].double() for n in order]
         expected = case.eager(*exact).to(a["x"].dtype)  # type: ignore[arg-type]
         out = call(options | {"backend": backend})
         tolerance = 1e-2 if out.dtype == torch.half else 1e-5
@@ -138,8 +153,8 @@ def test_no_plan_is_taken_for_another() -> None:
 def test_a_plan_of_inference_is_not_one_of_training() -> None:
     """Without gradients the activation is in place, which would break a backward."""
     leaves = {n: t.clone().requires_grad_() for n, t in zip(NAMES, (X, W1, B1, W2, B2))}
-    for activation in ACTIVATIONS:
-        options: dict[str, Any] = {"activation": activation}
+    for activation, gate in itertools.product(ACTIVATIONS, (None, G)):
+        options: dict[str, Any] = {"activation": activation, "gate": gate}
         for _ in range(2):
             with torch.no_grad():
                 call(leaves | options)
@@ -149,11 +164,11 @@ def test_a_plan_of_inference_is_not_one_of_training() -> None:
             call(leaves | options).sum().backward()
 
 
-@pytest.mark.parametrize("backend", (None, *BACKENDS))
+@pytest.mark.parametrize(("gated", "backend"), [(False, None), (True, None), *GATES])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-def test_autocast(dtype: torch.dtype, backend: str | None, device: str) -> None:
+def test_autocast(dtype: torch.dtype, gated: bool, backend: str | None, device: str) -> None:
     """As F.linear: computed and returned in autocast's dtype, gradients in the tensors' own."""
-    case = Case((4, 8), 20, 5, dtype, device=device)
+    case = Case((4, 8), 20, 5, dtype, gated=gated, device=device)
     inputs = case.inputs()
     cotangent = torch.randn(4, 5, device=device).half()
     with torch.autocast(device, torch.float16):
@@ -196,24 +211,31 @@ OPCHECKS = (
 )
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("gated", "backend"), [g for g in GATES if g[1] in KERNELS])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("save_pre", "bias"), [(True, True), (False, False)])
-def test_opcheck(save_pre: bool, layout: str, bias: bool, backend: str, device: str) -> None:
-    dtype = widest(backend)
-    case = Case((3, 2, 8), 12, 4, dtype, layout=layout, bias1=bias, bias2=bias, device=device)
+def test_opcheck(
+    save_pre: bool, layout: str, bias: bool, gated: bool, backend: str, device: str
+) -> None:
+    case = Case(
+        (3, 2, 8), 12, 4, widest(backend), layout=layout, bias1=bias, bias2=bias, gated=gated,
+        gate_bias=bias, device=device,
+    )  # fmt: skip
     inputs = case.inputs()
-    x, w1, b1, w2, b2 = (inputs[n].requires_grad_() if n in inputs else None for n in NAMES)
+    given = [inputs[n].requires_grad_() if n in inputs else None for n in (*NAMES, *GATE)]
     options = ("gelu_tanh", layout)
     forward = torch.ops.fastattn.ffn
-    arguments = (x, w1, b1, w2, b2, *options, save_pre, backend, True)
+    arguments = (*given, *options, save_pre, backend, True)
     torch.library.opcheck(forward.default, arguments, test_utils=OPCHECKS)
     with torch.no_grad():
         out, pre = forward(*arguments)
     saved = pre if save_pre else None
-    tensors = (torch.randn_like(out), x, w1, b1, w2, b2, saved)
+    tensors = (torch.randn_like(out), *given, saved)
     plain = [t if t is None else t.detach() for t in tensors]
-    for needs in ((True, True, bias, True, bias), (True, False, bias, False, False)):
+    for needs in (
+        (True, True, bias, True, bias, gated, gated and bias),
+        (True, False, bias, False, False, False, gated and bias),
+    ):
         torch.library.opcheck(
             torch.ops.fastattn.ffn_backward.default,
             (*plain, needs, *options, backend, True),
@@ -221,16 +243,16 @@ def test_opcheck(save_pre: bool, layout: str, bias: bool, backend: str, device: 
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("gated", "backend"), GATES)
 @pytest.mark.parametrize(("layout", "recompute"), [("linear", False), ("conv1d", True)])
 def test_compiles_without_a_graph_break(
-    layout: str, recompute: bool, backend: str, device: str
+    layout: str, recompute: bool, gated: bool, backend: str, device: str
 ) -> None:
     """One graph for all lengths: a second length neither breaks nor specialises anew."""
     torch._dynamo.reset()
     compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     dtype = widest(backend)
-    case = Case((8,), 20, 8, dtype, layout=layout, recompute=recompute, device=device)
+    case = Case((8,), 20, 8, dtype, layout=layout, recompute=recompute, gated=gated, device=device)
     weights = {n: t.requires_grad_() for n, t in case.inputs().items() if n != "x"}
     ffn = case.ours(backend)
 
@@ -262,23 +284,29 @@ def test_compiles_with_the_default_choice() -> None:
 # --- transforms and second derivatives -----------------------------------------------------------
 
 
-# Layouts and activations do not meet: each of them once.
-PAIRS = [*(("linear", activation) for activation in ACTIVATIONS), ("conv1d", "gelu_tanh")]
+# Layouts, activations and the gate do not meet: each of them once.
+KINDS = [
+    *(("linear", activation, False) for activation in ACTIVATIONS),
+    ("conv1d", "gelu_tanh", False),
+    ("linear", "silu", True),
+]
 
 
-def _double(layout: str, activation: str, recompute: bool = False) -> tuple[Case, dict[str, Any]]:
-    case = Case((3, 4), 6, 5, torch.float64, activation, layout, recompute=recompute)
+def _double(
+    layout: str, activation: str, gated: bool, recompute: bool
+) -> tuple[Case, dict[str, Any]]:
+    case = Case((3, 4), 6, 5, torch.float64, activation, layout, gated=gated, recompute=recompute)
     return case, case.inputs()
 
 
 @pytest.mark.parametrize("backend", (None, "torch", "reference"))
 @pytest.mark.parametrize("recompute", (False, True))
-@pytest.mark.parametrize(("layout", "activation"), PAIRS)
+@pytest.mark.parametrize(("layout", "activation", "gated"), KINDS)
 def test_functional_transforms(
-    layout: str, activation: str, recompute: bool, backend: str | None
+    layout: str, activation: str, gated: bool, recompute: bool, backend: str | None
 ) -> None:
     """jvp, grad, vmap and Hessian-vector products against the formula; never a silent zero."""
-    case, inputs = _double(layout, activation, recompute)
+    case, inputs = _double(layout, activation, gated, recompute)
     x, weights = inputs.pop("x"), inputs
     t = torch.randn_like(x)
 
@@ -331,9 +359,11 @@ def test_kernels_refuse_transforms(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", ("torch", "reference"))
 @pytest.mark.parametrize("recompute", (False, True))
-@pytest.mark.parametrize(("layout", "activation"), [x for x in PAIRS if "relu" not in x])
-def test_second_derivative(layout: str, activation: str, recompute: bool, backend: str) -> None:
-    case, inputs = _double(layout, activation, recompute)
+@pytest.mark.parametrize(("layout", "activation", "gated"), [x for x in KINDS if "relu" not in x])
+def test_second_derivative(
+    layout: str, activation: str, gated: bool, recompute: bool, backend: str
+) -> None:
+    case, inputs = _double(layout, activation, gated, recompute)
     leaves = [t.requires_grad_() for t in inputs.values()]
     ours = case.ours(backend)
 
@@ -345,14 +375,15 @@ def test_second_derivative(layout: str, activation: str, recompute: bool, backen
 
 
 @pytest.mark.parametrize("recompute", (False, True))
-@pytest.mark.parametrize(("layout", "activation"), PAIRS)
+@pytest.mark.parametrize(("layout", "activation", "gated"), KINDS)
 def test_second_derivative_of_the_registered_op(
-    layout: str, activation: str, recompute: bool, device: str
+    layout: str, activation: str, gated: bool, recompute: bool, device: str
 ) -> None:
     """A gradient penalty through the kernels against the formula, whole and with frozen weights."""
     case = Case(
-        (4, 8), 20, 5, activation=activation, layout=layout, recompute=recompute, device=device
-    )
+        (4, 8), 20, 5, activation=activation, layout=layout, recompute=recompute, gated=gated,
+        device=device,
+    )  # fmt: skip
     inputs = case.inputs()
     cotangent = torch.randn(4, 5, device=device)
 
