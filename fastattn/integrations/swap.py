@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copyreg
 import fnmatch
+import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastattn.integrations import hypotheses
-from fastattn.integrations.proof import Draw, configuration, mismatch
+from fastattn.integrations.proof import Draw, Mismatch, configuration, mismatch
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.report import Entry, Report
 from fastattn.integrations.torch_nn import TABLE
@@ -273,40 +274,41 @@ class _Examiner:
     def __init__(self, model: torch.nn.Module) -> None:
         # For modules without weights of their own.
         self._default = _kind(model) or (torch.get_default_dtype(), torch.device("cpu"))
-        self._findings: dict[Hashable, _Finding] = {}
+        self._findings: dict[Hashable, _Finding | Mismatch] = {}
 
     def __call__(self, module: torch.nn.Module) -> _Finding:
-        found = [(recogniser, recogniser.refusal(module)) for recogniser in _recognisers(module)]
-        fit = [recogniser for recogniser, refusal in found if refusal is None]
-        if not fit:
-            return _Finding(reason=found[0][1])
-        key = configuration(module), tuple((r.mixin, r.bound) for r in fit)
-        if key not in self._findings:
-            self._findings[key] = self._find(module, fit)
-        return self._findings[key]
+        """The first recogniser that is proven, else the reason of the nearest or first one."""
+        nearest = math.inf
+        reason: str | None = None
+        for recogniser in _recognisers(module):
+            if (refusal := recogniser.refusal(module)) is not None:
+                reason = reason or refusal
+                continue
+            key = configuration(module), recogniser.mixin, recogniser.bound
+            if key not in self._findings:
+                self._findings[key] = self._examine(module, recogniser)
+            found = self._findings[key]
+            if isinstance(found, _Finding):
+                return found
+            if reason is None or found.factor < nearest:
+                nearest, reason = found.factor, found.reason
+        return _Finding(reason=reason)
 
-    def _find(self, module: torch.nn.Module, recognisers: Iterable[Recogniser]) -> _Finding:
-        """The first recogniser that is proven; else the one whose results were nearest."""
+    def _examine(self, module: torch.nn.Module, recogniser: Recogniser) -> _Finding | Mismatch:
         original = _original_of(module) or type(module)
         guessed = original not in TABLE
+        cls = replacement(original, recogniser)
         dtype, device = _kind(module) or self._default
-        nearest: tuple[float, str] | None = None
-        for recogniser in recognisers:
-            cls = replacement(original, recogniser)
-            # A hypothesis also has to hold in the dtypes to which the model may be cast.
-            tried = dict.fromkeys((dtype, *(HYPOTHESIS_DTYPES if guessed else ())))
-            draws = [Draw(each, device) for each in tried]
-            misses = (mismatch(module, original, cls, recogniser, draw) for draw in draws)
-            miss = next(filter(None, misses), None)
-            if miss is None:
-                with torch.inference_mode(False), torch.enable_grad():
-                    probe = recogniser.probes(module, Draw(dtype, device))[0]
-                    return _Finding(recogniser, recogniser.backend(module, probe))
-            if nearest is None or miss.factor < nearest[0]:
+        # A hypothesis also has to hold in the dtypes to which the model may be cast.
+        tried = dict.fromkeys((dtype, *(HYPOTHESIS_DTYPES if guessed else ())))
+        for each in tried:
+            found = mismatch(module, original, cls, recogniser, Draw(each, device))
+            if found is not None:
                 taken_for = f"no {recogniser.words}: " if guessed else ""
-                nearest = miss.factor, taken_for + miss.reason
-        assert nearest is not None
-        return _Finding(reason=nearest[1])
+                return Mismatch(taken_for + found.reason, found.factor)
+        with torch.inference_mode(False), torch.enable_grad():
+            probe = recogniser.probes(module, Draw(dtype, device))[0]
+            return _Finding(recogniser, recogniser.backend(module, probe))
 
 
 def _kind(module: torch.nn.Module) -> tuple[torch.dtype, torch.device] | None:

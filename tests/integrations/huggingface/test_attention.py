@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,7 +48,8 @@ def test_registered() -> None:
 
 
 def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    # transformers puts another module in its place while it is imported.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"needs transformers 5 or later; this is 4\.57\.1"):
         importlib.reload(huggingface)
 
