@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,

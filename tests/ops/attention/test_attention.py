@@ -144,7 +144,13 @@ def test_in_float64(name: str, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ("dropout", "dropout, causal", "packed, dropout"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "packed, dropout",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("dropout", "dropout, causal")),
+    ),
+)
 def test_dropout_of_other_seeds(name: str, backend: str, device: str) -> None:
     """The table's seeds are no lucky ones."""
     for seed in (1, 2):
