@@ -241,7 +241,7 @@ def test_no_gpu_says_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
         ("86", {"8.6", "8.9"}),
         ("80+PTX", {"8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"}),
         ("90a", {"9.0"}),
-        ("90a+PTX", {"9.0"}),  # PTX for "a" is for that one alone
+        ("90a+PTX", {"9.0"}),  # PTX for "a" is only for that one
         ("100f", {"10.0", "10.3"}),
         ("100a", {"10.0"}),
         ("120f+PTX", {"12.0", "12.1"}),

@@ -172,7 +172,7 @@ def record(
 
 @functools.cache  # processes that are forked off find it done
 def launches_of(op: str, architecture: int) -> list[Launch]:
-    """Those of a grid; of a hot call, its hot kernels alone."""
+    """Those of a grid; of a hot call, only its hot kernels."""
     launches = record(architecture, GRIDS[op]())
     if op not in ("hot", "hottest"):
         return launches
@@ -251,7 +251,7 @@ def attention(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    # What is loaded or computed for every score, alone where it is heavy, and all at once.
+    # Features that load or compute for every score, by themselves where heavy, and all at once.
     features: dict[str, dict[str, Any]] = {
         "full": {},
         "causal": {"causal": True},

@@ -54,5 +54,5 @@ def test_what_kernels_take_is_in_the_table(found: dict[str, Any]) -> None:
     if table["nvcc"] != found["nvcc"]:
         pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {found['nvcc']}")
     lines = cuda.differences(table, found)
-    mend = "if it is meant: python tests/compile/cuda.py --write"
-    assert not lines, "\n".join([*lines, mend])
+    fix = "if it is meant: python tests/compile/cuda.py --write"
+    assert not lines, "\n".join([*lines, fix])

@@ -47,7 +47,7 @@ GRIDS = [
 
 @pytest.mark.parametrize(("op", "architecture"), GRIDS)
 def test_resources(op: str, architecture: int) -> None:
-    # Each feature by itself is compiled for Hopper alone: attention takes minutes a chip.
+    # Each feature by itself is compiled only for Hopper: attention takes minutes a chip.
     grids = {80: "attention, rows", 100: "attention, own rows"}
     kernels = report(grids.get(architecture, op) if op == "attention" else op, architecture)
     assert kernels

@@ -17,7 +17,7 @@ A100, H100 = model.CHIPS[80], model.CHIPS[90]
 def test_the_document_has_the_tiles_of_the_tables() -> None:
     found = table.tiles_written()
     assert len(found) >= 2 * (3 * 6 + 2)
-    mend = "if it is meant: python tests/compile/table.py --write"
+    fix = "if it is meant: python tests/compile/table.py --write"
     for (architecture, name), written in found.items():
         kernel, _, width = name.removesuffix(", causal").partition(" d ")
         if kernel.startswith("ffn"):
@@ -27,7 +27,7 @@ def test_the_document_has_the_tiles_of_the_tables() -> None:
         else:
             row = tiles.tile(kernel, architecture, 2, int(width), tiles.PLAIN)
             expected = table.tile((row.block_m, row.block_n), row.warps, row.stages)
-        assert written == expected, f"sm_{architecture} {name}; {mend}"
+        assert written == expected, f"sm_{architecture} {name}; {fix}"
 
 
 def test_the_document_has_the_peers() -> None:

@@ -37,7 +37,7 @@ def _loaded() -> extension.Library | None:
 class Emulator:
     """On a GPU the knobs turn nothing, and nothing is counted.
 
-    The `cuda` backend runs on the CPU within `with emulator:` alone; for other tests there is none.
+    The `cuda` backend runs on the CPU only within `with emulator:`; other tests have none.
     """
 
     def __init__(self) -> None:

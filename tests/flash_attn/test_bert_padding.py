@@ -9,7 +9,7 @@ import torch
 
 from fastattn.flash_attn import bert_padding
 
-# (batch, seqlen): tokens, padding on either side, a hole, and a row of padding alone
+# (batch, seqlen): tokens, padding on either side, a hole, and a row of padding only
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
 INDICES = [0, 1, 2, 7, 8, 10, 12, 13, 14]
 

@@ -1,10 +1,10 @@
 """The table of counts, counts.json: what the package launches, saves, computes and compiles.
 
-A GPU is not needed, and no number depends on how fast a machine is. The tests count anew and
+A GPU is not needed, and no number depends on how fast a machine is. The tests count again and
 compare with the table, so that no change of a number goes unnoticed. As a program:
 
     python tests/guard/counts.py            # count, and print what differs from the table
-    python tests/guard/counts.py --write    # and write the table anew
+    python tests/guard/counts.py --write    # and write the table again
 
 The sections:
 
@@ -117,7 +117,7 @@ def outdated(section: str, table: Section) -> str | None:
     written, installed = table["versions"][package], versions()[package]
     if written == installed:
         return None
-    return f"counted with {package} {written}, here is {installed}; to count anew: {COMMAND}"
+    return f"counted with {package} {written}, here is {installed}; to count again: {COMMAND}"
 
 
 # --- comparison -----------------------------------------------------------------------------------

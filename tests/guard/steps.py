@@ -149,7 +149,7 @@ def _training(autocast: bool = False) -> Step:
 
 
 def _prefill() -> Step:
-    """Into an empty cache, the logits of the last position alone."""
+    """Into an empty cache, the logits of the last position only."""
     model, ids = _gpt()
     model.eval().requires_grad_(False)
     cache = fastattn.models.KVCache(model.config, BATCH, CAPACITY)

@@ -625,7 +625,7 @@ def test_override_without_heads(op_calls: list[Arguments]) -> None:
 def test_override_leaves_nested_tensors(layout: torch.layout, op_calls: list[Arguments]) -> None:
     x = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 5)], layout=layout)
     x = x.transpose(1, 2)
-    if layout == torch.strided:  # of which torch takes contiguous ones alone
+    if layout == torch.strided:  # of which torch takes only contiguous ones
         x = x.contiguous()
     expected = ORIGINAL(x, x, x)
     with override_sdpa():
@@ -639,9 +639,9 @@ def test_override_leaves_nested_tensors(layout: torch.layout, op_calls: list[Arg
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_refused(layout: torch.layout) -> None:
     x = torch.nested.nested_tensor([torch.randn(4, n, 8) for n in (3, 3)], layout=layout)
-    mend = r"attention_varlen\(.*\) on its values, or torch\.nn\.functional\.scaled_dot_product"
+    fix = r"attention_varlen\(.*\) on its values, or torch\.nn\.functional\.scaled_dot_product"
     for name, given in (("query", (x, x, x)), ("value", (Q, K, x)), ("attn_mask", (Q, K, K, x))):
-        with pytest.raises(TypeError, match=f"{name} is a nested tensor: use .*{mend}"):
+        with pytest.raises(TypeError, match=f"{name} is a nested tensor: use .*{fix}"):
             scaled_dot_product_attention(*given)
 
 

@@ -429,7 +429,7 @@ def test_computed_weights_train(way: str, kind: str) -> None:
     """Pruned and normed weights of the packed projection: three steps as torch's module has them.
 
     (torch's forward reads a pruned out_proj.weight of before: there the step is that of weights
-    that are computed anew.)
+    that are computed again.)
     """
     x = torch.randn(2, 5, 16)
     losses: list[list[float]] = []

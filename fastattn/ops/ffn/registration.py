@@ -2,7 +2,7 @@
 
 Opaque to torch.compile, with fake implementations for tracing and autograd formulas up to the
 second derivative. `backend` names who runs the forward; if the user named it (`forced`), the
-backward stays on it too, else the backward chooses anew.
+backward stays on it too, else the backward chooses again.
 
 The forward returns (out, pre), pre = x w1 + b1 of shape (tokens, hidden), which is what a backward
 wants; with a gate (2, tokens, hidden), x gate + gate_bias after it. It has no elements unless

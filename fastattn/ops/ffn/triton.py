@@ -17,7 +17,7 @@ With a gate the kernels are these, GATED, and ATen has two products more:
 
 The weights are read as (in, out) views: both layouts are one kernel with other strides. Any size;
 float16, bfloat16 and float32; sums in float32, float32 operands multiplied as such (IEEE, no TF32).
-No atomics. Another number of tokens compiles nothing anew, but for the three tiles that it may
+No atomics. Another number of tokens compiles nothing new, but for the three tiles that it may
 choose from (tiles.py).
 """
 

@@ -425,7 +425,7 @@ class TestPositionsThatRestart:
 
     @pytest.mark.parametrize("inference", [False, True])
     def test_read_once(self, inference: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A GPU is waited for in the first layer alone, and when their owner has changed them."""
+        """A GPU is waited for only in the first layer, and when their owner has changed them."""
         reads: list[torch.Tensor] = []
 
         def spy(positions: torch.Tensor) -> torch.Tensor:

@@ -73,11 +73,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, set[str]]] = {
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig",
                 {**DECODER, "sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1,
                  "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, LEFT, {"sink"}),
-    # head_dim of v differs; sinks in the layers with a window alone
+    # head_dim of v differs; sinks only in the layers with a window
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", "MiMoV2FlashConfig",
                       {**DECODER, **MIXTURE, "num_attention_heads": 4, "v_head_dim": 4,
                        "sliding_window": 6}, LEFT, {"sink"}),
-    # sinks that are made anew for each query, and a relative bias
+    # sinks that are made again for each query, and a relative bias
     "inkling2": ("Inkling2TextModel", "Inkling2TextConfig", DECODER, LEFT, {"return_lse", "bias"}),
     # the keys that a query sees, by index
     "deepseek_v32": ("DeepseekV32ForCausalLM", "DeepseekV32Config",

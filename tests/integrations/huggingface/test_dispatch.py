@@ -113,7 +113,7 @@ def test_attention_of_its_own_is_refused_masks(
 
 
 def test_refused_as_a_part_of_a_model() -> None:
-    """And the mend that the message names, for that part alone."""
+    """And the fix that the message names, only for that part."""
     vision = transformers.ViTConfig(
         hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=6,
         image_size=16, patch_size=4,

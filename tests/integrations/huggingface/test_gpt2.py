@@ -132,7 +132,7 @@ class TestWhatIsSwapped:
         assert "attn_implementation='eager'" in reasons(report)["transformer.h.0.attn"]
         found = model(tokens, output_attentions=True)
         torch.testing.assert_close(found.attentions, expected.attentions)
-        model.set_attn_implementation("sdpa")  # the mend that the reason names
+        model.set_attn_implementation("sdpa")  # the fix that the reason names
         assert counts(fastattn.accelerate(model)) == {"GPT2Attention": 2}
 
     @pytest.mark.parametrize(

@@ -420,7 +420,7 @@ def check(case: Case, backend: str) -> dict[str, torch.Tensor | None]:
 def units(case: Case, backend: str) -> tuple[int, int]:
     """Units in the last place that output and gradients, and the LSE, may be off by in any case."""
     # Terms that cancel are larger than what they leave: by dropout's factor, and with one key, where
-    # dS = p (dP - delta) is what the LSE's gradient alone leaves.
+    # dS = p (dP - delta) is all that the LSE's gradient leaves.
     grown = int(1 / (1 - case.dropout_p))
     if min((m for _, m in case.packed or [(0, case.seqlen_k)]), default=0) <= 2:
         grown *= 32

@@ -57,7 +57,7 @@ CASES = {
     "bias over batch": Case(40, 70, bias=(1, 0, 0, 0), causal=True),  # T5's relative positions
     "bias over heads": Case(40, 70, bias=(0, 1, 0, 0)),
     "bias over rows": Case(40, 70, bias=(0, 0, 1, 0)),
-    "bias over keys": Case(40, 70, bias=(0, 0, 0, 1)),  # changes the LSE alone
+    "bias over keys": Case(40, 70, bias=(0, 0, 0, 1)),  # changes only the LSE
     "bias of a key": Case(40, 70, bias=(1, 1, 1, 0)),
     "bias of one number": Case(40, 70, bias=(1, 1, 1, 1)),
     "bias in float32": Case(40, 70, bias=(1, 0, 0, 0), sink=True, in_float32=True),

@@ -52,7 +52,7 @@ def test_repeated_runs_give_the_same_bits(
         assert all(map(torch.equal, first, bits(case, problem, backend)))
 
 
-# The reduction order of a row follows from its own lengths and the table of tiles alone.
+# The reduction order of a row follows only from its own lengths and the table of tiles.
 INVARIANT = {
     "dense": Case(40, 90, batch=3, heads=4, kv_heads=2, causal=True),
     "decoding": Case(1, 150, batch=4, lengths=True),

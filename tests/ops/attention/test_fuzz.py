@@ -25,7 +25,7 @@ FEATURES = (
 CHUNK = 5  # draws of one test
 
 # Tiles of scores that Triton's interpreter visits for one draw, of 32 x 32, or 16 x 16 for wide
-# heads: larger draws are drawn anew, so that every length and width stays in the list.
+# heads: larger draws are drawn again, so that every length and width stays in the list.
 MOST_TILES = 30
 
 

@@ -372,7 +372,7 @@ def test_lengths_beyond_the_tensor(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_inside_follows_ieee(backend: str, device: str) -> None:
-    """A NaN query spoils its own row alone, a NaN key every row of its head."""
+    """A NaN query spoils only its own row, a NaN key every row of its head."""
     q, k, v = (normal(1, 40, 2, 16, device=device, seed=s, backend=backend) for s in range(3))
     q[0, 5, 1] = float("nan")
     out = fastattn.attention(q, k, v, backend=backend)

@@ -289,7 +289,7 @@ def test_compiles_packed(backend: str | None, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises anew."""
+    """One graph for all lengths: a second length neither breaks nor specialises again."""
     torch._dynamo.reset()
     compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

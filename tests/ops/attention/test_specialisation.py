@@ -1,4 +1,4 @@
-"""Changing lengths compiles nothing anew.
+"""Changing lengths compiles nothing new.
 
 Every case makes two calls of a typical length, one of them a decode, and then calls of other
 lengths, batches, windows and page sizes: no launch of these may need a kernel that the first two

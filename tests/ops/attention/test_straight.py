@@ -64,7 +64,7 @@ def plain_calls(dtype: torch.dtype) -> list[Call]:
 @pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
 @pytest.mark.parametrize("grad", ["none", "all", "one", "forbidden"])
 def test_the_same_bits(dtype: torch.dtype, grad: str, straight: list[bool]) -> None:
-    """Of the results, and of the gradients of all inputs or of the last one alone."""
+    """Of the results, and of the gradients of all inputs or only of the last one."""
     for call in plain_calls(dtype):
         arguments, options = call
         tensors = [x for x in arguments if isinstance(x, Tensor)]

@@ -423,7 +423,7 @@ def test_same_inputs_same_bits(gated: bool, dtype: torch.dtype, device: str) -> 
 def test_gradients_of_some_inputs_alone(
     wanted: tuple[str, ...], recompute: bool, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """What is frozen costs nothing: no product for b2 alone."""
+    """What is frozen costs nothing: no product where only b2 has a gradient."""
     launches = _launched(monkeypatch)
     gated = not {"gate", "gate_bias"}.isdisjoint(wanted)
     case = Case((66, 24), 40, 16, recompute=recompute, gated=gated, device=device)

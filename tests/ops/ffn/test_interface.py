@@ -248,7 +248,7 @@ def test_opcheck(
 def test_compiles_without_a_graph_break(
     layout: str, recompute: bool, gated: bool, backend: str, device: str
 ) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises anew."""
+    """One graph for all lengths: a second length neither breaks nor specialises again."""
     torch._dynamo.reset()
     compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     dtype = widest(backend)

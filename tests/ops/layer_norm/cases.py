@@ -74,7 +74,7 @@ class Case:
                 return F.layer_norm(s, s.shape[-1:], weight, bias, self.eps)
             return F.rms_norm(s, s.shape[-1:], weight, self.eps)
 
-        # A lone bias fails in the backward alone.
+        # A lone bias fails only in the backward.
         lone = weight is None and bias is not None and bias.dtype != s.dtype
         try:
             out = norm(s.float() if lone else s, weight, bias).to(s.dtype)

@@ -200,7 +200,7 @@ def test_opcheck(residual: torch.dtype | None, center: bool, backend: str, devic
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", (fastattn.layer_norm, fastattn.rms_norm))
 def test_compiles_without_a_graph_break(norm: Any, backend: str, device: str) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises anew."""
+    """One graph for all lengths: a second length neither breaks nor specialises again."""
     torch._dynamo.reset()
     compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     weight = torch.randn(16, device=device, requires_grad=True)

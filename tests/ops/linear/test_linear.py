@@ -17,7 +17,7 @@ def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
 
 
-# (in, out): many groups; one group size alone (29 * 67); none (a prime); more inputs than the
+# (in, out): many groups; only one group size (29 * 67); none (a prime); more inputs than the
 # limit for several rows; than the one for one row; too few weights.
 SIZES = [(256, 512), (64, 1943), (64, 1949), (2304, 64), (4352, 32), (16, 32)]
 
