@@ -204,7 +204,8 @@ def test_against_float64(seed: int, backend: str, device: str) -> None:
         if backend != "torch":
             raise
         assert any(
-            w in str(error) for w in ("softcap", "sink", "head_dim of q", "cache", "only on the CPU")
+            w in str(error)
+            for w in ("softcap", "sink", "head_dim of q", "cache", "only on the CPU")
         )
         return
     factors = {"max_factor": 3.0, "rms_factor": 2.0} if call.get("softcap") else {}
