@@ -405,6 +405,10 @@ def check(case: Case, backend: str) -> dict[str, torch.Tensor | None]:
     factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.softcap else {}
     for name, value in actual.items():
         if value is not None:
+            # A float32 parameter's gradient is made of the call's 16-bit tensors: it is held to what
+            # that of a 16-bit parameter is, whose eager error does not vanish by chance.
+            if name in ("dbias", "dsink") and case.in_float32:
+                value = value.to(case.dtype)
             assert_close_to_reference(
                 value,
                 eager[name],
