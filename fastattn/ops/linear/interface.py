@@ -26,8 +26,10 @@ PLAIN = (Tensor, torch.nn.Parameter)
 MAX_ROWS = 4
 # Below, the views cost as much as they save.
 MIN_WEIGHTS = 1 << 16
-# Above, F.linear is the faster one: with one thread and one row, and with 2 to 4 rows.
-MAX_IN_FEATURES = {"one row, one thread": 4096, "more rows": 2048}
+# Above, F.linear is the faster one: with one thread and one row, and by the number of rows (AMD EPYC,
+# one thread, weights beyond the caches, 2026-11-29: 1536 -> 576 1.6x for 2 rows, 0.64x for 4).
+MAX_IN_FEATURES_OF_ONE_THREAD = 3072
+MAX_IN_FEATURES = {2: 2048, 3: 1024, 4: 1024}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             if bias is None:
                 return torch.bmm(weight, column).view(shape)
             return torch.baddbmm(bias.view(groups, -1, 1), weight, column).view(shape)
-    elif in_features <= MAX_IN_FEATURES["more rows"]:
+    elif in_features <= MAX_IN_FEATURES[rows]:
         columns = x.reshape(rows, in_features).t()
         if bias is None:
             product = torch.mm(weight, columns)
@@ -96,7 +98,7 @@ def _groups(in_features: int, out_features: int, threads: int) -> int:
 
     At least 8, and as many as there are threads, so that all are busy to the end.
     """
-    if threads == 1 and in_features > MAX_IN_FEATURES["one row, one thread"]:
+    if threads == 1 and in_features > MAX_IN_FEATURES_OF_ONE_THREAD:
         return 0
     fewest = max(8, threads)
     divisors = [g for g in range(fewest, 16 * fewest) if out_features % g == 0]
