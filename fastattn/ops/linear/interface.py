@@ -26,10 +26,11 @@ PLAIN = (Tensor, torch.nn.Parameter)
 MAX_ROWS = 4
 # Below, the views cost as much as they save.
 MIN_WEIGHTS = 1 << 16
-# Above, F.linear is the faster one: with one thread and one row, and by the number of rows (AMD EPYC,
-# one thread, weights beyond the caches, 2026-11-29: 1536 -> 576 1.6x for 2 rows, 0.64x for 4).
+# Above, F.linear is the faster one: with one row if there is one thread, with more by their number
+# (AMD EPYC, one thread, weights beyond the caches, 2026-11-29: 1536 -> 576 takes 0.6 of F.linear's
+# time for 2 rows, 1.6 for 4).
 MAX_IN_FEATURES_OF_ONE_THREAD = 3072
-MAX_IN_FEATURES = {2: 2048, 3: 1024, 4: 1024}
+MAX_IN_FEATURES = {2: 2048, 3: 1024, 4: 768}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
