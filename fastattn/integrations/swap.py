@@ -280,11 +280,12 @@ class _Examiner:
         """The first recogniser that is proven, else the reason of the nearest or first one."""
         nearest = math.inf
         reason: str | None = None
+        about = configuration(module)
         for recogniser in _recognisers(module):
             if (refusal := recogniser.refusal(module)) is not None:
                 reason = reason or refusal
                 continue
-            key = configuration(module), recogniser.mixin, recogniser.bound
+            key = about, recogniser.mixin, recogniser.bound
             if key not in self._findings:
                 self._findings[key] = self._examine(module, recogniser)
             found = self._findings[key]

@@ -14,7 +14,7 @@ from fastattn.nn.plain import is_plain
 from fastattn.ops.ffn import ffn
 
 # The activations of `fastattn.ffn`, for children that must run as modules.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
@@ -72,8 +72,8 @@ class FeedForward(torch.nn.Module):
         feedforward_dim = 4 * embed_dim if feedforward_dim is None else feedforward_dim
         check_positive("feedforward_dim", feedforward_dim)
         check_probability("dropout", dropout)
-        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-            names = ", ".join(map(repr, _ACTIVATIONS))
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            names = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation must be one of {names}, got {activation!r}")
         self.embed_dim = embed_dim
         self.feedforward_dim = feedforward_dim
@@ -105,7 +105,7 @@ class FeedForward(torch.nn.Module):
                 recompute=self.recompute,
             )
         else:
-            activation, hidden = _ACTIVATIONS[self.activation], self.linear1(x)
+            activation, hidden = ACTIVATIONS[self.activation], self.linear1(x)
             hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
             out = self.linear2(hidden)
         return self.dropout(out)

@@ -1,8 +1,8 @@
 """Train a small GPT, then run transformers' models on fastattn: a pretrained Llama and that GPT.
 
 Everything that it makes goes to a folder: the model and its tokenizer, which transformers reads
-too, the record of the training, the loss curve, and what was measured. It takes less than four
-minutes on two CPU cores; on a GPU the same command runs the Triton kernels.
+too, the record of the training, the loss curve, and what was measured. It takes some minutes on
+two CPU cores; on a GPU the same command runs the Triton kernels.
 """
 
 from __future__ import annotations

@@ -16,20 +16,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from fastattn.backends import explanation_of
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.recogniser import Recogniser
+from fastattn.nn.feed_forward import ACTIVATIONS
 from fastattn.nn.plain import is_plain
 from fastattn.ops.ffn import ffn
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 Halves = Callable[[torch.Tensor, int], Sequence[torch.Tensor]]
 
