@@ -104,11 +104,11 @@ def mismatch(
         recogniser: its probes make the calls to compare, given the copy of `module` and `draw`.
     """
     with _isolated(draw.device):
-        copy = _bare_copy(module, draw.like_weight)
+        copy = bare_copy(module, draw.like_weight)
         copy.__class__ = original
         if (reason := recogniser.premise(copy, draw)) is not None:
             return Mismatch(reason)
-        reference = _bare_copy(copy, lambda tensor: tensor.detach().double())
+        reference = bare_copy(copy, lambda tensor: tensor.detach().double())
         for training in (False, True):
             mode = "train" if training else "eval"
             try:
@@ -151,10 +151,13 @@ def _isolated(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _bare_copy(
-    module: torch.nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
+def bare_copy(
+    module: torch.nn.Module,
+    convert: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    keep_dropout: bool = False,
 ) -> torch.nn.Module:
-    """A copy with converted floating-point tensors, without hooks and without dropout.
+    """A copy with converted floating-point tensors, without hooks and, by default, dropout.
 
     Attributes that are neither tensors nor modules are shared: a deep copy would follow bound
     methods and loggers out of the model.
@@ -174,13 +177,14 @@ def _bare_copy(
     for name, parameter in module._parameters.items():
         value = converted(parameter)
         copy._parameters[name] = None if value is None else torch.nn.Parameter(value)
-    for name, buffer in module._buffers.items():
-        copy._buffers[name] = converted(buffer)
+    for name, buffer in module._buffers.items():  # they may be written to
+        copy._buffers[name] = converted(None if buffer is None else buffer.clone())
     for name, child in module._modules.items():
-        copy._modules[name] = None if child is None else _bare_copy(child, convert)
+        bare = None if child is None else bare_copy(child, convert, keep_dropout=keep_dropout)
+        copy._modules[name] = bare
     for name, value in module.__dict__.items():  # Dropout's p, and what attention keeps itself
         dropout = "dropout" in name or isinstance(module, torch.nn.modules.dropout._DropoutNd)
-        if dropout and isinstance(value, float):
+        if dropout and isinstance(value, float) and not keep_dropout:
             copy.__dict__[name] = 0.0
     return copy
 
