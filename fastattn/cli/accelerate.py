@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--train", action="store_true", help="time forward and backward")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="modules to swap, as a.*.b"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="modules to swap, as a.*.b")
     parser.add_argument("--exclude", nargs="+", metavar="NAME", default=[], help="and not to swap")
     parser.add_argument(
         "--swap-slower", action="store_true", help="also swap classes that are slower on the batch"
