@@ -23,9 +23,8 @@ from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import aten as of_logits
 from fastattn.ops.cross_entropy import reference
 from fastattn.ops.cross_entropy.problem import Options, check_classes
+from fastattn.ops.linear_cross_entropy.gradients import Gradients
 from fastattn.ops.linear_cross_entropy.problem import LinearLossProblem
-
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 # Logits from which on their memory is what counts; and rows, where the weight's gradient is made in
 # float32 beside its own dtype (AMD EPYC, one thread, torch 2.13, 2026-11-29: in bfloat16 128 rows
@@ -100,7 +99,7 @@ def kernel_forward(
     class_weight: torch.Tensor | None,
     options: Options,
     keep: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor | None, Gradients]:
+) -> tuple[torch.Tensor, None, tuple[torch.Tensor | None, ...]]:
     """losses (...), no statistics, and those gradients of the losses' sum that `keep` asks for.
 
     The gradients of weight and bias are float32 whatever these are (float64 for float64).
@@ -118,7 +117,7 @@ def kernel_backward(
     statistics: torch.Tensor | None,
     options: Options,
     needs: tuple[bool, bool, bool],
-) -> Gradients:
+) -> tuple[torch.Tensor | None, ...]:
     _, _, gradients = _sweep(x, weight, bias, targets, class_weight, options, dlosses, needs)
     return gradients
 
@@ -132,46 +131,31 @@ def _sweep(
     options: Options,
     dlosses: torch.Tensor | None,  # (...), None for ones
     needs: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, None, Gradients]:
+) -> tuple[torch.Tensor, None, tuple[torch.Tensor | None, ...]]:
     """Once over all rows that count: their losses (...), and the gradients that are needed."""
-    dtype, shape = modes.at_least_float32(x.dtype), targets.shape
-    features, classes = x.shape[-1], weight.shape[0]
-    rows, flat = x.reshape(targets.numel(), features), targets.reshape(-1)
-    dlosses = None if dlosses is None else dlosses.reshape(-1)
-    losses = x.new_zeros(flat.shape, dtype=dtype)
-    dx, dweight, dbias = (
-        torch.zeros(size, dtype=kind, device=x.device) if need else None
-        for need, size, kind in (
-            (needs[0], rows.shape, x.dtype),
-            (needs[1], weight.shape, dtype),
-            (needs[2], (classes,), dtype),
-        )
-    )
-    counted = (flat != options.ignore_index).nonzero().squeeze(1)
+    dtype, classes = modes.at_least_float32(x.dtype), weight.shape[0]
+    rows, flat = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
+    if dlosses is None:
+        dlosses = rows.new_ones((), dtype=dtype).expand(flat.shape)
+    dlosses = dlosses.reshape(-1, 1)
+    losses = rows.new_zeros(flat.shape, dtype=dtype)
+    gradients = Gradients(rows, weight, needs)
     terms = of_logits.Terms(classes, class_weight, options, dtype)
-    chunks = -(-len(counted) * classes // CHUNK)
-    size = -(-len(counted) // max(1, chunks))
-    buffer = x.new_empty(size, classes)
-    for places in counted.split(max(1, size)):
-        some, of_targets = rows[places], flat[places].long().unsqueeze(1)
-        scale = x.new_ones(1, dtype=dtype) if dlosses is None else dlosses[places].unsqueeze(1)
-        logits = buffer[: len(places)]
+    counted = (flat != options.ignore_index).nonzero().squeeze(1)
+    chunks = max(1, -(-len(counted) * classes // CHUNK))
+    size = max(1, -(-len(counted) // chunks))
+    buffer = rows.new_empty(min(size, len(counted)), classes)
+    for places in counted.split(size):
+        some, logits = rows[places], buffer[: len(places)]
         if bias is None:
             torch.mm(some, weight.t(), out=logits)
         else:
             torch.addmm(bias, some, weight.t(), out=logits)
-        lost = _finish(logits, of_targets, terms, scale.expand(len(places), 1), any(needs))
-        losses[places] = lost
-        if dx is not None:
-            dx[places] = logits @ weight
-        if dweight is not None and dweight.dtype == x.dtype:
-            dweight.addmm_(logits.t(), some)
-        elif dweight is not None:
-            dweight += logits.t() @ some
-        if dbias is not None:
-            dbias += logits.sum(0, dtype=dtype)
-    dx = None if dx is None else dx.view(x.shape)
-    return losses.view(shape), None, (dx, dweight, dbias)
+        of_targets = flat[places].long().unsqueeze(1)
+        losses[places] = _finish(logits, of_targets, terms, dlosses[places], any(needs))
+        if any(needs):
+            gradients.add(places, some, logits)
+    return losses.view(targets.shape), None, gradients.results(x.shape)
 
 
 def _finish(
