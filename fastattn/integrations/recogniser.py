@@ -15,6 +15,10 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _itself(module: torch.nn.Module) -> torch.nn.Module:
+    return module
+
+
 @dataclass(frozen=True)
 class Recogniser:
     """How a module is brought onto fastattn, to be proven before it is.
@@ -29,6 +33,7 @@ class Recogniser:
             originals and of swapped instances.
         premise: the reason why it cannot be what it is taken for, or None; asked of a copy that may
             be run.
+        specimen: what is proven in place of a module: itself, or a smaller one of its kind.
         bound: where a module whose class is not known keeps its parts; `mixin` reads it from its
             class, as `_fastattn_bound`, and `mixin.recogniser(bound)` is this object again. None
             for a mixin that needs nothing of the kind.
@@ -40,4 +45,5 @@ class Recogniser:
     backend: Callable[[torch.nn.Module, Probe], str | None]
     refusal: Callable[[torch.nn.Module], str | None] = _nothing
     premise: Callable[[torch.nn.Module, Draw], str | None] = _nothing
+    specimen: Callable[[torch.nn.Module], torch.nn.Module] = _itself
     bound: Hashable = None

@@ -14,7 +14,10 @@ from collections.abc import Iterator
 import torch
 
 from fastattn.integrations.hypotheses import attention, feed_forward, norm
+from fastattn.integrations.hypotheses.head import heads
 from fastattn.integrations.recogniser import Recogniser
+
+__all__ = ["heads", "of"]
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
