@@ -31,6 +31,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 NAME = "fastattn"
+NAME_OR_EAGER = "fastattn_or_eager"  # what `accelerate` puts in the place of "eager"
 
 
 def refusal(model: type[PreTrainedModel]) -> str | None:
@@ -114,6 +115,22 @@ def takes_boolean_masks(config: type) -> bool:
             model._supports_sdpa or model._supports_attention_backend for model in models
         )
     return _takes_boolean_masks[config]
+
+
+@functools.cache
+def replaceable(config: type) -> str | None:
+    """The implementation in whose place `accelerate` puts ours: "sdpa" where the models have it.
+
+    Else "eager", if they have another that gives no attention weights: nothing counts on them then.
+    None if they have not, or no loaded model has this class of configs.
+    """
+    models = _models_of(config)
+    if any(model._supports_sdpa for model in models):
+        return "sdpa"
+    without_weights = ("flash_attn", "flex_attn", "attention_backend")
+    if any(getattr(model, f"_supports_{name}", False) for model in models for name in without_weights):
+        return "eager"
+    return None
 
 
 def _models_of(config: type) -> list[type[PreTrainedModel]]:
