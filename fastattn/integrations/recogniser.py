@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Recogniser:
             first that the original runs; `probes` is the first of all.
         outputs: how many of the results, from the first, have to be equal; None for all. The rest
             is for those who ask for it, and they get the original's.
+        parts: the modules that it computes itself; None for all that it has. The others are
+            examined on their own, and its class keeps the name by which tools look for layers.
     """
 
     words: str
@@ -47,3 +49,4 @@ class Recogniser:
     bound: Hashable = None
     guesses: Callable[[torch.nn.Module, Draw], Iterator[Sequence[Probe]]] | None = None
     outputs: int | None = None
+    parts: Callable[[torch.nn.Module], Iterable[Any]] | None = None
