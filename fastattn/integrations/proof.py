@@ -16,6 +16,7 @@ import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,10 +71,12 @@ def configuration(module: torch.nn.Module) -> Hashable:
     for name, part in module.named_modules():
         settings = []
         for key, value in part.__dict__.items():
-            if key.startswith("_") or key in ("training", "layer_idx") or callable(value):
+            if key.startswith("_") or key in ("training", "layer_idx"):
+                continue
+            if isinstance(value, MethodType) and value.__self__ is part:
                 continue
             plain = isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None)))
-            # Any other object (a config) has to be the same one.
+            # Any other object (a config, a function) has to be the same one.
             settings.append((key, value if plain else id(value)))
         tensors = [
             (key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.device))
@@ -106,7 +109,11 @@ def mismatch(
     with _isolated(draw.device):
         copy = _bare_copy(module, draw.like_weight)
         copy.__class__ = original
-        if (reason := recogniser.premise(copy, draw)) is not None:
+        try:
+            reason = recogniser.premise(copy, draw)
+        except Exception as error:
+            reason = f"it fails on random input: {type(error).__name__}: {error}"
+        if reason is not None:
             return Mismatch(reason)
         reference = _bare_copy(copy, lambda tensor: tensor.detach().double())
         for training in (False, True):

@@ -228,11 +228,11 @@ def attention_or_eager(
 
     For modules that `accelerate` has swapped (huggingface/swap.py), and no name for a model.
     """
-    wanted = kwargs.get("output_attentions") or module.config.output_attentions
+    wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     beyond = any(kwargs.get(name) is not None for name in _UNSUPPORTED)
     if wanted or beyond or _weights_wanted():
         eager: Any = module._fastattn_eager
-        return eager(module, *args, **kwargs)  # type: ignore[no-any-return]
+        return eager(module, *args, **kwargs)
     # To "eager" the mask says everything.
     return attention_forward(module, *args, **{**kwargs, "is_causal": False})
 

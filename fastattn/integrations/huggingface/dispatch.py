@@ -117,20 +117,24 @@ def takes_boolean_masks(config: type) -> bool:
     return _takes_boolean_masks[config]
 
 
-@functools.cache
-def replaceable(config: type) -> str | None:
+_replaceable: dict[type, str | None] = {}
+
+
+def replaceable(config: Any) -> str | None:
     """The implementation in whose place `accelerate` puts ours: "sdpa" where the models have it.
 
     Else "eager", if they have another that gives no attention weights: nothing counts on them then.
     None if they have not, or no loaded model has this class of configs.
     """
-    models = _models_of(config)
-    if any(model._supports_sdpa for model in models):
-        return "sdpa"
-    without_weights = ("flash_attn", "flex_attn", "attention_backend")
-    if any(getattr(model, f"_supports_{name}", False) for model in models for name in without_weights):
-        return "eager"
-    return None
+    if type(config) in _replaceable:
+        return _replaceable[type(config)]
+    models = _models_of(type(config))
+    kinds = ("sdpa", "flash_attn", "flex_attn", "attention_backend")
+    has = {k: any(getattr(m, f"_supports_{k}", False) for m in models) for k in kinds}
+    found = "sdpa" if has["sdpa"] else "eager" if any(has.values()) else None
+    if models:
+        _replaceable[type(config)] = found
+    return found
 
 
 def _models_of(config: type) -> list[type[PreTrainedModel]]:

@@ -16,9 +16,9 @@ import torch
 from transformers import AttentionInterface
 
 from fastattn.backends import explanation_of
+from fastattn.integrations import calls
 from fastattn.integrations.huggingface import dispatch
 from fastattn.integrations.huggingface.dispatch import NAME, NAME_OR_EAGER
-from fastattn.integrations.hypotheses import calls
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.ops.attention import attention
@@ -62,8 +62,10 @@ class AttentionSwap(torch.nn.Module):
     packed_by_mask_alone = True  # as "sdpa": see `attention_forward`
 
     def __init_subclass__(cls) -> None:
-        original: Any = vars(cls)["_fastattn_original"]
-        cls._fastattn_eager = staticmethod(_eager_of(original))
+        super().__init_subclass__()
+        if (original := vars(cls).get("_fastattn_original")) is not None:  # not a tool's subclass
+            eager: Any = _eager_of(original)
+            cls._fastattn_eager = staticmethod(eager)
 
     @staticmethod
     def recogniser(bound: str) -> Recogniser:
@@ -88,7 +90,7 @@ class AttentionSwap(torch.nn.Module):
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
     config = module.__dict__.get("config")
     if hasattr(config, "_attn_implementation") and _dispatches(type(module)):
-        yield RECOGNISERS[dispatch.replaceable(type(config)) or "sdpa"]
+        yield RECOGNISERS[dispatch.replaceable(config) or "sdpa"]
 
 
 def _dispatches(cls: type) -> bool:
@@ -113,13 +115,13 @@ def _eager_of(cls: type) -> Callable[..., Any] | None:
 
 
 def _refusal(module: torch.nn.Module, replaced: str) -> str | None:
-    config = module.__dict__["config"]
+    config: Any = module.__dict__["config"]
     implementation = config._attn_implementation
     if implementation == NAME:
         return f'its config already says attn_implementation="{NAME}"'
-    if dispatch.replaceable(type(config)) is None:
+    if dispatch.replaceable(config) is None:
         return (
-            "its family has no implementation but \"eager\", and may count on its weights: "
+            'its family has no implementation but "eager", and may count on its weights: '
             f'load it with attn_implementation="{NAME}" where it does not'
         )
     if implementation != replaced:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn.backends import explanation_of
-from fastattn.integrations.hypotheses import calls
+from fastattn.integrations import calls
 from fastattn.integrations.proof import Probe
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.sdpa import fused_or_original
@@ -33,8 +33,8 @@ class SDPASwap(torch.nn.Module):
         return ATTENTION
 
     def __init_subclass__(cls) -> None:
-        original: Any = vars(cls)["_fastattn_original"]
-        cls.forward = _rebound(original.forward)
+        if (original := vars(cls).get("_fastattn_original")) is not None:  # not a tool's subclass
+            cls.forward = _rebound(original.forward)
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:

@@ -1,7 +1,7 @@
 """An MLP that is no module of its own, but is written into the forward of a larger one.
 
     fc2(act(fc1(x)))        in a layer (BART, OPT, ALBERT), or with a residual (BLOOM)
-    fc1 and act in one child, fc2 in another (BERT's intermediate and output)
+    fc1 and act in one child, fc2 in another one (BERT's intermediate and output)
 
 Such a forward runs unchanged on a view of the module in which fc1 and act do nothing and fc2 is the
 whole MLP. The module itself keeps its parts; only its own forward sees them so. Where another thing
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastattn.backends import explanation_of
-from fastattn.integrations.hypotheses import calls
+from fastattn.integrations import calls
 from fastattn.integrations.hypotheses.feed_forward import activations, sizes
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.recogniser import Recogniser
@@ -76,8 +76,9 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 
 def _at(module: Any, path: Path) -> Any:
+    """The part there, None if it is gone."""
     for name in path:
-        module = getattr(module, name)
+        module = getattr(module, name, None)
     return module
 
 
@@ -148,14 +149,12 @@ def _refusal(module: torch.nn.Module, bound: Inner) -> str | None:
     """Why the parts of `module` cannot be computed without being called, or None."""
     if type(act := _at(module, bound.act)) is not bound.act_type:
         return f"its activation is a {type(act).__name__}"
-    called = [path for path in (bound.fc1, bound.act, bound.fc2)]
+    called = [bound.fc1, bound.act, bound.fc2]
     called += [path[:-1] for path in called if len(path) > 1]
     for path in called:
         part = _at(module, path)
-        linear = path in (bound.fc1, bound.fc2)
-        if isinstance(part, torch.nn.Module) and not is_plain(part, type(part)) or (
-            linear and not sizes(part)
-        ):
+        plain = not isinstance(part, torch.nn.Module) or is_plain(part, type(part))
+        if not plain or (path in (bound.fc1, bound.fc2) and not sizes(part)):
             return (
                 f"{'.'.join(path)} is a {type(part).__name__} that must be called itself: "
                 "it has hooks, an adapter or a weight of another kind"
@@ -169,7 +168,7 @@ def _drops(module: torch.nn.Module, bound: Inner, draw: Draw) -> str | None:
         (part.__dict__, name)
         for part in module.modules()
         for name, value in part.__dict__.items()
-        if isinstance(value, float) and value == 0.0
+        if type(value) in (int, float) and value == 0
         and ("dropout" in name or isinstance(part, torch.nn.Dropout))
     ]  # fmt: skip
     hidden: list[torch.Tensor] = []
@@ -215,7 +214,9 @@ def _inner(module: torch.nn.Module) -> Iterator[Inner]:
             inputs, hidden = sizes(first)
             if sizes(second) != (hidden, inputs) or hidden == inputs:
                 continue
-            if len(fc1) > 1 and fc1[0] == fc2[0] or type(first) is not type(second):
+            if len(fc1) != len(fc2) or type(first) is not type(second):
+                continue
+            if len(fc1) > 1 and fc1[0] == fc2[0]:
                 continue  # a module of their own
             layout = "linear" if isinstance(first, torch.nn.Linear) else "conv1d"
             for name, act, names in _activations(_at(module, fc1[:-1])):

@@ -1,7 +1,7 @@
 """Small random models of many architectures, and inputs of each: what `accelerate` is tried on.
 
-Nothing is downloaded. Those of transformers are named by class and by the settings of its config;
-the rest is built by a function. A model that the installed packages do not have is skipped.
+Nothing is downloaded. Those of transformers are named by class and by the settings of its config,
+the rest by a function that builds it. One that the installed packages do not have is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from integrations.huggingface.test_attention_families import (
     ENCODER,
     FAMILIES,
     LEFT,
-    MIXTURE,
     RIGHT,
     SPEECH,
     inputs_of,
@@ -49,7 +48,7 @@ TWO_TOWERS = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # architecture -> (model, settings of its config, inputs)
-TEXT, WAVE, PICTURE, PAIR = "text", "waveform", "image", "image and text"
+WAVE, PICTURE, PAIR = "waveform", "image", "image and text"
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     **{name: (cls, settings, kind) for name, (cls, _, settings, kind, _) in FAMILIES.items()},
     # generators
@@ -152,3 +151,93 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "wav2vec2": ("Wav2Vec2Model", SOUND, WAVE),
     "hubert": ("HubertModel", SOUND, WAVE),
 }  # fmt: skip
+
+
+class _Block(torch.nn.Module):
+    """As nanoGPT has it: plain PyTorch, with a causal buffer where there is no fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(48), torch.nn.LayerNorm(48)
+        self.attn = _CausalSelfAttention()
+        self.mlp = torch.nn.Sequential(
+            torch.nn.Linear(48, 96), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(96, 48)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class _CausalSelfAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = torch.nn.Linear(48, 144), torch.nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.unflatten(-1, (3, 16)).transpose(1, 2) for y in self.c_attn(x).split(48, -1))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+def _timm_vit() -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=7
+    )
+
+
+def _diffusers_block() -> torch.nn.Module:
+    attention = pytest.importorskip("diffusers.models.attention")
+    return attention.BasicTransformerBlock(48, 3, 16, cross_attention_dim=32, activation_fn="geglu")
+
+
+# What is no model of transformers -> (model, inputs)
+OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Inputs]]] = {
+    "nanoGPT": (lambda: torch.nn.Sequential(_Block(), _Block()),
+                lambda: {"input": torch.randn(2, 21, 48)}),
+    "torch.nn.Transformer": (
+        lambda: torch.nn.Transformer(48, 3, 2, 2, 64, dropout=0.0, batch_first=True),
+        lambda: {"src": torch.randn(2, 21, 48), "tgt": torch.randn(2, 9, 48)}),
+    "timm ViT": (_timm_vit, lambda: {"x": torch.randn(2, 3, 32, 32)}),
+    "diffusers block": (_diffusers_block,
+                        lambda: {"hidden_states": torch.randn(2, 21, 48),
+                                 "encoder_hidden_states": torch.randn(2, 9, 32)}),
+}  # fmt: skip
+
+
+def build(name: str, device: str) -> torch.nn.Module:
+    """A random model on its own best implementation, far from uniform attention, in eval mode."""
+    if name in OTHERS:
+        model = OTHERS[name][0]()
+    else:
+        cls, settings, _ = ARCHITECTURES[name]
+        if not hasattr(transformers, cls):
+            pytest.skip(f"transformers {transformers.__version__} has no {cls}")
+        made = getattr(transformers, cls)
+        try:
+            model = made._from_config(made.config_class(**settings), attn_implementation="sdpa")
+        except ValueError:  # it has no other
+            model = made._from_config(made.config_class(**settings), attn_implementation="eager")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(device).eval()
+
+
+def inputs(name: str, device: str) -> tuple[Inputs, torch.Tensor | None]:
+    """Arguments of the model, and which positions of its output are defined, None for all."""
+    torch.manual_seed(1)
+    tokens = torch.randint(2, 97, (3, 21))
+    if name in OTHERS:
+        given, defined = OTHERS[name][1](), None
+    elif ARCHITECTURES[name][2] == WAVE:
+        given, defined = {"input_values": torch.randn(2, 400)}, None
+    elif ARCHITECTURES[name][2] == PICTURE:
+        given, defined = {"pixel_values": torch.randn(3, 3, 16, 16)}, None
+    elif ARCHITECTURES[name][2] == PAIR:
+        given = {"input_ids": tokens, "pixel_values": torch.randn(3, 3, 16, 16)}
+        defined = None
+    else:
+        given, defined = inputs_of(ARCHITECTURES[name][2], tokens)
+    return {n: x.to(device) for n, x in given.items()}, defined

@@ -8,9 +8,10 @@ taken; an argument that no name explains is left out, and the module alone if it
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ def _additive(draw: Draw, length: int) -> torch.Tensor:
 
 def _of_windows(draw: Draw, length: int) -> torch.Tensor:
     """(windows, queries, keys), added."""
-    return draw.normal(BATCH, length, length).zero_().masked_fill(~_boolean(draw, length)[:, 0], -1e2)
+    return (
+        draw.normal(BATCH, length, length).zero_().masked_fill(~_boolean(draw, length)[:, 0], -1e2)
+    )
 
 
 def _width(module: torch.nn.Module) -> int:
@@ -107,7 +110,7 @@ def _width(module: torch.nn.Module) -> int:
 def _shared(module: Any, draw: Draw, length: int) -> dict[str, Any]:
     if not getattr(module, "is_kv_shared_layer", False):
         return {}
-    shape = BATCH, module.__dict__["config"].num_key_value_heads, length, head_dim(module)
+    shape = BATCH, _config(module).num_key_value_heads, length, head_dim(module)
     return {module.layer_type: (draw.normal(*shape), draw.normal(*shape))}
 
 
@@ -151,25 +154,35 @@ _ROTATIONS = (_halves, _of_all_rows, _pairs, _complex, _by_kind)
 
 def head_dim(module: torch.nn.Module) -> int:
     """As the module says, or a part of it, or the config of one."""
-    for part in module.modules():
-        for holder in (part, part.__dict__.get("config")):
-            for name in ("head_dim", "attention_head_size"):
-                if isinstance(getattr(holder, name, None), int):
-                    return int(getattr(holder, name))
-    for part in module.modules():
-        if (config := part.__dict__.get("config")) is not None:
-            return int(config.hidden_size // config.num_attention_heads)
-    raise ValueError("nothing tells the size of a head")
+    size = _number(module, "head_dim", "attention_head_size")
+    if size is None:
+        config = _config(module)
+        size = config.hidden_size // config.num_attention_heads
+    return int(size)
 
 
 def _rotated(module: torch.nn.Module) -> int:
     """How many elements of a head are rotated."""
-    for part in module.modules():
-        for name in ("qk_rope_head_dim", "rotary_dim"):
-            if isinstance(getattr(part, name, None), int):
-                return int(getattr(part, name))
-    config = next((m.__dict__["config"] for m in module.modules() if "config" in m.__dict__), None)
+    size = _number(module, "qk_rope_head_dim", "rotary_dim")
+    if size is not None:
+        return size
+    config = _config(module)
     rope = getattr(config, "rope_parameters", None) or {}
     factor = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
     share = float(factor or getattr(config, "partial_rotary_factor", None) or 1.0)
     return int(head_dim(module) * share)
+
+
+def _number(module: torch.nn.Module, *names: str) -> int | None:
+    """The first of these attributes of the module and its parts, then of their configs."""
+    parts = list(module.modules())
+    for holder in (*parts, *(part.__dict__.get("config") for part in parts)):
+        for name in names:
+            with contextlib.suppress(Exception):  # a config may refuse to answer
+                if isinstance(value := getattr(holder, name), int):
+                    return value
+    return None
+
+
+def _config(module: torch.nn.Module) -> Any:
+    return next((m.__dict__["config"] for m in module.modules() if "config" in m.__dict__), None)
