@@ -10,7 +10,7 @@ is done with a part, or between them, the proof says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, ClassVar
@@ -132,11 +132,14 @@ def recogniser(bound: Inner) -> Recogniser:
         x = next(value for value in probe.kwargs.values() if isinstance(value, torch.Tensor))
         return explanation_of(ffn, **bound.arguments(module, x)).backend
 
+    def guesses(module: torch.nn.Module, draw: Draw) -> Iterator[Sequence[Probe]]:
+        return (probes[:1] for probes in calls.guesses(module, draw))  # masks are no matter of it
+
     return Recogniser(
         words=str(bound),
         mixin=InnerFeedForwardSwap,
-        probes=lambda module, draw: next(calls.guesses(module, draw)),
-        guesses=calls.guesses,
+        probes=lambda module, draw: next(guesses(module, draw)),
+        guesses=guesses,
         backend=backend,
         refusal=lambda module: _refusal(module, bound),
         premise=lambda module, draw: None if bound.dropped else _drops(module, bound, draw),
