@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,12 @@ class Recogniser:
         bound: where a module whose class is not known keeps its parts; `mixin` reads it from its
             class, as `_fastattn_bound`, and `mixin.recogniser(bound)` is this object again. None
             for a mixin that needs nothing of the kind.
+        guesses: several such calls for a class whose arguments nobody states. The proof takes the
+            first that the original runs; `probes` is the first of all.
+        outputs: how many of the results, from the first, have to be equal; None for all. The rest
+            is for those who ask for it, and they get the original's.
+        parts: the modules that it computes itself; None for all that it has. The others are
+            examined on their own, and its class keeps the name by which tools look for layers.
     """
 
     words: str
@@ -47,3 +53,6 @@ class Recogniser:
     premise: Callable[[torch.nn.Module, Draw], str | None] = _nothing
     specimen: Callable[[torch.nn.Module], torch.nn.Module] = _itself
     bound: Hashable = None
+    guesses: Callable[[torch.nn.Module, Draw], Iterator[Sequence[Probe]]] | None = None
+    outputs: int | None = None
+    parts: Callable[[torch.nn.Module], Iterable[Any]] | None = None

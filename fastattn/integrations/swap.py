@@ -89,7 +89,8 @@ def replacement(original: type[torch.nn.Module], recogniser: Recogniser) -> type
             "__module__": mixin.__module__,
             "__doc__": f"{original.__name__} on fastattn; fastattn.restore(model) turns it back.",
         }
-        _replacements[key] = type(f"Fast{original.__name__}", bases, namespace)
+        prefix = "Fast" if recogniser.parts is None else ""
+        _replacements[key] = type(f"{prefix}{original.__name__}", bases, namespace)
     return _replacements[key]
 
 
@@ -135,8 +136,11 @@ def _units(model: torch.nn.Module) -> Iterator[_Unit]:
     heads = hypotheses.heads(model)
     for name, module in model.named_modules():
         cls = _original_of(module) or type(module)
-        recognised = next(_recognisers(module, heads), None) is not None
-        if recognised or _is_ours(cls):
+        recogniser = next(_recognisers(module, heads), None)
+        recognised = recogniser is not None
+        if recogniser is not None and recogniser.parts is not None:
+            parts.update(recogniser.parts(module))
+        elif recognised or _is_ours(cls):
             parts.update(module.children())
         elif module in parts:
             parts.update(module.children())
