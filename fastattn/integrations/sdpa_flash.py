@@ -149,7 +149,7 @@ class Implementation:
         if dropout_p:
             extras = extras._replace(dropout_seed=philox_seed.view(torch.int64)[:1])
         grads = torch.ops.fastattn.attention_backward(
-            grad_out.transpose(1, 2), None, out.transpose(1, 2), logsumexp, False, False,
+            grad_out.transpose(1, 2), None, out.transpose(1, 2), logsumexp, [False, False],
             q, k, v, *extras, *settings, backend, True,
         )  # fmt: skip
         return tuple(
