@@ -164,7 +164,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         below = FAST_PATH_BELOW_WITH_A_MASK if masks else FAST_PATH_BELOW
         if (
             src.shape[1] >= below
-            or modes.needs_grad(src, *self.parameters())
+            or (torch.is_grad_enabled() and modes.needs_grad(src, *self.parameters()))
             or not all(map(_only_hides, masks))
         ):
             return None
