@@ -217,12 +217,13 @@ def _run(
 ) -> list[tuple[str, torch.Tensor]]:
     """Outputs and gradients by name. `exact` computes in float64, on the same rounded numbers."""
     dtype = torch.float64 if exact else draw.dtype
-    inputs: list[torch.Tensor] = []
+    leaves: dict[int, torch.Tensor] = {}  # one for a tensor that is several arguments, as it was
 
     def leaf(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            inputs.append(value.detach().to(dtype, copy=True).requires_grad_())
-            return inputs[-1]
+            if id(value) not in leaves:
+                leaves[id(value)] = value.detach().to(dtype, copy=True).requires_grad_()
+            return leaves[id(value)]
         if isinstance(value, dict):  # one that the module may write into
             return {key: leaf(entry) for key, entry in value.items()}
         return tuple(map(leaf, value)) if isinstance(value, tuple) else value
@@ -238,7 +239,7 @@ def _run(
 
     named = outputs("")
     cotangents = Draw(draw.dtype, draw.device)  # of the same seed: equal for all three runs
-    sources = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
+    sources = [(f"input {i}", tensor) for i, tensor in enumerate(leaves.values())]
     sources += list(module.named_parameters())
     gradients = torch.autograd.grad(
         [out for _, out in named if out.requires_grad],

@@ -204,3 +204,26 @@ def test_configurations_differ_by_what_is_computed() -> None:
         torch.nn.Sequential(norm),
     ):
         assert configuration(norm) != configuration(other)
+
+
+class Product(torch.nn.Module):
+    """x * y."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y
+
+
+class OffForSquares(Product):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y + (1e-3 if x is y else 0.0)
+
+
+def test_a_tensor_that_is_several_arguments_stays_one() -> None:
+    def probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
+        x = draw.normal(4, 16)
+        return [Probe((x, x))]
+
+    known = Recogniser("Product", Product, probes, lambda *_: None)
+    found = mismatch(Product(), Product, OffForSquares, known, Draw(torch.float32, CPU))
+    assert found is not None and found.reason.startswith("output 0 is off")
+    assert mismatch(Product(), Product, Product, known, Draw(torch.float32, CPU)) is None
