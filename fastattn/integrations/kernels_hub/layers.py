@@ -41,7 +41,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, with `variance_epsilon` or `eps`; (..., width) -> same."""
+    """x / sqrt(mean(x^2) + eps) * weight, where eps is `variance_epsilon` or `eps`."""
 
     can_torch_compile = True
 
