@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import fastattn
-from fastattn.cli import bench, demo, doctor, tune
+from fastattn.cli import accelerate, bench, demo, doctor, tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
     _add_debug(parser, default=False)
     commands = parser.add_subparsers(metavar="command", required=True)
-    for name, module in (("demo", demo), ("doctor", doctor), ("tune", tune), ("bench", bench)):
+    for module in (accelerate, demo, doctor, tune, bench):
+        name = module.__name__.rpartition(".")[2]
         description = (module.__doc__ or "").strip()
         command = commands.add_parser(
             name,

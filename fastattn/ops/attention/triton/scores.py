@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.ops.common.tanh import tanh
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -106,28 +108,6 @@ def load_lane(x, first, local, exists):
 
 
 # --- scores ---------------------------------------------------------------------------------------
-
-
-# tanh(x) for |x| < 0.625 as x + x^3 P(x^2), P fitted to a relative error of 5e-9.
-_TANH_0 = tl.constexpr(-0.33333278)
-_TANH_1 = tl.constexpr(0.13331331)
-_TANH_2 = tl.constexpr(-0.05373001)
-_TANH_3 = tl.constexpr(0.02060618)
-_TANH_4 = tl.constexpr(-0.00566697)
-
-
-@triton.jit
-def tanh(x):
-    """To float32's precision also near zero, where 1 - 2 / (e^2x + 1) cancels."""
-    square = x * x
-    p = square * _TANH_4 + _TANH_3
-    p = p * square + _TANH_2
-    p = p * square + _TANH_1
-    p = p * square + _TANH_0
-    near = x + x * square * p
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E)) + 1.0)
-    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
