@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import dropout
 from fastattn.ops.attention.call import (
     Extras,
     Settings,
@@ -20,6 +19,7 @@ from fastattn.ops.attention.call import (
 )
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.sink import gradient as sink_gradient
+from fastattn.ops.common import dropout
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
