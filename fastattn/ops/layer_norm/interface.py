@@ -21,7 +21,7 @@ def layer_norm(
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # a float as default would have torch.compile trace twice
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Layer normalisation over the last dimension, with dropout and a residual's addition fused.
@@ -67,7 +67,7 @@ def rms_norm(
     eps: float | None = None,
     residual: torch.Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # a float as default would have torch.compile trace twice
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Root-mean-square normalisation over the last dimension, with dropout and a residual fused.
