@@ -163,7 +163,7 @@ def check(
             raise ValueError(
                 f"residual must have x's shape {tuple(x.shape)}; got {tuple(residual.shape)}"
             )
-    _check_dropout(dropout_p, residual)
+    check_dropout(dropout_p, residual)
     if eps is None and not center:
         return
     if not isinstance(eps, (int, float)):
@@ -172,7 +172,8 @@ def check(
         raise ValueError(f"eps must be finite and not negative; got {eps}")
 
 
-def _check_dropout(dropout_p: float, residual: torch.Tensor | None) -> None:
+def check_dropout(dropout_p: float, residual: torch.Tensor | None) -> None:
+    """Raise unless `dropout_p` is a probability, and 0 without a residual."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float; got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
