@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.library import Library
 
 from fastattn import backends
-from fastattn.ops.attention import dropout
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.registration import BACKENDS
+from fastattn.ops.common import dropout
 
 KERNELS = tuple(backend for backend in BACKENDS if backend.name in backends.KERNELS)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import dropout, sink
+from fastattn.ops.attention import sink
 from fastattn.ops.attention.call import (
     Extras,
     Learnt,
@@ -20,6 +20,7 @@ from fastattn.ops.attention.call import (
     no_sequence,
 )
 from fastattn.ops.attention.problem import AttentionProblem
+from fastattn.ops.common import dropout
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256

@@ -14,10 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import backends
-from fastattn.ops.attention import dropout, reference
+from fastattn.ops.attention import reference
 from fastattn.ops.attention.call import Extras, Learnt, Settings, results
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import autograd, flops
+from fastattn.ops.common import autograd, dropout, flops
 
 BACKENDS = backends.of_op("fastattn.ops.attention")
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.ops.attention import dropout, tiles
+from fastattn.ops.attention import tiles
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.triton.scores import LOG2_E
-from fastattn.ops.common import launch
+from fastattn.ops.common import dropout, launch
 
 # Integer arguments that change from call to call. None may be part of a compiled kernel's key, and
 # what the kernels need to know of strides is said by ALIGN. The width of an integer is part of the
