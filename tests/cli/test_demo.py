@@ -144,7 +144,8 @@ def test_it_trains_in_bfloat16_only_where_that_is_fast(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     on_cpu, on_gpu = (
-        trained.configuration(trained.QUICK, None, 0, torch.device(name)) for name in ("cpu", "cuda")
+        trained.configuration(trained.QUICK, None, 0, torch.device(name))
+        for name in ("cpu", "cuda")
     )
     assert on_cpu.precision == ("bfloat16" if fast else "float32")
     assert on_gpu.precision == "bfloat16"
