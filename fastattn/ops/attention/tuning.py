@@ -20,7 +20,7 @@ import torch
 
 from fastattn import timing
 from fastattn.ops.attention import tiles
-from fastattn.ops.attention.call import Learnt
+from fastattn.ops.attention.call import NO_GRADIENT
 from fastattn.ops.attention.problem import check
 from fastattn.ops.attention.tiles import Tile
 from fastattn.ops.common import launch
@@ -130,7 +130,7 @@ def problem(entry: Entry, seqlen: int, device: torch.device) -> Callable[[], Ten
     dout = normal(*out.shape)
 
     def backward() -> Tensors:
-        wanted = Learnt(bias=entry.kernel == tiles.BIAS, sink=False)
+        wanted = NO_GRADIENT._replace(bias=entry.kernel == tiles.BIAS)
         dq, dk, dv, dbias, _ = kernels.backward(
             dout, None, out, lse, wanted, q, k, v, extras, settings
         )
