@@ -66,15 +66,17 @@ def main() -> None:
     weights = torch.empty(2, 4 * hidden, hidden, dtype=dtype, device="meta")
     w1, w2, biases = weights[0], weights[1].view(hidden, -1), weights[1].view(-1)
 
-    def norm(length: int, center: bool) -> None:
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+
+    def norm(length: int, center: bool, dropped: tuple[Any, float] = (None, 0.0)) -> None:
         x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
         bias = biases[:hidden] if center else None
         out, stream, statistics = layer_norm.forward(
-            x, x, biases[:hidden], bias, 1e-5, center, dtype
+            x, x, biases[:hidden], bias, 1e-5, center, dtype, *dropped
         )
         layer_norm.backward(
             out, stream, stream, biases[:hidden], statistics, center, dtype, dtype,
-            dtype if center else None, True,
+            dtype if center else None, True, *dropped,
         )  # fmt: skip
 
     def feed_forward(length: int, gate: tuple[Any, Any] = (None, None)) -> None:
@@ -96,6 +98,7 @@ def main() -> None:
             (batch, 1, n), "meta", paged=True, rotary=True
         ),
         "layer_norm, training": lambda n: norm(n, center=True),
+        "layer_norm, dropout, training": lambda n: norm(n, True, (seed, 1 / n)),
         "rms_norm, training": lambda n: norm(n, center=False),
         "ffn, training": feed_forward,
         "ffn, gated, training": lambda n: feed_forward(n, (w1, biases[: 4 * hidden])),
