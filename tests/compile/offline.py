@@ -388,34 +388,49 @@ def ffn(rows: list[tuple[torch.dtype, int, str, str, bool, bool]] | None = None)
         )
 
 
-def layer_norm(rows: list[tuple[torch.dtype, int, bool]] | None = None) -> Grid:
+def layer_norm(rows: list[tuple[torch.dtype, int, bool, float]] | None = None) -> Grid:
     """Every row of the tile tables, with all there is to load: the most registers."""
     from fastattn.ops.layer_norm import triton as kernels
 
     every = [
-        (torch.bfloat16, 64, True),
-        (torch.bfloat16, 768, True),
-        (torch.float32, 2048, True),
-        (torch.bfloat16, 4096, False),
-        (torch.float32, 8192, True),
-        (torch.bfloat16, 16384, True),
-        (torch.float32, 65536, True),
-        (torch.float16, 50257, False),
+        (torch.bfloat16, 64, True, 0.0),
+        (torch.bfloat16, 768, True, 0.0),
+        (torch.float32, 2048, True, 0.0),
+        (torch.bfloat16, 4096, False, 0.0),
+        (torch.float32, 8192, True, 0.0),
+        (torch.bfloat16, 16384, True, 0.0),
+        (torch.float32, 65536, True, 0.0),
+        (torch.float16, 50257, False, 0.0),
+        (torch.bfloat16, 64, True, 0.1),
+        (torch.bfloat16, 768, True, 0.1),
+        (torch.float32, 2048, True, 0.1),
+        (torch.bfloat16, 4096, False, 0.1),
+        (torch.float32, 8192, True, 0.1),
+        (torch.float16, 16384, True, 0.1),
     ]
-    for dtype, hidden, center in every if rows is None else rows:
+    for dtype, hidden, center, dropout_p in every if rows is None else rows:
         x = torch.empty(4096, hidden, dtype=dtype, device="meta")
         weight = torch.empty(hidden, dtype=dtype, device="meta")
         bias = weight if center else None
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
+        dropped = (seed, dropout_p)
 
-        def call(x=x, weight=weight, bias=bias, center=center) -> None:  # type: ignore[no-untyped-def]
-            out, stream, statistics = kernels.forward(x, x, weight, bias, 1e-5, center, x.dtype)
+        def call(x=x, weight=weight, bias=bias, center=center, dropped=dropped) -> None:  # type: ignore[no-untyped-def]
+            out, stream, statistics = kernels.forward(
+                x, x, weight, bias, 1e-5, center, x.dtype, *dropped
+            )
             kernels.backward(
                 out, stream, stream, weight, statistics, center, x.dtype, x.dtype,
-                None if bias is None else bias.dtype, True,
+                None if bias is None else bias.dtype, True, *dropped,
             )  # fmt: skip
 
         yield (
-            {"dtype": str(dtype).removeprefix("torch."), "hidden": hidden, "center": center},
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "hidden": hidden,
+                "center": center,
+                "dropout_p": dropout_p,
+            },
             call,
         )
 
@@ -440,7 +455,7 @@ def hot(*names: str) -> Grid:
         "attention, decoding, pages, head_dim 128": attention([], ((dtype, 128, True),)),
         "ffn, gelu_tanh": ffn([(dtype, 16384, "linear", "gelu_tanh", False, False)]),
         "ffn, silu, gated": ffn([(dtype, 16384, "linear", "silu", False, True)]),
-        "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True)]),
+        "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True, 0.0)]),
     }
     for name in names or HOT:
         for configuration, call in grids[name]:

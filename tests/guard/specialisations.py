@@ -79,15 +79,19 @@ def main(arguments: list[str]) -> None:
     weights = torch.empty(2, 4 * hidden, hidden, dtype=dtype, device="meta")
     w1, w2, biases = weights[0], weights[1].view(hidden, -1), weights[1].view(-1)
 
-    def norm(length: int, batch: int = BATCH, *, center: bool) -> None:
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+
+    def norm(
+        length: int, batch: int = BATCH, *, center: bool, dropped: tuple[Any, float] = (None, 0.0)
+    ) -> None:
         x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
         bias = biases[:hidden] if center else None
         out, stream, statistics = layer_norm.forward(
-            x, x, biases[:hidden], bias, 1e-5, center, dtype
+            x, x, biases[:hidden], bias, 1e-5, center, dtype, *dropped
         )
         layer_norm.backward(
             out, stream, stream, biases[:hidden], statistics, center, dtype, dtype,
-            dtype if center else None, True,
+            dtype if center else None, True, *dropped,
         )  # fmt: skip
 
     def feed_forward(length: int, batch: int = BATCH, gate: tuple[Any, Any] = (None, None)) -> None:
@@ -108,6 +112,9 @@ def main(arguments: list[str]) -> None:
             (batch, 1, n), "meta", paged=True, rotary=True
         ),
         "layer_norm, training": functools.partial(norm, center=True),
+        "layer_norm, dropout, training": lambda n, batch=BATCH: norm(
+            n, batch, center=True, dropped=(seed, 1 / n)
+        ),
         "rms_norm, training": functools.partial(norm, center=False),
         "ffn, training": feed_forward,
         "ffn, gated, training": functools.partial(feed_forward, gate=(w1, biases[: 4 * hidden])),

@@ -223,6 +223,7 @@ def forward(
         x, _or(residual, x), _or(weight, x), _or(bias, x), out, stream, statistics,
         *_dropout(dropout_seed, dropout_p),
     )  # fmt: skip
+    wide = _wide(hidden, x_stride, residual_stride)
     switches = {
         "HIDDEN": hidden,
         "CENTER": center,
@@ -232,7 +233,7 @@ def forward(
         "CONTIGUOUS": x_stride == residual_stride == hidden,
         "BLOCK": tile.block,
         "num_warps": tile.num_warps,
-        **_registers(_wide(hidden, x_stride, residual_stride), tile.num_warps),
+        **_registers(not wide or dropout_seed is not None, tile.num_warps),
     }
     rows = x.shape[0]
     if tile.block < hidden:
@@ -513,7 +514,7 @@ def backward(
         "CONTIGUOUS": strides == (hidden,) * 3,
         "BLOCK": tile.block,
         "num_warps": tile.num_warps,
-        **_registers(wide, tile.num_warps),
+        **_registers(not wide or dropout_seed is not None, tile.num_warps),
     }
     gradients = {"WEIGHT_GRAD": weight_grad, "BIAS_GRAD": bias_grad}
     stages = 1
@@ -537,7 +538,7 @@ def backward(
             _columns_kernel, (blocks, programs), dout, stream, statistics, partials, dout_stride,
             stream_stride, rows, HIDDEN=hidden, CENTER=center, CONTIGUOUS=switches["CONTIGUOUS"],
             ROWS=columns.rows, BLOCK=columns.block, num_warps=columns.num_warps, **gradients,
-            STAGES=stages, **_registers(wide, columns.num_warps),
+            STAGES=stages, **_registers(not wide, columns.num_warps),
         )  # fmt: skip
     last = tiles.PARTIALS
     launch.launch(
@@ -570,14 +571,13 @@ def _wide(hidden: int, *strides: int) -> bool:
     return hidden % 8 == 0 and all(stride == hidden for stride in strides)
 
 
-def _registers(wide: bool, num_warps: int) -> dict[str, int]:
-    """All the registers there are, where loads are narrow and their addresses many.
+def _registers(many: bool, num_warps: int) -> dict[str, int]:
+    """All the registers there are, for what takes `many`: narrow loads' addresses, random words.
 
     By itself, ptxas would rather spill a few than let fewer programs run at a time.
     """
-    return (
-        {} if wide else {"maxnreg": min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))}
-    )
+    most = min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))
+    return {"maxnreg": most} if many else {}
 
 
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
