@@ -65,9 +65,8 @@ def worker(how: str, order: str, rank: int, store: str) -> None:
         torch.testing.assert_close(
             full, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
-    if how == "ddp":
-        fastattn.restore(wrapped)
-        assert type(model.model.norm).__name__ == "LlamaRMSNorm"
+    fastattn.restore(wrapped)
+    assert type(model.model.norm).__name__ == "LlamaRMSNorm"
     dist.destroy_process_group()
 
 
