@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fastattn import rule
@@ -75,15 +77,21 @@ def configuration(module: torch.nn.Module) -> Hashable:
                 continue
             if isinstance(value, MethodType) and value.__self__ is part:
                 continue
-            plain = isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None)))
             # Any other object (a config, a function) has to be the same one.
-            settings.append((key, value if plain else id(value)))
+            settings.append((key, value if _is_plain(value) else id(value)))
         tensors = [
             (key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.device))
             for key, tensor in (*part._parameters.items(), *part._buffers.items())
         ]
         parts.append((name, type(part), tuple(settings), tuple(tensors)))
     return tuple(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether two values are compared, and not the objects."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
 
 
 class Mismatch(NamedTuple):
@@ -165,13 +173,18 @@ def _probes(copy: torch.nn.Module, recogniser: Recogniser, draw: Draw) -> Sequen
 def _isolated(device: torch.device) -> Iterator[None]:
     """Gradients on and autocast off inside; the random generators as before after it."""
     devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
+    state, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:  # modules may draw from these too
+        random.setstate(state)
+        np.random.set_state(of_numpy)
 
 
 def bare_copy(
@@ -183,10 +196,12 @@ def bare_copy(
     """A copy with converted floating-point tensors, without hooks and, by default, dropout.
 
     Attributes that are neither tensors nor modules are shared: a deep copy would follow bound
-    methods and loggers out of the model.
+    methods and loggers out of the model. But lists, dicts and sets are its own, as a forward may
+    keep something in them.
     """
-    copy = type(module).__new__(type(module))
-    copy.__dict__.update(module.__dict__)
+    copy: torch.nn.Module = object.__new__(type(module))  # whatever arguments its own one takes
+    for name, value in module.__dict__.items():
+        copy.__dict__[name] = value.copy() if type(value) in (list, dict, set) else value
     copy.__dict__.update(torch.nn.Module().__dict__)  # no parameters, children, hooks
     copy.__dict__.pop("_compiled_call_impl", None)
 
@@ -198,8 +213,8 @@ def bare_copy(
         return convert(tensor)
 
     for name, parameter in module._parameters.items():
-        value = converted(parameter)
-        copy._parameters[name] = None if value is None else torch.nn.Parameter(value)
+        made = converted(parameter)
+        copy._parameters[name] = None if made is None else torch.nn.Parameter(made)
     for name, buffer in module._buffers.items():  # they may be written to
         copy._buffers[name] = converted(None if buffer is None else buffer.clone())
     for name, child in module._modules.items():

@@ -136,7 +136,11 @@ def _units(model: torch.nn.Module) -> Iterator[_Unit]:
     heads = hypotheses.heads(model)
     for name, module in model.named_modules():
         cls = _original_of(module) or type(module)
-        recogniser = next(_recognisers(module, heads), None)
+        try:
+            recogniser = next(_recognisers(module, heads), None)
+        except Exception:  # looking at it raises: the examination says so
+            yield _Unit(name, module, cls, recognised=True)
+            continue
         recognised = recogniser is not None
         if recogniser is not None and recogniser.parts is not None:
             parts.update(recogniser.parts(module))
@@ -334,6 +338,12 @@ class _Examiner:
 
     def __call__(self, module: torch.nn.Module) -> _Finding:
         """The first recogniser that is proven, else the reason of the nearest or first one."""
+        try:
+            return self._find(module)
+        except Exception as error:  # of a module that refuses to be looked at, copied or subclassed
+            return _Finding(reason=f"it cannot be examined: {type(error).__name__}: {error}")
+
+    def _find(self, module: torch.nn.Module) -> _Finding:
         nearest = math.inf
         reason: str | None = None
         about = configuration(module)
