@@ -15,7 +15,6 @@ from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.plain import is_plain
 from fastattn.ops.common import modes
 from fastattn.ops.ffn import ffn
-from fastattn.ops.layer_norm import layer_norm
 
 # The activations of torch's layers that are `fastattn.ffn`'s, as functions and as modules.
 FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
@@ -75,8 +74,7 @@ def _only_hides(mask: Tensor) -> bool:
 def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(residual + branch), residual + branch)."""
     if is_plain(norm, torch.nn.LayerNorm) or is_plain(norm, LayerNorm):
-        normed, total = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual)
-        return normed, total
+        return LayerNorm.forward(norm, branch, residual)  # it asks for no more than torch's has
     total = residual + branch
     return norm(total), total
 

@@ -179,6 +179,27 @@ def test_a_hook_put_there_later_fires(ffn_calls: list[int]) -> None:
     assert (len(seen), ffn_calls) == (1, [1])
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_accelerated_layer_compiles_whole(grad: bool) -> None:
+    model = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 24, dropout=0.0, batch_first=True)
+    fastattn.accelerate(model)
+    model.train(grad)
+    x = torch.randn(3, 2, WIDTH)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_an_accelerated_layer_exports() -> None:
+    model = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True).eval()
+    fastattn.accelerate(model)
+    x, longer = torch.randn(2, 5, WIDTH), torch.randn(2, 300, WIDTH)
+    shapes = {"src": {1: torch.export.Dim.AUTO}}
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+        torch.testing.assert_close(exported(longer), model(longer))
+
+
 def test_a_wrong_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgets(norm: Any, branch: torch.Tensor, residual: torch.Tensor) -> Any:
         return norm(branch), residual
