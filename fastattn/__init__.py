@@ -18,8 +18,10 @@ from fastattn.ops.attention import (
     attention_with_kv_cache,
     merge_attention_states,
 )
+from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.ffn import ffn
 from fastattn.ops.layer_norm import layer_norm, rms_norm
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from fastattn import flash_attn, models
@@ -39,10 +41,12 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
+    "cross_entropy",
     "explain",
     "ffn",
     "flash_attn",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention_states",
     "models",
     "nn",

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,10 +71,12 @@ def configuration(module: torch.nn.Module) -> Hashable:
     for name, part in module.named_modules():
         settings = []
         for key, value in part.__dict__.items():
-            if key.startswith("_") or key in ("training", "layer_idx") or callable(value):
+            if key.startswith("_") or key in ("training", "layer_idx"):
+                continue
+            if isinstance(value, MethodType) and value.__self__ is part:
                 continue
             plain = isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None)))
-            # Any other object (a config) has to be the same one.
+            # Any other object (a config, a function) has to be the same one.
             settings.append((key, value if plain else id(value)))
         tensors = [
             (key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.device))
@@ -106,13 +109,17 @@ def mismatch(
     with _isolated(draw.device):
         copy = bare_copy(module, draw.like_weight)
         copy.__class__ = original
-        if (reason := recogniser.premise(copy, draw)) is not None:
+        try:
+            reason = recogniser.premise(copy, draw)
+        except Exception as error:
+            reason = f"it fails on random input: {type(error).__name__}: {error}"
+        if reason is not None:
             return Mismatch(reason)
         reference = bare_copy(copy, lambda tensor: tensor.detach().double())
         for training in (False, True):
             mode = "train" if training else "eval"
             try:
-                probes = recogniser.probes(copy, draw)
+                probes = _probes(copy, recogniser, draw)
             except Exception as error:
                 return Mismatch(f"no input for it: {type(error).__name__}: {error}")
             for probe in probes:
@@ -125,7 +132,8 @@ def mismatch(
                     subject.__class__ = cls
                     subject.train(training)
                     try:
-                        runs.append(_run(subject, probe, draw, exact=subject is reference))
+                        exact = subject is reference
+                        runs.append(_run(subject, probe, draw, recogniser.outputs, exact=exact))
                     except Exception as error:
                         text = f"{who} fails on random input: {type(error).__name__}: {error}"
                         return Mismatch(text)
@@ -136,6 +144,21 @@ def mismatch(
                     if (finding := _violation(ours, theirs, expected)) is not None:
                         return Mismatch(f"{name} is off in {mode} mode: {finding[0]}", finding[1])
     return None
+
+
+def _probes(copy: torch.nn.Module, recogniser: Recogniser, draw: Draw) -> Sequence[Probe]:
+    """The recogniser's calls; of several guesses the first that the original runs, else the first.
+
+    A guess that is no call of the module at all fails in the same way for all three runs.
+    """
+    if recogniser.guesses is None:
+        return recogniser.probes(copy, draw)
+    for probes in recogniser.guesses(copy, draw):
+        with torch.no_grad(), contextlib.suppress(Exception):
+            for probe in probes:
+                copy(*probe.args, **probe.kwargs)
+            return probes
+    return recogniser.probes(copy, draw)
 
 
 @contextlib.contextmanager
@@ -190,7 +213,7 @@ def bare_copy(
 
 
 def _run(
-    module: torch.nn.Module, probe: Probe, draw: Draw, *, exact: bool
+    module: torch.nn.Module, probe: Probe, draw: Draw, count: int | None, *, exact: bool
 ) -> list[tuple[str, torch.Tensor]]:
     """Outputs and gradients by name. `exact` computes in float64, on the same rounded numbers."""
     dtype = torch.float64 if exact else draw.dtype
@@ -201,6 +224,8 @@ def _run(
             if id(value) not in leaves:
                 leaves[id(value)] = value.detach().to(dtype, copy=True).requires_grad_()
             return leaves[id(value)]
+        if isinstance(value, dict):  # one that the module may write into
+            return {key: leaf(entry) for key, entry in value.items()}
         return tuple(map(leaf, value)) if isinstance(value, tuple) else value
 
     args = [leaf(value) for value in probe.args]
@@ -208,7 +233,7 @@ def _run(
 
     def outputs(suffix: str) -> list[tuple[str, torch.Tensor]]:
         result = module(*args, **kwargs)
-        several = [result] if isinstance(result, torch.Tensor) else list(result)
+        several = [result] if isinstance(result, torch.Tensor) else list(result)[:count]
         tensors = [(i, out) for i, out in enumerate(several) if isinstance(out, torch.Tensor)]
         return [(f"output {i}{suffix}", out) for i, out in tensors]
 

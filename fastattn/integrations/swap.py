@@ -22,13 +22,14 @@ from __future__ import annotations
 import copyreg
 import fnmatch
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from fastattn.integrations import hypotheses
+from fastattn.integrations.hypotheses.head import HEAD
 from fastattn.integrations.proof import Draw, Mismatch, configuration, mismatch
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.report import Entry, Report
@@ -65,8 +66,10 @@ class Swapped:
 def _new(
     original: type[torch.nn.Module], mixin: Any, bound: Hashable, *args: Any
 ) -> torch.nn.Module:
-    known = TABLE.get(original)
-    cls = replacement(original, mixin.recogniser(bound) if known is None else known)
+    recogniser = TABLE.get(original)
+    if recogniser is None or recogniser.mixin is not mixin:
+        recogniser = mixin.recogniser(bound)
+    cls = replacement(original, recogniser)
     return cls.__new__(cls, *args)
 
 
@@ -86,7 +89,8 @@ def replacement(original: type[torch.nn.Module], recogniser: Recogniser) -> type
             "__module__": mixin.__module__,
             "__doc__": f"{original.__name__} on fastattn; fastattn.restore(model) turns it back.",
         }
-        _replacements[key] = type(f"Fast{original.__name__}", bases, namespace)
+        prefix = "Fast" if recogniser.parts is None else ""
+        _replacements[key] = type(f"{prefix}{original.__name__}", bases, namespace)
     return _replacements[key]
 
 
@@ -95,10 +99,14 @@ def _original_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     return type(module)._fastattn_original if isinstance(module, Swapped) else None
 
 
-def _recognisers(module: torch.nn.Module) -> Iterator[Recogniser]:
+def _recognisers(
+    module: torch.nn.Module, heads: Container[torch.nn.Module]
+) -> Iterator[Recogniser]:
     """The one of a swapped module or of a known class, else those of the hypotheses that fit."""
     if isinstance(module, Swapped):
         yield module._fastattn_recogniser
+    elif module in heads:
+        yield HEAD
     elif type(module) in TABLE:
         yield TABLE[type(module)]
     elif not _is_ours(type(module)):
@@ -125,10 +133,14 @@ class _Unit:
 def _units(model: torch.nn.Module) -> Iterator[_Unit]:
     """The modules that are recognised, and others that are neither containers nor their parts."""
     parts: set[torch.nn.Module] = set()
+    heads = hypotheses.heads(model)
     for name, module in model.named_modules():
         cls = _original_of(module) or type(module)
-        recognised = next(_recognisers(module), None) is not None
-        if recognised or _is_ours(cls):
+        recogniser = next(_recognisers(module, heads), None)
+        recognised = recogniser is not None
+        if recogniser is not None and recogniser.parts is not None:
+            parts.update(recogniser.parts(module))
+        elif recognised or _is_ours(cls):
             parts.update(module.children())
         elif module in parts:
             parts.update(module.children())
@@ -317,6 +329,7 @@ class _Examiner:
     def __init__(self, model: torch.nn.Module) -> None:
         # For modules without weights of their own.
         self._default = _kind(model) or (torch.get_default_dtype(), torch.device("cpu"))
+        self._heads = hypotheses.heads(model)
         self._findings: dict[Hashable, _Finding | Mismatch] = {}
 
     def __call__(self, module: torch.nn.Module) -> _Finding:
@@ -324,7 +337,7 @@ class _Examiner:
         nearest = math.inf
         reason: str | None = None
         about = configuration(module)
-        for recogniser in _recognisers(module):
+        for recogniser in _recognisers(module, self._heads):
             if (refusal := recogniser.refusal(module)) is not None:
                 reason = reason or refusal
                 continue
@@ -340,13 +353,14 @@ class _Examiner:
 
     def _examine(self, module: torch.nn.Module, recogniser: Recogniser) -> _Finding | Mismatch:
         original = _original_of(module) or type(module)
-        guessed = original not in TABLE
+        guessed = recogniser is not TABLE.get(original)
         cls = replacement(original, recogniser)
         dtype, device = _kind(module) or self._default
+        specimen = recogniser.specimen(module)
         # A hypothesis also has to hold in the dtypes to which the model may be cast.
         tried = dict.fromkeys((dtype, *(HYPOTHESIS_DTYPES if guessed else ())))
         for each in tried:
-            found = mismatch(module, original, cls, recogniser, Draw(each, device))
+            found = mismatch(specimen, original, cls, recogniser, Draw(each, device))
             if found is not None:
                 taken_for = f"no {recogniser.words}: " if guessed else ""
                 return Mismatch(taken_for + found.reason, found.factor)

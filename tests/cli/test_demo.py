@@ -13,7 +13,7 @@ import torch
 import fastattn
 from fastattn.cli import main
 from fastattn.cli.demo import pretrained, trained
-from fastattn.cli.demo.comparison import interleaved
+from fastattn.cli.demo.comparison import medians
 from fastattn.cli.demo.trained import PROMPTS
 from fastattn.training import History, Tokenizer
 
@@ -141,7 +141,7 @@ def test_the_real_pretrained_model_answers(capsys: pytest.CaptureFixture[str]) -
 def test_works_are_timed_interleaved() -> None:
     calls: list[str] = []
     works = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = interleaved(works, torch.device("cpu"), 0.0)
+    seconds = medians(works, torch.device("cpu"), 0.0)
     assert list(seconds) == ["a", "b"] and all(value >= 0 for value in seconds.values())
     assert "".join(calls) == "abbaab"  # three rounds at least
 

@@ -246,6 +246,7 @@ def attention(
     import fastattn.ops.attention.cache.registration
     from fastattn.ops.attention import BlockMask
     from fastattn.ops.attention import triton as kernels
+    from fastattn.ops.attention.call import Learnt
     from fastattn.ops.attention.problem import check, check_varlen
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -300,9 +301,9 @@ def attention(
         v = k[..., :-8] if name == "softcap" else k  # another head_dim than k's
 
         def call(q=q, k=k, v=v, extras=extras, settings=settings) -> None:  # type: ignore[no-untyped-def]
-            bias, sink = extras.bias is not None, extras.sink is not None
+            wanted = Learnt(*(x is not None for x in Learnt.of(extras)))
             out, lse = kernels.forward(q, k, v, extras, settings)
-            kernels.backward(out, lse, out, lse, bias, sink, q, k, v, extras, settings)
+            kernels.backward(out, lse, out, lse, wanted, q, k, v, extras, settings)
             masked = extras.mask is not None or extras.bias is not None
             if one_query and q.dim() == 4 and not masked and extras.q_documents is None:
                 kernels.forward(q[:, :1], k, v, extras, settings)

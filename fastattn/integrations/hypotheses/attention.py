@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from fastattn.backends import explanation_of
-from fastattn.integrations.proof import Draw, Probe
+from fastattn.integrations import calls
+from fastattn.integrations.proof import Probe
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.sdpa import fused_or_original
 from fastattn.ops.attention import attention
@@ -32,8 +33,8 @@ class SDPASwap(torch.nn.Module):
         return ATTENTION
 
     def __init_subclass__(cls) -> None:
-        original: Any = vars(cls)["_fastattn_original"]
-        cls.forward = _rebound(original.forward)
+        if (original := vars(cls).get("_fastattn_original")) is not None:  # not a tool's subclass
+            cls.forward = _rebound(original.forward)
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
@@ -79,16 +80,16 @@ def _torch() -> Any:
     return _like(torch, nn=_like(torch.nn, functional=_functional()))
 
 
-def _probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
-    linear = next((m for m in module.modules() if isinstance(m, torch.nn.Linear)), None)
-    if linear is None:
-        raise ValueError("no linear layer tells the size of the hidden state")
-    return [Probe((draw.normal(2, 37, linear.in_features),))]
-
-
 def _backend(module: torch.nn.Module, probe: Probe) -> str | None:
-    q = probe.args[0].new_empty(2, 37, 1, 64, requires_grad=True)
+    x = next(value for value in probe.kwargs.values() if isinstance(value, torch.Tensor))
+    q = x.new_empty(calls.BATCH, calls.SEQLEN, 1, 64, requires_grad=True)
     return explanation_of(attention, q, q, q).backend
 
 
-ATTENTION = Recogniser("attention by F.scaled_dot_product_attention", SDPASwap, _probes, _backend)
+ATTENTION = Recogniser(
+    words="attention by F.scaled_dot_product_attention",
+    mixin=SDPASwap,
+    probes=lambda module, draw: next(calls.guesses(module, draw)),
+    guesses=calls.guesses,
+    backend=_backend,
+)

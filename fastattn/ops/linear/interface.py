@@ -39,6 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (  # the cheap questions first
         weight.numel() < MIN_WEIGHTS
         or torch.is_grad_enabled()
+        or modes.recorded()  # first: a comparison with a size would hold the recording to it
         or x.numel() > MAX_ROWS * in_features
         or not _eligible(x, weight)
     ):
@@ -77,7 +78,6 @@ def _eligible(x: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and not modes.recorded()
         and mkl_is_slow()
     )
 
