@@ -201,8 +201,8 @@ def test_an_accelerated_layer_exports() -> None:
 
 
 def test_a_wrong_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgets(norm: Any, branch: torch.Tensor, residual: torch.Tensor) -> Any:
-        return norm(branch), residual
+    def forgets(norm: Any, dropout: Any, branch: torch.Tensor, residual: torch.Tensor) -> Any:
+        return norm(dropout(branch)), residual
 
     monkeypatch.setattr(transformer, "_add_and_norm", forgets)
     model = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 24)

@@ -161,9 +161,9 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("ffn")
         return ffn(*args)
 
-    def norm_spy(*args: Any) -> Any:
+    def norm_spy(*args: Any, **kwargs: Any) -> Any:
         calls.append("layer_norm" if args[-1] is None else "add, layer_norm")
-        return layer_norm(*args)
+        return layer_norm(*args, **kwargs)
 
     monkeypatch.setattr(transformer, "ffn", ffn_spy)
     monkeypatch.setattr(norm_module, "layer_norm", norm_spy)
