@@ -15,7 +15,6 @@ from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.plain import is_plain
 from fastattn.ops.common import modes
 from fastattn.ops.ffn import ffn
-from fastattn.ops.layer_norm import layer_norm
 
 # The activations of torch's layers that are `fastattn.ffn`'s, as functions and as modules.
 FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
@@ -34,6 +33,27 @@ Init = TypeVar("Init", bound=Callable[..., None])
 def _signed_as(theirs: Callable[..., None]) -> Callable[[Init], Init]:
     """A decorator: with the signature of torch's constructor."""
     return cast("Callable[[Init], Init]", functools.wraps(theirs))
+
+
+def _attend(
+    attention: Any,
+    query: Tensor,
+    memory: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """The module ``attention`` from ``query`` to ``memory``, without its weights."""
+    out: Tensor = attention(
+        query,
+        memory,
+        memory,
+        attn_mask=mask,
+        key_padding_mask=padding,
+        need_weights=False,
+        is_causal=is_causal,
+    )[0]
+    return out
 
 
 def _linear_layers(layer: Any, x: Tensor) -> Tensor:
@@ -72,12 +92,16 @@ def _only_hides(mask: Tensor) -> bool:
     return not mask.is_floating_point() or bool(((mask == 0) | (mask == -torch.inf)).all())
 
 
-def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(norm(residual + branch), residual + branch)."""
-    if is_plain(norm, torch.nn.LayerNorm) or is_plain(norm, LayerNorm):
-        normed, total = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual)
-        return normed, total
-    total = residual + branch
+def _add_and_norm(
+    norm: Any, dropout: Any, branch: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(norm(total), total) of total = residual + dropout(branch)."""
+    fused = is_plain(norm, torch.nn.LayerNorm) or is_plain(norm, LayerNorm)
+    if fused and is_plain(dropout, torch.nn.Dropout) and dropout.p < 1.0:
+        # As a function: it asks for no more than torch's norm has.
+        p = dropout.p if dropout.training else 0.0
+        return LayerNorm.forward(norm, branch, residual, dropout_p=p)
+    total = residual + dropout(branch)
     return norm(total), total
 
 
@@ -98,9 +122,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     one (its ``self_attn`` by itself, in the same way), and the reverse turns it back.
 
     The linear layers with their activation (ReLU, GELU, tanh-GELU, SiLU) are one `fastattn.ffn`,
-    unless a dropout between them is active. An addition and the norm after it are one
-    `fastattn.layer_norm`. Parts with hooks, adapters or other weights than ordinary ones are
-    called as modules.
+    unless a dropout between them is active. A branch's dropout, its addition and the norm after it
+    are one `fastattn.layer_norm`. Parts with hooks, adapters or other weights than ordinary ones
+    are called as modules.
 
     `why_torch` says which calls are left to torch's own forward: nested tensors, and on a CPU
     inference on short sequences, where torch's fast path is the faster one. (Not with masks that
@@ -131,15 +155,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         floating-point, added to the scores. ``is_causal`` is a hint that ``src_mask``, which must
         be given, is the causal mask.
         """
-        masks = src_mask, src_key_padding_mask
-        if self.why_torch(src, *masks) is not None:
-            return super().forward(src, *masks, is_causal)
+        own = src_mask, src_key_padding_mask, is_causal
+        if self.why_torch(src, *own) is not None:
+            return super().forward(src, *own)
         if self.norm_first:
-            attended = self._sa_block(self.norm1(src), *masks, is_causal)
-            normed, x = _add_and_norm(self.norm2, attended, src)
+            normed = self.norm1(src)
+            attended = _attend(self.self_attn, normed, normed, *own)
+            normed, x = _add_and_norm(self.norm2, self.dropout1, attended, src)
             return x + self._ff_block(normed)
-        x, _ = _add_and_norm(self.norm1, self._sa_block(src, *masks, is_causal), src)
-        x, _ = _add_and_norm(self.norm2, self._ff_block(x), x)
+        attended = _attend(self.self_attn, src, src, *own)
+        x, _ = _add_and_norm(self.norm1, self.dropout1, attended, src)
+        x, _ = _add_and_norm(self.norm2, self.dropout2, _linear_layers(self, x), x)
         return x
 
     def why_torch(
@@ -147,6 +173,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src: Tensor,
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> str | None:
         """Why `forward` leaves a call with these arguments to torch's own; None if it does not."""
         if src.is_nested:
@@ -165,7 +192,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if (
             src.shape[1] >= below
             or (torch.is_grad_enabled() and modes.needs_grad(src, *self.parameters()))
-            or not all(map(_only_hides, masks))
+            # The causal mask is known to.
+            or not all(_only_hides(m) for m in masks if m is not src_mask or not is_causal)
         ):
             return None
         return f"on a CPU torch's fast path is the faster one below {below} positions"
@@ -210,12 +238,17 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         own = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         across = memory_mask, memory_key_padding_mask, memory_is_causal
         if self.norm_first:
-            normed, x = _add_and_norm(self.norm2, self._sa_block(self.norm1(tgt), *own), tgt)
-            normed, x = _add_and_norm(self.norm3, self._mha_block(normed, memory, *across), x)
+            normed = self.norm1(tgt)
+            attended = _attend(self.self_attn, normed, normed, *own)
+            normed, x = _add_and_norm(self.norm2, self.dropout1, attended, tgt)
+            attended = _attend(self.multihead_attn, normed, memory, *across)
+            normed, x = _add_and_norm(self.norm3, self.dropout2, attended, x)
             return x + self._ff_block(normed)
-        x, _ = _add_and_norm(self.norm1, self._sa_block(tgt, *own), tgt)
-        x, _ = _add_and_norm(self.norm2, self._mha_block(x, memory, *across), x)
-        x, _ = _add_and_norm(self.norm3, self._ff_block(x), x)
+        attended = _attend(self.self_attn, tgt, tgt, *own)
+        x, _ = _add_and_norm(self.norm1, self.dropout1, attended, tgt)
+        attended = _attend(self.multihead_attn, x, memory, *across)
+        x, _ = _add_and_norm(self.norm2, self.dropout2, attended, x)
+        x, _ = _add_and_norm(self.norm3, self.dropout3, _linear_layers(self, x), x)
         return x
 
     def _ff_block(self, x: Tensor) -> Tensor:

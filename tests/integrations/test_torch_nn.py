@@ -179,9 +179,30 @@ def test_a_hook_put_there_later_fires(ffn_calls: list[int]) -> None:
     assert (len(seen), ffn_calls) == (1, [1])
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_accelerated_layer_compiles_whole(grad: bool) -> None:
+    model = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 24, dropout=0.0, batch_first=True)
+    fastattn.accelerate(model)
+    model.train(grad)
+    x = torch.randn(3, 2, WIDTH)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_an_accelerated_layer_exports() -> None:
+    model = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True).eval()
+    fastattn.accelerate(model)
+    x, longer = torch.randn(2, 5, WIDTH), torch.randn(2, 300, WIDTH)
+    shapes = {"src": {1: torch.export.Dim.AUTO}}
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+        torch.testing.assert_close(exported(longer), model(longer))
+
+
 def test_a_wrong_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgets(norm: Any, branch: torch.Tensor, residual: torch.Tensor) -> Any:
-        return norm(branch), residual
+    def forgets(norm: Any, dropout: Any, branch: torch.Tensor, residual: torch.Tensor) -> Any:
+        return norm(dropout(branch)), residual
 
     monkeypatch.setattr(transformer, "_add_and_norm", forgets)
     model = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 24)
@@ -330,5 +351,5 @@ def test_a_plain_gpt(attention: type[torch.nn.Module], name: str | None) -> None
     model = random_(GPT(attention))
     tokens = torch.randint(11, (3, LENGTH))
     report = assert_accelerates(model, lambda model, tokens: model(tokens), tokens)
-    expected = {"LayerNorm": 5, "MLP": 2}
+    expected = {"LayerNorm": 5, "MLP": 2, "Linear": 1}  # the head
     assert swapped(report) == expected | ({} if name is None else {name: 2})

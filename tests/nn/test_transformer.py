@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn.nn import layer_norm as norm_module
 from fastattn.nn import transformer
 from oracle import assert_close_to_reference
 
@@ -152,16 +153,20 @@ def test_inference_on_random_arguments(
 
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the ops that the layers call."""
+    """The ops that a layer calls for all but attention."""
     calls: list[str] = []
-    for name in ("ffn", "layer_norm"):
-        op = getattr(transformer, name)
+    ffn, layer_norm = transformer.ffn, norm_module.layer_norm
 
-        def spy(*args: Any, op: Any = op, name: str = name, **kwargs: Any) -> Any:
-            calls.append(name)
-            return op(*args, **kwargs)
+    def ffn_spy(*args: Any) -> Any:
+        calls.append("ffn")
+        return ffn(*args)
 
-        monkeypatch.setattr(transformer, name, spy)
+    def norm_spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append("layer_norm" if args[-1] is None else "add, layer_norm")
+        return layer_norm(*args, **kwargs)
+
+    monkeypatch.setattr(transformer, "ffn", ffn_spy)
+    monkeypatch.setattr(norm_module, "layer_norm", norm_spy)
     return calls
 
 
@@ -172,8 +177,8 @@ def test_a_layer_is_a_few_ops(name: str, activation: Any, norm_first: bool, ops:
     ours, _ = _layer(name, activation=activation, norm_first=norm_first)
     x = torch.randn(BATCH, LENGTH, WIDTH)
     ours(x) if "Encoder" in name else ours(x, x)
-    norms = 3 if "Decoder" in name else 2
-    assert sorted(ops) == ["ffn", *["layer_norm"] * (norms - norm_first)]
+    sums = (2 if "Encoder" in name else 3) - norm_first
+    assert sorted(ops) == [*["add, layer_norm"] * sums, "ffn", *["layer_norm"] * norm_first]
 
 
 def test_why_torch() -> None:
@@ -318,6 +323,13 @@ def test_hooks_on_every_part(name: str, norm_first: bool) -> None:
         if part:
             torch.testing.assert_close(args, seen[1][part][0], msg=f"the input of {part}")
         torch.testing.assert_close(out, seen[1][part][1], msg=f"the output of {part}")
+
+
+def test_a_norm_over_two_dimensions(assert_module_close: Callable[..., None]) -> None:
+    ours, theirs = _layer("TransformerEncoderLayer")
+    for module in (ours, theirs):
+        module.norm1 = torch.nn.LayerNorm((LENGTH, WIDTH))
+    assert_module_close(ours, theirs, torch.randn(BATCH, LENGTH, WIDTH))
 
 
 @pytest.mark.parametrize("part", ["linear1", "linear2", "norm1", "norm2", "dropout", "dropout2"])
