@@ -58,7 +58,9 @@ def _forward_kernel(
     rule = Rule(logit_scale, softcap, kept, share, z_loss)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = row < rows
-    logits_ptr += _row_offsets(tl.minimum(row, rows - 1), outer_stride, inner_stride, inner)[:, None]
+    logits_ptr += _row_offsets(tl.minimum(row, rows - 1), outer_stride, inner_stride, inner)[
+        :, None
+    ]
     m = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     smooth, seen = total, total
