@@ -163,6 +163,20 @@ def test_cuda_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             function(*CALLS[op], backend="cuda")
 
 
+def test_an_op_without_the_backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It chooses by itself; a call that names the backend says that there is none."""
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    expected = fastattn.cross_entropy(logits, targets)
+    with fastattn.use_backend("cuda"):
+        assert torch.equal(fastattn.cross_entropy(logits, targets), expected)
+    monkeypatch.setenv("FASTATTN_BACKEND", "cuda")
+    explanation = explanation_of(fastattn.cross_entropy, logits, targets)
+    assert (explanation.backend, explanation.source) == ("torch", "first capable")
+    assert explanation.reasons["cuda"] == "not in this op"
+    with pytest.raises(fastattn.UnsupportedError, match="cross_entropy has no cuda backend"):
+        fastattn.cross_entropy(logits, targets, backend="cuda")
+
+
 def test_a_compiled_function_notices_a_choice_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """By use_backend and by the environment alike; other variables compile nothing again."""
     graphs: list[bool] = []

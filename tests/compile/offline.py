@@ -435,6 +435,63 @@ def layer_norm(rows: list[tuple[torch.dtype, int, bool, float]] | None = None) -
         )
 
 
+NO_OPTIONS = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0, "softcap": 0.0}
+ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_scale": 0.5, "softcap": 30.0}
+
+
+def cross_entropy() -> Grid:
+    """Every tile, plain and with all options."""
+    from fastattn.ops.cross_entropy.problem import Options
+    from fastattn.ops.cross_entropy.triton import kernels
+
+    for dtype, classes, everything in (
+        (torch.bfloat16, 131072, False),
+        (torch.float32, 50257, True),
+        (torch.bfloat16, 50257, True),
+        (torch.float16, 2048, True),
+        (torch.bfloat16, 1000, False),
+        (torch.float32, 64, True),
+    ):
+        logits = torch.empty(4096, classes, dtype=dtype, device="meta")
+        targets = torch.empty(4096, dtype=torch.int64, device="meta")
+        weight = torch.empty(classes, device="meta") if everything else None
+        options = Options(-100, *(ALL_OPTIONS if everything else NO_OPTIONS).values(), "none")
+
+        def call(logits=logits, targets=targets, weight=weight, options=options) -> None:  # type: ignore[no-untyped-def]
+            losses, statistics = kernels.kernel_forward(logits, targets, weight, options)
+            kernels.kernel_backward(losses, logits, targets, weight, statistics, options)
+
+        of = {"classes": classes, "everything": everything}
+        yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
+
+
+def linear_cross_entropy() -> Grid:
+    """Every tile, plain and with all options."""
+    from fastattn.ops.cross_entropy.problem import Options
+    from fastattn.ops.linear_cross_entropy import triton as kernels
+
+    for dtype, classes, features, everything in (
+        (torch.bfloat16, 131072, 4096, False),
+        (torch.bfloat16, 131072, 4096, True),
+        (torch.float16, 50257, 333, True),
+        (torch.float32, 131072, 1024, True),
+        (torch.float32, 50257, 333, True),
+    ):
+        x = torch.empty(4096, features, dtype=dtype, device="meta")
+        weight = torch.empty(classes, features, dtype=dtype, device="meta")
+        targets = torch.empty(4096, dtype=torch.int64, device="meta")
+        extra = torch.empty(classes, device="meta") if everything else None
+        bias = None if extra is None else extra.to(dtype)
+        options = Options(-100, *(ALL_OPTIONS if everything else NO_OPTIONS).values(), "none")
+
+        def call(given=(x, weight, bias, targets, extra), options=options) -> None:  # type: ignore[no-untyped-def]
+            losses, statistics, _ = kernels.kernel_forward(*given, options, (False,) * 3)
+            kernels.kernel_backward(losses, *given, statistics, options, (True, True, False))
+
+        of = {"classes": classes, "features": features, "everything": everything}
+        yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
+
+
 # The calls in which a model's time goes, and the kernels of each in which that of the call goes.
 HOT = {
     "attention, causal, head_dim 64": ("_forward_kernel",),
@@ -490,6 +547,8 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "attention, own rows": functools.partial(attention, OWN_ROWS),
     "ffn": ffn,
     "layer_norm": layer_norm,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
     "table": main_loops,
     "hot": hot,
     "hottest": functools.partial(

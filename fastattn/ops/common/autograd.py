@@ -119,6 +119,8 @@ def double_backward(
             for y, dy in zip(results, directions, strict=True)
             if y is not None and dy is not None
         ]
+        if not pairs:  # nothing comes from above
+            return [None] * len(leaves)
         reached, given = zip(*pairs, strict=True)
         wanted = [x for x in leaves if x is not None]
         second = iter(torch.autograd.grad(reached, wanted, given, allow_unused=True))

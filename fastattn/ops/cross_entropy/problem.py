@@ -172,7 +172,7 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{name} must be a float; got {type(value).__name__}")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite; got {value}")
     if not 0.0 <= options.label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be from 0 to 1; got {options.label_smoothing}")

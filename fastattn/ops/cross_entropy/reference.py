@@ -49,8 +49,8 @@ def token_losses(
     losses = nll
     if options.label_smoothing:
         weighted = log_p if weight is None else log_p * weight
-        share = options.label_smoothing / logits.shape[-1]
-        losses = (1.0 - options.label_smoothing) * nll - share * weighted.sum(-1)
+        smoothing = options.label_smoothing
+        losses = (1.0 - smoothing) * nll - smoothing * weighted.mean(-1)
     if options.z_loss:
         losses = losses + options.z_loss * s.logsumexp(-1).square()
     return losses.masked_fill(~counts, 0.0)

@@ -70,7 +70,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     _, statistics, *gradients = output
     ctx.mark_non_differentiable(statistics, *gradients)
     ctx.save_for_backward(*tensors, statistics)
-    ctx.gradients = gradients if any(ctx.keep) else None
+    ctx.gradients = gradients
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
     ctx.set_materialize_grads(False)
 
@@ -79,7 +79,8 @@ def _autograd(ctx: Any, dloss: torch.Tensor | None, *_: None) -> tuple[Any, ...]
     needs = ctx.needs_input_grad[:3]
     if dloss is None:
         return (None,) * 14
-    if ctx.gradients is not None and not torch.is_grad_enabled():
+    kept = any(needs) and all(keep or not need for keep, need in zip(ctx.keep, needs, strict=True))
+    if kept and not torch.is_grad_enabled():
         grads = _given_away(ctx, dloss)
     else:
         x, weight, bias, targets, class_weight, statistics = ctx.saved_tensors
@@ -94,6 +95,11 @@ def _autograd(ctx: Any, dloss: torch.Tensor | None, *_: None) -> tuple[Any, ...]
 def _given_away(ctx: Any, dloss: torch.Tensor) -> list[torch.Tensor]:
     """The gradients that the forward has made, times that of the sum; they are there only once."""
     gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        *tensors, _ = ctx.saved_tensors
+        _, _, *gradients = torch.ops.fastattn.linear_cross_entropy(
+            *tensors, ctx.summed, ctx.keep, *ctx.rest
+        )
     in_place = not (modes.recorded() or modes.transformed())
     scaled: list[torch.Tensor] = []
     while gradients:  # so that nobody else holds one

@@ -2,7 +2,7 @@
 
 Nothing here is measured on a GPU yet. The tiles follow from the registers: a tile of logits is a
 product's accumulators, 64 a thread, and its scores and exponentials stand beside them. Compiled for
-sm_80, sm_90 and sm_100 none spills, and all fit 99 KB of shared memory, which the smallest chip has.
+sm_80, sm_90 and sm_100 none spills, and all fit the 99 KB of shared memory of the smallest chip.
 """
 
 from __future__ import annotations
