@@ -100,14 +100,24 @@ class Backend:
         return reason or measured.declined(self.name, problem)
 
 
+_paths: list[str] = []  # of all backends of all ops
+
+
 @_constant
-def _import(path: str) -> None:
-    importlib.import_module(path)
+def _import_all() -> None:
+    for path in _paths:
+        with contextlib.suppress(ImportError):  # a platform without Triton
+            importlib.import_module(path)
 
 
 def _module(path: str) -> ModuleType:
-    _import(path)
-    return sys.modules[path]  # torch.compile calls no function of a module that is a constant
+    # torch.compile calls no function of a module that is a constant, and sees sys.modules as it was
+    # when it looked there first.
+    if torch.compiler.is_compiling():
+        _import_all()
+    elif path not in sys.modules:
+        importlib.import_module(path)
+    return sys.modules[path]
 
 
 def of_op(package: str, without: tuple[str, ...] = ()) -> tuple[Backend, ...]:
@@ -115,11 +125,9 @@ def of_op(package: str, without: tuple[str, ...] = ()) -> tuple[Backend, ...]:
 
     `without` names those that the op does not have.
     """
-    return tuple(
-        Backend(name, functools.partial(_module, f"{package}.{room}"))
-        for name, room in ROOMS.items()
-        if name not in without
-    )
+    paths = {name: f"{package}.{room}" for name, room in ROOMS.items() if name not in without}
+    _paths.extend(paths.values())
+    return tuple(Backend(name, functools.partial(_module, path)) for name, path in paths.items())
 
 
 def module_of(backends: tuple[Backend, ...], name: str) -> ModuleType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -203,3 +205,19 @@ def test_a_compiled_function_notices_a_choice_made_later(monkeypatch: pytest.Mon
     monkeypatch.setenv("FASTATTN_BACKEND", "reference")
     compiled(x)
     assert len(graphs) == 4
+
+
+COMPILED_LATER = """
+import torch, fastattn
+x, w = torch.randn(2, 8, 64), torch.ones(64)
+for backend in ("torch", "reference"):
+    with fastattn.use_backend(backend):
+        torch.compile(lambda x: fastattn.layer_norm(x, w), backend="eager", fullgraph=True)(x)
+block = fastattn.nn.TransformerBlock(64, 4)
+with fastattn.use_backend("torch"):
+    torch.compile(block, backend="eager", fullgraph=True)(x)
+"""
+
+
+def test_torch_compile_finds_backends_that_were_not_loaded() -> None:
+    subprocess.run([sys.executable, "-c", COMPILED_LATER], check=True, timeout=300)
