@@ -21,8 +21,15 @@ from fastattn.integrations.proof import Draw, Probe
 BATCH, SEQLEN, SEQLEN_ENCODER = 2, 37, 29
 
 
-def guesses(module: Any, draw: Draw, additive: bool = False) -> Iterator[list[Probe]]:
-    """Calls by the names of the forward's arguments, in the forms that families give them."""
+def guesses(
+    module: Any, draw: Draw, additive: bool = False, width: int | None = None
+) -> Iterator[list[Probe]]:
+    """Calls by the names of the forward's arguments, in the forms that families give them.
+
+    Args:
+        additive: whether masks are added to the scores, and not boolean.
+        width: the size of the hidden state, by default the inputs of the first linear layer.
+    """
     parameters = inspect.signature(
         getattr(type(module), "_fastattn_original", type(module)).forward
     ).parameters
@@ -41,7 +48,7 @@ def guesses(module: Any, draw: Draw, additive: bool = False) -> Iterator[list[Pr
             and name != "self"
         }
         first = next(n for n in parameters if n != "self")
-        given[first] = x = draw.normal(BATCH, length, _width(module))
+        given[first] = x = draw.normal(BATCH, length, width or _width(module))
         if rotation is not None:
             given["position_embeddings"] = rotation(module, draw, length)
         positions = torch.arange(length, device=draw.device)

@@ -10,6 +10,7 @@ is done with a part, or between them, the proof says so.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -96,7 +97,7 @@ class _View:
             return instead
         value = getattr(module, name)
         if isinstance(value, MethodType) and value.__self__ is module:
-            return MethodType(value.__func__, self)
+            return functools.partial(value.__func__, self)  # torch.compile makes no MethodType
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -122,7 +123,8 @@ class InnerFeedForwardSwap(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._fastattn_bound
         # At every call, because hooks, adapters and parametrisations come and go.
-        if (bound.dropped and self.training) or _refusal(self, bound):
+        dropping = bound.dropped and self.training and _may_drop(self, bound)
+        if dropping or _refusal(self, bound):
             return super().forward(*args, **kwargs)
         return self._fastattn_original.forward(bound.view(self), *args, **kwargs)
 
@@ -133,7 +135,9 @@ def recogniser(bound: Inner) -> Recogniser:
         return explanation_of(ffn, **bound.arguments(module, x)).backend
 
     def guesses(module: torch.nn.Module, draw: Draw) -> Iterator[Sequence[Probe]]:
-        return (probes[:1] for probes in calls.guesses(module, draw))  # masks are no matter of it
+        width, _ = sizes(_at(module, bound.fc1))
+        for probes in calls.guesses(module, draw, width=width):
+            yield probes[:1]  # masks are no matter of it
 
     return Recogniser(
         words=str(bound),
@@ -142,7 +146,9 @@ def recogniser(bound: Inner) -> Recogniser:
         guesses=guesses,
         backend=backend,
         refusal=lambda module: _refusal(module, bound),
-        premise=lambda module, draw: None if bound.dropped else _drops(module, bound, draw),
+        premise=lambda module, draw: (
+            None if bound.dropped else _drops(module, bound, guesses(module, draw))
+        ),
         bound=bound,
         parts=lambda module: [_at(module, path) for path in (bound.fc1, bound.act, bound.fc2)],
     )
@@ -165,7 +171,19 @@ def _refusal(module: torch.nn.Module, bound: Inner) -> str | None:
     return None
 
 
-def _drops(module: torch.nn.Module, bound: Inner, draw: Draw) -> str | None:
+def _may_drop(module: torch.nn.Module, bound: Inner) -> bool:
+    """Whether the module, or the one with fc1 or fc2 in it, has any dropout at present."""
+    for holder in {module, _at(module, bound.fc1[:-1]), _at(module, bound.fc2[:-1])}:
+        if holder is None:
+            return True
+        if any("dropout" in name and value for name, value in vars(holder).items()):
+            return True
+        if any(isinstance(m, torch.nn.Dropout) and m.p for m in holder.children()):
+            return True
+    return False
+
+
+def _drops(module: torch.nn.Module, bound: Inner, guesses: Iterator[Sequence[Probe]]) -> str | None:
     """Whether something is done between the activation and fc2 in training, by watching a run."""
     zeroed = [
         (part.__dict__, name)
@@ -184,10 +202,10 @@ def _drops(module: torch.nn.Module, bound: Inner, draw: Draw) -> str | None:
         for attributes, name in zeroed:
             attributes[name] = 0.5
         module.train()
-        for probes in calls.guesses(module, draw):
+        for (probe,) in guesses:
             hidden.clear()
             try:
-                module(*probes[0].args, **probes[0].kwargs)
+                module(*probe.args, **probe.kwargs)
             except Exception:
                 continue
             if len(hidden) == 2 and torch.equal(*hidden):
@@ -215,7 +233,7 @@ def _inner(module: torch.nn.Module) -> Iterator[Inner]:
     for fc1, first in layers.items():
         for fc2, second in layers.items():
             inputs, hidden = sizes(first)
-            if sizes(second) != (hidden, inputs) or hidden == inputs:
+            if sizes(second) != (hidden, inputs) or hidden <= inputs:
                 continue
             if len(fc1) != len(fc2) or type(first) is not type(second):
                 continue
