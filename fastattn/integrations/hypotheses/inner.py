@@ -10,10 +10,9 @@ is done with a part, or between them, the proof says so.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from fastattn.backends import explanation_of
 from fastattn.integrations import calls
 from fastattn.integrations.hypotheses.feed_forward import activations, sizes
+from fastattn.integrations.hypotheses.view import View
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.nn.plain import is_plain
@@ -58,7 +58,7 @@ class Inner:
             "activation": self.activation, "layout": self.layout,
         }  # fmt: skip
 
-    def view(self, module: torch.nn.Module) -> _View:
+    def view(self, module: torch.nn.Module) -> View:
         instead: dict[str, Any] = {}
         for path, function in (
             (self.fc1, _same),
@@ -69,7 +69,7 @@ class Inner:
             for name in path[:-1]:
                 within = within.setdefault(name, {})
             within[path[-1]] = function
-        return _View(module, instead)
+        return View(module, instead)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -81,33 +81,6 @@ def _at(module: Any, path: Path) -> Any:
     for name in path:
         module = getattr(module, name, None)
     return module
-
-
-class _View:
-    """A module as its own forward sees it, with functions in the place of some of its parts."""
-
-    def __init__(self, module: Any, instead: dict[str, Any]) -> None:
-        self.__dict__.update(_module=module, _instead=instead)
-
-    def __getattr__(self, name: str) -> Any:
-        module, instead = self.__dict__["_module"], self.__dict__["_instead"].get(name)
-        if isinstance(instead, dict):
-            return _View(getattr(module, name), instead)
-        if instead is not None:
-            return instead
-        value = getattr(module, name)
-        if isinstance(value, MethodType) and value.__self__ is module:
-            return functools.partial(value.__func__, self)  # torch.compile makes no MethodType
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_module"], name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the class; transformers' layers ask whether it is the one that they run in."""
-        return type(self.__dict__["_module"]).forward(self, *args, **kwargs)
-
-    __call__ = forward
 
 
 class InnerFeedForwardSwap(torch.nn.Module):
