@@ -67,7 +67,7 @@ class ProcessorSwap(torch.nn.Module):
             return super().forward(*args, **kwargs)
         made = _processors[type(processor)]
         ours = made.__new__(made)
-        ours.__dict__.update(processor.__dict__)
+        ours.__dict__ = processor.__dict__
         view = View(self, {self._fastattn_bound: ours})
         return self._fastattn_forward(view, *args, **kwargs)
 

@@ -19,7 +19,7 @@ import torch
 
 from fastattn.backends import explanation_of
 from fastattn.integrations import calls
-from fastattn.integrations.hypotheses.feed_forward import activations, sizes
+from fastattn.integrations.hypotheses.feed_forward import activations, kind, sizes
 from fastattn.integrations.hypotheses.view import View
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.recogniser import Recogniser
@@ -35,7 +35,7 @@ class Inner:
 
     Attributes:
         activation, layout: as `fastattn.ffn` has them.
-        act_type: the class of what is at `act`.
+        act_type: the class of what is at `act`, or the function.
         dropped: whether elements of the hidden layer are dropped in training.
     """
 
@@ -44,7 +44,7 @@ class Inner:
     fc2: Path
     activation: str
     layout: str
-    act_type: type
+    act_type: Any
     dropped: bool
 
     def __str__(self) -> str:
@@ -129,8 +129,8 @@ def recogniser(bound: Inner) -> Recogniser:
 
 def _refusal(module: torch.nn.Module, bound: Inner) -> str | None:
     """Why the parts of `module` cannot be computed without being called, or None."""
-    if type(act := _at(module, bound.act)) is not bound.act_type:
-        return f"its activation is a {type(act).__name__}"
+    if kind(act := _at(module, bound.act)) is not bound.act_type:
+        return f"its activation is another by now, a {type(act).__name__}"
     called = [bound.fc1, bound.act, bound.fc2]
     called += [path[:-1] for path in called if len(path) > 1]
     for path in called:
@@ -217,7 +217,7 @@ def _inner(module: torch.nn.Module) -> Iterator[Inner]:
                 for activation in names:
                     for dropped in (False, True):
                         path = (*fc1[:-1], name)
-                        yield Inner(fc1, path, fc2, activation, layout, type(act), dropped)
+                        yield Inner(fc1, path, fc2, activation, layout, kind(act), dropped)
 
 
 def _near(module: torch.nn.Module) -> Iterator[tuple[Path, torch.nn.Module]]:

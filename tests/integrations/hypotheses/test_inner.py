@@ -220,6 +220,14 @@ def test_another_part_in_its_place(device: str, x: Tensor) -> None:
         for model in (ours, theirs):
             change(model)
         torch.testing.assert_close(call(ours, x), call(theirs, x))
+    ours = fresh(Layer(), device)
+    del ours.activation_fn
+    ours.activation_fn = F.gelu
+    assert "" in {entry.name for entry in fastattn.accelerate(ours).swapped}
+    ours.activation_fn = F.relu  # a function too
+    theirs.fc1, theirs.fc2, theirs.norm = ours.fc1, ours.fc2, ours.norm
+    theirs.activation_fn = nn.ReLU()
+    torch.testing.assert_close(call(ours, x), call(theirs, x))
 
 
 def test_an_attribute_that_forward_sets_is_the_modules(device: str, x: Tensor) -> None:
