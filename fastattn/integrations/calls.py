@@ -21,8 +21,15 @@ from fastattn.integrations.proof import Draw, Probe
 BATCH, SEQLEN, SEQLEN_ENCODER = 2, 37, 29
 
 
-def guesses(module: Any, draw: Draw, additive: bool = False) -> Iterator[list[Probe]]:
-    """Calls by the names of the forward's arguments, in the forms that families give them."""
+def guesses(
+    module: Any, draw: Draw, additive: bool = False, width: int | None = None
+) -> Iterator[list[Probe]]:
+    """Calls by the names of the forward's arguments, in the forms that families give them.
+
+    Args:
+        additive: whether masks are added to the scores, and not boolean.
+        width: the size of the hidden state, by default the inputs of the first linear layer.
+    """
     parameters = inspect.signature(
         getattr(type(module), "_fastattn_original", type(module)).forward
     ).parameters
@@ -41,7 +48,7 @@ def guesses(module: Any, draw: Draw, additive: bool = False) -> Iterator[list[Pr
             and name != "self"
         }
         first = next(n for n in parameters if n != "self")
-        given[first] = x = draw.normal(BATCH, length, _width(module))
+        given[first] = x = draw.normal(BATCH, length, width or _widths(module)[0])
         if rotation is not None:
             given["position_embeddings"] = rotation(module, draw, length)
         positions = torch.arange(length, device=draw.device)
@@ -53,10 +60,12 @@ def guesses(module: Any, draw: Draw, additive: bool = False) -> Iterator[list[Pr
             given["shared_kv_states"] = _shared(module, draw, length)
         calls = [given]
         if getattr(module, "is_cross_attention", False) and "encoder_hidden_states" in parameters:
-            given["encoder_hidden_states"] = draw.normal(BATCH, SEQLEN_ENCODER, x.shape[-1])
-            seen = draw.coin(BATCH, 1, length, SEQLEN_ENCODER)
-            seen[..., 0] = True  # implementations differ where a query sees nothing
-            calls.append({**given, "encoder_attention_mask": seen})
+            encoded = draw.normal(BATCH, SEQLEN_ENCODER, _widths(module)[-1])
+            given["encoder_hidden_states"] = encoded
+            if "encoder_attention_mask" in parameters:
+                seen = draw.coin(BATCH, 1, length, SEQLEN_ENCODER)
+                seen[..., 0] = True  # implementations differ where a query sees nothing
+                calls.append({**given, "encoder_attention_mask": seen})
         elif mask is not None:
             calls.append({**given, "attention_mask": mask(draw, length)})
         if "residual" in parameters:
@@ -65,7 +74,7 @@ def guesses(module: Any, draw: Draw, additive: bool = False) -> Iterator[list[Pr
             encoded = draw.normal(BATCH, SEQLEN_ENCODER, x.shape[-1])
             yield [Probe((), call) for call in (*calls, {**given, "key_value_states": encoded})]
         yield [Probe((), call) for call in calls]
-        if mask is not None:  # a module that is never called without
+        if len(calls) > 1:  # a module that is never called without a mask
             yield [Probe((), calls[1])]
 
 
@@ -97,14 +106,17 @@ def _of_windows(draw: Draw, length: int) -> torch.Tensor:
     )
 
 
-def _width(module: torch.nn.Module) -> int:
-    """The size of the hidden state: what the first linear layer takes."""
+def _widths(module: torch.nn.Module) -> list[int]:
+    """The sizes that linear layers take: first the hidden state's, last the encoder's."""
+    sizes = []
     for part in module.modules():
         if isinstance(part, torch.nn.Linear):
-            return part.in_features
-        if type(part).__name__ == "Conv1D":
-            return int(part.get_parameter("weight").shape[0])
-    raise ValueError("no linear layer tells the size of the hidden state")
+            sizes.append(part.in_features)
+        elif type(part).__name__ == "Conv1D":
+            sizes.append(int(part.get_parameter("weight").shape[0]))
+    if not sizes:
+        raise ValueError("no linear layer tells the size of the hidden state")
+    return list(dict.fromkeys(sizes))
 
 
 def _shared(module: Any, draw: Draw, length: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -49,7 +50,7 @@ class FeedForward:
         layout: "linear" or "conv1d", as `fastattn.ffn` has it.
         activation: as `fastattn.ffn` has it; None for one that it has not.
         act: the attribute with the activation, None if there is none.
-        act_type: the class of what is there.
+        act_type: the class of what is there, or the function.
         dropout: the module that drops elements of the output; dropouts of the hidden layer are in
             `inside`.
     """
@@ -61,7 +62,7 @@ class FeedForward:
     layout: str
     activation: str | None
     act: str | None
-    act_type: type | None
+    act_type: Any
     dropout: str | None
     inside: tuple[str, ...]
 
@@ -134,7 +135,7 @@ def recogniser(bound: FeedForward) -> Recogniser:
 def _refusal(module: torch.nn.Module, bound: FeedForward) -> str | None:
     """Why the parts of `module` cannot be computed without being called, or None."""
     act = None if bound.act is None else getattr(module, bound.act)
-    if bound.activation is None or (act is not None and type(act) is not bound.act_type):
+    if bound.activation is None or (act is not None and kind(act) is not bound.act_type):
         return f"its activation {type(act).__name__} is none of {sorted(ACTIVATIONS)}"
     parts = {name: module._modules[name] for name in bound.layers}
     if not all(map(sizes, parts.values())):
@@ -196,7 +197,7 @@ def _feed_forwards(module: torch.nn.Module) -> Iterator[FeedForward]:
     if len(acts) > 1:
         return
     act = acts[0] if acts else None
-    act_type = None if act is None else type(getattr(module, act))
+    act_type = None if act is None else kind(getattr(module, act))
     known: list[str | None] = [*ACTIVATIONS]
     if act is not None:
         known = [*activations(getattr(module, act))] or [None]
@@ -244,6 +245,11 @@ def sizes(layer: torch.nn.Module | None) -> tuple[int, ...]:
 
 def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, (type, torch.nn.Module))
+
+
+def kind(act: Any) -> Any:
+    """What an activation has to be still, for what was proven: the function, else the class."""
+    return act if isinstance(act, (FunctionType, BuiltinFunctionType)) else type(act)
 
 
 def activations(act: Any) -> list[str]:

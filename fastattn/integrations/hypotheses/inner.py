@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 
 from fastattn.backends import explanation_of
 from fastattn.integrations import calls
-from fastattn.integrations.hypotheses.feed_forward import activations, sizes
+from fastattn.integrations.hypotheses.feed_forward import activations, kind, sizes
+from fastattn.integrations.hypotheses.view import View
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.nn.plain import is_plain
@@ -34,7 +35,7 @@ class Inner:
 
     Attributes:
         activation, layout: as `fastattn.ffn` has them.
-        act_type: the class of what is at `act`.
+        act_type: the class of what is at `act`, or the function.
         dropped: whether elements of the hidden layer are dropped in training.
     """
 
@@ -43,7 +44,7 @@ class Inner:
     fc2: Path
     activation: str
     layout: str
-    act_type: type
+    act_type: Any
     dropped: bool
 
     def __str__(self) -> str:
@@ -57,7 +58,7 @@ class Inner:
             "activation": self.activation, "layout": self.layout,
         }  # fmt: skip
 
-    def view(self, module: torch.nn.Module) -> _View:
+    def view(self, module: torch.nn.Module) -> View:
         instead: dict[str, Any] = {}
         for path, function in (
             (self.fc1, _same),
@@ -68,7 +69,7 @@ class Inner:
             for name in path[:-1]:
                 within = within.setdefault(name, {})
             within[path[-1]] = function
-        return _View(module, instead)
+        return View(module, instead)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -80,33 +81,6 @@ def _at(module: Any, path: Path) -> Any:
     for name in path:
         module = getattr(module, name, None)
     return module
-
-
-class _View:
-    """A module as its own forward sees it, with functions in the place of some of its parts."""
-
-    def __init__(self, module: Any, instead: dict[str, Any]) -> None:
-        self.__dict__.update(_module=module, _instead=instead)
-
-    def __getattr__(self, name: str) -> Any:
-        module, instead = self.__dict__["_module"], self.__dict__["_instead"].get(name)
-        if isinstance(instead, dict):
-            return _View(getattr(module, name), instead)
-        if instead is not None:
-            return instead
-        value = getattr(module, name)
-        if isinstance(value, MethodType) and value.__self__ is module:
-            return MethodType(value.__func__, self)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_module"], name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the class; transformers' layers ask whether it is the one that they run in."""
-        return type(self.__dict__["_module"]).forward(self, *args, **kwargs)
-
-    __call__ = forward
 
 
 class InnerFeedForwardSwap(torch.nn.Module):
@@ -122,7 +96,8 @@ class InnerFeedForwardSwap(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._fastattn_bound
         # At every call, because hooks, adapters and parametrisations come and go.
-        if (bound.dropped and self.training) or _refusal(self, bound):
+        dropping = bound.dropped and self.training and _may_drop(self, bound)
+        if dropping or _refusal(self, bound):
             return super().forward(*args, **kwargs)
         return self._fastattn_original.forward(bound.view(self), *args, **kwargs)
 
@@ -133,7 +108,9 @@ def recogniser(bound: Inner) -> Recogniser:
         return explanation_of(ffn, **bound.arguments(module, x)).backend
 
     def guesses(module: torch.nn.Module, draw: Draw) -> Iterator[Sequence[Probe]]:
-        return (probes[:1] for probes in calls.guesses(module, draw))  # masks are no matter of it
+        width, _ = sizes(_at(module, bound.fc1))
+        for probes in calls.guesses(module, draw, width=width):
+            yield probes[:1]  # masks are no matter of it
 
     return Recogniser(
         words=str(bound),
@@ -142,7 +119,9 @@ def recogniser(bound: Inner) -> Recogniser:
         guesses=guesses,
         backend=backend,
         refusal=lambda module: _refusal(module, bound),
-        premise=lambda module, draw: None if bound.dropped else _drops(module, bound, draw),
+        premise=lambda module, draw: (
+            None if bound.dropped else _drops(module, bound, guesses(module, draw))
+        ),
         bound=bound,
         parts=lambda module: [_at(module, path) for path in (bound.fc1, bound.act, bound.fc2)],
     )
@@ -150,8 +129,8 @@ def recogniser(bound: Inner) -> Recogniser:
 
 def _refusal(module: torch.nn.Module, bound: Inner) -> str | None:
     """Why the parts of `module` cannot be computed without being called, or None."""
-    if type(act := _at(module, bound.act)) is not bound.act_type:
-        return f"its activation is a {type(act).__name__}"
+    if kind(act := _at(module, bound.act)) is not bound.act_type:
+        return f"its activation is another by now, a {type(act).__name__}"
     called = [bound.fc1, bound.act, bound.fc2]
     called += [path[:-1] for path in called if len(path) > 1]
     for path in called:
@@ -165,7 +144,19 @@ def _refusal(module: torch.nn.Module, bound: Inner) -> str | None:
     return None
 
 
-def _drops(module: torch.nn.Module, bound: Inner, draw: Draw) -> str | None:
+def _may_drop(module: torch.nn.Module, bound: Inner) -> bool:
+    """Whether the module, or the one with fc1 or fc2 in it, has any dropout at present."""
+    for holder in {module, _at(module, bound.fc1[:-1]), _at(module, bound.fc2[:-1])}:
+        if holder is None:
+            return True
+        if any("dropout" in name and value for name, value in vars(holder).items()):
+            return True
+        if any(isinstance(m, torch.nn.Dropout) and m.p for m in holder.children()):
+            return True
+    return False
+
+
+def _drops(module: torch.nn.Module, bound: Inner, guesses: Iterator[Sequence[Probe]]) -> str | None:
     """Whether something is done between the activation and fc2 in training, by watching a run."""
     zeroed = [
         (part.__dict__, name)
@@ -184,10 +175,10 @@ def _drops(module: torch.nn.Module, bound: Inner, draw: Draw) -> str | None:
         for attributes, name in zeroed:
             attributes[name] = 0.5
         module.train()
-        for probes in calls.guesses(module, draw):
+        for (probe,) in guesses:
             hidden.clear()
             try:
-                module(*probes[0].args, **probes[0].kwargs)
+                module(*probe.args, **probe.kwargs)
             except Exception:
                 continue
             if len(hidden) == 2 and torch.equal(*hidden):
@@ -215,7 +206,7 @@ def _inner(module: torch.nn.Module) -> Iterator[Inner]:
     for fc1, first in layers.items():
         for fc2, second in layers.items():
             inputs, hidden = sizes(first)
-            if sizes(second) != (hidden, inputs) or hidden == inputs:
+            if sizes(second) != (hidden, inputs) or hidden <= inputs:
                 continue
             if len(fc1) != len(fc2) or type(first) is not type(second):
                 continue
@@ -226,7 +217,7 @@ def _inner(module: torch.nn.Module) -> Iterator[Inner]:
                 for activation in names:
                     for dropped in (False, True):
                         path = (*fc1[:-1], name)
-                        yield Inner(fc1, path, fc2, activation, layout, type(act), dropped)
+                        yield Inner(fc1, path, fc2, activation, layout, kind(act), dropped)
 
 
 def _near(module: torch.nn.Module) -> Iterator[tuple[Path, torch.nn.Module]]:
