@@ -20,6 +20,7 @@ from fastattn.ops.attention import (
 )
 from fastattn.ops.ffn import ffn
 from fastattn.ops.layer_norm import layer_norm, rms_norm
+from fastattn.ops.rotary import rotary
 
 if TYPE_CHECKING:
     from fastattn import flash_attn, models
@@ -49,6 +50,7 @@ __all__ = [
     "override_sdpa",
     "restore",
     "rms_norm",
+    "rotary",
     "scaled_dot_product_attention",
     "use_backend",
     "verify",

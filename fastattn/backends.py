@@ -109,11 +109,15 @@ def _module(path: str) -> ModuleType:
     return sys.modules[path]  # torch.compile calls no function of a module that is a constant
 
 
-def of_op(package: str) -> tuple[Backend, ...]:
-    """The backends of the op whose folder is `package`, e.g. "fastattn.ops.ffn", in order."""
+def of_op(package: str, without: tuple[str, ...] = ()) -> tuple[Backend, ...]:
+    """The backends of the op whose folder is `package`, e.g. "fastattn.ops.ffn", in order.
+
+    `without` names those that the op does not have.
+    """
     return tuple(
         Backend(name, functools.partial(_module, f"{package}.{room}"))
         for name, room in ROOMS.items()
+        if name not in without
     )
 
 

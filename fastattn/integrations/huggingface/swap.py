@@ -171,9 +171,14 @@ def _rotated(config: Any) -> float:
     return float(factor or getattr(config, "partial_rotary_factor", None) or 1.0)
 
 
-def _backend(module: Any, probe: Probe) -> str | None:
+def example(module: Any, probe: Probe) -> torch.Tensor:
+    """One head of q (batch, seqlen, 1, head_dim), without values."""
     x = next(v for v in probe.kwargs.values() if isinstance(v, torch.Tensor))
-    q = x.new_empty(BATCH, SEQLEN, 1, _head_dim(module), requires_grad=True)
+    return x.new_empty(BATCH, SEQLEN, 1, _head_dim(module), requires_grad=True)
+
+
+def _backend(module: Any, probe: Probe) -> str | None:
+    q = example(module, probe)
     causal = bool(getattr(module, "is_causal", True))
     return explanation_of(attention, q, q, q, causal=causal).backend
 
