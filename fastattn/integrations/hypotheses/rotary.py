@@ -138,12 +138,14 @@ def _same(function: Apply, rotation: Rotation, width: int) -> bool:
             shapes = [(2, heads, 37, HEAD_DIM) for heads in (HEADS, KV_HEADS)]
             if dim == 2:
                 shapes = [(2, 37, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS)]
-            given = [draw.normal(*shape) for shape in (*shapes, *((2, 37, width),) * 2)]
+            q, k = (draw.normal(*shape) for shape in shapes)
+            cos, sin = draw.normal(2, 37, width), draw.normal(2, 37, width)
+            given = q, k, cos, sin
             options = {"unsqueeze_dim": dim} if dim != 1 else {}
             try:
                 exact = function(*(x.double() for x in given), **options)
                 theirs = function(*given, **options)
-                pairs = [*zip(rotation(*given, dim), theirs, exact, strict=True)]
+                pairs = [*zip(rotation(q, k, cos, sin, dim), theirs, exact, strict=True)]
             except Exception:  # the function may be anything
                 return False
             for a, b, c in pairs:
@@ -162,11 +164,13 @@ class _Globals(dict[str, Any]):
 
     A copy would go stale when a name of the module is set later. A lookup in a dict's subclass goes
     through `__getitem__`. The items of the dict itself are a copy nonetheless: torch.compile reads
-    them for its guards, and adds names of its own.
+    them for its guards, and adds names of its own. Without `__name__` among them, by which it would
+    guard the module's functions in place of these.
     """
 
     def __init__(self, original: dict[str, Any], replaced: dict[str, Any]) -> None:
         super().__init__({**original, **replaced})
+        self.pop("__name__", None)
         self._original, self._replaced = original, replaced
 
     def __getitem__(self, name: str) -> Any:
@@ -184,9 +188,7 @@ def _rebound(function: FunctionType, replaced: dict[str, Any]) -> FunctionType:
     else:
         inner = _rebound(wrapped, replaced)
         closure = tuple(CellType(inner) if _holds(c, wrapped) else c for c in closure or ())
-    made = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, closure
-    )
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     functools.update_wrapper(made, function)
     made.__kwdefaults__ = function.__kwdefaults__
     if wrapped is None:
@@ -235,7 +237,7 @@ class RotaryAttentionSwap(AttentionSwap):
         innermost = _innermost(forward)
         assert innermost is not None
         original = innermost.__globals__[rotation.name]
-        cls.forward = _rebound(forward, {rotation.name: _ours(rotation, original)})  # type: ignore[method-assign]
+        cls.forward = _rebound(forward, {rotation.name: _ours(rotation, original)})
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The rotation of rotary position embedding, as plain PyTorch (Su et al. 2021, arXiv:2104.09864)."""
+"""The rotation of rotary position embedding in plain PyTorch (Su et al. 2021, arXiv:2104.09864)."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class _InPlace(torch.autograd.Function):
         return _rotated_in_place(x, cos, sin, way)
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dout: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         # The transpose of cos * x + sin' * swapped(x).
         back = dout, cos, _swapped(sin, ctx.interleaved), ctx.interleaved

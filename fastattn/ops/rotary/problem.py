@@ -159,9 +159,7 @@ def _check_angles(
         _check_tensor(name, x, q.device)
     batch, seqlen = q.shape[:2]
     if sin.shape != cos.shape:
-        raise ValueError(
-            f"sin must have cos's shape {tuple(cos.shape)}; got {tuple(sin.shape)}"
-        )
+        raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}; got {tuple(sin.shape)}")
     if cos.dim() == 3:
         if positions is not None:
             raise ValueError(

@@ -1,12 +1,13 @@
 """The kernel backends' way in: `torch.ops.fastattn.rotary` and its backward.
 
-Opaque to torch.compile, with fake implementations for tracing and autograd formulas up to the second
-derivative. `backend` names who runs the forward; if the user named it (`forced`), the backward stays
-on it too, else the backward chooses again. cos and sin have no gradient here (problem.py).
+Opaque to torch.compile, with fake implementations for tracing and autograd formulas up to the
+second derivative. `backend` names who runs the forward; if the user named it (`forced`), the
+backward stays on it too, else the backward chooses again. cos and sin have no gradient here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def _described(
     k: torch.Tensor,
     angles: tuple[torch.Tensor | None, ...],
     weights: tuple[torch.Tensor | None, ...],
-    settings: tuple[Any, ...],
+    settings: Sequence[Any],
 ) -> RotaryProblem:
     """The problem of a call by the tensors and settings of the operators."""
     cos, sin, positions = angles

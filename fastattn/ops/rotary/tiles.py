@@ -1,9 +1,9 @@
 """Tiles of the kernels of `rotary`: how many heads of a token one program turns, on how many warps.
 
-Nothing here is measured on a GPU yet. The kernels only move memory: about 2048 elements a program are
-16 a thread on 4 warps, loads of 16 bytes for 16-bit heads, and programs enough to fill a GPU at a
-few hundred tokens. cos and sin of a token are read once for all heads of a program. The backward of
-a norm holds a tile twice, beside the sums for the weight: half of the heads.
+Nothing here is measured on a GPU yet. The kernels only move memory: about 2048 elements a program
+are 16 a thread on 4 warps, loads of 16 bytes for 16-bit heads, and programs enough to fill a GPU at
+a few hundred tokens. cos and sin of a token are read once for all heads of a program. The backward
+of a norm holds a tile twice, beside the sums for the weight: half of the heads.
 """
 
 from __future__ import annotations

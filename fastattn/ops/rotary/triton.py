@@ -11,8 +11,8 @@ where (a, b) are the two elements of a pair, whose angles may differ. The gradie
     g = dy * (weight + offset),    dx = (g - u * mean(g * u)) * rstd,    dweight = sum of dy * u
 
 All arithmetic is float32. Sums for the weights go in a fixed order, for they have two stages: every
-program adds up its own tokens, then the programs are added up. Not supported: float64, and gradients
-of cos and sin or of gradients (registration.py takes those from the reference).
+program adds up its own tokens, then the programs are added up. Not supported: float64, gradients of
+cos and sin, and gradients of gradients (registration.py takes those from the reference).
 """
 
 from __future__ import annotations

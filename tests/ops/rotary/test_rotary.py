@@ -73,9 +73,7 @@ def test_float64(name: str, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_place_of_a_temporary(
-    name: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_place_of_a_temporary(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The `torch` backend's way for large tensors."""
     monkeypatch.setattr(aten, "LEAST_IN_PLACE", 0)
     case = dataclasses.replace(CASES[name], device=device)
