@@ -65,7 +65,7 @@ def _one(
         x = _normed(problem, x, weight, dtype)
     elif problem.mixed:
         x = x.to(dtype)
-    if x.numel() < LEAST_IN_PLACE or not problem.plain or (interleaved and x.itemsize == 2):
+    if not problem.plain or x.numel() < LEAST_IN_PLACE or (interleaved and x.itemsize == 2):
         out = _rotated(x, cos, sin, interleaved)
     elif modes.needs_grad(x):
         out = _InPlace.apply(x, cos, sin, interleaved)

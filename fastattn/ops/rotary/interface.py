@@ -54,9 +54,9 @@ def rotary(
             angle for each pair; or rotary_dim, with one for each element, as the
             `position_embeddings` of transformers have it. Gradients for them come from `torch` and
             `reference`.
-        positions: (batch or 1, seqlen) or (seqlen,), int32 or int64: the rows of the table.
-            Default: 0, 1, ... Positions outside of the table raise on a CPU, and are cut to it on a GPU,
-            where looking at them would wait for the device (FASTATTN_CHECK=1 looks).
+        positions: (batch or 1, seqlen) or (seqlen,), int32 or int64: the rows of the table. Not
+            given: 0, 1, ... Positions outside of the table raise on a CPU, and are cut to it on a
+            GPU, where looking at them would wait for the device (FASTATTN_CHECK=1 looks).
         rotary_dim: how many elements of a head are rotated; even. Default: all of them where the
             width is head_dim or head_dim / 2, and the width where that is more than head_dim / 2.
             Narrower cos and sin could mean either, so that it must be given.

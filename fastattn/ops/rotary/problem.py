@@ -252,7 +252,7 @@ def _check_weight(name: str, weight: torch.Tensor, q: torch.Tensor) -> None:
 def _check_number(name: str, number: float) -> None:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a float; got {type(number).__name__}")
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # torch.compile traces no math.isfinite
         raise ValueError(f"{name} must be finite; got {number}")
 
 
