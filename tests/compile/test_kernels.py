@@ -26,6 +26,7 @@ PRODUCTS = {
     "attention": ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_bias_kernel"),
     "ffn": ("_forward_kernel", "_backward_kernel"),
     "layer_norm": (),
+    "rotary": (),
 }
 
 
