@@ -22,6 +22,7 @@ from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.ffn import ffn
 from fastattn.ops.layer_norm import layer_norm, rms_norm
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
+from fastattn.ops.rotary import rotary
 
 if TYPE_CHECKING:
     from fastattn import flash_attn, models
@@ -53,6 +54,7 @@ __all__ = [
     "override_sdpa",
     "restore",
     "rms_norm",
+    "rotary",
     "scaled_dot_product_attention",
     "use_backend",
     "verify",

@@ -492,6 +492,38 @@ def linear_cross_entropy() -> Grid:
         yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
 
 
+def rotary() -> Grid:
+    """Heads that fill the tiles and heads that do not, each with and without a norm."""
+    from fastattn.ops.rotary import triton as kernels
+
+    for dtype, head_dim, rotary_dim, interleaved in (
+        (torch.bfloat16, 64, 64, False),
+        (torch.bfloat16, 128, 128, True),
+        (torch.float16, 80, 32, False),
+        (torch.float32, 256, 64, True),
+        (torch.float32, 4096, 4096, False),
+    ):
+        q = torch.empty(4, 1024, 32, head_dim, dtype=dtype, device="meta")
+        k, weight = q[:, :, :8], q[0, 0, 0]
+        cos = q.new_empty(4, 1024, rotary_dim)
+
+        def call(q=q, k=k, cos=cos, weight=weight, r=rotary_dim, i=interleaved) -> None:  # type: ignore[no-untyped-def]
+            for w in (None, weight):
+                kernels.forward(q, k, cos, cos, None, w, w, r, i, 1e-6, 0.0)
+                wanted = w is not None
+                kernels.backward(q, k, q, k, cos, cos, None, w, w, r, i, 1e-6, 0.0, wanted, wanted)
+
+        yield (
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "head_dim": head_dim,
+                "rotary_dim": rotary_dim,
+                "interleaved": interleaved,
+            },
+            call,
+        )
+
+
 # The calls in which a model's time goes, and the kernels of each in which that of the call goes.
 HOT = {
     "attention, causal, head_dim 64": ("_forward_kernel",),
@@ -549,6 +581,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "layer_norm": layer_norm,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
+    "rotary": rotary,
     "table": main_loops,
     "hot": hot,
     "hottest": functools.partial(

@@ -28,6 +28,7 @@ PRODUCTS = {
     "layer_norm": (),
     "cross_entropy": (),
     "linear_cross_entropy": ("_forward_kernel", "_gradient_kernel"),
+    "rotary": (),
 }
 
 

@@ -56,7 +56,8 @@ class AttentionSwap(torch.nn.Module):
     original.
     """
 
-    _fastattn_bound: ClassVar[str]  # the implementation whose place ours takes
+    # First the implementation whose place ours takes; what follows is a subclass's.
+    _fastattn_bound: ClassVar[tuple[Any, ...]]
     _fastattn_eager: ClassVar[Any]  # the function that the original runs on "eager"
 
     packed_by_mask_alone = True  # as "sdpa": see `attention_forward`
@@ -68,8 +69,8 @@ class AttentionSwap(torch.nn.Module):
             cls._fastattn_eager = staticmethod(eager)
 
     @staticmethod
-    def recogniser(bound: str) -> Recogniser:
-        return RECOGNISERS[bound]
+    def recogniser(bound: Any) -> Recogniser:
+        return RECOGNISERS[bound[0]]
 
     # The instance's __dict__ by a second name: to the torch.compile of torch 2.11 an item of
     # `self.__dict__` is the attribute of that name, so that the property would ask itself.
@@ -77,7 +78,7 @@ class AttentionSwap(torch.nn.Module):
 
     @property
     def config(self) -> Any:
-        config, replaced = self._attributes["config"], self._fastattn_bound
+        config, replaced = self._attributes["config"], self._fastattn_bound[0]
         if config._attn_implementation != replaced:
             return config
         return _FastattnConfig(config, REPLACED_BY[replaced])
@@ -134,9 +135,15 @@ def _refusal(module: torch.nn.Module, replaced: str) -> str | None:
     return None
 
 
-def _backend(module: Any, probe: Probe) -> str | None:
+def example(module: Any, probe: Probe) -> torch.Tensor:
+    """One head of q (batch, seqlen, 1, head_dim), without values."""
     x = next(v for v in probe.kwargs.values() if isinstance(v, torch.Tensor))
-    q = x.new_empty(calls.BATCH, calls.SEQLEN, 1, calls.head_dim(module), requires_grad=True)
+    shape = calls.BATCH, calls.SEQLEN, 1, calls.head_dim(module)
+    return x.new_empty(shape, requires_grad=True)
+
+
+def _backend(module: Any, probe: Probe) -> str | None:
+    q = example(module, probe)
     causal = bool(getattr(module, "is_causal", True))
     return explanation_of(attention, q, q, q, causal=causal).backend
 
@@ -152,7 +159,7 @@ def _recogniser(replaced: str) -> Recogniser:
         guesses=guesses,
         backend=_backend,
         refusal=lambda module: _refusal(module, replaced),
-        bound=replaced,
+        bound=(replaced,),
         outputs=1,  # "eager" gives its weights too, whether or not anyone asks
     )
 

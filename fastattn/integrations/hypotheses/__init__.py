@@ -24,7 +24,9 @@ def of(module: torch.nn.Module) -> Iterator[Recogniser]:
     """The hypotheses that fit `module`, the likeliest first."""
     if "transformers" in sys.modules:
         from fastattn.integrations.huggingface import swap
+        from fastattn.integrations.hypotheses import rotary
 
+        yield from rotary.of(module)
         yield from swap.of(module)
     yield from attention.of(module)
     yield from norm.of(module)

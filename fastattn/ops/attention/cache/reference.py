@@ -13,6 +13,7 @@ from fastattn.ops.attention.cache.problem import CacheProblem
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import values_are_checked
 from fastattn.ops.common import modes
+from fastattn.ops.common.rotation import rotated
 
 
 def unsupported(problem: CacheProblem) -> str | None:
@@ -36,19 +37,11 @@ def rotate(
     interleaved: bool,
 ) -> torch.Tensor:
     """x (batch, seqlen, heads, head_dim) turned by positions (batch, seqlen)."""
-    half = cos.shape[1]
     precision = modes.at_least_float32(x.dtype)
     positions = positions.clamp(0, cos.shape[0] - 1)
     cos = cos.to(precision)[positions][:, :, None]
     sin = sin.to(precision)[positions][:, :, None]
-    turned, rest = x[..., : 2 * half].to(precision), x[..., 2 * half :]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned[..., :half], turned[..., half:]
-    pair = first * cos - second * sin, second * cos + first * sin
-    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    return rotated(x.to(precision), cos, sin, 2 * cos.shape[-1], interleaved).to(x.dtype)
 
 
 def rotated_queries(q: torch.Tensor, call: CacheCall) -> torch.Tensor:
