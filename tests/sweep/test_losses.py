@@ -14,7 +14,7 @@ from fastattn.ops.cross_entropy import tiles
 from fastattn.ops.linear_cross_entropy import tiles as linear_tiles
 
 # A number of classes for each tile of cross_entropy, that does not fill it.
-CLASSES = (2**n - 1 for n in range(1, 13))
+CLASSES = (1, 2, *(2**n - 1 for n in range(2, 13)))
 OF_TILE = {tiles.forward(classes): classes for classes in CLASSES} | {
     tiles.forward(tiles.LARGEST + 1): 3 * tiles.LARGEST + 5
 }
