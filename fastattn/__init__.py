@@ -18,8 +18,10 @@ from fastattn.ops.attention import (
     attention_with_kv_cache,
     merge_attention_states,
 )
+from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.ffn import ffn
 from fastattn.ops.layer_norm import layer_norm, rms_norm
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.rotary import rotary
 
 if TYPE_CHECKING:
@@ -40,10 +42,12 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
+    "cross_entropy",
     "explain",
     "ffn",
     "flash_attn",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention_states",
     "models",
     "nn",

@@ -11,9 +11,10 @@ of a tensor:
     4. else the first capable one in the op's order: cuda, triton, torch, reference.
 
 A backend named by 1-3 either runs the call or raises `UnsupportedError` with the reason; it is
-never replaced in silence. Under 4 a backend may also *decline* a problem that it could run (the
-Triton kernels on a CPU, a kernel that was measured to be slower than the next backend, or a
-CUDA C++ kernel that was not measured to be faster).
+never replaced in silence. Only an op that does not have the backend named by 2 or 3, as
+cross_entropy has no cuda, chooses by 4. Under 4 a backend may also *decline* a problem that it
+could run (the Triton kernels on a CPU, a kernel that was measured to be slower than the next
+backend, or a CUDA C++ kernel that was not measured to be faster).
 """
 
 from __future__ import annotations
@@ -99,14 +100,24 @@ class Backend:
         return reason or measured.declined(self.name, problem)
 
 
+_paths: list[str] = []  # of all backends of all ops
+
+
 @_constant
-def _import(path: str) -> None:
-    importlib.import_module(path)
+def _import_all() -> None:
+    for path in _paths:
+        with contextlib.suppress(ImportError):  # a platform without Triton
+            importlib.import_module(path)
 
 
 def _module(path: str) -> ModuleType:
-    _import(path)
-    return sys.modules[path]  # torch.compile calls no function of a module that is a constant
+    # torch.compile calls no function of a module that is a constant, and sees sys.modules as it was
+    # when it looked there first.
+    if torch.compiler.is_compiling():
+        _import_all()
+    elif path not in sys.modules:
+        importlib.import_module(path)
+    return sys.modules[path]
 
 
 def of_op(package: str, without: tuple[str, ...] = ()) -> tuple[Backend, ...]:
@@ -114,11 +125,9 @@ def of_op(package: str, without: tuple[str, ...] = ()) -> tuple[Backend, ...]:
 
     `without` names those that the op does not have.
     """
-    return tuple(
-        Backend(name, functools.partial(_module, f"{package}.{room}"))
-        for name, room in ROOMS.items()
-        if name not in without
-    )
+    paths = {name: f"{package}.{room}" for name, room in ROOMS.items() if name not in without}
+    _paths.extend(paths.values())
+    return tuple(Backend(name, functools.partial(_module, path)) for name, path in paths.items())
 
 
 def module_of(backends: tuple[Backend, ...], name: str) -> ModuleType:
@@ -191,6 +200,17 @@ def named(argument: str | None) -> tuple[str, str] | None:
     return None
 
 
+def choice(backends: tuple[Backend, ...], argument: str | None) -> tuple[str, str] | None:
+    """What `named` says, for the op that has these `backends`.
+
+    A choice for the whole process says nothing of an op that does not have that backend.
+    """
+    name = named(argument)
+    if name is None or argument is not None or any(b.name == name[0] for b in backends):
+        return name
+    return None
+
+
 # The dict below os.environ, of bytes: every call looks into it, and the mapping takes 1.4 us to say
 # that a variable is not set. torch.compile guards what is read from it, not what the mapping says.
 _environment: Any = getattr(os.environ, "_data", None)
@@ -253,13 +273,13 @@ def select(op: str, backends: tuple[Backend, ...], problem: Any, argument: str |
     Raises:
         UnsupportedError: the backend that the user names cannot run it, or none can.
     """
-    choice = named(argument)
-    if choice is None:
+    chosen = choice(backends, argument)
+    if chosen is None:
         for backend in backends:
             if backend.unsupported(problem) is None and backend.declined(problem) is None:
                 return backend
         raise UnsupportedError(str(_explain(op, backends, problem, argument)))
-    name, source = choice
+    name, source = chosen
     for backend in backends:
         if backend.name == name:
             reason = backend.unsupported(problem)
@@ -324,7 +344,7 @@ class Explanation:
 def _explain(
     op: str, backends: tuple[Backend, ...], problem: Any, argument: str | None
 ) -> Explanation:
-    choice = named(argument)
+    user = choice(backends, argument)
     present = {backend.name: backend for backend in backends}
     reasons: dict[str, str | None] = {}
     chosen: str | None = None
@@ -333,16 +353,16 @@ def _explain(
             reasons[name] = "not in this op"
             continue
         reason = present[name].unsupported(problem)
-        if reason is None and choice is not None and choice[0] != name:
-            reason = f"could, but the user names {choice[0]}"
-        elif reason is None and choice is None:
+        if reason is None and user is not None and user[0] != name:
+            reason = f"could, but the user names {user[0]}"
+        elif reason is None and user is None:
             reason = present[name].declined(problem)
             if reason is None and chosen is not None:
                 reason = f"could, but {chosen} comes first"
         reasons[name] = reason
         if reason is None:
             chosen = name
-    source = "first capable" if choice is None else choice[1]
+    source = "first capable" if user is None else user[1]
     return Explanation(op, problem.describe(), chosen, source, reasons)
 
 
@@ -372,7 +392,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         'torch'
 
     Args:
-        function: a public op: `fastattn.attention`, `layer_norm`, `rms_norm` or `ffn`.
+        function: a public op, such as `fastattn.attention`, `ffn` or `cross_entropy`.
         *args, **kwargs: the arguments of the call in question.
 
     Returns:

@@ -111,16 +111,20 @@ def batch_time(candidate: Candidate, calls: int, device: str) -> float:
 
 
 def warm_up(
-    candidate: Candidate, device: str, *, batch_seconds: float, max_calls: int = 1 << 16
+    candidate: Candidate,
+    device: str,
+    *,
+    batch_seconds: float,
+    batches: int = WARM_UP_BATCHES,
+    max_calls: int = 1 << 16,
 ) -> int:
-    """Run until a batch is long enough to time and gets no shorter.
+    """Run until a batch is long enough to time and gets no shorter, at most `batches` of them.
 
     Returns:
         The number of calls in such a batch.
     """
-    seconds = batch_time(candidate, 1, device)
-    calls = 1
-    for _ in range(WARM_UP_BATCHES):
+    calls, seconds = 1, math.inf
+    for _ in range(batches):
         before, seconds = seconds, batch_time(candidate, calls, device)
         if seconds < batch_seconds and calls < max_calls:
             wanted = math.ceil(1.1 * calls * batch_seconds / max(seconds, 1e-9))
@@ -137,6 +141,7 @@ def interleave(
     device: str = "cpu",
     rounds: int = 25,
     batch_seconds: float = 2e-3,
+    warm_up_batches: int = WARM_UP_BATCHES,
     seconds: float = math.inf,
     least_rounds: int = 3,
 ) -> dict[str, Sample]:
@@ -147,13 +152,17 @@ def interleave(
         device: "cpu" or "cuda".
         rounds: how many values to take of each.
         batch_seconds: the least length of one value; short calls are repeated to fill it.
+        warm_up_batches: how many batches a warm-up has at most; with 0 a value is of one call.
         seconds: stop after this long, though not before `least_rounds` rounds.
         least_rounds: see `seconds`.
 
     Returns:
         The sample of each candidate, by name.
     """
-    calls = {c.name: warm_up(c, device, batch_seconds=batch_seconds) for c in candidates}
+    calls = {
+        c.name: warm_up(c, device, batch_seconds=batch_seconds, batches=warm_up_batches)
+        for c in candidates
+    }
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
     end = time.monotonic() + seconds
     for turn in range(rounds):

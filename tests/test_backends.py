@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +165,20 @@ def test_cuda_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             function(*CALLS[op], backend="cuda")
 
 
+def test_an_op_without_the_backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It chooses by itself; a call that names the backend says that there is none."""
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    expected = fastattn.cross_entropy(logits, targets)
+    with fastattn.use_backend("cuda"):
+        assert torch.equal(fastattn.cross_entropy(logits, targets), expected)
+    monkeypatch.setenv("FASTATTN_BACKEND", "cuda")
+    explanation = explanation_of(fastattn.cross_entropy, logits, targets)
+    assert (explanation.backend, explanation.source) == ("torch", "first capable")
+    assert explanation.reasons["cuda"] == "not in this op"
+    with pytest.raises(fastattn.UnsupportedError, match="cross_entropy has no cuda backend"):
+        fastattn.cross_entropy(logits, targets, backend="cuda")
+
+
 def test_a_compiled_function_notices_a_choice_made_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """By use_backend and by the environment alike; other variables compile nothing again."""
     graphs: list[bool] = []
@@ -189,3 +205,19 @@ def test_a_compiled_function_notices_a_choice_made_later(monkeypatch: pytest.Mon
     monkeypatch.setenv("FASTATTN_BACKEND", "reference")
     compiled(x)
     assert len(graphs) == 4
+
+
+COMPILED_LATER = """
+import torch, fastattn
+x, w = torch.randn(2, 8, 64), torch.ones(64)
+for backend in ("torch", "reference"):
+    with fastattn.use_backend(backend):
+        torch.compile(lambda x: fastattn.layer_norm(x, w), backend="eager", fullgraph=True)(x)
+block = fastattn.nn.TransformerBlock(64, 4)
+with fastattn.use_backend("torch"):
+    torch.compile(block, backend="eager", fullgraph=True)(x)
+"""
+
+
+def test_torch_compile_finds_backends_that_were_not_loaded() -> None:
+    subprocess.run([sys.executable, "-c", COMPILED_LATER], check=True, timeout=300)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ops.attention.cases import Case, call, check, formula, formula_of, results
+from ops.cross_entropy import cases as losses
 
 import fastattn
 from fastattn import backends
@@ -24,6 +25,10 @@ from fastattn.ops.attention import interface, problem
 from fastattn.ops.attention.cache import interface as cache_interface
 from fastattn.ops.attention.cache.problem import CacheProblem, describe
 from fastattn.ops.attention.problem import AttentionProblem
+from fastattn.ops.cross_entropy import interface as loss_interface
+from fastattn.ops.cross_entropy import problem as loss_problem
+from fastattn.ops.linear_cross_entropy import interface as linear_loss_interface
+from fastattn.ops.linear_cross_entropy import problem as linear_loss_problem
 
 COLUMNS = ("triton", "torch", "reference")
 FEATURES_PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
@@ -241,11 +246,34 @@ class CacheCase:
         return torch.cat([turned.real, turned.imag, x[..., 8:].double()], -1)
 
 
+def of_loss(case: losses.Case) -> Feature:
+    """Of cross_entropy, or of linear_cross_entropy if the case has features."""
+
+    def describe(device: str) -> Any:
+        on_device = dataclasses.replace(case, device=device)
+        inputs, (targets, weight) = on_device.inputs(), on_device.others()
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        if case.features is None:
+            return loss_problem.describe(**leaves, targets=targets, weight=weight, **case.options)
+        return linear_loss_problem.describe(
+            **leaves, targets=targets, class_weight=weight, **case.options
+        )
+
+    def run(backend: str, device: str) -> None:
+        on_device = dataclasses.replace(case, device=device)
+        on_device.ours(backend)(**on_device.inputs())  # where it is refused
+        losses.check(on_device, backend)
+
+    op = loss_interface if case.features is None else linear_loss_interface
+    return Feature(describe, run, table=op.BACKENDS)
+
+
 def cached(**flags: bool) -> Feature:
     case = CacheCase(**flags)
     return Feature(case.describe, case.run, table=cache_interface.BACKENDS)
 
 
+ALL_OF_A_LOSS = losses.OPTIONS["everything"]
 FEATURES = {
     "float32": forward_and_backward(Case(5, 7)),
     "float16": forward_and_backward(Case(5, 7, dtype=torch.float16)),
@@ -278,6 +306,10 @@ FEATURES = {
     "KV cache: left padding": cached(left_padding=True),
     "KV cache: appending": cached(paged=True, appending=True),
     "KV cache: rotary": cached(appending=True, rotary=True),
+    "cross-entropy": of_loss(losses.Case((5,), 9, weighted=True, options=ALL_OF_A_LOSS)),
+    "linear cross-entropy": of_loss(
+        losses.Case((5,), 9, 16, bias=True, weighted=True, options=ALL_OF_A_LOSS)
+    ),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 // Which weights dropout keeps, for the accumulators of a 16 x 8 tile.
 //
 // Weight (b, h, i, j) takes word j % 4 of the Philox block with the counter
-// (i, j / 4, b heads + h, 0) under the call's seed, as fastattn/ops/attention/dropout.py defines
+// (i, j / 4, b heads + h, 0) under the call's seed, as fastattn/ops/common/dropout.py defines
 // it. A block serves 4 keys of one query, which lie in different lanes: each lane computes one
 // block, and the lanes exchange the words. All lanes of the warp must call.
 #pragma once

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
 import fastattn
-from fastattn.cli import bench, demo, doctor, tune
+from fastattn.cli import accelerate, bench, demo, doctor, tune
+from fastattn.cli.pipe import quietly
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,22 +17,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: a user error, printed in a line, or a result that breaks a promise. 2: a command
     line that cannot be read (argparse exits). 130: ended by Ctrl-C. 141: ended because nobody reads
-    the output any more (`fastattn doctor | head -1`). The latter two are what a shell reports for a
+    the output any more (pipe.py). The latter two are what a shell reports for a
     tool that the signals SIGINT and SIGPIPE end.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that cannot show a character shows its code.
             stream.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            return _run(_parser().parse_args(argv))
-        finally:
-            sys.stdout.flush()  # here a broken pipe is caught, at the interpreter's exit it is not
-    except BrokenPipeError:
-        # The interpreter flushes once more at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    return quietly(lambda: _run(_parser().parse_args(argv)))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -60,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
     _add_debug(parser, default=False)
     commands = parser.add_subparsers(metavar="command", required=True)
-    for name, module in (("demo", demo), ("doctor", doctor), ("tune", tune), ("bench", bench)):
+    for module in (accelerate, demo, doctor, tune, bench):
+        name = module.__name__.rpartition(".")[2]
         description = (module.__doc__ or "").strip()
         command = commands.add_parser(
             name,

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterator
+import random
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fastattn import rule
@@ -70,17 +73,25 @@ def configuration(module: torch.nn.Module) -> Hashable:
     for name, part in module.named_modules():
         settings = []
         for key, value in part.__dict__.items():
-            if key.startswith("_") or key in ("training", "layer_idx") or callable(value):
+            if key.startswith("_") or key in ("training", "layer_idx"):
                 continue
-            plain = isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None)))
-            # Any other object (a config) has to be the same one.
-            settings.append((key, value if plain else id(value)))
+            if isinstance(value, MethodType) and value.__self__ is part:
+                continue
+            # Any other object (a config, a function) has to be the same one.
+            settings.append((key, value if _is_plain(value) else id(value)))
         tensors = [
             (key, None if tensor is None else (tensor.shape, tensor.dtype, tensor.device))
             for key, tensor in (*part._parameters.items(), *part._buffers.items())
         ]
         parts.append((name, type(part), tuple(settings), tuple(tensors)))
     return tuple(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether two values are compared, and not the objects."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
 
 
 class Mismatch(NamedTuple):
@@ -104,15 +115,19 @@ def mismatch(
         recogniser: its probes make the calls to compare, given the copy of `module` and `draw`.
     """
     with _isolated(draw.device):
-        copy = _bare_copy(module, draw.like_weight)
+        copy = bare_copy(module, draw.like_weight)
         copy.__class__ = original
-        if (reason := recogniser.premise(copy, draw)) is not None:
+        try:
+            reason = recogniser.premise(copy, draw)
+        except Exception as error:
+            reason = f"it fails on random input: {type(error).__name__}: {error}"
+        if reason is not None:
             return Mismatch(reason)
-        reference = _bare_copy(copy, lambda tensor: tensor.detach().double())
+        reference = bare_copy(copy, lambda tensor: tensor.detach().double())
         for training in (False, True):
             mode = "train" if training else "eval"
             try:
-                probes = recogniser.probes(copy, draw)
+                probes = _probes(copy, recogniser, draw)
             except Exception as error:
                 return Mismatch(f"no input for it: {type(error).__name__}: {error}")
             for probe in probes:
@@ -125,7 +140,8 @@ def mismatch(
                     subject.__class__ = cls
                     subject.train(training)
                     try:
-                        runs.append(_run(subject, probe, draw, exact=subject is reference))
+                        exact = subject is reference
+                        runs.append(_run(subject, probe, draw, recogniser.outputs, exact=exact))
                     except Exception as error:
                         text = f"{who} fails on random input: {type(error).__name__}: {error}"
                         return Mismatch(text)
@@ -138,29 +154,54 @@ def mismatch(
     return None
 
 
+def _probes(copy: torch.nn.Module, recogniser: Recogniser, draw: Draw) -> Sequence[Probe]:
+    """The recogniser's calls; of several guesses the first that the original runs, else the first.
+
+    A guess that is no call of the module at all fails in the same way for all three runs.
+    """
+    if recogniser.guesses is None:
+        return recogniser.probes(copy, draw)
+    for probes in recogniser.guesses(copy, draw):
+        with torch.no_grad(), contextlib.suppress(Exception):
+            for probe in probes:
+                copy(*probe.args, **probe.kwargs)
+            return probes
+    return recogniser.probes(copy, draw)
+
+
 @contextlib.contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
     """Gradients on and autocast off inside; the random generators as before after it."""
     devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
+    state, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:  # modules may draw from these too
+        random.setstate(state)
+        np.random.set_state(of_numpy)
 
 
-def _bare_copy(
-    module: torch.nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
+def bare_copy(
+    module: torch.nn.Module,
+    convert: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    keep_dropout: bool = False,
 ) -> torch.nn.Module:
-    """A copy with converted floating-point tensors, without hooks and without dropout.
+    """A copy with converted floating-point tensors, without hooks and, by default, dropout.
 
     Attributes that are neither tensors nor modules are shared: a deep copy would follow bound
-    methods and loggers out of the model.
+    methods and loggers out of the model. But lists, dicts and sets are its own, as a forward may
+    keep something in them.
     """
-    copy = type(module).__new__(type(module))
-    copy.__dict__.update(module.__dict__)
+    copy: torch.nn.Module = object.__new__(type(module))  # whatever arguments its own one takes
+    for name, value in module.__dict__.items():
+        copy.__dict__[name] = value.copy() if type(value) in (list, dict, set) else value
     copy.__dict__.update(torch.nn.Module().__dict__)  # no parameters, children, hooks
     copy.__dict__.pop("_compiled_call_impl", None)
 
@@ -172,30 +213,34 @@ def _bare_copy(
         return convert(tensor)
 
     for name, parameter in module._parameters.items():
-        value = converted(parameter)
-        copy._parameters[name] = None if value is None else torch.nn.Parameter(value)
-    for name, buffer in module._buffers.items():
-        copy._buffers[name] = converted(buffer)
+        made = converted(parameter)
+        copy._parameters[name] = None if made is None else torch.nn.Parameter(made)
+    for name, buffer in module._buffers.items():  # they may be written to
+        copy._buffers[name] = converted(None if buffer is None else buffer.clone())
     for name, child in module._modules.items():
-        copy._modules[name] = None if child is None else _bare_copy(child, convert)
+        bare = None if child is None else bare_copy(child, convert, keep_dropout=keep_dropout)
+        copy._modules[name] = bare
     for name, value in module.__dict__.items():  # Dropout's p, and what attention keeps itself
         dropout = "dropout" in name or isinstance(module, torch.nn.modules.dropout._DropoutNd)
-        if dropout and isinstance(value, float):
+        if dropout and isinstance(value, float) and not keep_dropout:
             copy.__dict__[name] = 0.0
     return copy
 
 
 def _run(
-    module: torch.nn.Module, probe: Probe, draw: Draw, *, exact: bool
+    module: torch.nn.Module, probe: Probe, draw: Draw, count: int | None, *, exact: bool
 ) -> list[tuple[str, torch.Tensor]]:
     """Outputs and gradients by name. `exact` computes in float64, on the same rounded numbers."""
     dtype = torch.float64 if exact else draw.dtype
-    inputs: list[torch.Tensor] = []
+    leaves: dict[int, torch.Tensor] = {}  # one for a tensor that is several arguments, as it was
 
     def leaf(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            inputs.append(value.detach().to(dtype, copy=True).requires_grad_())
-            return inputs[-1]
+            if id(value) not in leaves:
+                leaves[id(value)] = value.detach().to(dtype, copy=True).requires_grad_()
+            return leaves[id(value)]
+        if isinstance(value, dict):  # one that the module may write into
+            return {key: leaf(entry) for key, entry in value.items()}
         return tuple(map(leaf, value)) if isinstance(value, tuple) else value
 
     args = [leaf(value) for value in probe.args]
@@ -203,13 +248,13 @@ def _run(
 
     def outputs(suffix: str) -> list[tuple[str, torch.Tensor]]:
         result = module(*args, **kwargs)
-        several = [result] if isinstance(result, torch.Tensor) else list(result)
+        several = [result] if isinstance(result, torch.Tensor) else list(result)[:count]
         tensors = [(i, out) for i, out in enumerate(several) if isinstance(out, torch.Tensor)]
         return [(f"output {i}{suffix}", out) for i, out in tensors]
 
     named = outputs("")
     cotangents = Draw(draw.dtype, draw.device)  # of the same seed: equal for all three runs
-    sources = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
+    sources = [(f"input {i}", tensor) for i, tensor in enumerate(leaves.values())]
     sources += list(module.named_parameters())
     gradients = torch.autograd.grad(
         [out for _, out in named if out.requires_grad],

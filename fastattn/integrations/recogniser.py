@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from fastattn.integrations.proof import Draw, Probe
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+def _itself(module: torch.nn.Module) -> torch.nn.Module:
+    return module
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,16 @@ class Recogniser:
             originals and of swapped instances.
         premise: the reason why it cannot be what it is taken for, or None; asked of a copy that may
             be run.
+        specimen: what is proven in place of a module: itself, or a smaller one of its kind.
         bound: where a module whose class is not known keeps its parts; `mixin` reads it from its
             class, as `_fastattn_bound`, and `mixin.recogniser(bound)` is this object again. None
             for a mixin that needs nothing of the kind.
+        guesses: several such calls for a class whose arguments nobody states. The proof takes the
+            first that the original runs; `probes` is the first of all.
+        outputs: how many of the results, from the first, have to be equal; None for all. The rest
+            is for those who ask for it, and they get the original's.
+        parts: the modules that it computes itself; None for all that it has. The others are
+            examined on their own, and its class keeps the name by which tools look for layers.
     """
 
     words: str
@@ -40,4 +51,8 @@ class Recogniser:
     backend: Callable[[torch.nn.Module, Probe], str | None]
     refusal: Callable[[torch.nn.Module], str | None] = _nothing
     premise: Callable[[torch.nn.Module, Draw], str | None] = _nothing
+    specimen: Callable[[torch.nn.Module], torch.nn.Module] = _itself
     bound: Hashable = None
+    guesses: Callable[[torch.nn.Module, Draw], Iterator[Sequence[Probe]]] | None = None
+    outputs: int | None = None
+    parts: Callable[[torch.nn.Module], Iterable[Any]] | None = None

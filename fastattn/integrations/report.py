@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from fastattn.integrations.trial import Trial
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -29,11 +31,15 @@ class Report:
 
     Modules that are part of a listed one (the projections of an attention) and mere containers
     are not listed apart. `str(report)` is a table in which the entries of repeated layers share a
-    line.
+    line, after it that of the trial.
+
+    Attributes:
+        trial: what the batch showed that was given to `verify`.
     """
 
     swapped: tuple[Entry, ...]
     left: tuple[Entry, ...]
+    trial: Trial | None = None
 
     def __str__(self) -> str:
         if not self.swapped:
@@ -46,6 +52,8 @@ class Report:
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)]
             lines.append("  " + "  ".join([*cells, row[4]]).rstrip())
+        if self.trial is not None:
+            lines.append(str(self.trial))
         return "\n".join(lines)
 
 

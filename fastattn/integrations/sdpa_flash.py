@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.library import Library
 
 from fastattn import backends
-from fastattn.ops.attention import dropout
 from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.registration import BACKENDS
+from fastattn.ops.common import dropout
 
 KERNELS = tuple(backend for backend in BACKENDS if backend.name in backends.KERNELS)
 
@@ -149,7 +149,7 @@ class Implementation:
         if dropout_p:
             extras = extras._replace(dropout_seed=philox_seed.view(torch.int64)[:1])
         grads = torch.ops.fastattn.attention_backward(
-            grad_out.transpose(1, 2), None, out.transpose(1, 2), logsumexp, False, False,
+            grad_out.transpose(1, 2), None, out.transpose(1, 2), logsumexp, [False, False],
             q, k, v, *extras, *settings, backend, True,
         )  # fmt: skip
         return tuple(

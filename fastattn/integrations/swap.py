@@ -22,17 +22,19 @@ from __future__ import annotations
 import copyreg
 import fnmatch
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from fastattn.integrations import hypotheses
+from fastattn.integrations.hypotheses.head import HEAD
 from fastattn.integrations.proof import Draw, Mismatch, configuration, mismatch
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.report import Entry, Report
 from fastattn.integrations.torch_nn import TABLE
+from fastattn.integrations.trial import Swap, speeds, try_out
 from fastattn.nn.plain import COMPUTING_WEIGHTS
 
 HYPOTHESIS_DTYPES = (torch.float32, torch.bfloat16)
@@ -40,6 +42,7 @@ HYPOTHESIS_DTYPES = (torch.float32, torch.bfloat16)
 ALREADY = "already runs on fastattn"
 UNKNOWN = "fastattn has nothing for this class"
 EXCLUDED = "excluded by the caller"
+NOT_ASKED_FOR = "not among those that the caller asked for (only=)"
 
 
 class Swapped:
@@ -63,8 +66,10 @@ class Swapped:
 def _new(
     original: type[torch.nn.Module], mixin: Any, bound: Hashable, *args: Any
 ) -> torch.nn.Module:
-    known = TABLE.get(original)
-    cls = replacement(original, mixin.recogniser(bound) if known is None else known)
+    recogniser = TABLE.get(original)
+    if recogniser is None or recogniser.mixin is not mixin:
+        recogniser = mixin.recogniser(bound)
+    cls = replacement(original, recogniser)
     return cls.__new__(cls, *args)
 
 
@@ -84,7 +89,8 @@ def replacement(original: type[torch.nn.Module], recogniser: Recogniser) -> type
             "__module__": mixin.__module__,
             "__doc__": f"{original.__name__} on fastattn; fastattn.restore(model) turns it back.",
         }
-        _replacements[key] = type(f"Fast{original.__name__}", bases, namespace)
+        prefix = "Fast" if recogniser.parts is None else ""
+        _replacements[key] = type(f"{prefix}{original.__name__}", bases, namespace)
     return _replacements[key]
 
 
@@ -93,10 +99,14 @@ def _original_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     return type(module)._fastattn_original if isinstance(module, Swapped) else None
 
 
-def _recognisers(module: torch.nn.Module) -> Iterator[Recogniser]:
+def _recognisers(
+    module: torch.nn.Module, heads: Container[torch.nn.Module]
+) -> Iterator[Recogniser]:
     """The one of a swapped module or of a known class, else those of the hypotheses that fit."""
     if isinstance(module, Swapped):
         yield module._fastattn_recogniser
+    elif module in heads:
+        yield HEAD
     elif type(module) in TABLE:
         yield TABLE[type(module)]
     elif not _is_ours(type(module)):
@@ -123,10 +133,18 @@ class _Unit:
 def _units(model: torch.nn.Module) -> Iterator[_Unit]:
     """The modules that are recognised, and others that are neither containers nor their parts."""
     parts: set[torch.nn.Module] = set()
+    heads = hypotheses.heads(model)
     for name, module in model.named_modules():
         cls = _original_of(module) or type(module)
-        recognised = next(_recognisers(module), None) is not None
-        if recognised or _is_ours(cls):
+        try:
+            recogniser = next(_recognisers(module, heads), None)
+        except Exception:  # looking at it raises: the examination says so
+            yield _Unit(name, module, cls, recognised=True)
+            continue
+        recognised = recogniser is not None
+        if recogniser is not None and recogniser.parts is not None:
+            parts.update(recogniser.parts(module))
+        elif recognised or _is_ours(cls):
             parts.update(module.children())
         elif module in parts:
             parts.update(module.children())
@@ -136,7 +154,13 @@ def _units(model: torch.nn.Module) -> Iterator[_Unit]:
         yield _Unit(name, module, cls, recognised)
 
 
-def accelerate(model: torch.nn.Module, *, exclude: Iterable[str] = ()) -> Report:
+def accelerate(
+    model: torch.nn.Module,
+    *,
+    only: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    batch: Any = None,
+) -> Report:
     """Run the modules of `model` that fastattn knows on fastattn, in place.
 
     Norms, MLPs and attentions of any class are swapped where fastattn can prove that it computes
@@ -154,41 +178,61 @@ def accelerate(model: torch.nn.Module, *, exclude: Iterable[str] = ()) -> Report
 
     Args:
         model: any `torch.nn.Module`, on any device, in any floating-point dtype.
-        exclude: names of modules to leave alone with all that they hold, as in
-            `model.named_modules()`; a name may have wildcards (`"transformer.h.*.mlp"`).
+        only: names of the modules to swap, each with all that it holds, as in
+            `model.named_modules()`; a name may have wildcards (`"transformer.h.*.mlp"`). None for
+            all.
+        exclude: names of modules to leave alone with all that they hold; as `only`, and stronger.
+        batch: an input of the model: a mapping for `model(**batch)`, a tuple for `model(*batch)`,
+            or a tensor. The model runs on it once, in its mode, and every class of modules is timed
+            on what it got there, forward and (in train mode) backward. What is slower on fastattn
+            is left alone, and the report says by how much.
 
     Returns:
         A `Report`: `swapped` and `left`, and a table as its `str()`.
 
     Raises:
-        TypeError: `model` is no module, or `exclude` is a single string.
-        ValueError: a name in `exclude` matches no module.
+        TypeError: `model` is no module, or `only` or `exclude` is a single string.
+        ValueError: a name in `only` or `exclude` matches no module.
+        Exception: what the model raises on `batch`.
     """
     _check_module(model)
-    excluded = _excluded(model, exclude)
+    chosen = None if only is None else _named(model, "only", only)
+    excluded = _named(model, "exclude", exclude)
     examine = _Examiner(model)
-    swaps: list[tuple[torch.nn.Module, type[torch.nn.Module]]] = []
-    swapped: list[Entry] = []
-    left: list[Entry] = []
+    swaps: dict[_Unit, Swap] = {}
+    outcome: dict[_Unit, Entry] = {}
     for unit in _units(model):
-        reason = _left_alone(unit, excluded)
+        reason = _left_alone(unit, chosen, excluded)
         found = _Finding(reason=reason) if reason else examine(unit.module)
-        if found.recogniser is None:
-            left.append(unit.entry(reason=found.reason))
-        else:
-            swaps.append((unit.module, replacement(unit.cls, found.recogniser)))
-            swapped.append(unit.entry(backend=found.backend))
-    _assign(swaps)
-    return Report(tuple(swapped), tuple(left))
+        outcome[unit] = unit.entry(found.backend, found.reason)
+        if found.recogniser is not None:
+            ours = replacement(unit.cls, found.recogniser)
+            swaps[unit] = Swap(unit.module, unit.cls, ours)
+    if batch is not None:
+        measured = speeds(model, batch, [*swaps.values()])
+        for unit in [*swaps]:
+            speed = measured.get(unit.module)
+            if speed is not None and speed.slower:
+                del swaps[unit]
+                outcome[unit] = unit.entry(reason=f"slower on the batch: {speed}")
+    _assign([(swap.module, swap.ours) for swap in swaps.values()])
+    swapped = tuple(entry for unit, entry in outcome.items() if unit in swaps)
+    return Report(swapped, tuple(entry for unit, entry in outcome.items() if unit not in swaps))
 
 
-def _left_alone(unit: _Unit, excluded: set[torch.nn.Module]) -> str | None:
+def _left_alone(
+    unit: _Unit, chosen: set[torch.nn.Module] | None, excluded: set[torch.nn.Module]
+) -> str | None:
     """Why a module needs no proof, or None."""
     if isinstance(unit.module, Swapped) or _is_ours(unit.cls):
         return ALREADY
     if not unit.recognised:
         return UNKNOWN
-    return EXCLUDED if unit.module in excluded else _not_swappable(unit.module)
+    if unit.module in excluded:
+        return EXCLUDED
+    if chosen is not None and unit.module not in chosen:
+        return NOT_ASKED_FOR
+    return _not_swappable(unit.module)
 
 
 def restore(model: torch.nn.Module) -> None:
@@ -217,11 +261,17 @@ def restore(model: torch.nn.Module) -> None:
     _assign(swaps)
 
 
-def verify(model: torch.nn.Module) -> Report:
+def verify(model: torch.nn.Module, batch: Any = None) -> Report:
     """Prove every swapped module of `model` again, as it is now.
 
     Worth a call when the dtype or the device has changed since `accelerate`, or after unpickling in
-    another environment. The model itself is neither run nor changed.
+    another environment. Without a batch the model itself is not run.
+
+    Args:
+        batch: an input of the model, as for `accelerate`. The model runs on it as it is and as it
+            was, in eval mode, forward and backward (from its loss, if it returns one), and the
+            report has a `trial`: the differences of all outputs and of all gradients, and the
+            speed of every class on what the batch gives to it. Nothing of this changes the model.
 
     Returns:
         A `Report`: `swapped` are the modules proven, `left` are all others; among them those that
@@ -230,7 +280,9 @@ def verify(model: torch.nn.Module) -> Report:
 
     Raises:
         TypeError: `model` is no module.
-        RuntimeError: a module fails its proof; the message names each and the deviation.
+        RuntimeError: a module fails its proof; the message names each and the deviation. Or the two
+            runs on `batch` do not return the same tensors, or not the same finite ones.
+        Exception: what the model raises on `batch`.
     """
     _check_module(model)
     examine = _Examiner(model)
@@ -256,7 +308,14 @@ def verify(model: torch.nn.Module) -> Report:
             "these modules do not compute what their original class computes; "
             "fastattn.restore(model) turns them back:\n  " + "\n  ".join(failed)
         )
-    return Report(tuple(proven), tuple(left))
+    if batch is None:
+        return Report(tuple(proven), tuple(left))
+    swaps = [
+        Swap(module, module._fastattn_original, type(module))
+        for module in model.modules()
+        if isinstance(module, Swapped) and "_fastattn_original" in vars(type(module))
+    ]
+    return Report(tuple(proven), tuple(left), try_out(model, batch, swaps))
 
 
 @dataclass(frozen=True)
@@ -274,14 +333,21 @@ class _Examiner:
     def __init__(self, model: torch.nn.Module) -> None:
         # For modules without weights of their own.
         self._default = _kind(model) or (torch.get_default_dtype(), torch.device("cpu"))
+        self._heads = hypotheses.heads(model)
         self._findings: dict[Hashable, _Finding | Mismatch] = {}
 
     def __call__(self, module: torch.nn.Module) -> _Finding:
         """The first recogniser that is proven, else the reason of the nearest or first one."""
+        try:
+            return self._find(module)
+        except Exception as error:  # of a module that refuses to be looked at, copied or subclassed
+            return _Finding(reason=f"it cannot be examined: {type(error).__name__}: {error}")
+
+    def _find(self, module: torch.nn.Module) -> _Finding:
         nearest = math.inf
         reason: str | None = None
         about = configuration(module)
-        for recogniser in _recognisers(module):
+        for recogniser in _recognisers(module, self._heads):
             if (refusal := recogniser.refusal(module)) is not None:
                 reason = reason or refusal
                 continue
@@ -297,13 +363,14 @@ class _Examiner:
 
     def _examine(self, module: torch.nn.Module, recogniser: Recogniser) -> _Finding | Mismatch:
         original = _original_of(module) or type(module)
-        guessed = original not in TABLE
+        guessed = recogniser is not TABLE.get(original)
         cls = replacement(original, recogniser)
         dtype, device = _kind(module) or self._default
+        specimen = recogniser.specimen(module)
         # A hypothesis also has to hold in the dtypes to which the model may be cast.
         tried = dict.fromkeys((dtype, *(HYPOTHESIS_DTYPES if guessed else ())))
         for each in tried:
-            found = mismatch(module, original, cls, recogniser, Draw(each, device))
+            found = mismatch(specimen, original, cls, recogniser, Draw(each, device))
             if found is not None:
                 taken_for = f"no {recogniser.words}: " if guessed else ""
                 return Mismatch(taken_for + found.reason, found.factor)
@@ -364,16 +431,19 @@ def _check_module(model: torch.nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module; got {model!r:.80}")
 
 
-def _excluded(model: torch.nn.Module, exclude: Iterable[str]) -> set[torch.nn.Module]:
-    """The modules that `exclude` names, with all that they hold."""
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be several names; got the string {exclude!r}: put it in [ ]")
+def _named(model: torch.nn.Module, argument: str, names: Iterable[str]) -> set[torch.nn.Module]:
+    """The modules that `names` match, with all that they hold."""
+    if isinstance(names, str):
+        raise TypeError(
+            f"{argument} must be several names; got the string {names!r}: put it in [ ]"
+        )
     found: set[torch.nn.Module] = set()
-    for pattern in exclude:
+    for pattern in names:
         named = [m for name, m in model.named_modules() if fnmatch.fnmatchcase(name, pattern)]
         if not named:
             raise ValueError(
-                f"exclude: {pattern!r} matches no module; names are those of model.named_modules()"
+                f"{argument}: {pattern!r} matches no module; names are those of "
+                "model.named_modules()"
             )
         for module in named:
             found.update(module.modules())

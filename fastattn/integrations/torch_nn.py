@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from fastattn.backends import explanation_of
 from fastattn.integrations.proof import Draw, Probe
 from fastattn.integrations.recogniser import Recogniser
-from fastattn.nn import LayerNorm, Linear, RMSNorm
+from fastattn.nn import (
+    LayerNorm,
+    Linear,
+    MultiheadAttention,
+    RMSNorm,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
+from fastattn.ops.attention import attention
 from fastattn.ops.layer_norm import layer_norm, rms_norm
 from fastattn.ops.linear.interface import MIN_WEIGHTS, mkl_is_slow
 
@@ -59,9 +70,88 @@ def _linear_backend(module: torch.nn.Module, probe: Probe) -> str | None:
     return "torch"  # a matrix product is a library's
 
 
+def _attention_refusal(module: torch.nn.Module) -> str | None:
+    assert isinstance(module, torch.nn.MultiheadAttention)
+    if module.bias_k is not None or module.add_zero_attn:
+        return "add_bias_kv and add_zero_attn append a key that no mask covers"
+    return None
+
+
+def _sequence(module: Any, draw: Draw, length: int, features: int) -> torch.Tensor:
+    """Two sequences in the layout of `module`, an attention."""
+    shape = (2, length, features) if module.batch_first else (length, 2, features)
+    return draw.normal(*shape)
+
+
+def _hidden(draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """The causal mask of 7 positions, and a padding of them."""
+    positions = torch.arange(7, device=draw.device)
+    causal = positions[None, :] > positions[:, None]
+    return causal, torch.stack([positions > 4, positions > 6])
+
+
+def _attention_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
+    """On itself, with masks and without, and on other keys and values."""
+    assert isinstance(module, torch.nn.MultiheadAttention)
+    x = _sequence(module, draw, 7, module.embed_dim)
+    key, value = (_sequence(module, draw, 5, size) for size in (module.kdim, module.vdim))
+    across = Probe((x, key, value), {"need_weights": False})
+    if not module._qkv_same_embed_dim:
+        return [across]
+    causal, padding = _hidden(draw)
+    masks: tuple[dict[str, Any], ...] = (
+        {},
+        {"attn_mask": causal, "is_causal": True},
+        {"attn_mask": causal, "key_padding_mask": padding},
+    )
+    return [*(Probe((x, x, x), {"need_weights": False, **each}) for each in masks), across]
+
+
+def _layer_probes(prefix: str) -> Callable[[torch.nn.Module, Draw], list[Probe]]:
+    """Of an encoder's layer, or of a decoder's; its own masks are called `prefix`_mask ..."""
+
+    def probes(module: Any, draw: Draw) -> list[Probe]:
+        attends = module.self_attn
+        x = _sequence(attends, draw, 7, attends.embed_dim)
+        args: tuple[torch.Tensor, ...] = (x,)
+        if prefix == "tgt":
+            args = (x, _sequence(attends, draw, 5, attends.embed_dim))
+        causal, padding = _hidden(draw)
+        masks = {f"{prefix}_mask": causal, f"{prefix}_key_padding_mask": padding}
+        return [Probe(args), Probe(args, masks)]
+
+    return probes
+
+
+def _attention_backend(module: Any, probe: Probe) -> str | None:
+    """That of an attention, or of the one in a layer."""
+    attends = getattr(module, "self_attn", module)
+    q = probe.args[0].new_empty(2, 7, attends.num_heads, attends.head_dim, requires_grad=True)
+    return explanation_of(attention, q, q, q).backend
+
+
 # By exact class; a subclass may have another forward.
 TABLE: dict[type[torch.nn.Module], Recogniser] = {
     torch.nn.Linear: Recogniser("Linear", Linear, _linear_probes, _linear_backend, _linear_refusal),
     torch.nn.LayerNorm: Recogniser("LayerNorm", LayerNorm, _norm_probes, _layer_norm_backend),
+    torch.nn.MultiheadAttention: Recogniser(
+        "MultiheadAttention",
+        MultiheadAttention,
+        _attention_probes,
+        _attention_backend,
+        _attention_refusal,
+    ),
+    torch.nn.TransformerEncoderLayer: Recogniser(
+        "TransformerEncoderLayer",
+        TransformerEncoderLayer,
+        _layer_probes("src"),
+        _attention_backend,
+    ),
+    torch.nn.TransformerDecoderLayer: Recogniser(
+        "TransformerDecoderLayer",
+        TransformerDecoderLayer,
+        _layer_probes("tgt"),
+        _attention_backend,
+    ),
     torch.nn.RMSNorm: Recogniser("RMSNorm", RMSNorm, _norm_probes, _rms_norm_backend),
 }

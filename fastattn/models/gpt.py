@@ -25,7 +25,7 @@ from fastattn.models import folder, generation, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.ops.common import modes
-from fastattn.ops.cross_entropy.interface import IGNORED, cross_entropy
+from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 
 
 class GPT(torch.nn.Module):

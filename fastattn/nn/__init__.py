@@ -7,6 +7,13 @@ from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.linear import Linear
 from fastattn.nn.rms_norm import RMSNorm
+from fastattn.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from fastattn.nn.transformer_block import TransformerBlock
 
 __all__ = [
@@ -16,5 +23,10 @@ __all__ = [
     "Linear",
     "MultiheadAttention",
     "RMSNorm",
+    "Transformer",
     "TransformerBlock",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

@@ -18,6 +18,7 @@ COMPUTING_WEIGHTS = (BasePruningMethod, SpectralNorm, WeightNorm)  # forward pre
 def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     """Return True if calling ``module`` is ``cls.forward`` on its ordinary weights, and no more.
 
+    A class to which `fastattn.accelerate` swapped ``cls`` computes the same, and counts as it.
     False for a subclass or a wrapper of ``cls`` (LoRA, quantised, parametrised, sharded by FSDP),
     a ``forward`` replaced on the instance, forward or backward hooks and pre-hooks (the module's
     own or PyTorch's global ones, registered for every module), and parameters of a tensor
@@ -32,7 +33,7 @@ def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     False
     """
     return (
-        type(module) is cls
+        (type(module) is cls or vars(type(module)).get("_fastattn_original") is cls)
         and "forward" not in module.__dict__
         and not (
             module._forward_hooks

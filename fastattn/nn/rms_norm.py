@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.nn.normalized_shape import check_shapes, fold, unfold
 from fastattn.ops.layer_norm import rms_norm
+from fastattn.ops.layer_norm.problem import check_dropout
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` on `fastattn.rms_norm`, with the residual addition fused.
+    """`torch.nn.RMSNorm` on `fastattn.rms_norm`, dropout and a residual fused.
 
     Constructor, initial values, ``state_dict`` and ``repr`` are torch's. Nothing is kept on the
     instance that torch does not keep, so ``module.__class__ = fastattn.nn.RMSNorm`` turns an
@@ -21,25 +23,39 @@ class RMSNorm(torch.nn.RMSNorm):
     ``forward(x)`` normalises the last dimensions of ``x`` (..., *normalized_shape) and returns a
     tensor like it. ``forward(x, residual)`` normalises the sum, and returns both:
 
-        residual = x + residual
+        residual = dropout(x, dropout_p) + residual
         return rms_norm(residual), residual
+
+    ``dropout_p`` is dropout's probability, 0 by default; it counts in eval mode too.
 
     A nested tensor is left to torch's own code.
 
-    Raises ValueError if the last dimensions of ``x`` are not ``normalized_shape``, or if
-    ``residual`` has another shape than ``x``.
+    Raises ValueError if the last dimensions of ``x`` are not ``normalized_shape``, if
+    ``residual`` has another shape than ``x``, or if ``dropout_p`` is no probability or comes
+    without ``residual``.
     """
 
     @overload
     def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor, *, dropout_p: float = 0
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, dropout_p: float = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if x.is_nested:
-            stream = x if residual is None else x + residual
+            check_dropout(dropout_p, residual)
+            stream = x if residual is None else F.dropout(x, dropout_p) + residual
             out = super().forward(stream)
             return out if residual is None else (out, stream)
         shape = self.normalized_shape
         check_shapes("x", x, residual, shape)
-        result = rms_norm(fold(x, shape), fold(self.weight, shape), self.eps, fold(residual, shape))
+        result = rms_norm(
+            fold(x, shape),
+            fold(self.weight, shape),
+            self.eps,
+            fold(residual, shape),
+            dropout_p=dropout_p,
+        )
         return unfold(result, shape)

@@ -11,6 +11,7 @@ from fastattn.nn.attention import KeyValueCache, MultiheadAttention
 from fastattn.nn.checks import check_probability
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
+from fastattn.nn.plain import is_plain
 
 
 class TransformerBlock(torch.nn.Module):
@@ -21,8 +22,9 @@ class TransformerBlock(torch.nn.Module):
         x = x + dropout(attention(norm1(x)))
         x = x + dropout(feed_forward(norm2(x)))
 
-    but leaves each addition to the norm after it, which does both in one pass. So it takes and
-    returns a pair, whose sum is the x above. Over several layers:
+    but leaves each addition to the norm after it, which does both in one pass, with the dropout of
+    the attention's branch. So it takes and returns a pair, whose sum is the x above. Over several
+    layers:
 
         branch, residual = x, None
         for block in blocks:
@@ -118,7 +120,10 @@ class TransformerBlock(torch.nn.Module):
             cache=cache,
             softmax_scale=self.softmax_scale,
         )
-        hidden, residual = self.norm2(self.dropout(hidden), residual)
+        if self.dropout.training and is_plain(self.dropout, torch.nn.Dropout):
+            hidden, residual = self.norm2(hidden, residual, dropout_p=self.dropout.p)
+        else:
+            hidden, residual = self.norm2(self.dropout(hidden), residual)
         return self.feed_forward(hidden), residual
 
     def extra_repr(self) -> str:

@@ -138,6 +138,11 @@ def muon_is_fast(device: torch.device) -> bool:
     )
 
 
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 faster than float32: a GPU, a CPU with AVX-512 BF16."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
 def _optimizers(model: torch.nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     groups = decay_groups(model, config.weight_decay)
     optimizers: list[torch.optim.Optimizer] = []

@@ -13,7 +13,7 @@ import torch
 import fastattn
 from fastattn.cli import main
 from fastattn.cli.demo import pretrained, trained
-from fastattn.cli.demo.comparison import interleaved
+from fastattn.cli.demo.comparison import medians
 from fastattn.cli.demo.trained import PROMPTS
 from fastattn.training import History, Tokenizer
 
@@ -138,10 +138,23 @@ def test_the_real_pretrained_model_answers(capsys: pytest.CaptureFixture[str]) -
     assert re.search("answer +Attention in a neural network.*focus", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_it_trains_in_bfloat16_only_where_that_is_fast(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    on_cpu, on_gpu = (
+        trained.configuration(trained.QUICK, None, 0, torch.device(name))
+        for name in ("cpu", "cuda")
+    )
+    assert on_cpu.precision == ("bfloat16" if fast else "float32")
+    assert on_gpu.precision == "bfloat16"
+
+
 def test_works_are_timed_interleaved() -> None:
     calls: list[str] = []
     works = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = interleaved(works, torch.device("cpu"), 0.0)
+    seconds = medians(works, torch.device("cpu"), 0.0)
     assert list(seconds) == ["a", "b"] and all(value >= 0 for value in seconds.values())
     assert "".join(calls) == "abbaab"  # three rounds at least
 

@@ -106,10 +106,10 @@ def run(*arguments: str, **settings: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("command", ["doctor", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "bench", "bench ffn --list"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # else all is written at the end
 def test_it_ends_quietly_when_nobody_reads_on(command: str, unbuffered: str) -> None:
-    process = run(command, PYTHONUNBUFFERED=unbuffered)
+    process = run(*command.split(), PYTHONUNBUFFERED=unbuffered)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""

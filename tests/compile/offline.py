@@ -246,6 +246,7 @@ def attention(
     import fastattn.ops.attention.cache.registration
     from fastattn.ops.attention import BlockMask
     from fastattn.ops.attention import triton as kernels
+    from fastattn.ops.attention.call import Learnt
     from fastattn.ops.attention.problem import check, check_varlen
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -300,9 +301,9 @@ def attention(
         v = k[..., :-8] if name == "softcap" else k  # another head_dim than k's
 
         def call(q=q, k=k, v=v, extras=extras, settings=settings) -> None:  # type: ignore[no-untyped-def]
-            bias, sink = extras.bias is not None, extras.sink is not None
+            wanted = Learnt(*(x is not None for x in Learnt.of(extras)))
             out, lse = kernels.forward(q, k, v, extras, settings)
-            kernels.backward(out, lse, out, lse, bias, sink, q, k, v, extras, settings)
+            kernels.backward(out, lse, out, lse, wanted, q, k, v, extras, settings)
             masked = extras.mask is not None or extras.bias is not None
             if one_query and q.dim() == 4 and not masked and extras.q_documents is None:
                 kernels.forward(q[:, :1], k, v, extras, settings)
@@ -387,34 +388,49 @@ def ffn(rows: list[tuple[torch.dtype, int, str, str, bool, bool]] | None = None)
         )
 
 
-def layer_norm(rows: list[tuple[torch.dtype, int, bool]] | None = None) -> Grid:
+def layer_norm(rows: list[tuple[torch.dtype, int, bool, float]] | None = None) -> Grid:
     """Every row of the tile tables, with all there is to load: the most registers."""
     from fastattn.ops.layer_norm import triton as kernels
 
     every = [
-        (torch.bfloat16, 64, True),
-        (torch.bfloat16, 768, True),
-        (torch.float32, 2048, True),
-        (torch.bfloat16, 4096, False),
-        (torch.float32, 8192, True),
-        (torch.bfloat16, 16384, True),
-        (torch.float32, 65536, True),
-        (torch.float16, 50257, False),
+        (torch.bfloat16, 64, True, 0.0),
+        (torch.bfloat16, 768, True, 0.0),
+        (torch.float32, 2048, True, 0.0),
+        (torch.bfloat16, 4096, False, 0.0),
+        (torch.float32, 8192, True, 0.0),
+        (torch.bfloat16, 16384, True, 0.0),
+        (torch.float32, 65536, True, 0.0),
+        (torch.float16, 50257, False, 0.0),
+        (torch.bfloat16, 64, True, 0.1),
+        (torch.bfloat16, 768, True, 0.1),
+        (torch.float32, 2048, True, 0.1),
+        (torch.bfloat16, 4096, False, 0.1),
+        (torch.float32, 8192, True, 0.1),
+        (torch.float16, 16384, True, 0.1),
     ]
-    for dtype, hidden, center in every if rows is None else rows:
+    for dtype, hidden, center, dropout_p in every if rows is None else rows:
         x = torch.empty(4096, hidden, dtype=dtype, device="meta")
         weight = torch.empty(hidden, dtype=dtype, device="meta")
         bias = weight if center else None
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
+        dropped = (seed, dropout_p)
 
-        def call(x=x, weight=weight, bias=bias, center=center) -> None:  # type: ignore[no-untyped-def]
-            out, stream, statistics = kernels.forward(x, x, weight, bias, 1e-5, center, x.dtype)
+        def call(x=x, weight=weight, bias=bias, center=center, dropped=dropped) -> None:  # type: ignore[no-untyped-def]
+            out, stream, statistics = kernels.forward(
+                x, x, weight, bias, 1e-5, center, x.dtype, *dropped
+            )
             kernels.backward(
                 out, stream, stream, weight, statistics, center, x.dtype, x.dtype,
-                None if bias is None else bias.dtype, True,
+                None if bias is None else bias.dtype, True, *dropped,
             )  # fmt: skip
 
         yield (
-            {"dtype": str(dtype).removeprefix("torch."), "hidden": hidden, "center": center},
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "hidden": hidden,
+                "center": center,
+                "dropout_p": dropout_p,
+            },
             call,
         )
 
@@ -451,6 +467,63 @@ def rotary() -> Grid:
         )
 
 
+NO_OPTIONS = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0, "softcap": 0.0}
+ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_scale": 0.5, "softcap": 30.0}
+
+
+def cross_entropy() -> Grid:
+    """Every tile, plain and with all options."""
+    from fastattn.ops.cross_entropy.problem import Options
+    from fastattn.ops.cross_entropy.triton import kernels
+
+    for dtype, classes, everything in (
+        (torch.bfloat16, 131072, False),
+        (torch.float32, 50257, True),
+        (torch.bfloat16, 50257, True),
+        (torch.float16, 2048, True),
+        (torch.bfloat16, 1000, False),
+        (torch.float32, 64, True),
+    ):
+        logits = torch.empty(4096, classes, dtype=dtype, device="meta")
+        targets = torch.empty(4096, dtype=torch.int64, device="meta")
+        weight = torch.empty(classes, device="meta") if everything else None
+        options = Options(-100, *(ALL_OPTIONS if everything else NO_OPTIONS).values(), "none")
+
+        def call(logits=logits, targets=targets, weight=weight, options=options) -> None:  # type: ignore[no-untyped-def]
+            losses, statistics = kernels.kernel_forward(logits, targets, weight, options)
+            kernels.kernel_backward(losses, logits, targets, weight, statistics, options)
+
+        of = {"classes": classes, "everything": everything}
+        yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
+
+
+def linear_cross_entropy() -> Grid:
+    """Every tile, plain and with all options."""
+    from fastattn.ops.cross_entropy.problem import Options
+    from fastattn.ops.linear_cross_entropy import triton as kernels
+
+    for dtype, classes, features, everything in (
+        (torch.bfloat16, 131072, 4096, False),
+        (torch.bfloat16, 131072, 4096, True),
+        (torch.float16, 50257, 333, True),
+        (torch.float32, 131072, 1024, True),
+        (torch.float32, 50257, 333, True),
+    ):
+        x = torch.empty(4096, features, dtype=dtype, device="meta")
+        weight = torch.empty(classes, features, dtype=dtype, device="meta")
+        targets = torch.empty(4096, dtype=torch.int64, device="meta")
+        extra = torch.empty(classes, device="meta") if everything else None
+        bias = None if extra is None else extra.to(dtype)
+        options = Options(-100, *(ALL_OPTIONS if everything else NO_OPTIONS).values(), "none")
+
+        def call(given=(x, weight, bias, targets, extra), options=options) -> None:  # type: ignore[no-untyped-def]
+            losses, statistics, _ = kernels.kernel_forward(*given, options, (False,) * 3)
+            kernels.kernel_backward(losses, *given, statistics, options, (True, True, False))
+
+        of = {"classes": classes, "features": features, "everything": everything}
+        yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
+
+
 # The calls in which a model's time goes, and the kernels of each in which that of the call goes.
 HOT = {
     "attention, causal, head_dim 64": ("_forward_kernel",),
@@ -471,7 +544,7 @@ def hot(*names: str) -> Grid:
         "attention, decoding, pages, head_dim 128": attention([], ((dtype, 128, True),)),
         "ffn, gelu_tanh": ffn([(dtype, 16384, "linear", "gelu_tanh", False, False)]),
         "ffn, silu, gated": ffn([(dtype, 16384, "linear", "silu", False, True)]),
-        "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True)]),
+        "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True, 0.0)]),
     }
     for name in names or HOT:
         for configuration, call in grids[name]:
@@ -507,6 +580,8 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "ffn": ffn,
     "layer_norm": layer_norm,
     "rotary": rotary,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
     "table": main_loops,
     "hot": hot,
     "hottest": functools.partial(

@@ -27,6 +27,8 @@ PRODUCTS = {
     "ffn": ("_forward_kernel", "_backward_kernel"),
     "layer_norm": (),
     "rotary": (),
+    "cross_entropy": (),
+    "linear_cross_entropy": ("_forward_kernel", "_gradient_kernel"),
 }
 
 
@@ -40,7 +42,11 @@ def spills_allowed(op: str, kernel: dict[str, Any]) -> int:
 
 # Attention takes minutes a chip; its hot kernels are compiled by tests/guard too.
 GRIDS = [
-    pytest.param(op, chip, marks=[pytest.mark.long] * (op != "layer_norm" or chip != 90))
+    pytest.param(
+        op,
+        chip,
+        marks=[pytest.mark.long] * (op not in ("layer_norm", "cross_entropy") or chip != 90),
+    )
     for op in PRODUCTS
     for chip in (80, 90, 100)
 ]

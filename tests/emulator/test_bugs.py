@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulator.library import build_programs
 
-from fastattn.ops.attention import dropout
+from fastattn.ops.common import dropout
 
 PROGRAMS = [f"tests/emulator/programs/{name}.cu" for name in ("bugs", "primitives")]
 

@@ -1,7 +1,8 @@
 """How many compiled kernels typical calls take, on sm_90.
 
-Run as a program, in a process in which Triton compiles, it prints the numbers. The calls are those
-of tests/ops/attention/test_specialisation.py, which explains how Triton is asked.
+Run as a program, in a process in which Triton compiles, it prints the numbers; with the argument
+`random` those of random shapes. The calls are those of tests/ops/attention/test_specialisation.py,
+which explains how Triton is asked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -24,19 +26,30 @@ Numbers = dict[str, dict[str, int]]
 TEN_LENGTHS = (1024, 512, 577, 640, 1000, 1001, 1536, 2048, 3333, 4096)
 
 
-def report() -> Numbers:
+BATCH, RANDOM_SHAPES = 8, 200
+
+
+def random_shapes() -> list[tuple[int, int]]:
+    """(length, batch), short and long ones alike often."""
+    draw = random.Random(0)
+    return [
+        (int(2 ** draw.uniform(0, 13)), int(2 ** draw.uniform(0, 6))) for _ in range(RANDOM_SHAPES)
+    ]
+
+
+def report(*arguments: str) -> Numbers:
     """What the program prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(TESTS.parent), str(TESTS), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
+        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     import torch
     from compile.offline import key_of
     from ops.attention import test_specialisation as attention
@@ -62,45 +75,62 @@ def main() -> None:
             call()
         return len(keys)
 
-    batch, hidden, dtype = 8, 768, torch.bfloat16
+    hidden, dtype = 768, torch.bfloat16
     weights = torch.empty(2, 4 * hidden, hidden, dtype=dtype, device="meta")
     w1, w2, biases = weights[0], weights[1].view(hidden, -1), weights[1].view(-1)
 
-    def norm(length: int, center: bool) -> None:
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+
+    def norm(
+        length: int, batch: int = BATCH, *, center: bool, dropped: tuple[Any, float] = (None, 0.0)
+    ) -> None:
         x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
         bias = biases[:hidden] if center else None
         out, stream, statistics = layer_norm.forward(
-            x, x, biases[:hidden], bias, 1e-5, center, dtype
+            x, x, biases[:hidden], bias, 1e-5, center, dtype, *dropped
         )
         layer_norm.backward(
             out, stream, stream, biases[:hidden], statistics, center, dtype, dtype,
-            dtype if center else None, True,
+            dtype if center else None, True, *dropped,
         )  # fmt: skip
 
-    def feed_forward(length: int, gate: tuple[Any, Any] = (None, None)) -> None:
+    def feed_forward(length: int, batch: int = BATCH, gate: tuple[Any, Any] = (None, None)) -> None:
         x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
         given = x, w1, biases[: 4 * hidden], w2, biases[:hidden], *gate
         needs = tuple(t is not None for t in given)
         out, pre = ffn.forward(*given, "gelu_tanh", "linear", True)
         ffn.backward(out, *given, pre, needs, "gelu_tanh", "linear")
 
-    def self_attention(length: int) -> None:
-        attention.dense("causal", (batch, length, length), "meta")
-
-    by_length: dict[str, Callable[[int], Any]] = {
-        "attention, training": self_attention,
-        "attention, training, one query": lambda n: attention.dense(
+    by_length: dict[str, Callable[..., Any]] = {
+        "attention, training": lambda n, batch=BATCH: attention.dense(
+            "causal", (batch, n, n), "meta"
+        ),
+        "attention, training, one query": lambda n, batch=BATCH: attention.dense(
             "causal", (batch, 1, n), "meta"
         ),
-        "attention_with_kv_cache, pages, rotary": lambda n: attention.cache(
+        "attention_with_kv_cache, pages, rotary": lambda n, batch=BATCH: attention.cache(
             (batch, 1, n), "meta", paged=True, rotary=True
         ),
-        "layer_norm, training": lambda n: norm(n, center=True),
-        "rms_norm, training": lambda n: norm(n, center=False),
+        "layer_norm, training": functools.partial(norm, center=True),
+        "layer_norm, dropout, training": lambda n, batch=BATCH: norm(
+            n, batch, center=True, dropped=(seed, 1 / n)
+        ),
+        "rms_norm, training": functools.partial(norm, center=False),
         "ffn, training": feed_forward,
-        "ffn, gated, training": lambda n: feed_forward(n, (w1, biases[: 4 * hidden])),
+        "ffn, gated, training": functools.partial(feed_forward, gate=(w1, biases[: 4 * hidden])),
     }
     counts: Numbers = {}
+    if arguments == ["random"]:
+        by_length["attention_varlen, training"] = lambda n, batch: attention.packed(
+            "causal", (batch, n, n), "meta"
+        )
+        shapes = random_shapes()
+        for name, call in by_length.items():
+            calls = [functools.partial(call, *shape) for shape in shapes]
+            half = kernels_of(calls[: RANDOM_SHAPES // 2])
+            counts[name] = {"half of the shapes": half, "all shapes": kernels_of(calls)}
+        print(json.dumps(counts))
+        return
     for name, call in by_length.items():
         calls = [functools.partial(call, length) for length in TEN_LENGTHS]
         counts[name] = {"one length": kernels_of(calls[:1]), "ten lengths": kernels_of(calls)}
@@ -119,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

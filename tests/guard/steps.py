@@ -93,11 +93,12 @@ def _kv_cache() -> Step:
     return Step(forward, (q, k, v, keys, values, table, lengths, cos, sin))
 
 
-def _layer_norm(residual: bool) -> Step:
+def _layer_norm(residual: bool, dropout_p: float = 0.0) -> Step:
     x, weight, bias = _input(BATCH, SEQLEN, WIDTH), _input(WIDTH), _input(WIDTH)
     more = _input(BATCH, SEQLEN, WIDTH) if residual else None
     given = (x, weight, bias) if more is None else (x, weight, bias, more)
-    return Step(lambda: fastattn.layer_norm(x, weight, bias, residual=more), given)
+    options = {"residual": more, "dropout_p": dropout_p}
+    return Step(lambda: fastattn.layer_norm(x, weight, bias, **options), given)
 
 
 def _rms_norm() -> Step:
@@ -190,6 +191,7 @@ STEPS: Steps = {
     "attention_with_kv_cache": _kv_cache,
     "layer_norm": lambda: _layer_norm(residual=False),
     "layer_norm, residual": lambda: _layer_norm(residual=True),
+    "layer_norm, dropout": lambda: _layer_norm(residual=True, dropout_p=0.1),
     "rms_norm, residual": _rms_norm,
     "ffn": _ffn,
     "ffn, recompute": lambda: _ffn(recompute=True),

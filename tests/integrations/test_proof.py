@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -204,3 +208,73 @@ def test_configurations_differ_by_what_is_computed() -> None:
         torch.nn.Sequential(norm),
     ):
         assert configuration(norm) != configuration(other)
+
+
+class Product(torch.nn.Module):
+    """x * y."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y
+
+
+class OffForSquares(Product):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * y + (1e-3 if x is y else 0.0)
+
+
+def test_a_tensor_that_is_several_arguments_stays_one() -> None:
+    def probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
+        x = draw.normal(4, 16)
+        return [Probe((x, x))]
+
+    known = Recogniser("Product", Product, probes, lambda *_: None)
+    found = mismatch(Product(), Product, OffForSquares, known, Draw(torch.float32, CPU))
+    assert found is not None and found.reason.startswith("output 0 is off")
+    assert mismatch(Product(), Product, Product, known, Draw(torch.float32, CPU)) is None
+
+
+def test_a_function_that_a_module_keeps_is_part_of_its_configuration() -> None:
+    class Keeps(torch.nn.Module):
+        def __init__(self, function: object) -> None:
+            super().__init__()
+            self.function = function
+
+    assert configuration(Keeps(torch.relu)) == configuration(Keeps(torch.relu))
+    assert configuration(Keeps(torch.relu)) != configuration(Keeps(torch.tanh))
+
+
+def test_of_several_guesses_the_first_that_the_original_runs() -> None:
+    def guesses(module: torch.nn.Module, draw: Draw) -> Iterator[list[Probe]]:
+        yield [Probe((draw.normal(4, 15),))]
+        yield [Probe((draw.normal(4, 16),), {"mask": None})]
+        yield [Probe((draw.normal(4, 16),))]
+
+    def disproved(guesses: Any) -> Any:
+        guessing = dataclasses.replace(KNOWN, guesses=guesses)
+        return mismatch(Scale(), Scale, Same, guessing, Draw(torch.float32, CPU))
+
+    assert disproved(guesses) is None
+    found = disproved(lambda module, draw: iter(()))
+    assert found is None  # then the first of all, `probes`
+    found = dataclasses.replace(
+        KNOWN, guesses=lambda *_: iter(()), probes=lambda *_: [Probe((torch.ones(3),))]
+    )
+    reason = mismatch(Scale(), Scale, Same, found, Draw(torch.float32, CPU))
+    assert reason is not None and "fails on random input" in reason.reason
+
+
+def test_results_that_do_not_count() -> None:
+    class Two(Scale):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().forward(x), x.sum(-1)
+
+    class OnlyOne(Two):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return super().forward(x)[0], None
+
+    draw = Draw(torch.float32, CPU)
+    found = mismatch(Two(), Two, OnlyOne, KNOWN, draw)
+    assert found is not None and "it returns" in found.reason
+    first = dataclasses.replace(KNOWN, outputs=1)
+    assert mismatch(Two(), Two, OnlyOne, first, draw) is None
+    assert mismatch(Two(), Two, SlightlyOff, first, draw) is not None

@@ -272,14 +272,16 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got"):
             function(given)  # type: ignore[operator]
 
-    def test_exclude_must_be_several_names(self, model: torch.nn.Module) -> None:
-        with pytest.raises(TypeError, match="put it in"):
-            fastattn.accelerate(model, exclude="norm")
+    @pytest.mark.parametrize("argument", ["only", "exclude"])
+    def test_names_must_be_several(self, model: torch.nn.Module, argument: str) -> None:
+        with pytest.raises(TypeError, match=f"{argument} must be several names.*put it in"):
+            fastattn.accelerate(model, **{argument: "norm"})
 
-    def test_exclude_must_name_something(self, model: torch.nn.Module) -> None:
+    @pytest.mark.parametrize("argument", ["only", "exclude"])
+    def test_names_must_name_something(self, model: torch.nn.Module, argument: str) -> None:
         before = classes(model)
-        with pytest.raises(ValueError, match=r"exclude: 'nrom' matches no module"):
-            fastattn.accelerate(model, exclude=["norm", "nrom"])
+        with pytest.raises(ValueError, match=f"{argument}: 'nrom' matches no module"):
+            fastattn.accelerate(model, **{argument: ["norm", "nrom"]})
         assert classes(model) == before
 
 
@@ -288,6 +290,16 @@ def test_exclude_takes_a_whole_branch(model: torch.nn.Module) -> None:
     assert names(report.swapped) == ["layers.0.0"]
     excluded = [entry.name for entry in report.left if entry.reason == "excluded by the caller"]
     assert excluded == ["layers.1.0", "layers.1.1", "norm"]
+
+
+def test_only_takes_a_whole_branch_and_exclude_is_stronger(model: torch.nn.Module) -> None:
+    report = fastattn.accelerate(model, only=["layers", "norm"], exclude=["layers.1"])
+    assert names(report.swapped) == ["layers.0.0", "norm"]
+    not_asked = [entry.name for entry in report.left if "only=" in (entry.reason or "")]
+    assert not_asked == ["embed"]
+    # A later call swaps more.
+    assert names(fastattn.accelerate(model, only=["layers.1"]).swapped) == ["layers.1.0"]
+    assert fastattn.accelerate(model, only=[]).swapped == ()
 
 
 class Wrong(fastattn.nn.LayerNorm):

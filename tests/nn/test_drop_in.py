@@ -23,7 +23,13 @@ def _attend(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x, x, x, need_weights=False)[0]
 
 
-NAMES = ("LayerNorm", "RMSNorm", "Linear", "MultiheadAttention")
+def _translate(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x, 2.0 - x)
+
+
+TRANSFORMERS = ("TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer")
+STACKS = ("TransformerEncoder", "TransformerDecoder")
+NAMES = ("LayerNorm", "RMSNorm", "Linear", "MultiheadAttention", *TRANSFORMERS, *STACKS)
 
 # Every argument of each constructor away from its default at least once.
 CASES = [
@@ -39,6 +45,28 @@ CASES = [
     ("MultiheadAttention", (16, 4), {"bias": False, "batch_first": True}, _attend),
     ("MultiheadAttention", (16, 4), {"kdim": 16, "vdim": 16, "dropout": 0.5}, _attend),
     ("MultiheadAttention", (16, 4), {"add_bias_kv": True, "add_zero_attn": True}, _attend),
+    ("TransformerEncoderLayer", (16, 2, 24), {}, _call),
+    (
+        "TransformerEncoderLayer",
+        (16, 4),
+        {"dim_feedforward": 24, "dropout": 0.0, "activation": "gelu", "layer_norm_eps": 1e-3},
+        _call,
+    ),
+    (
+        "TransformerEncoderLayer",
+        (16, 4, 24, 0.5, torch.nn.SiLU()),
+        {"batch_first": True, "norm_first": True, "bias": False},
+        _call,
+    ),
+    ("TransformerDecoderLayer", (16, 2, 24), {}, _translate),
+    (
+        "TransformerDecoderLayer",  # torch's copy of one with a module for activation has ReLU
+        (16, 4, 24, 0.5, torch.nn.functional.silu),
+        {"layer_norm_eps": 1e-3, "batch_first": True, "norm_first": True, "bias": False},
+        _translate,
+    ),
+    ("Transformer", (16, 2, 1, 2, 24), {"batch_first": True}, _translate),
+    ("Transformer", (16, 4, 2, 1, 24, 0.0, "gelu"), {"norm_first": True}, _translate),
 ]
 
 

@@ -50,23 +50,27 @@ def test_against_torch(
     dtype: torch.dtype,
     assert_module_close: Callable[..., None],
 ) -> None:
-    ours, theirs = _pair(name, normalized_shape, dtype=dtype)
-    assert_module_close(ours, theirs, torch.randn(shape, dtype=dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_residual_against_torch(
-    name: str,
-    shape: tuple[int, ...],
-    normalized_shape: object,
-    dtype: torch.dtype,
-    assert_module_close: Callable[..., None],
-) -> None:
+    """Alone, and with a residual, which torch's is given as a sum."""
     ours, theirs = _pair(name, normalized_shape, dtype=dtype)
     x, residual = torch.randn(2, *shape, dtype=dtype)
+    assert_module_close(ours, theirs, x)
     assert_module_close(ours, theirs, x, residual, call=_fused, call_theirs=_sum_then_norm)
+
+
+@pytest.mark.parametrize("shape", [16, (4, 4)])
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_before_the_sum(name: str, shape: object) -> None:
+    """As dropout of the input, the sum and the norm after each other; in eval mode too."""
+    norm, _ = _pair(name, shape)
+    norm.eval()
+    x, residual = torch.randn(2, 64, *((16,) if shape == 16 else (4, 4)))
+    out, stream = norm(x, residual, dropout_p=0.5)
+    kept = (stream - residual).abs() > 1e-6
+    assert 0.4 < kept.double().mean() < 0.6
+    torch.testing.assert_close(stream, torch.where(kept, 2 * x, 0.0) + residual)
+    torch.testing.assert_close(out, norm(stream))
+    with pytest.raises(ValueError, match="give a residual"):
+        norm(x, dropout_p=0.5)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +114,9 @@ def test_several_dimensions_are_folded_without_a_copy(
     module = {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}[name]
     original = getattr(fastattn, module)
 
-    def spy(x: torch.Tensor, *args: object) -> torch.Tensor:
+    def spy(x: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         seen.append(x)
-        return original(x, *args)
+        return original(x, *args, **options)
 
     monkeypatch.setattr(f"fastattn.nn.{module}.{module}", spy)
     x = torch.randn(2, 3, 4, 5)
@@ -187,3 +191,8 @@ def test_nested_tensors_are_left_to_torch(name: str, layout: torch.layout) -> No
     for row, total, one in zip(out.unbind(), stream.unbind(), x.unbind(), strict=True):
         assert torch.equal(total, one + one)
         torch.testing.assert_close(row, theirs(total))
+    _, stream = ours(x, x, dropout_p=0.5)
+    for total, one in zip(stream.unbind(), x.unbind(), strict=True):
+        assert ((total == one) | (total == 3 * one)).all()
+    with pytest.raises(ValueError, match="give a residual"):
+        ours(x, dropout_p=0.5)

@@ -247,6 +247,20 @@ def test_dropouts_stand_where_they_are_said_to() -> None:
     torch.testing.assert_close(_sum(block.eval(), x), _their_call(False)(_theirs(block).eval(), x))
 
 
+def test_a_hook_on_the_dropout_sees_it_called() -> None:
+    """The norm does its work unless somebody watches, or it is in eval mode by itself."""
+    block = _block(dropout=0.5).train()
+    x = torch.randn(2, LENGTH, EMBED)
+    shares = []
+    block.dropout.register_forward_hook(lambda _, __, out: shares.append((out == 0).float().mean()))
+    block(x)
+    assert len(shares) == 1
+    assert 0.3 < shares[0] < 0.7
+    block.dropout.eval()
+    _, residual = block(x)
+    assert (residual != x).all()
+
+
 def _dropouts(block: TransformerBlock) -> tuple[float, float, float]:
     return block.attention.dropout, block.dropout.p, block.feed_forward.dropout.p
 

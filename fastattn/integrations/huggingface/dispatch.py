@@ -31,6 +31,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 NAME = "fastattn"
+NAME_OR_EAGER = "fastattn_or_eager"  # what `accelerate` puts in the place of "eager"
 
 
 def refusal(model: type[PreTrainedModel]) -> str | None:
@@ -114,6 +115,26 @@ def takes_boolean_masks(config: type) -> bool:
             model._supports_sdpa or model._supports_attention_backend for model in models
         )
     return _takes_boolean_masks[config]
+
+
+_replaceable: dict[type, str | None] = {}
+
+
+def replaceable(config: Any) -> str | None:
+    """The implementation in whose place `accelerate` puts ours: "sdpa" where the models have it.
+
+    Else "eager", if they have another that gives no attention weights: nothing counts on them then.
+    None if they have not, or no loaded model has this class of configs.
+    """
+    if type(config) in _replaceable:
+        return _replaceable[type(config)]
+    models = _models_of(type(config))
+    kinds = ("sdpa", "flash_attn", "flex_attn", "attention_backend")
+    has = {k: any(getattr(m, f"_supports_{k}", False) for m in models) for k in kinds}
+    found = "sdpa" if has["sdpa"] else "eager" if any(has.values()) else None
+    if models:
+        _replaceable[type(config)] = found
+    return found
 
 
 def _models_of(config: type) -> list[type[PreTrainedModel]]:

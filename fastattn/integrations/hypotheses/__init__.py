@@ -13,8 +13,11 @@ from collections.abc import Iterator
 
 import torch
 
-from fastattn.integrations.hypotheses import attention, feed_forward, norm
+from fastattn.integrations.hypotheses import attention, feed_forward, inner, norm
+from fastattn.integrations.hypotheses.head import heads
 from fastattn.integrations.recogniser import Recogniser
+
+__all__ = ["heads", "of"]
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
@@ -28,3 +31,4 @@ def of(module: torch.nn.Module) -> Iterator[Recogniser]:
     yield from attention.of(module)
     yield from norm.of(module)
     yield from feed_forward.of(module)
+    yield from inner.of(module)

@@ -3,6 +3,9 @@
 Such a forward runs unchanged but for this one function. A new forward is made of its code object,
 with globals in which `F`, `torch` and `scaled_dot_product_attention` are ours. Neither torch nor
 the file of the class is touched, and other classes in that file keep torch's function.
+
+In diffusers an object that the module keeps, its processor, makes the call. Its forward then runs
+on a view of the module, in which this object is of a class made in the same way.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from fastattn.backends import explanation_of
-from fastattn.integrations.proof import Draw, Probe
+from fastattn.integrations import calls
+from fastattn.integrations.hypotheses.view import View
+from fastattn.integrations.proof import Probe
 from fastattn.integrations.recogniser import Recogniser
 from fastattn.integrations.sdpa import fused_or_original
 from fastattn.ops.attention import attention
@@ -32,14 +37,63 @@ class SDPASwap(torch.nn.Module):
         return ATTENTION
 
     def __init_subclass__(cls) -> None:
-        original: Any = vars(cls)["_fastattn_original"]
-        cls.forward = _rebound(original.forward)
+        if (original := vars(cls).get("_fastattn_original")) is not None:  # not a tool's subclass
+            cls.forward = _rebound(original.forward)
+
+
+class ProcessorSwap(torch.nn.Module):
+    """Runs the original's forward with our function in the call of an object that it keeps.
+
+    Compiled, it runs the original.
+    """
+
+    _fastattn_bound: ClassVar[str]  # the name of that object
+    _fastattn_forward: ClassVar[Any]
+
+    def __init_subclass__(cls) -> None:
+        if (original := vars(cls).get("_fastattn_original")) is not None:  # not a tool's subclass
+            # By a name of its own: torch.compile takes diffusers' class itself for an operator.
+            cls._fastattn_forward = staticmethod(original.forward)
+
+    @staticmethod
+    def recogniser(bound: str) -> Recogniser:
+        return _recogniser(ProcessorSwap, bound)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        processor: Any = vars(self).get(self._fastattn_bound)
+        # torch.compile cannot read the signature of an object that is made while it traces, which
+        # diffusers asks for.
+        if torch.compiler.is_compiling() or not _known(type(processor)):  # another one by now
+            return super().forward(*args, **kwargs)
+        made = _processors[type(processor)]
+        ours = made.__new__(made)
+        ours.__dict__ = processor.__dict__
+        view = View(self, {self._fastattn_bound: ours})
+        return self._fastattn_forward(view, *args, **kwargs)
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
     forward = type(module).forward
-    if isinstance(forward, FunctionType) and CALLED in forward.__code__.co_names:
+    if _calls(forward):
         yield ATTENTION
+    elif isinstance(forward, FunctionType):
+        for name in forward.__code__.co_names:
+            if _known(type(vars(module).get(name))):
+                yield _recogniser(ProcessorSwap, name)
+
+
+def _calls(function: Any) -> bool:
+    return isinstance(function, FunctionType) and CALLED in function.__code__.co_names
+
+
+_processors: dict[type, Any] = {}  # with our function in their call
+
+
+def _known(cls: Any) -> bool:
+    """Whether instances of a class call torch's function; a class that calls ours is made then."""
+    if cls not in _processors and _calls(call := vars(cls).get("__call__")):
+        _processors[cls] = type(cls.__name__, (cls,), {"__call__": _rebound(call)})
+    return cls in _processors
 
 
 def _rebound(function: FunctionType) -> FunctionType:
@@ -79,16 +133,21 @@ def _torch() -> Any:
     return _like(torch, nn=_like(torch.nn, functional=_functional()))
 
 
-def _probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
-    linear = next((m for m in module.modules() if isinstance(m, torch.nn.Linear)), None)
-    if linear is None:
-        raise ValueError("no linear layer tells the size of the hidden state")
-    return [Probe((draw.normal(2, 37, linear.in_features),))]
-
-
 def _backend(module: torch.nn.Module, probe: Probe) -> str | None:
-    q = probe.args[0].new_empty(2, 37, 1, 64, requires_grad=True)
+    x = next(value for value in probe.kwargs.values() if isinstance(value, torch.Tensor))
+    q = x.new_empty(calls.BATCH, calls.SEQLEN, 1, 64, requires_grad=True)
     return explanation_of(attention, q, q, q).backend
 
 
-ATTENTION = Recogniser("attention by F.scaled_dot_product_attention", SDPASwap, _probes, _backend)
+def _recogniser(mixin: type, bound: str | None) -> Recogniser:
+    return Recogniser(
+        words="attention by F.scaled_dot_product_attention",
+        mixin=mixin,
+        probes=lambda module, draw: next(calls.guesses(module, draw)),
+        guesses=calls.guesses,
+        backend=_backend,
+        bound=bound,
+    )
+
+
+ATTENTION = _recogniser(SDPASwap, None)

@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -222,36 +222,48 @@ def _innermost(forward: Any) -> FunctionType | None:
     return None
 
 
+class Bound(NamedTuple):
+    """The implementation of attention whose place ours takes, and the rotation."""
+
+    replaced: str
+    rotation: Rotation
+
+
 class RotaryAttentionSwap(AttentionSwap):
     """`AttentionSwap`, and its original's forward with our function for the rotary embedding."""
 
-    _fastattn_bound: ClassVar[Rotation]
+    @staticmethod
+    def _replaced(bound: Bound) -> str:
+        return bound.replaced
 
     @staticmethod
-    def recogniser(bound: Rotation) -> Recogniser:  # type: ignore[override]
+    def recogniser(bound: Bound) -> Recogniser:
         return recogniser(bound)
 
     def __init_subclass__(cls) -> None:
-        rotation = cls._fastattn_bound
-        forward = vars(cls)["_fastattn_original"].forward
-        innermost = _innermost(forward)
-        assert innermost is not None
-        original = innermost.__globals__[rotation.name]
-        cls.forward = _rebound(forward, {rotation.name: _ours(rotation, original)})
+        super().__init_subclass__()
+        if (original := vars(cls).get("_fastattn_original")) is not None:  # not a tool's subclass
+            rotation = cls._fastattn_bound.rotation
+            innermost = _innermost(original.forward)
+            assert innermost is not None
+            function = innermost.__globals__[rotation.name]
+            cls.forward = _rebound(original.forward, {rotation.name: _ours(rotation, function)})
 
 
 @functools.cache
-def recogniser(bound: Rotation) -> Recogniser:
+def recogniser(bound: Bound) -> Recogniser:
+    of_attention = swap.RECOGNISERS[bound.replaced]
+
     def backend(module: torch.nn.Module, probe: Probe) -> str | None:
         q = swap.example(module, probe)
         cos = q.new_empty(*q.shape[:2], q.shape[3])
-        of_rotary = explanation_of(rotary, q, q, cos, cos, interleaved=bound.interleaved).backend
-        of_attention = swap.ATTENTION.backend(module, probe)
-        return f"{of_attention}, rotary {of_rotary}"
+        interleaved = bound.rotation.interleaved
+        found = explanation_of(rotary, q, q, cos, cos, interleaved=interleaved).backend
+        return f"{of_attention.backend(module, probe)}, rotary {found}"
 
     return dataclasses.replace(
-        swap.ATTENTION,
-        words=f"{swap.ATTENTION.words}, with {bound}",
+        of_attention,
+        words=f"{of_attention.words}, with {bound.rotation}",
         mixin=RotaryAttentionSwap,
         backend=backend,
         bound=bound,
@@ -259,7 +271,8 @@ def recogniser(bound: Rotation) -> Recogniser:
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
-    if next(swap.of(module), None) is None:
+    attention = next(swap.of(module), None)
+    if attention is None:
         return
     forward = _innermost(type(module).forward)
     if forward is None or any(x.opname == "STORE_GLOBAL" for x in dis.get_instructions(forward)):
@@ -269,7 +282,7 @@ def of(module: torch.nn.Module) -> Iterator[Recogniser]:
         if isinstance(function, FunctionType) and _arguments(function)[:4] == ARGUMENTS:
             rotation = _rotation(name, function)
             if rotation is not None:
-                yield recogniser(rotation)
+                yield recogniser(Bound(str(attention.bound), rotation))
 
 
 def _arguments(function: FunctionType) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,20 @@ class Extras(NamedTuple):
 
 
 NONE = Extras()
+
+
+class Learnt(NamedTuple):
+    """Something of each of the extras that have a gradient, such as whether it is wanted."""
+
+    bias: Any
+    sink: Any
+
+    @classmethod
+    def of(cls, extras: Extras) -> Learnt:
+        return cls(extras.bias, extras.sink)
+
+
+NO_GRADIENT = Learnt(False, False)
 
 
 class Settings(NamedTuple):

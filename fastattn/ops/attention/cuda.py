@@ -10,31 +10,37 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import dropout
+from fastattn.ops.attention import sink
 from fastattn.ops.attention.call import (
     Extras,
+    Learnt,
     Settings,
     backward_results,
     forward_results,
     no_sequence,
 )
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.attention.sink import gradient as sink_gradient
+from fastattn.ops.common import dropout
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**30 - 1  # positions are 32-bit, and so is a position and a side of the window
 
 
-def unsupported(problem: AttentionProblem) -> str | None:
-    """The reason why these kernels cannot run `problem`, or None."""
+def beyond_limits(problem: AttentionProblem) -> str | None:
+    """The reason why no kernel of attention in csrc/ can run `problem`, or None."""
     if problem.transformed:
         return "torch.func transforms and forward-mode AD need a differentiable backend"
     if problem.dtype not in DTYPES:
         return f"the CUDA kernels compute in float16 and bfloat16, not in {problem.dtype}"
     widest = max(problem.head_dim, problem.head_dim_v)
-    if widest > MAX_HEAD_DIM:
-        return f"head_dim {widest} is above {MAX_HEAD_DIM}"
+    return f"head_dim {widest} is above {MAX_HEAD_DIM}" if widest > MAX_HEAD_DIM else None
+
+
+def unsupported(problem: AttentionProblem) -> str | None:
+    """The reason why these kernels cannot run `problem`, or None."""
+    if (reason := beyond_limits(problem)) is not None:
+        return reason
     if "q_documents" in problem.given:
         return "the CUDA kernels have no documents"
     if "blocks" in problem.given:
@@ -55,10 +61,9 @@ def forward(
     out, lse = forward_results(q, v, extras, settings)
     if no_sequence(extras, settings.max_seqlen_q):
         return out, lse
-    mask, bias, slopes, sink, *lengths = _features(extras)
     torch.ops.fastattn_cuda.attention_forward(
-        _padded(out), lse, *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, sink,
-        *lengths, *_numbers(q, k, settings),
+        _padded(out), lse, *(_padded(_readable(x)) for x in (q, k, v)), *_features(extras),
+        *_numbers(q, k, settings),
     )  # fmt: skip
     return out, lse
 
@@ -68,8 +73,7 @@ def backward(
     dlse: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    bias_grad: bool,
-    sink_grad: bool,
+    wanted: Learnt,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -78,22 +82,24 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """(dq, dk, dv, dbias, dsink), each shaped as its input and contiguous.
 
-    dbias is empty, and dsink where it is not wanted.
+    dbias is empty, and dsink where `wanted` is False.
     """
-    assert not bias_grad, "unsupported() refuses it"
+    assert not wanted.bias, "unsupported() refuses it"
     dq, dk, dv = backward_results(q, k, v, extras, settings)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    mask, bias, slopes, sink, *lengths = _features(extras)
+    mask, bias, slopes, _, *lengths = _features(extras)
     torch.ops.fastattn_cuda.attention_backward(
         *(_padded(x) for x in (dq, dk, dv)), delta, _padded(_readable(dout)),
         None if dlse is None else dlse.contiguous(), _padded(_readable(out)), lse,
         *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, *lengths,
         *_numbers(q, k, settings),
     )  # fmt: skip
-    # Outputs of an op share no memory, not even none: two tensors.
-    dsink = sink_gradient(lse, delta, sink) if sink_grad else q.new_empty((0,))
-    return dq, dk, dv, q.new_empty((0,)), dsink
+    dbias, dsink = q.new_empty((0,)), q.new_empty((0,))  # two: outputs may not alias
+    if wanted.sink:
+        assert extras.sink is not None
+        dsink = sink.gradient(lse, delta, extras.sink)
+    return dq, dk, dv, dbias, dsink
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

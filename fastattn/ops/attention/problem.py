@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from fastattn.ops.attention.block_mask import BlockMask
-from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
+from fastattn.ops.attention.call import UNBOUNDED, Extras, Learnt, Settings
 from fastattn.ops.common import modes
 from fastattn.ops.common.dense import check_dense
 
@@ -82,7 +82,7 @@ class AttentionProblem:
             given=tuple(name for name, x in zip(Extras._fields, extras) if x is not None),
             is_empty=0 in q.shape or 0 in k.shape or 0 in v.shape,
             return_lse=return_lse,
-            needs_grad=modes.needs_grad(q, k, v, extras.bias, extras.sink, slopes),
+            needs_grad=modes.needs_grad(q, k, v, slopes, *Learnt.of(extras)),
             needs_bias_grad=extras.bias is not None and modes.needs_grad(extras.bias),
             needs_slope_grad=slopes is not None and modes.needs_grad(slopes),
             transformed=modes.transformed(),

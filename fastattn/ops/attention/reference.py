@@ -18,10 +18,10 @@ import functools
 
 import torch
 
-from fastattn.ops.attention import block_mask, dropout
+from fastattn.ops.attention import block_mask
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import modes
+from fastattn.ops.common import dropout, modes
 
 
 def unsupported(problem: AttentionProblem) -> str | None:

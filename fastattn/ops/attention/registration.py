@@ -14,25 +14,26 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import backends
-from fastattn.ops.attention import dropout, reference
-from fastattn.ops.attention.call import Extras, Settings, results
+from fastattn.ops.attention import reference
+from fastattn.ops.attention.call import Extras, Learnt, Settings, results
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import autograd, flops
+from fastattn.ops.common import autograd, dropout, flops
 
 BACKENDS = backends.of_op("fastattn.ops.attention")
 
-# Extras, then Settings, in their order; `blocks` is a list, the rest are single tensors.
-_CALL = (
-    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? key_lengths, "
-    "Tensor? q_documents, Tensor? k_documents, Tensor[]? blocks, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? dropout_seed, "
-    "SymInt window_left, SymInt window_right, bool top_left, float softmax_scale, float softcap, "
-    "float dropout_p, str fp32_precision, SymInt max_seqlen_q, SymInt max_seqlen_k, int block_q, "
-    "int block_k, str backend, bool forced"
+# Extras, then Settings, in their order.
+_TENSORS = ", ".join(
+    f"Tensor[]? {name}" if name == "blocks" else f"Tensor? {name}" for name in Extras._fields
 )
+_CALL = (
+    f"{_TENSORS}, SymInt window_left, SymInt window_right, bool top_left, float softmax_scale, "
+    "float softcap, float dropout_p, str fp32_precision, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "int block_q, int block_k, str backend, bool forced"
+)
+_GRADIENTS = ", ".join(f"Tensor d{name}" for name in ("q", "k", "v", *Learnt._fields))
 _EXTRAS, _SETTINGS = len(Extras._fields), len(Settings._fields)
 _BLOCKS = Extras._fields.index("blocks")
-_BIAS, _SINK = Extras._fields.index("bias"), Extras._fields.index("sink")
+_LEARNT = [Extras._fields.index(name) for name in Learnt._fields]
 
 
 def run_kernel(
@@ -101,44 +102,40 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
         return tuple(grads)
     if dout is None:
         dout = torch.zeros_like(out)
-    # A bias or sink that wants no gradient saves its reduction.
-    bias_grad, sink_grad = ctx.needs_input_grad[3 + _BIAS], ctx.needs_input_grad[3 + _SINK]
-    *dqkv, dbias, dsink = torch.ops.fastattn.attention_backward(
-        dout, dlse, out, lse, bias_grad, sink_grad, *inputs, *call
+    # What wants no gradient saves its reduction.
+    wanted = [ctx.needs_input_grad[3 + place] for place in _LEARNT]
+    dq, dk, dv, *learnt = torch.ops.fastattn.attention_backward(
+        dout, dlse, out, lse, wanted, *inputs, *call
     )
-    grads[:3] = dqkv
-    if bias_grad:
-        grads[3 + _BIAS] = dbias
-    if sink_grad:
-        grads[3 + _SINK] = dsink
+    grads[:3] = dq, dk, dv
+    for place, wants, grad in zip(_LEARNT, wanted, learnt):
+        if wants:
+            grads[3 + place] = grad
     return tuple(grads)
 
 
 # --- backward -----------------------------------------------------------------------------------
 
 
-def _backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
+def _backward(dout, dlse, out, lse, wanted, q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, forced = _split(call)
+    wanted = Learnt(*wanted)
     problem = AttentionProblem.of(q, k, v, extras, settings, return_lse=True)
     # Transforms around the call of `backward` are about other calls.
-    problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=bias_grad)
+    problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=wanted.bias)
     kernel = backends.select_backward("attention", BACKENDS, problem, backend, forced)
-    return kernel.backward(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, extras, settings)
+    return kernel.backward(dout, dlse, out, lse, wanted, q, k, v, extras, settings)
 
 
-def _backward_fake(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
-    bias, sink = call[_BIAS], call[_SINK]
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        bias.new_empty(bias.shape) if bias_grad else q.new_empty((0,)),
-        sink.new_empty(sink.shape) if sink_grad else q.new_empty((0,)),
+def _backward_fake(dout, dlse, out, lse, wanted, q, k, v, *call):  # type: ignore[no-untyped-def]
+    learnt = [call[place] if wants else None for place, wants in zip(_LEARNT, wanted)]
+    return tuple(
+        q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (q, k, v, *learnt)
     )
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dout, dlse, _, _, ctx.bias_grad, ctx.sink_grad, q, k, v, *call = inputs
+    dout, dlse, _, _, ctx.wanted, q, k, v, *call = inputs
     _keep(ctx, q, k, v, tuple(call), dout, dlse)
 
 
@@ -147,11 +144,10 @@ def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, .
     extras, settings, _, _ = _split(call)
 
     def gradients(
-        dout: Any, dlse: Any, q: Any, k: Any, v: Any, bias: Any, sink: Any
+        dout: Any, dlse: Any, q: Any, k: Any, v: Any, *learnt: Any
     ) -> list[torch.Tensor | None]:
-        given = extras._replace(
-            bias=extras.bias if bias is None else bias, sink=extras.sink if sink is None else sink
-        )
+        leaves = zip(Learnt._fields, learnt)
+        given = extras._replace(**{name: x for name, x in leaves if x is not None})
         problem = AttentionProblem.of(q, k, v, given, settings, return_lse=True)
         out, lse = reference.forward(problem, q, k, v, given)
         outputs, directions = [out], [dout]
@@ -159,16 +155,16 @@ def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, .
             # The LSE of a row without a key is constant, and its direction may be anything.
             seen = lse != float("-inf")
             outputs, directions = [out, lse.where(seen, 0.0)], [dout, dlse.where(seen, 0.0)]
-        return autograd.first_derivative(outputs, [q, k, v, bias, sink], directions)
+        return autograd.first_derivative(outputs, [q, k, v, *learnt], directions)
 
-    bias = extras.bias if ctx.bias_grad else None
-    sink = extras.sink if ctx.sink_grad else None
-    ddout, ddlse, dq, dk, dv, dbias, dsink = autograd.double_backward(
-        gradients, [dout, dlse, q, k, v, bias, sink], directions
+    learnt = [x if wants else None for x, wants in zip(Learnt.of(extras), ctx.wanted)]
+    ddout, ddlse, dq, dk, dv, *of_learnt = autograd.double_backward(
+        gradients, [dout, dlse, q, k, v, *learnt], directions
     )
     of_call: list[Any] = [None] * len(call)
-    of_call[_BIAS], of_call[_SINK] = dbias, dsink
-    return ddout, ddlse, None, None, None, None, dq, dk, dv, *of_call
+    for place, grad in zip(_LEARNT, of_learnt):
+        of_call[place] = grad
+    return ddout, ddlse, None, None, None, dq, dk, dv, *of_call
 
 
 autograd.register(
@@ -176,9 +172,8 @@ autograd.register(
     _forward, _forward_fake, _setup_context, _autograd,
 )  # fmt: skip
 autograd.register(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool bias_grad, "
-    f"bool sink_grad, Tensor q, Tensor k, Tensor v, {_CALL}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] wanted, "
+    f"Tensor q, Tensor k, Tensor v, {_CALL}) -> ({_GRADIENTS})",
     _backward, _backward_fake, _backward_setup_context, _double_backward,
 )  # fmt: skip
 
@@ -191,7 +186,7 @@ def _flops(q, k, v, *call):  # type: ignore[no-untyped-def]
     return 2 * _scores(q, k, call) * (q.shape[-1] + v.shape[-1])
 
 
-def _backward_flops(dout, dlse, out, lse, bias_grad, sink_grad, q, k, v, *call):  # type: ignore[no-untyped-def]
+def _backward_flops(dout, dlse, out, lse, wanted, q, k, v, *call):  # type: ignore[no-untyped-def]
     """The scores again and the products for dq and dk; those for dp and dv."""
     return 2 * _scores(q, k, call) * (3 * q.shape[-1] + 2 * v.shape[-1])
 

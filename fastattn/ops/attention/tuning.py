@@ -20,6 +20,7 @@ import torch
 
 from fastattn import timing
 from fastattn.ops.attention import tiles
+from fastattn.ops.attention.call import NO_GRADIENT
 from fastattn.ops.attention.problem import check
 from fastattn.ops.attention.tiles import Tile
 from fastattn.ops.common import launch
@@ -129,9 +130,9 @@ def problem(entry: Entry, seqlen: int, device: torch.device) -> Callable[[], Ten
     dout = normal(*out.shape)
 
     def backward() -> Tensors:
-        bias_grad = entry.kernel == tiles.BIAS
+        wanted = NO_GRADIENT._replace(bias=entry.kernel == tiles.BIAS)
         dq, dk, dv, dbias, _ = kernels.backward(
-            dout, None, out, lse, bias_grad, False, q, k, v, extras, settings
+            dout, None, out, lse, wanted, q, k, v, extras, settings
         )
         return {tiles.KEYS: (dk, dv), tiles.QUERIES: (dq,), tiles.BIAS: (dbias,)}[entry.kernel]
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+Results = torch.Tensor | tuple[torch.Tensor, ...]  # as the schema has them
+
 _library = torch.library.Library("fastattn", "FRAGMENT")
 
 
 def define(
     schema: str,
-    kernel: Callable[..., tuple[torch.Tensor, ...]],
-    fake: Callable[..., tuple[torch.Tensor, ...]],
+    kernel: Callable[..., Results],
+    fake: Callable[..., Results],
 ) -> str:
     """Define an op `fastattn::NAME`, opaque to torch.compile, and return its name.
 
@@ -34,8 +36,8 @@ def define(
 
 def register(
     schema: str,
-    kernel: Callable[..., tuple[torch.Tensor, ...]],
-    fake: Callable[..., tuple[torch.Tensor, ...]],
+    kernel: Callable[..., Results],
+    fake: Callable[..., Results],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> None:
@@ -62,7 +64,9 @@ def register(
                 # Below the keys that remember views: a result that is a view of a tensor made in
                 # here could not be modified in place outside.
                 with torch._C._AutoDispatchBelowADInplaceOrView():
-                    output = tuple(run(*inputs))  # a list would be no output to autograd
+                    output = run(*inputs)
+                if not isinstance(output, torch.Tensor):
+                    output = tuple(output)  # a list would be no output to autograd
                 setup_context(ctx, inputs, output)
                 return output
 
@@ -115,6 +119,8 @@ def double_backward(
             for y, dy in zip(results, directions, strict=True)
             if y is not None and dy is not None
         ]
+        if not pairs:  # nothing comes from above
+            return [None] * len(leaves)
         reached, given = zip(*pairs, strict=True)
         wanted = [x for x in leaves if x is not None]
         second = iter(torch.autograd.grad(reached, wanted, given, allow_unused=True))

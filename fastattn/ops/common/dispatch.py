@@ -78,7 +78,7 @@ class Dispatch(Generic[Problem]):
         name = op or problem.op  # type: ignore[attr-defined]
         chosen = backends.select(name, self._backends, problem, backend)
         if chosen.name in backends.KERNELS:
-            forced = backends.named(backend) is not None
+            forced = backends.choice(self._backends, backend) is not None
             run: Run = functools.partial(self._kernel, chosen.name, forced)
         else:
             run = chosen.module.forward

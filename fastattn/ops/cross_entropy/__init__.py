@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn.ops.cross_entropy.interface import IGNORED, cross_entropy
+from fastattn.ops.cross_entropy.interface import cross_entropy
+from fastattn.ops.cross_entropy.problem import IGNORED
 
 __all__ = ["IGNORED", "cross_entropy"]

@@ -1,72 +1,84 @@
-"""The cross-entropy of a vocabulary, whose logits are the largest tensor of a training step.
-
-For a batch of 4 x 128 tokens and GPT-2's vocabulary they take 103 MB, and F.cross_entropy makes
-three more of that size: the log-probabilities, which it keeps, and two gradients. On a CPU, where
-fresh memory costs as much as the arithmetic, one gradient is enough: the logits themselves are
-kept. Forward and backward take 144 instead of 263 ms for 512 x 50257, 5.5 instead of 6.4 ms for
-128 x 8192, 0.18 instead of 0.07 ms for 64 x 97 (float32, one thread of an Intel Xeon, torch 2.13,
-2026-11-26).
-"""
+"""The public function of cross_entropy: describe the call, choose a backend, run it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fastattn.ops.common import modes
+from fastattn import backends
+from fastattn.ops.common.dispatch import Dispatch
+from fastattn.ops.cross_entropy import problem as _problem
+from fastattn.ops.cross_entropy import registration
+from fastattn.ops.cross_entropy.problem import IGNORED
 
-IGNORED = -100  # a target that counts for nothing
+BACKENDS = registration.BACKENDS
 
-# Elements from which on memory is what counts, of the logits as of the head's weight.
-LARGE = 1 << 20
-# Logits of which the exponentials are made at once: memory that malloc has at hand.
-CHUNK = 1 << 22
+_dispatch: Dispatch[_problem.LossProblem] = Dispatch(BACKENDS, registration.run_kernel)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of next tokens, as `F.cross_entropy(logits.float(), targets)`.
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = IGNORED,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The cross-entropy of logits and target classes, in float32 whatever the logits are.
 
-    Large logits on a CPU are kept themselves for the backward, and one gradient is made of them: do
-    not modify them in place before that.
+    In plain PyTorch, for logits (N, V) and targets (N,):
+
+        s = logit_scale * logits.float()
+        s = softcap * tanh(s / softcap)                  # if softcap is not 0
+        loss = F.cross_entropy(s, targets, weight, ignore_index=ignore_index,
+                               label_smoothing=label_smoothing, reduction="none")
+        loss = loss + z_loss * s.logsumexp(-1) ** 2      # where targets != ignore_index
+        mean = loss.sum() / weight[targets].sum()        # of the targets that count
+
+    The scale comes before the cap; a model has one of them: Cohere multiplies its logits by
+    `logit_scale`, Granite divides them by `logits_scaling`, Gemma 2 caps them. The z-loss keeps the
+    softmax's denominator near 1 (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+
+    Kept for the backward are the logits themselves, with two numbers a row: do not modify them in
+    place before it. The backward makes one tensor of their size, the gradient. No kernel has
+    atomics: the same inputs give the same bits. A second derivative goes through the reference.
 
     Args:
-        logits: (N, V), any floating-point dtype.
-        targets: (N,), int64, classes in [0, V), or `IGNORED` for a row that does not count.
+        logits: (..., V), float16, bfloat16, float32 or float64; any strides.
+        targets: (...), int64 or int32, classes from 0 to V - 1, or `ignore_index`.
+        weight: (V,), a weight for each class, without a gradient; any of these dtypes. None for 1.
+        ignore_index: a target that counts for nothing: its loss and gradient are 0.
+        label_smoothing: from 0 to 1, the share that goes to all classes alike (Szegedy et al. 2015,
+            arXiv:1512.00567).
+        z_loss: the coefficient of lse^2, added for each target that counts, whatever its weight.
+        logit_scale: factor of the logits.
+        softcap: the scores' bound, 0 for none.
+        reduction: "mean", "sum", or "none" for the losses themselves.
+        backend: "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
-        The mean over the rows that count, a scalar in float32; NaN if none does.
+        A scalar, or (...) for "none", in float32, for float64 logits in float64, also under
+        autocast. The mean is NaN if no target counts, with gradients of 0.
 
     Raises:
-        RuntimeError, IndexError: what `F.cross_entropy` raises for shapes and classes.
+        TypeError, ValueError: an argument does not fit; the message names it.
+        IndexError: a target on a CPU is no class. On a GPU, where to look would wait, the kernels
+            make the loss of such a row NaN.
+        fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    logits = logits.float()
-    suited = logits.is_cpu and type(logits) is Tensor and logits.numel() >= LARGE
-    if not suited or modes.recorded() or modes.transformed():
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED)
-    return _CrossEntropy.apply(logits, targets)
+    options = ignore_index, label_smoothing, z_loss, logit_scale, softcap, reduction
+    key, plan = _dispatch.find((logits, targets, weight), *options, backend)
+    if plan is None:
+        named = dict(zip(_problem.Options._fields, options, strict=True))
+        described = _problem.describe(logits, targets, weight=weight, **named)  # type: ignore[arg-type]
+        plan = _dispatch.make(key, described, backend)
+    described, run = plan
+    loss: torch.Tensor = run(described, logits, targets, weight)
+    return loss
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK // logits.shape[1])
-        lse = torch.cat([some.logsumexp(-1) for some in logits.split(rows)])
-        counts = targets != IGNORED
-        number = counts.sum()
-        classes = targets.where(counts, 0)[:, None]
-        ctx.save_for_backward(logits, lse, counts, number, classes)
-        losses = lse - logits.gather(1, classes).squeeze(1)
-        return losses.where(counts, 0.0).sum() / number
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, lse, counts, number, classes = ctx.saved_tensors
-        scale = (grad / number).where(counts, 0.0)[:, None]
-        if torch.is_grad_enabled():  # a second derivative is wanted: in terms that autograd sees
-            weights = logits.softmax(-1) * scale
-        else:
-            weights = (logits - lse[:, None]).exp_().mul_(scale)
-        return weights.scatter_add_(1, classes, -scale), None
+backends.register(cross_entropy, _problem.describe, BACKENDS)

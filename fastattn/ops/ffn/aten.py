@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.activations import activate
 from fastattn.ops.ffn.problem import FFNProblem
 from fastattn.ops.linear import linear
 
@@ -59,9 +60,9 @@ def _linear(
     # Where gradients are wanted or calls recorded, `linear` has nothing to offer.
     product = F.linear if functional or torch.is_grad_enabled() else linear
     if gate is None:
-        hidden = _activate(activation, functional, product(x, w1, b1))
+        hidden = activate(activation, functional, product(x, w1, b1))
     else:
-        hidden = _activate(activation, functional, product(x, gate, gate_bias))
+        hidden = activate(activation, functional, product(x, gate, gate_bias))
         hidden = _multiply(functional, hidden, product(x, w1, b1))
     return product(hidden, w2, b2)
 
@@ -80,9 +81,9 @@ def _conv1d(
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     pre = _product(rows, w1, b1)
     if gate is None:
-        hidden = _activate(activation, functional, pre)
+        hidden = activate(activation, functional, pre)
     else:
-        hidden = _activate(activation, functional, _product(rows, gate, gate_bias))
+        hidden = activate(activation, functional, _product(rows, gate, gate_bias))
         hidden = _multiply(functional, hidden, pre)
     out = _product(hidden, w2, b2)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], w2.shape[1])
@@ -97,14 +98,3 @@ def _multiply(functional: bool, activated: torch.Tensor, up: torch.Tensor) -> to
     if functional or activated.requires_grad or up.requires_grad:
         return activated * up
     return activated.mul_(up)
-
-
-def _activate(activation: str, functional: bool, pre: torch.Tensor) -> torch.Tensor:
-    """activation(pre), in place where `pre` is not needed again, unless `functional`."""
-    in_place = not (functional or pre.requires_grad)
-    if activation == "gelu_tanh" or activation == "gelu":
-        gelu = torch._C._nn.gelu_ if in_place else F.gelu  # type: ignore[attr-defined]
-        return gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if activation == "relu":
-        return F.relu(pre) if functional else F.relu_(pre)
-    return F.silu(pre, inplace=in_place)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.activations import check_activation
 from fastattn.ops.common.dense import BY_ROWS, check_dense
 
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
 LAYOUTS = ("linear", "conv1d")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -133,14 +133,9 @@ def check(
     recompute: bool,
 ) -> None:
     """Raise for whatever the caller got wrong; the only place of the op that does."""
-    for name, value, accepted in (
-        ("activation", activation, ACTIVATIONS),
-        ("layout", layout, LAYOUTS),
-    ):
-        if value not in accepted:
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}"
-            )
+    check_activation(activation)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}; got {layout!r}")
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be True or False; got {type(recompute).__name__}")
     others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate, "gate_bias": gate_bias}

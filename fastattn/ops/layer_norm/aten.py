@@ -1,4 +1,4 @@
-"""The `torch` backend of the norms: ATen's layer_norm and rms_norm.
+"""The `torch` backend of the norms: ATen's dropout, layer_norm and rms_norm.
 
 ATen takes parameters of another dtype than x's in few combinations, which differ by device; the
 others are computed in the promoted dtype.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from fastattn.ops.layer_norm.problem import NormProblem
 
@@ -27,6 +28,8 @@ def forward(
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, stream)."""
+    if problem.dropout_p:
+        x = F.dropout(x, problem.dropout_p)
     stream = x if residual is None else x + residual
     precision, s = _promoted(problem), stream
     if precision is not None:

@@ -20,6 +20,8 @@ def unsupported(problem: NormProblem) -> str | None:
         return "the kernels have no forward-mode or batching rule"
     if torch.float64 in problem.dtypes:
         return "the kernels compute in float32: float64 would lose precision"
+    if problem.dropout_p:
+        return "the CUDA kernels of the norms have no dropout"
     if problem.hidden > MAX_HIDDEN:
         return f"the kernels take hidden sizes up to {MAX_HIDDEN}; got {problem.hidden}"
     return None
@@ -33,8 +35,11 @@ def forward(
     eps: float,
     center: bool,
     out_dtype: torch.dtype,
+    dropout_seed: None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, stream, statistics), as results.py has them."""
+    assert dropout_seed is None, "unsupported() refuses it"
     out, stream, statistics = results.of_forward(x, residual, center, out_dtype)
     if out.numel() == 0:
         return out, stream, statistics
@@ -59,8 +64,11 @@ def backward(
     residual_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     weight_grad: bool,
+    dropout_seed: None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dresidual, dweight, dbias), as results.py has them."""
+    assert dropout_seed is None, "unsupported() refuses it"
     dx, dresidual, dweight, dbias = results.of_backward(
         stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad
     )

@@ -21,19 +21,20 @@ def layer_norm(
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
     *,
+    dropout_p: float = 0,  # a float as default would have torch.compile trace twice
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Layer normalisation over the last dimension, with the addition of a residual fused.
+    """Layer normalisation over the last dimension, with dropout and a residual's addition fused.
 
-        s = x + residual
+        s = dropout(x) + residual
         out = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
 
     with the biased variance (Ba, Kiros and Hinton 2016, arXiv:1607.06450). The same as
-    `torch.nn.functional.layer_norm(x + residual, x.shape[-1:], weight, bias, eps)`, also under
-    autocast. Statistics and sums are float32 (float64 for float64 inputs); the kernels merge
-    partial statistics with Chan, Golub and LeVeque's formula (1983), so that a large mean does not
-    cancel the variance. The weight gradients have no atomics: the same inputs give the same bits
-    on the same GPU.
+    `torch.nn.functional.layer_norm(x + residual, x.shape[-1:], weight, bias, eps)`, after
+    `torch.nn.functional.dropout(x, dropout_p)`, also under autocast. Statistics and sums are
+    float32 (float64 for float64 inputs); the kernels merge partial statistics with Chan, Golub and
+    LeVeque's formula (1983), so that a large mean does not cancel the variance. The weight
+    gradients have no atomics: the same inputs give the same bits on the same GPU.
 
     Args:
         x: (..., hidden), at least one dimension; float16, bfloat16, float32 or float64. Any
@@ -43,6 +44,10 @@ def layer_norm(
         bias: (hidden,), None for 0; any of these dtypes.
         eps: added to the variance; finite, not negative.
         residual: x's shape; its dtype may be another. The sum has the promoted dtype of the two.
+        dropout_p: probability with which an element of x is dropped before it is added to the
+            residual, in [0, 1); the others are scaled by 1 / (1 - dropout_p). Not without a
+            residual. Seeded by torch's generator of the device; only the seed is kept for the
+            backward, except by "torch", whose dropout is PyTorch's own.
         backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
@@ -53,7 +58,7 @@ def layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    return _normalise(x, weight, bias, eps, residual, backend, True)
+    return _normalise(x, weight, bias, eps, residual, dropout_p, backend, True)
 
 
 def rms_norm(
@@ -62,16 +67,17 @@ def rms_norm(
     eps: float | None = None,
     residual: torch.Tensor | None = None,
     *,
+    dropout_p: float = 0,  # a float as default would have torch.compile trace twice
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Root-mean-square normalisation over the last dimension, with a residual's addition fused.
+    """Root-mean-square normalisation over the last dimension, with dropout and a residual fused.
 
-        s = x + residual
+        s = dropout(x) + residual
         out = s / sqrt(mean(s^2) + eps) * weight
 
     (Zhang and Sennrich 2019, arXiv:1910.07467.) The same as
     `torch.nn.functional.rms_norm(x + residual, x.shape[-1:], weight, eps)`, also under autocast;
-    precision and determinism as in `layer_norm`.
+    dropout, precision and determinism as in `layer_norm`.
 
     Args:
         x: (..., hidden), at least one dimension; float16, bfloat16, float32 or float64. Any
@@ -80,6 +86,10 @@ def rms_norm(
         eps: added to the mean square; finite, not negative. None is the machine epsilon of the
             dtype of the statistics, as in torch: float64's for float64 inputs, else float32's.
         residual: x's shape; its dtype may be another. The sum has the promoted dtype of the two.
+        dropout_p: probability with which an element of x is dropped before it is added to the
+            residual, in [0, 1); the others are scaled by 1 / (1 - dropout_p). Not without a
+            residual. Seeded by torch's generator of the device; only the seed is kept for the
+            backward, except by "torch", whose dropout is PyTorch's own.
         backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
@@ -90,7 +100,7 @@ def rms_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
-    return _normalise(x, weight, None, eps, residual, backend, False)
+    return _normalise(x, weight, None, eps, residual, dropout_p, backend, False)
 
 
 def _normalise(
@@ -99,12 +109,13 @@ def _normalise(
     bias: torch.Tensor | None,
     eps: float | None,
     residual: torch.Tensor | None,
+    dropout_p: float,
     backend: str | None,
     center: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    key, plan = _dispatch.find((x, weight, bias, residual), eps, center, backend)
+    key, plan = _dispatch.find((x, weight, bias, residual), eps, center, dropout_p, backend)
     if plan is None:
-        described = _problem.describe(x, weight, bias, eps, residual, center=center)
+        described = _problem.describe(x, weight, bias, eps, residual, dropout_p, center=center)
         plan = _dispatch.make(key, described, backend)
     described, run = plan
     out, stream = run(described, x, weight, bias, residual)

@@ -22,11 +22,12 @@ class NormProblem:
     residual_dtype: torch.dtype | None
     weight_dtype: torch.dtype | None
     bias_dtype: torch.dtype | None
-    stream_dtype: torch.dtype  # of what is normalised: x, or x + residual
+    stream_dtype: torch.dtype  # of what is normalised: x, or dropout(x) + residual
     out_dtype: torch.dtype
     device: torch.device
     center: bool
     eps: float
+    dropout_p: float
     transformed: bool
 
     @property
@@ -34,9 +35,12 @@ class NormProblem:
         return "layer_norm" if self.center else "rms_norm"
 
     @property
-    def elements(self) -> int:
-        """The problem's size where backends are compared (measured.py): x's elements."""
-        return math.prod(self.shape)
+    def elements(self) -> int | None:
+        """The problem's size where backends are compared (measured.py): x's elements.
+
+        None with dropout, which is not compared.
+        """
+        return None if self.dropout_p else math.prod(self.shape)
 
     @property
     def needs_grad(self) -> None:
@@ -61,6 +65,8 @@ class NormProblem:
         ):
             if dtype is not None:
                 facts.append(f"{name} {_name(dtype)}")
+        if self.dropout_p:
+            facts.append(f"dropout_p={self.dropout_p}")
         if self.out_dtype != self.stream_dtype:
             facts.append(f"out {_name(self.out_dtype)} under autocast")
         if self.transformed:
@@ -74,9 +80,11 @@ def describe_layer_norm(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> NormProblem:
     """The problem of a call of `layer_norm`. Raises TypeError or ValueError."""
-    return describe(x, weight, bias, eps, residual, center=True)
+    return describe(x, weight, bias, eps, residual, dropout_p, center=True)
 
 
 def describe_rms_norm(
@@ -84,9 +92,11 @@ def describe_rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
     residual: torch.Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> NormProblem:
     """The problem of a call of `rms_norm`. Raises TypeError or ValueError."""
-    return describe(x, weight, None, eps, residual, center=False)
+    return describe(x, weight, None, eps, residual, dropout_p, center=False)
 
 
 def describe(
@@ -95,11 +105,12 @@ def describe(
     bias: torch.Tensor | None,
     eps: float | None,
     residual: torch.Tensor | None,
+    dropout_p: float = 0.0,
     *,
     center: bool,
 ) -> NormProblem:
     """The problem of a call. Raises TypeError or ValueError for every error of the caller."""
-    check(x, weight, bias, eps, residual, center)
+    check(x, weight, bias, eps, residual, dropout_p, center)
     stream_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out_dtype = stream_dtype
     # Autocast runs the norms in float32 on every accelerator and leaves them alone on the CPU.
@@ -119,6 +130,7 @@ def describe(
         device=x.device,
         center=center,
         eps=float(eps),
+        dropout_p=float(dropout_p),
         transformed=modes.transformed(),
     )
 
@@ -129,6 +141,7 @@ def check(
     bias: torch.Tensor | None,
     eps: float | None,
     residual: torch.Tensor | None,
+    dropout_p: float,
     center: bool,
 ) -> None:
     """Raise for whatever the caller got wrong; the only place of the op that does."""
@@ -150,12 +163,26 @@ def check(
             raise ValueError(
                 f"residual must have x's shape {tuple(x.shape)}; got {tuple(residual.shape)}"
             )
+    check_dropout(dropout_p, residual)
     if eps is None and not center:
         return
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a float; got {type(eps).__name__}")
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative; got {eps}")
+
+
+def check_dropout(dropout_p: float, residual: torch.Tensor | None) -> None:
+    """Raise unless `dropout_p` is a probability, and 0 without a residual."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a float; got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1); got {dropout_p}")
+    if dropout_p and residual is None:
+        raise ValueError(
+            f"dropout_p={dropout_p} drops elements of x before they are added to a residual; got "
+            "residual=None: give a residual, or normalise torch.nn.functional.dropout(x, dropout_p)"
+        )
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device | None) -> None:

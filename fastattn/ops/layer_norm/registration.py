@@ -5,6 +5,7 @@ with fake implementations for tracing and autograd formulas up to the second der
 names who runs the forward; if the user named it (`forced`), the backward stays on it too, else the
 backward chooses again.
 
+The seed of dropout is drawn outside of the op, whose results so depend on nothing but its inputs.
 Absent tensors are empty ones: `stream` without a residual (it is x), and gradients
 that nobody asked for. `statistics` is rstd and, for layer_norm, mean: (2 or 1, ...) float32.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd
+from fastattn.ops.common import autograd, dropout
 from fastattn.ops.layer_norm import reference, results
 from fastattn.ops.layer_norm.problem import NormProblem, describe
 
@@ -34,31 +35,37 @@ def run_kernel(
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, stream) of a call on a kernel backend."""
+    seed = dropout.draw_seed(x.device) if problem.dropout_p else None
     out, stream, _ = torch.ops.fastattn.layer_norm(
-        x, residual, weight, bias, problem.eps, problem.center, problem.out_dtype, backend, forced
-    )
+        x, residual, weight, bias, seed, problem.dropout_p, problem.eps, problem.center,
+        problem.out_dtype, backend, forced,
+    )  # fmt: skip
     return out, stream
 
 
 # --- forward ------------------------------------------------------------------------------------
 
 
-def _forward(x, residual, weight, bias, eps, center, out_dtype, backend, forced):  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    x, residual, weight, bias, seed, dropout_p, eps, center, out_dtype, backend, forced
+):
     kernel = backends.module_of(BACKENDS, backend)
-    return kernel.forward(x, residual, weight, bias, eps, center, out_dtype)
+    return kernel.forward(x, residual, weight, bias, eps, center, out_dtype, seed, dropout_p)
 
 
-def _forward_fake(x, residual, weight, bias, eps, center, out_dtype, backend, forced):  # type: ignore[no-untyped-def]
+def _forward_fake(  # type: ignore[no-untyped-def]
+    x, residual, weight, bias, seed, dropout_p, eps, center, out_dtype, backend, forced
+):
     return results.of_forward(x, residual, center, out_dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, residual, weight, bias, ctx.eps, ctx.center, _, ctx.backend, ctx.forced = inputs
+    x, residual, weight, bias, seed, ctx.dropout_p, ctx.eps, ctx.center, _, *ctx.choice = inputs
     _, stream, statistics = output
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x if residual is None else stream, weight, statistics)
+    ctx.save_for_backward(x if residual is None else stream, weight, statistics, seed)
     ctx.set_materialize_grads(False)
 
 
@@ -68,21 +75,22 @@ def _autograd(
     dstream: torch.Tensor | None,
     dstatistics: None,
 ) -> tuple[Any, ...]:
-    stream, weight, statistics = ctx.saved_tensors
+    stream, weight, statistics, seed = ctx.saved_tensors
     if ctx.residual_dtype is None:
         dstream = None  # x has no second way out; the op's `stream` was empty
-    rest = (None,) * 5
+    rest = (None,) * 7
     if dout is None:
         if dstream is None:
-            return (None,) * 9
-        return dstream.to(ctx.x_dtype), dstream.to(ctx.residual_dtype), None, None, *rest
+            return (None,) * 11
+        dx = _dropped(dstream, seed, ctx.dropout_p).to(ctx.x_dtype)
+        return dx, dstream.to(ctx.residual_dtype), None, None, *rest
     _, residual_grad, weight_grad, bias_grad = ctx.needs_input_grad[:4]
     dx, dresidual, dweight, dbias = torch.ops.fastattn.layer_norm_backward(
-        dout, dstream, stream, weight, statistics, ctx.eps, ctx.center, ctx.x_dtype,
-        ctx.residual_dtype, ctx.bias_dtype if bias_grad else None, weight_grad,
-        ctx.backend, ctx.forced,
+        dout, dstream, stream, weight, statistics, seed, ctx.dropout_p, ctx.eps, ctx.center,
+        ctx.x_dtype, ctx.residual_dtype, ctx.bias_dtype if bias_grad else None, weight_grad,
+        *ctx.choice,
     )  # fmt: skip
-    if ctx.residual_dtype == ctx.x_dtype:
+    if ctx.residual_dtype == ctx.x_dtype and seed is None:
         dresidual = dx
     return (
         dx,
@@ -97,32 +105,37 @@ def _autograd(
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    dout, dstream, stream, weight, statistics, eps, center, x_dtype, residual_dtype, bias_dtype,
-    weight_grad, backend, forced,
+    dout, dstream, stream, weight, statistics, seed, dropout_p, eps, center, x_dtype,
+    residual_dtype, bias_dtype, weight_grad, backend, forced,
 ):  # fmt: skip
     problem = describe(stream, weight, None, eps, None, center=center)
+    problem = dataclasses.replace(problem, dropout_p=dropout_p)
     kernel = backends.select_backward(problem.op, BACKENDS, problem, backend, forced)
     return kernel.backward(
         dout, dstream, stream, weight, statistics, center, x_dtype, residual_dtype, bias_dtype,
-        weight_grad,
+        weight_grad, seed, dropout_p,
     )  # fmt: skip
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
-    dout, dstream, stream, weight, statistics, eps, center, x_dtype, residual_dtype, bias_dtype,
-    weight_grad, backend, forced,
+    dout, dstream, stream, weight, statistics, seed, dropout_p, eps, center, x_dtype,
+    residual_dtype, bias_dtype, weight_grad, backend, forced,
 ):  # fmt: skip
-    return results.of_backward(stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad)
+    return results.of_backward(
+        stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad, dropout_p
+    )
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dout, dstream, stream, weight, _, ctx.eps, ctx.center, *ctx.gradients, _, _ = inputs
-    ctx.save_for_backward(dout, dstream, stream, weight)
+    dout, dstream, stream, weight, _, seed, ctx.dropout_p, *options, _, _ = inputs
+    ctx.eps, ctx.center, *ctx.gradients = options
+    ctx.save_for_backward(dout, dstream, stream, weight, seed)
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, ...]:
     x_dtype, residual_dtype, bias_dtype, weight_grad = ctx.gradients
+    *tensors, seed = ctx.saved_tensors
 
     def gradients(dout: Any, dstream: Any, stream: Any, weight: Any) -> list[torch.Tensor | None]:
         bias = None
@@ -136,22 +149,32 @@ def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, .
         assert ds is not None
         if dstream is not None:
             ds = ds + dstream
-        dresidual = None if residual_dtype in (None, x_dtype) else ds.to(residual_dtype)
-        return [ds.to(x_dtype), dresidual, dweight, dbias]
+        dresidual = None
+        if residual_dtype is not None and (residual_dtype != x_dtype or seed is not None):
+            dresidual = ds.to(residual_dtype)
+        return [_dropped(ds, seed, ctx.dropout_p).to(x_dtype), dresidual, dweight, dbias]
 
-    return *autograd.double_backward(gradients, ctx.saved_tensors, directions), *(None,) * 9
+    return *autograd.double_backward(gradients, tensors, directions), *(None,) * 11
+
+
+def _dropped(ds: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
+    """The gradient of x, of the stream's; differentiable."""
+    if seed is None:
+        return ds
+    return reference.dropped(ds, seed, dropout_p)
 
 
 autograd.register(
-    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center, "
-    "ScalarType out_dtype, str backend, bool forced) "
+    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? dropout_seed, "
+    "float dropout_p, float eps, bool center, ScalarType out_dtype, str backend, bool forced) "
     "-> (Tensor out, Tensor stream, Tensor statistics)",
     _forward, _forward_fake, _setup_context, _autograd,
 )  # fmt: skip
 autograd.register(
     "layer_norm_backward(Tensor dout, Tensor? dstream, Tensor stream, Tensor? weight, "
-    "Tensor statistics, float eps, bool center, ScalarType x_dtype, ScalarType? residual_dtype, "
-    "ScalarType? bias_dtype, bool weight_grad, str backend, bool forced) "
+    "Tensor statistics, Tensor? dropout_seed, float dropout_p, float eps, bool center, "
+    "ScalarType x_dtype, ScalarType? residual_dtype, ScalarType? bias_dtype, bool weight_grad, "
+    "str backend, bool forced) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _backward, _backward_fake, _backward_setup_context, _double_backward,
 )  # fmt: skip

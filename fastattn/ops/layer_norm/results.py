@@ -29,14 +29,15 @@ def of_backward(
     residual_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     weight_grad: bool,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dresidual, dweight, dbias).
 
-    dresidual is empty where it would be dx again, dweight without `weight_grad`, dbias without
-    `bias_dtype`.
+    dresidual is empty where it would be dx again (one dtype, no dropout), dweight without
+    `weight_grad`, dbias without `bias_dtype`.
     """
     dx = stream.new_empty(stream.shape, dtype=x_dtype)
-    has_dresidual = residual_dtype is not None and residual_dtype != x_dtype
+    has_dresidual = residual_dtype is not None and (residual_dtype != x_dtype or dropout_p > 0)
     dresidual = dx.new_empty(dx.shape if has_dresidual else 0, dtype=residual_dtype)
     if weight is None or not weight_grad:
         dweight = dx.new_empty(0)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from fastattn import chips
 
 MAX_HIDDEN = 65536
+LEAST = 4  # dropout's random words come four at a time
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ PARTIALS = Tile(rows=64, block=32, num_warps=4)
 
 def forward(hidden: int) -> Tile:
     """Of the forward; `block` < `hidden` means in chunks."""
-    block = power_of_two(hidden)
+    block = max(LEAST, power_of_two(hidden))
     if block <= 1024:  # 32 elements a thread
         return Tile(rows=1024 // block, block=block, num_warps=1)
     if block <= 8192:
@@ -56,7 +57,7 @@ def forward(hidden: int) -> Tile:
 
 def backward(hidden: int) -> Tile:
     """Of the backward; `block` < `hidden` means in chunks, and the weights' gradients apart."""
-    block = power_of_two(hidden)
+    block = max(LEAST, power_of_two(hidden))
     if block <= 1024:
         return Tile(rows=1024 // block, block=block, num_warps=2, programs=6)
     if block <= 8192:

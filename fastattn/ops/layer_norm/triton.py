@@ -1,10 +1,12 @@
 """The norms' Triton kernels: `forward` and `backward`, one family for layer_norm and rms_norm.
 
-With s = x + residual (rounded to its dtype), u = (s - mean) * rstd (mean = 0 for rms_norm) and
+With s = D x + residual (rounded to its dtype), D the dropout (0 or 1 / (1 - dropout_p), made again
+in the backward), u = (s - mean) * rstd (mean = 0 for rms_norm) and
 g = dout * weight:
 
     out = u * weight + bias
     ds  = (g - mean(g) - u * mean(g * u)) * rstd + dstream     (no mean(g) for rms_norm)
+    dresidual = ds,  dx = D ds
     dweight = sum over rows of dout * u,  dbias = sum over rows of dout
 
 Tensors are (rows, hidden), the last dimension contiguous, rows evenly spaced. A tile's first row is
@@ -17,12 +19,15 @@ gradients of gradients (registration.py takes those from the reference).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from fastattn import chips
-from fastattn.ops.common import launch
+from fastattn.ops.common import dropout, launch
+from fastattn.ops.common.triton.dropout import Dropout, keep_tile
 from fastattn.ops.layer_norm import results, tiles
 from fastattn.ops.layer_norm.problem import NormProblem
 
@@ -35,6 +40,33 @@ def unsupported(problem: NormProblem) -> str | None:
     if problem.hidden > tiles.MAX_HIDDEN:
         return f"the kernels take hidden sizes up to {tiles.MAX_HIDDEN}; got {problem.hidden}"
     return None
+
+
+# --- dropout ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dropped(
+    s,  # (height, BLOCK), float32
+    row,  # (height, 1), of all the rows
+    first_column,
+    seed_ptr,
+    threshold,
+    inverse_keep,
+    BLOCK: tl.constexpr,
+):
+    """D s of a tile."""
+    dropout = Dropout(tl.load(seed_ptr), 0, threshold, inverse_keep)
+    return tl.where(keep_tile(dropout, row, first_column, BLOCK, False), s * inverse_keep, 0.0)
+
+
+@triton.jit
+def _dropped_chunk(s, row, chunk, seed_ptr, threshold, inverse_keep, BLOCK: tl.constexpr):
+    """D s of a chunk, (BLOCK,), of one row."""
+    rows = tl.full((1, 1), 0, tl.int32) + row.to(tl.int32)
+    tile = s.reshape(1, BLOCK)
+    tile = _dropped(tile, rows, chunk * BLOCK, seed_ptr, threshold, inverse_keep, BLOCK)
+    return tile.reshape(BLOCK)
 
 
 # --- forward ------------------------------------------------------------------------------------
@@ -63,10 +95,10 @@ def _scale_and_shift(
     return u
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, stream_ptr, statistics_ptr,
-    x_stride, residual_stride, rows, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, stream_ptr, statistics_ptr, seed_ptr,
+    threshold, inverse_keep, x_stride, residual_stride, rows, eps,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CONTIGUOUS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,6 +117,8 @@ def _forward_kernel(
 
     s = tl.load(x_ptr + first * x_stride + row * x_stride + column, mask=mask, other=0.0)
     s = s.to(tl.float32)
+    if seed_ptr is not None:
+        s = _dropped(s, (first + row).to(tl.int32), 0, seed_ptr, threshold, inverse_keep, BLOCK)
     if HAS_RESIDUAL:
         residual_ptr += first * residual_stride
         in_offset = row * residual_stride + column
@@ -100,10 +134,10 @@ def _forward_kernel(
     tl.store(out_ptr + first * HIDDEN + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "threshold"])
 def _forward_chunked_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, stream_ptr, statistics_ptr,
-    x_stride, residual_stride, chunks, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, stream_ptr, statistics_ptr, seed_ptr,
+    threshold, inverse_keep, x_stride, residual_stride, chunks, eps,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -129,6 +163,8 @@ def _forward_chunked_kernel(
         column = chunk * BLOCK + lane
         mask = column < HIDDEN
         s = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            s = _dropped_chunk(s, row, chunk, seed_ptr, threshold, inverse_keep, BLOCK)
         if HAS_RESIDUAL:
             s = _add_residual(s, residual_ptr, stream_ptr, column, column, mask)
         if CENTER:
@@ -167,6 +203,8 @@ def forward(
     eps: float,
     center: bool,
     out_dtype: torch.dtype,
+    dropout_seed: torch.Tensor | None = None,  # (1,) int64; with a residual
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, stream, statistics), as results.py has them."""
     out, stream, statistics = results.of_forward(x, residual, center, out_dtype)
@@ -181,7 +219,11 @@ def forward(
         residual, residual_stride = _as_rows(residual, tile.rows)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    tensors = (x, _or(residual, x), _or(weight, x), _or(bias, x), out, stream, statistics)
+    tensors = (
+        x, _or(residual, x), _or(weight, x), _or(bias, x), out, stream, statistics,
+        *_dropout(dropout_seed, dropout_p),
+    )  # fmt: skip
+    wide = _wide(hidden, x_stride, residual_stride)
     switches = {
         "HIDDEN": hidden,
         "CENTER": center,
@@ -191,7 +233,7 @@ def forward(
         "CONTIGUOUS": x_stride == residual_stride == hidden,
         "BLOCK": tile.block,
         "num_warps": tile.num_warps,
-        **_registers(_wide(hidden, x_stride, residual_stride), tile.num_warps),
+        **_registers(not wide or dropout_seed is not None, tile.num_warps),
     }
     rows = x.shape[0]
     if tile.block < hidden:
@@ -211,10 +253,10 @@ def forward(
 # --- backward -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def _backward_kernel(
     dout_ptr, dstream_ptr, stream_ptr, weight_ptr, statistics_ptr,
-    dx_ptr, dresidual_ptr, partials_ptr,
+    dx_ptr, dresidual_ptr, seed_ptr, threshold, inverse_keep, partials_ptr,
     dout_stride, dstream_stride, stream_stride, rows,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_DSTREAM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
@@ -272,10 +314,13 @@ def _backward_kernel(
             )
             ds += dstream.to(tl.float32)
         out_offset = row * HIDDEN + column
-        tl.store(dx_ptr + first * HIDDEN + out_offset, ds.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_DRESIDUAL:
             dresidual = ds.to(dresidual_ptr.dtype.element_ty)
             tl.store(dresidual_ptr + first * HIDDEN + out_offset, dresidual, mask=mask)
+        if seed_ptr is not None:
+            places = (first + row).to(tl.int32)
+            ds = _dropped(ds, places, 0, seed_ptr, threshold, inverse_keep, BLOCK)
+        tl.store(dx_ptr + first * HIDDEN + out_offset, ds.to(dx_ptr.dtype.element_ty), mask=mask)
     partials_ptr += program * HIDDEN
     if WEIGHT_GRAD:
         tl.store(partials_ptr + column, tl.sum(dweight, 0, keep_dims=True), mask=inside)
@@ -284,10 +329,10 @@ def _backward_kernel(
         tl.store(partials_ptr + column, tl.sum(dbias, 0, keep_dims=True), mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "threshold"])
 def _backward_chunked_kernel(
     dout_ptr, dstream_ptr, stream_ptr, weight_ptr, statistics_ptr, dx_ptr, dresidual_ptr,
-    dout_stride, dstream_stride, stream_stride, chunks,
+    seed_ptr, threshold, inverse_keep, dout_stride, dstream_stride, stream_stride, chunks,
     HIDDEN: tl.constexpr, CENTER: tl.constexpr, HAS_DSTREAM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -333,9 +378,11 @@ def _backward_chunked_kernel(
         ds = (g - u * gu_mean - g_mean) * rstd
         if HAS_DSTREAM:
             ds += tl.load(dstream_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + column, ds.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_DRESIDUAL:
             tl.store(dresidual_ptr + column, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if seed_ptr is not None:
+            ds = _dropped_chunk(ds, row, chunk, seed_ptr, threshold, inverse_keep, BLOCK)
+        tl.store(dx_ptr + column, ds.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -421,10 +468,12 @@ def backward(
     residual_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     weight_grad: bool,
+    dropout_seed: torch.Tensor | None = None,  # of forward
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dresidual, dweight, dbias), as results.py has them."""
     dx, dresidual, dweight, dbias = results.of_backward(
-        stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad
+        stream, weight, x_dtype, residual_dtype, bias_dtype, weight_grad, dropout_p
     )
     hidden, device = stream.shape[-1], stream.device
     bias_grad, has_dresidual = bias_dtype is not None, dresidual.numel() > 0
@@ -450,7 +499,10 @@ def backward(
     shape = (weight_grad + bias_grad, programs, hidden)
     partials = torch.empty(shape, dtype=torch.float32, device=device)
 
-    tensors = (dout, _or(dstream, dout), stream, _or(weight, stream), statistics, dx, dresidual)
+    tensors = (
+        dout, _or(dstream, dout), stream, _or(weight, stream), statistics, dx, dresidual,
+        *_dropout(dropout_seed, dropout_p),
+    )  # fmt: skip
     strides = (dout_stride, dstream_stride, stream_stride)
     wide = _wide(hidden, *strides)
     switches = {
@@ -462,7 +514,7 @@ def backward(
         "CONTIGUOUS": strides == (hidden,) * 3,
         "BLOCK": tile.block,
         "num_warps": tile.num_warps,
-        **_registers(wide, tile.num_warps),
+        **_registers(not wide or dropout_seed is not None, tile.num_warps),
     }
     gradients = {"WEIGHT_GRAD": weight_grad, "BIAS_GRAD": bias_grad}
     stages = 1
@@ -486,7 +538,7 @@ def backward(
             _columns_kernel, (blocks, programs), dout, stream, statistics, partials, dout_stride,
             stream_stride, rows, HIDDEN=hidden, CENTER=center, CONTIGUOUS=switches["CONTIGUOUS"],
             ROWS=columns.rows, BLOCK=columns.block, num_warps=columns.num_warps, **gradients,
-            STAGES=stages, **_registers(wide, columns.num_warps),
+            STAGES=stages, **_registers(not wide, columns.num_warps),
         )  # fmt: skip
     last = tiles.PARTIALS
     launch.launch(
@@ -494,6 +546,13 @@ def backward(
         HIDDEN=hidden, ROWS=last.rows, BLOCK=last.block, num_warps=last.num_warps, **gradients,
     )  # fmt: skip
     return dx, dresidual, dweight, dbias
+
+
+def _dropout(seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor | None, Any, Any]:
+    """seed_ptr, threshold and inverse_keep of a kernel: None, and no code, without dropout."""
+    if seed is None:
+        return None, None, None
+    return seed, dropout.threshold(dropout_p), 1.0 / (1.0 - dropout_p)
 
 
 def _as_rows(tensor: torch.Tensor, together: int) -> tuple[torch.Tensor, int]:
@@ -512,14 +571,13 @@ def _wide(hidden: int, *strides: int) -> bool:
     return hidden % 8 == 0 and all(stride == hidden for stride in strides)
 
 
-def _registers(wide: bool, num_warps: int) -> dict[str, int]:
-    """All the registers there are, where loads are narrow and their addresses many.
+def _registers(many: bool, num_warps: int) -> dict[str, int]:
+    """All the registers there are, for what takes `many`: narrow loads' addresses, random words.
 
     By itself, ptxas would rather spill a few than let fewer programs run at a time.
     """
-    return (
-        {} if wide else {"maxnreg": min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))}
-    )
+    most = min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))
+    return {"maxnreg": most} if many else {}
 
 
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:

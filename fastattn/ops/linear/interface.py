@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.activations import activate, check_activation
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_ROWS = 4
@@ -33,12 +34,43 @@ MAX_IN_FEATURES_OF_ONE_THREAD = 3072
 MAX_IN_FEATURES = {2: 2048, 3: 1024, 4: 768}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., in_features), weight (out_features, in_features) -> (..., out_features)."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """A linear layer and an activation, activation(x weight^T + bias).
+
+    The same as F.linear and F.gelu, F.relu or F.silu after it, of which it is made on every device.
+    Where no gradient goes through it the activation is in place, and saves a tensor of the result's
+    size; ReLU, whose derivative needs only its result, is in place with gradients too. Nothing is
+    in place in a recording (torch.compile, torch.jit.trace) or under a torch.func transform.
+
+    Args:
+        x: (..., in_features), any dtype and strides that F.linear takes.
+        weight: (out_features, in_features).
+        bias: (out_features,), or None.
+        activation: "gelu_tanh", "gelu" (by erf), "relu", "silu", or None.
+
+    Returns:
+        (..., out_features), in x's dtype; under autocast in autocast's.
+
+    Raises:
+        ValueError: `activation` is none of these.
+        RuntimeError: what F.linear raises for shapes and dtypes.
+    """
+    if activation is None:
+        return _product(x, weight, bias)
+    check_activation(activation, " or None")
+    functional = modes.recorded() or modes.transformed()
+    return activate(activation, functional, _product(x, weight, bias))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear."""
     in_features = weight.shape[-1]
     if (  # the cheap questions first
         weight.numel() < MIN_WEIGHTS
         or torch.is_grad_enabled()
+        or modes.recorded()  # first: a comparison with a size would hold the recording to it
         or x.numel() > MAX_ROWS * in_features
         or not _eligible(x, weight)
     ):
@@ -77,7 +109,6 @@ def _eligible(x: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and not modes.recorded()
         and mkl_is_slow()
     )
 

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from integrations.huggingface import breadth
 
-import fastattn
 from fastattn.integrations.huggingface import NAME
 from fastattn.integrations.huggingface import attention as face
 
@@ -181,15 +179,6 @@ def run(
     return out.detach(), grads
 
 
-def accelerated(family: str, device: str) -> tuple[torch.nn.Module, Any]:
-    """A random model on its own best implementation, accelerated, and the report."""
-    try:
-        model = make(family, "sdpa", device)
-    except ValueError:  # it has no other
-        model = make(family, "eager", device)
-    return model, fastattn.accelerate(model)
-
-
 def assert_equal(
     found: torch.Tensor,
     found_grads: dict[str, torch.Tensor],
@@ -203,22 +192,6 @@ def assert_equal(
     for name, grad in expected_grads.items():
         floor = 1e-4 * grad.abs().max() + 1e-6 * scale
         assert (found_grads[name] - grad).abs().max() <= floor, name
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_accelerated(family: str, tokens: torch.Tensor, device: str) -> None:
-    """Logits and all gradients as before, and as much swapped as docs/swap.md says."""
-    given, defined = inputs_of(FAMILIES[family][3], tokens)
-    model, report = accelerated(family, device)
-    found = run(model, given, defined)
-    counts = breadth.counted(model, report)
-    fastattn.restore(model)
-    model.zero_grad(set_to_none=True)
-    assert_equal(*found, *run(model, given, defined))
-    page = breadth.PAGE.read_text(encoding="utf-8")
-    if breadth.versions() in page and device == "cpu":
-        assert breadth.row(family, counts) in page, "python tests/.../breadth.py --write"
 
 
 @pytest.mark.filterwarnings("ignore")

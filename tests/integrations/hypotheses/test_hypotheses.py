@@ -193,9 +193,6 @@ class Twice(MLP):
 NOT_MLPS = {
     "another activation": MLP(nn.Mish()),
     "cut off": MLP(nn.ReLU6()),
-    "residual": type("Residual", (MLP,), {"forward": lambda self, x: x + MLP.forward(self, x)})(
-        F.gelu
-    ),
     "twice": Twice(F.gelu),
     "gated, another activation": Gated(torch.tanh),
     "gated, both activated": type(
@@ -380,3 +377,53 @@ def test_torch_is_not_touched(device: str, x: Tensor) -> None:
     assert F.scaled_dot_product_attention is original
     assert type(other).forward.__globals__ is globals()
     assert globals()["torch"] is torch
+
+
+class Processor:
+    """As diffusers keeps one: attention whose arithmetic is an object's, to be exchanged."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, attention: nn.Module, x: Tensor) -> Tensor:
+        self.seen += 1
+        q, k, v = (
+            y.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for y in attention.c_attn(x).chunk(3, -1)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attention.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class OtherProcessor(Processor):
+    def __call__(self, attention: nn.Module, x: Tensor) -> Tensor:
+        return attention.c_proj(x)
+
+
+class Processed(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor = Processor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.processor(self, x)
+
+
+def test_attention_of_an_object(device: str, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = fresh(Processed(), device)
+    theirs, processor = copy.deepcopy(ours), ours.processor
+    assert fastattn.accelerate(ours).swapped
+    assert ours.processor is processor
+    for other in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        with monkeypatch.context() as patched:  # torch's own is not asked
+            patched.setattr(F, "scaled_dot_product_attention", None)
+            found = other(x)
+        torch.testing.assert_close(found, theirs(x))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), theirs(x))
+    seen = processor.seen
+    ours(x)
+    assert processor.seen == seen + 1  # it keeps its state
+    for model in (ours, theirs):
+        model.processor = OtherProcessor()
+    torch.testing.assert_close(ours(x), theirs(x))

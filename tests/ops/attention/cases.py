@@ -12,7 +12,7 @@ from ops.backends import widest
 
 import fastattn
 from fastattn.backends import triton_runs
-from fastattn.ops.attention import dropout
+from fastattn.ops.common import dropout
 from oracle import assert_close_to_reference
 
 WITH_DOCUMENTS = ("reference", "torch", "triton")  # and with block masks

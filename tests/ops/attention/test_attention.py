@@ -11,7 +11,7 @@ from ops.backends import BACKENDS
 
 import fastattn
 from fastattn.ops.attention import aten
-from fastattn.ops.attention.call import Extras
+from fastattn.ops.attention.call import NO_GRADIENT, Extras
 from fastattn.ops.attention.problem import describe
 
 # Each case has its reason. A backend that does not do one has to say so.
@@ -214,7 +214,7 @@ def test_kernel_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.empty(1, seqlen, 2, 64, dtype=torch.float16, device="meta")
     described = describe(q, q, q, causal=True)
     out, lse = kernels.forward(q, q, q, Extras(), described.settings)
-    kernels.backward(out, lse, out, lse, False, False, q, q, q, Extras(), described.settings)
+    kernels.backward(out, lse, out, lse, NO_GRADIENT, q, q, q, Extras(), described.settings)
     sizes = [x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor)]
     assert max(sizes) == q.numel() * 2
 

@@ -11,7 +11,8 @@ from ops.attention.cases import Case, Problem, call, runnable
 from ops.backends import BACKENDS, widest
 
 import fastattn
-from fastattn.ops.attention import dropout, tiles
+from fastattn.ops.attention import tiles
+from fastattn.ops.common import dropout
 
 KERNELS = ("triton", "cuda")
 REPEATED = {

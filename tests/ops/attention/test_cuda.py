@@ -13,7 +13,7 @@ from ops.attention.cases import Case, check
 
 import fastattn
 from fastattn.ops.attention import cuda
-from fastattn.ops.attention.call import Extras
+from fastattn.ops.attention.call import NO_GRADIENT, Extras
 from fastattn.ops.attention.problem import check as check_call
 from fastattn.ops.attention.problem import describe
 
@@ -90,7 +90,7 @@ def test_lengths_of_any_integer(device: str, emulator: Emulator) -> None:
         lengths = torch.tensor(used, device=device).to(dtype)
         extras = Extras(cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=lengths)
         out, lse = cuda.forward(q, k, k, extras, settings)
-        grads = cuda.backward(q, None, out, lse, False, False, q, k, k, extras, settings)
+        grads = cuda.backward(q, None, out, lse, NO_GRADIENT, q, k, k, extras, settings)
         return out, lse, *grads[:3]
 
     expected = outputs([0, 10, 30], [7, 20], torch.int32)
@@ -137,6 +137,6 @@ def test_opcheck(strided: bool, device: str, emulator: Emulator) -> None:
     out, lse = (x.detach() for x in torch.ops.fastattn.attention(*call_))
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default,
-        (dout.detach(), None, out, lse, False, False, *call_),
+        (dout.detach(), None, out, lse, [False, False], *call_),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn.backends import triton_runs
-from fastattn.ops.attention.call import Extras
+from fastattn.ops.attention.call import NO_GRADIENT, Extras
 from fastattn.ops.attention.problem import check_varlen, describe
 
 KERNELS = ("triton", "cuda")
@@ -340,7 +340,7 @@ def test_gaps_between_packed_sequences(name: str, backend: str, device: str) -> 
     )
     with Fills() as fills:
         out, lse = module.forward(q, k, v, extras, settings)
-        grads = module.backward(dout, None, out, lse, False, False, q, k, v, extras, settings)[:3]
+        grads = module.backward(dout, None, out, lse, NO_GRADIENT, q, k, v, extras, settings)[:3]
     assert bool(fills.seen) == (longest == 0)
     for x in (out, *grads):
         assert (x[~inside] == 0).all() and x.isfinite().all()
@@ -418,7 +418,7 @@ def test_large_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.empty(4096, 128, 32, 64, dtype=torch.float16, device="meta")
     settings = describe(q, q, q, causal=True).settings
     out, lse = kernels.forward(q, q, q, Extras(), settings)
-    kernels.backward(out, lse, out, lse, False, False, q, q, q, Extras(), settings)
+    kernels.backward(out, lse, out, lse, NO_GRADIENT, q, q, q, Extras(), settings)
     assert len(grids) >= 3
     assert all(max((*grid[1:], 1)) <= 65535 and grid[0] < 2**31 for grid in grids)
     assert max(grid[0] for grid in grids) > 65535

@@ -231,7 +231,7 @@ def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(torch.ops.fastattn.attention.default, arguments, test_utils=OPCHECKS)
     out, lse = torch.ops.fastattn.attention(*arguments)
     wanted = name == "features"
-    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, wanted, wanted, *arguments)
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, [wanted] * 2, *arguments)
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default, backward, test_utils=OPCHECKS

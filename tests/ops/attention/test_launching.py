@@ -29,7 +29,7 @@ def main() -> None:
     import torch
 
     from fastattn.ops.attention import triton as kernels
-    from fastattn.ops.attention.call import Extras, Settings
+    from fastattn.ops.attention.call import NO_GRADIENT, Extras, Settings
     from fastattn.ops.common import launch
 
     noted: list[tuple[Any, ...]] = []
@@ -52,7 +52,7 @@ def main() -> None:
     def launches(q: Any, extras: Extras, settings: Settings) -> list[tuple[Any, ...]]:
         noted.clear()
         out, lse = kernels.forward(q, q, q, extras, settings)
-        kernels.backward(out, None, out, lse, False, False, q, q, q, extras, settings)
+        kernels.backward(out, None, out, lse, NO_GRADIENT, q, q, q, extras, settings)
         return list(noted)
 
     storage = torch.randn(2 * 32 * 2 * 16 + 1, dtype=torch.bfloat16)

@@ -138,12 +138,13 @@ def packed(case: str, size: Size, device: str) -> None:
 
 def _forward_and_backward(q: Any, k: Any, v: Any, extras: Any, settings: Any) -> None:
     from fastattn.ops.attention import triton as kernels
+    from fastattn.ops.attention.call import Learnt
 
     if settings.dropout_p:
         extras = extras._replace(dropout_seed=torch.zeros(1, dtype=torch.int64, device=q.device))
     out, lse = kernels.forward(q, k, v, extras, settings)
-    wanted = extras.bias is not None, extras.sink is not None
-    kernels.backward(out, lse, out, lse, *wanted, q, k, v, extras, settings)
+    wanted = Learnt(*(x is not None for x in Learnt.of(extras)))
+    kernels.backward(out, lse, out, lse, wanted, q, k, v, extras, settings)
 
 
 def strided(size: Size, device: str, heads_first: bool = True) -> None:

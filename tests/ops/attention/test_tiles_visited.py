@@ -22,6 +22,7 @@ from fastattn import BlockMask
 from fastattn.backends import triton_runs
 from fastattn.ops.attention import tiles
 from fastattn.ops.attention import triton as kernels
+from fastattn.ops.attention.call import NO_GRADIENT
 from fastattn.ops.attention.problem import check, check_varlen
 from fastattn.ops.attention.tiles import Tile
 
@@ -152,7 +153,7 @@ def run(q: torch.Tensor, k: torch.Tensor, extras: Any, settings: Any, tile: Tile
         tiles.overridden(tiles.QUERIES, tile),
     ):
         out, lse = kernels.forward(q, k, k, extras, settings)
-        kernels.backward(out, lse, out, lse, False, False, q, k, k, extras, settings)
+        kernels.backward(out, lse, out, lse, NO_GRADIENT, q, k, k, extras, settings)
 
 
 def multiplied(counts: Tiles, by: int) -> Tiles:

@@ -104,6 +104,23 @@ def test_a_hidden_layer_computed_again_counts_again() -> None:
     assert counted(run, *inputs) == (first + second, 3 * first + 2 * second)
 
 
+def test_linear_cross_entropy() -> None:
+    """One product forward; in the backward the logits again, and two gradients."""
+    x, weight = wanting((6, 8), (20, 8))
+    targets = torch.randint(20, (6,))
+
+    def run(backend: str) -> tuple[int, int]:
+        return counted(
+            lambda *t: fastattn.linear_cross_entropy(*t, targets, backend=backend), x, weight
+        )
+
+    product = 2 * 6 * 8 * 20
+    assert run("triton") == (product, 3 * product)
+    assert run("reference") == (product, 2 * product)
+    x.requires_grad_(False)
+    assert run("triton") == (product, 2 * product)
+
+
 @pytest.mark.parametrize("first", ["fastattn", "torch.utils.flop_counter"])
 def test_whichever_is_imported_first(first: str) -> None:
     """Neither imports the other."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.ops.common import dropout
 from oracle import assert_close_to_reference
 
 Tensor = torch.Tensor
@@ -25,6 +29,7 @@ class Case:
     weight: torch.dtype | None = torch.float32
     bias: torch.dtype | None = torch.float32
     residual: torch.dtype | None = None
+    dropout_p: float = 0.0  # with a residual
     eps: float = 1e-5
     mean: float = 0.5  # of x
     device: str = "cpu"
@@ -53,11 +58,25 @@ class Case:
             bias: Tensor | None = None,
             residual: Tensor | None = None,
         ) -> Tensor | tuple[Tensor, Tensor]:
+            torch.manual_seed(self.seed)
+            options: Any = {"dropout_p": self.dropout_p, "backend": backend}
             if self.center:
-                return fastattn.layer_norm(x, weight, bias, self.eps, residual, backend=backend)
-            return fastattn.rms_norm(x, weight, self.eps, residual, backend=backend)
+                return fastattn.layer_norm(x, weight, bias, self.eps, residual, **options)
+            return fastattn.rms_norm(x, weight, self.eps, residual, **options)
 
         return norm
+
+    def kept(self, backend: str | None, x: Tensor) -> Tensor | None:
+        """The elements of x that a call of `ours(backend)` keeps; None without dropout."""
+        if not self.dropout_p:
+            return None
+        torch.manual_seed(self.seed)
+        if backend == "torch":  # by PyTorch's own rule, which depends on strides
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(F.dropout(x, self.dropout_p).sum(), x)[0] != 0
+        seed = dropout.draw_seed(torch.device(self.device))
+        rows, hidden = math.prod(self.shape[:-1]), self.shape[-1]
+        return dropout.keep(seed, self.dropout_p, rows, hidden).view(self.shape)
 
     def eager(
         self,
@@ -65,8 +84,11 @@ class Case:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """What a user of torch writes; where torch refuses the mixture of dtypes, in float32."""
+        if kept is not None:  # as F.dropout does it
+            x = x * (kept.to(x.dtype) / (1.0 - self.dropout_p))
         s = x if residual is None else x + residual
 
         def norm(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -89,7 +111,10 @@ class Case:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if kept is not None:
+            x = torch.where(kept, x / (1.0 - self.dropout_p), 0.0)
         s = x if residual is None else x + residual
         y = s - s.mean(-1, keepdim=True) if self.center else s
         out = y / (y.square().mean(-1, keepdim=True) + self.eps).sqrt()
@@ -121,9 +146,10 @@ def check(
     dtype = (stream[1] if isinstance(stream, tuple) else stream).dtype
     cotangents = [torch.randn(shape, generator=g).to(dtype).to(case.device) for _ in range(2)]
     ours = outputs_and_gradients(case.ours(backend), inputs, cotangents)
-    eager = outputs_and_gradients(case.eager, inputs, cotangents)
+    kept = case.kept(backend, inputs["x"])
+    eager = outputs_and_gradients(functools.partial(case.eager, kept=kept), inputs, cotangents)
     exact = outputs_and_gradients(
-        case.definition,
+        functools.partial(case.definition, kept=kept),
         {name: x.double() for name, x in inputs.items()},
         [c.double() for c in cotangents],
     )

@@ -41,6 +41,12 @@ W = torch.randn(8)
         (X, {"eps": -1e-5}, ValueError, "eps must be finite and not negative; got -1e-05"),
         (X, {"eps": float("nan")}, ValueError, "eps must be finite and not negative; got nan"),
         (X, {"eps": float("inf")}, ValueError, "eps must be finite and not negative; got inf"),
+        (X, {"dropout_p": "0.1", "residual": X}, TypeError, "dropout_p must be a float; got str"),
+        (X, {"dropout_p": True, "residual": X}, TypeError, "dropout_p must be a float; got bool"),
+        (X, {"dropout_p": 1.0, "residual": X}, ValueError, r"dropout_p must lie in \[0, 1\); got 1.0"),
+        (X, {"dropout_p": -0.1, "residual": X}, ValueError, r"dropout_p must lie in \[0, 1\); got -0.1"),
+        (X, {"dropout_p": float("nan"), "residual": X}, ValueError, r"must lie in \[0, 1\); got nan"),
+        (X, {"dropout_p": 0.5}, ValueError, "dropout_p=0.5 drops .*: give a residual, or normalise"),
         (X, {"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', .* got 'fast'"),
     ],
 )  # fmt: skip
@@ -183,7 +189,7 @@ def test_opcheck(residual: torch.dtype | None, center: bool, backend: str, devic
     r = None if residual is None else x.detach().to(residual).requires_grad_()
     weight = torch.randn(12, device=device, requires_grad=True)
     bias = torch.randn(12, device=device, requires_grad=True) if center else None
-    options = (1e-5, center, torch.float32, backend, True)
+    options = (None, 0.0, 1e-5, center, torch.float32, backend, True)
     op = torch.ops.fastattn.layer_norm
     torch.library.opcheck(op.default, (x, r, weight, bias, *options), test_utils=OPCHECKS)
     with torch.no_grad():
@@ -191,7 +197,7 @@ def test_opcheck(residual: torch.dtype | None, center: bool, backend: str, devic
     dstream, stream = (None, x.detach()) if r is None else (torch.randn_like(stream), stream)
     tensors = (torch.randn_like(out), dstream, stream, weight.detach(), statistics)
     dtypes = (torch.float32, residual, torch.float32 if center else None)
-    arguments = (*tensors, 1e-5, center, *dtypes, True, backend, True)
+    arguments = (*tensors, None, 0.0, 1e-5, center, *dtypes, True, backend, True)
     torch.library.opcheck(
         torch.ops.fastattn.layer_norm_backward.default, arguments, test_utils=OPCHECKS
     )

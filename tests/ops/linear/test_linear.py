@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastattn.ops.common.activations import ACTIVATIONS
+from fastattn.ops.ffn import reference
 from fastattn.ops.linear import interface as module
 from fastattn.ops.linear import linear
 from oracle import assert_close_to_reference
@@ -119,3 +123,100 @@ def test_errors_are_f_linears(shape: tuple[int, ...]) -> None:
         with pytest.raises(RuntimeError) as got:
             linear(x, weight)
     assert str(got.value) == str(expected.value)
+
+
+# --- with an activation --------------------------------------------------------------------------
+
+EAGER: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def gradients(f: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """f's result and its gradients by all of its inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = f(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,)], ids=str)
+def test_activation_against_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, activation: str
+) -> None:
+    inputs = [t.to(dtype) for t in (torch.randn(*shape, 33), torch.randn(17, 33), torch.randn(17))]
+    define, eager = reference.ACTIVATIONS[activation], EAGER[activation]
+    exact = gradients(lambda *t: define(F.linear(*t)), *(t.double() for t in inputs))
+    measure = gradients(lambda *t: eager(F.linear(*t)), *inputs)
+    ours = gradients(lambda *t: linear(*t, activation), *inputs)
+    with torch.no_grad():
+        ours.append(linear(*inputs, activation))
+    for x, y, z in zip(ours, [*measure, measure[0]], [*exact, exact[0]], strict=True):
+        assert x.dtype == dtype
+        assert_close_to_reference(x, y, z)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_of_few_rows(activation: str) -> None:
+    """On the paths that are not F.linear."""
+    x, weight = torch.randn(2, 256), torch.randn(512, 256)
+    with torch.no_grad():
+        for rows in (x, x[:1]):
+            expected = EAGER[activation](F.linear(rows, weight))
+            torch.testing.assert_close(
+                linear(rows, weight, activation=activation), expected, atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_leaves_its_inputs_alone(activation: str) -> None:
+    inputs = torch.randn(3, 16), torch.randn(8, 16), torch.randn(8)
+    before = [t.clone() for t in inputs]
+    with torch.no_grad():
+        linear(*inputs, activation)
+    for t, was in zip(inputs, before, strict=True):
+        assert torch.equal(t, was)
+
+
+@pytest.mark.parametrize("activation", ("gelu_tanh", "gelu", "silu"))
+def test_activation_derivatives(activation: str) -> None:
+    """First, second and forward-mode ones; ReLU's has a step, and no second one."""
+    inputs = [
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (2, 4), (2,))
+    ]
+    assert torch.autograd.gradcheck(
+        lambda *t: linear(*t, activation), inputs, check_forward_ad=True, check_batched_grad=True
+    )
+    assert torch.autograd.gradgradcheck(lambda *t: linear(*t, activation), inputs)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_in_transforms_and_graphs(activation: str) -> None:
+    x, weight, tangent = torch.randn(3, 5, 16), torch.randn(8, 16), torch.randn(3, 5, 16)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight, None, activation)
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return EAGER[activation](F.linear(x, weight))
+
+    torch.testing.assert_close(torch.func.vmap(ours)(x), eager(x))
+    torch.testing.assert_close(
+        torch.func.jvp(ours, (x,), (tangent,)), torch.func.jvp(eager, (x,), (tangent,))
+    )
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x))
+    torch.testing.assert_close(gradients(compiled, x), gradients(eager, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("activation", ("tanh", "", 1, ["relu"]))
+def test_unknown_activation(activation: object) -> None:
+    with pytest.raises(ValueError, match=r"activation must be one of 'gelu_tanh', .* or None; got"):
+        linear(torch.randn(2, 4), torch.randn(3, 4), None, activation)  # type: ignore[arg-type]

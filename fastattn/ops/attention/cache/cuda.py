@@ -11,8 +11,6 @@ from fastattn.ops.attention.cache.reference import rotated_queries
 from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
 from fastattn.ops.common import launch
 
-DTYPES = (torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
 MAX_KEYS = 2**30  # of a sequence: positions are 32-bit
 
 # Rows of a tile: queries times the query heads that share a key head. A few tiles of them are still
@@ -23,15 +21,7 @@ SPLIT_TILES = 4
 
 def unsupported(problem: CacheProblem) -> str | None:
     """The reason why these kernels cannot run `problem`, or None."""
-    attention = problem.attention
-    if attention.transformed:
-        return "torch.func transforms and forward-mode AD need a differentiable backend"
-    if attention.dtype not in DTYPES:
-        return f"the CUDA kernels compute in float16 and bfloat16, not in {attention.dtype}"
-    widest = max(attention.head_dim, attention.head_dim_v)
-    if widest > MAX_HEAD_DIM:
-        return f"head_dim {widest} is above {MAX_HEAD_DIM}"
-    return None
+    return cuda.beyond_limits(problem.attention)
 
 
 def split(

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention import sink, tiles
-from fastattn.ops.attention.call import Extras, Settings, backward_results
+from fastattn.ops.attention.call import Extras, Learnt, Settings, backward_results
 from fastattn.ops.attention.triton import keys, launching, queries
 from fastattn.ops.attention.triton.bias import bias_gradient
 from fastattn.ops.attention.triton.documents import TileRanges
@@ -89,8 +89,7 @@ def backward(
     dlse: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    bias_grad: bool,
-    sink_grad: bool,
+    wanted: Learnt,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -99,7 +98,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """(dq, dk, dv, dbias, dsink), each shaped as its input and contiguous.
 
-    dbias and dsink are empty where they are not wanted.
+    dbias and dsink are empty where `wanted` is False.
     """
     dq, dk, dv = backward_results(q, k, v, extras, settings)
     lse = lse.contiguous()
@@ -117,7 +116,7 @@ def backward(
     by_keys = (of_keys, *launching.pointers(extras, transposed=True))
 
     delta = torch.empty_like(lse)
-    if bias_grad and x.element_size < 4:
+    if wanted.bias and x.element_size < 4:
         # dS summed over many rows shows what rounding of `out` does to its row sum: compute it.
         plan.row_sums(q, k, v, dout, lse, delta, delta, *by_queries)
         delta = delta if dlse is None else delta - dlse
@@ -126,9 +125,9 @@ def backward(
     plan.keys(q, k, v, dout, lse, delta, dk, dv, *by_keys)
     plan.queries(q, k, v, dout, lse, delta, dq, *by_queries)
     dbias, dsink = q.new_empty((0,)), q.new_empty((0,))
-    if bias_grad:
+    if wanted.bias:
         dbias = bias_gradient(x, q, k, v, dout, lse, delta, extras, settings)
-    if sink_grad:
+    if wanted.sink:
         assert extras.sink is not None
         dsink = sink.gradient(lse, delta, extras.sink)
     return dq, dk, dv, dbias, dsink

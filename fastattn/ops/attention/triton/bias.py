@@ -19,17 +19,16 @@ from fastattn.ops.attention.triton.blocks import Blocks, kept_range, pattern_of
 from fastattn.ops.attention.triton.memory import Rows, load_rows, strip
 from fastattn.ops.attention.triton.scores import (
     LOG2_E,
-    Dropout,
     Plane,
     Rule,
     Tile,
-    keep_tile,
     of_queries,
     row_state,
     score_tile,
 )
 from fastattn.ops.attention.triton.sequences import bound, held, sequence
 from fastattn.ops.common import launch
+from fastattn.ops.common.triton.dropout import Dropout, keep_tile
 
 
 @triton.jit(do_not_specialize=[*launching.SIZES, "shared_batches", "shared_heads"])

@@ -9,7 +9,8 @@ import triton.language as tl
 
 from fastattn.ops.attention.triton.blocks import kept_tile, pattern_of
 from fastattn.ops.attention.triton.memory import Rows, Strip, load_rows, load_tile
-from fastattn.ops.attention.triton.scores import Rule, Tile, exact_beyond, keep_tile, score_tile
+from fastattn.ops.attention.triton.scores import Rule, Tile, exact_beyond, score_tile
+from fastattn.ops.common.triton.dropout import keep_tile
 
 
 class Pages(NamedTuple):

@@ -32,18 +32,17 @@ from fastattn.ops.attention.triton.memory import (
 )
 from fastattn.ops.attention.triton.scores import (
     LOG2_E,
-    Dropout,
     Plane,
     Rule,
     Sizes,
     Tile,
-    keep_tile,
     of_keys,
     row_state,
     score_tile,
 )
 from fastattn.ops.attention.triton.sequences import bound, gap, held, query_range, sequence
 from fastattn.ops.common import launch
+from fastattn.ops.common.triton.dropout import Dropout, keep_tile
 
 
 class Keys(NamedTuple):

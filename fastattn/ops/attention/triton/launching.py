@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.ops.attention import dropout, tiles
+from fastattn.ops.attention import tiles
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.triton.scores import LOG2_E
-from fastattn.ops.common import launch
+from fastattn.ops.common import dropout, launch
 
 # Integer arguments that change from call to call. None may be part of a compiled kernel's key, and
 # what the kernels need to know of strides is said by ALIGN. The width of an integer is part of the
@@ -191,24 +191,16 @@ def lse_strides(x: Layout) -> tuple[int, int]:
     return (0 if x.packed else x.heads * x.seqlen_q), x.seqlen_q
 
 
-# Features that the kernels read as contiguous tensors.
-_DENSE = (
-    "alibi_slopes", "sink", "key_lengths", "q_documents", "k_documents", "cu_seqlens_q",
-    "cu_seqlens_k", "seqused_q", "seqused_k",
-)  # fmt: skip
+# The kernels read these as contiguous tensors; a mask and a bias keep their strides.
+_VECTORS = [name for name in Extras._fields if name not in ("mask", "bias", "blocks")]
 
 
 def prepared(
     extras: Extras, *tensors: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], Extras, bool]:
-    """The tensors and extras as the kernels can read them, and whether any had to be copied.
-
-    Of the extras every vector is made contiguous; mask and bias keep their strides.
-    """
+    """The tensors and extras as the kernels can read them, and whether any had to be copied."""
     vectors: dict[str, Any] = {
-        name: x.contiguous()  # type: ignore[union-attr]
-        for name, x in zip(Extras._fields, extras)
-        if name in _DENSE and x is not None
+        name: x.contiguous() for name in _VECTORS if (x := getattr(extras, name)) is not None
     }
     given = (*tensors, *(getattr(extras, name) for name in vectors))
     can_be_read = tuple(map(readable, tensors))

@@ -15,7 +15,7 @@ from fastattn.ops.attention.triton.blocks import kept_range
 from fastattn.ops.attention.triton.fold import Pages, Queries, fold
 from fastattn.ops.attention.triton.memory import Rows, clear_rows, load_tile, store_tile, strip
 from fastattn.ops.attention.triton.rotary import rotated
-from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, Dropout, Lane, Rule, of_queries
+from fastattn.ops.attention.triton.scores import LN_2, LOG2_E, Lane, Rule, of_queries
 from fastattn.ops.attention.triton.sequences import (
     Lengths,
     Parts,
@@ -27,6 +27,7 @@ from fastattn.ops.attention.triton.sequences import (
     parts_of,
     sequence,
 )
+from fastattn.ops.common.triton.dropout import Dropout
 
 
 class Lines(NamedTuple):

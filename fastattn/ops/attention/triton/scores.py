@@ -1,4 +1,4 @@
-"""Scores of a tile: what stands between the product q k^T and the softmax, and dropout after it.
+"""Scores of a tile: what stands between the product q k^T and the softmax.
 
     s = softmax_scale q k^T;  s = softcap tanh(s / softcap);  s -= slope |i + shift - j|;  s += bias
     s = -inf where padding, the band, the mask, documents or the block mask hide key j from query i
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+from fastattn.ops.common.tanh import tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -108,28 +110,6 @@ def load_lane(x, first, local, exists):
 # --- scores ---------------------------------------------------------------------------------------
 
 
-# tanh(x) for |x| < 0.625 as x + x^3 P(x^2), P fitted to a relative error of 5e-9.
-_TANH_0 = tl.constexpr(-0.33333278)
-_TANH_1 = tl.constexpr(0.13331331)
-_TANH_2 = tl.constexpr(-0.05373001)
-_TANH_3 = tl.constexpr(0.02060618)
-_TANH_4 = tl.constexpr(-0.00566697)
-
-
-@triton.jit
-def tanh(x):
-    """To float32's precision also near zero, where 1 - 2 / (e^2x + 1) cancels."""
-    square = x * x
-    p = square * _TANH_4 + _TANH_3
-    p = p * square + _TANH_2
-    p = p * square + _TANH_1
-    p = p * square + _TANH_0
-    near = x + x * square * p
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E)) + 1.0)
-    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
-
-
 @triton.jit
 def score_tile(
     products,  # q k^T of the tile
@@ -215,41 +195,3 @@ def row_state(lse_ptr, delta_ptr, line, rows, rows_left):
     delta = tl.load(delta_ptr + line + rows, mask=inside, other=0.0)
     blind = lse == float("-inf")  # its delta may be infinite, as the gradient of such an LSE is
     return tl.where(blind, float("inf"), lse) * LOG2_E, tl.where(blind, 0.0, delta)
-
-
-class Dropout(NamedTuple):
-    """Of one head."""
-
-    seed: Any  # int64
-    plane: Any  # batch * heads + head, like i or a scalar
-    threshold: Any  # of dropout.threshold
-    inverse_keep: Any  # 1 / (1 - dropout_p)
-
-
-@triton.jit
-def keep_tile(
-    x,  # Dropout
-    i,
-    first_key,  # of the tile, a multiple of 4
-    BLOCK_N: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,  # the tile is keys by queries
-):
-    """Which weights of a tile dropout keeps; `ops/attention/dropout.py` says by what rule."""
-    quads = first_key // 4 + tl.arange(0, BLOCK_N // 4)
-    if KEYS_FIRST:
-        quads = quads[:, None]
-    else:
-        quads = quads[None, :]
-    zero = (i + quads) * 0
-    row = (zero + i).to(tl.uint32)
-    quad = (zero + quads).to(tl.uint32)
-    planes = (zero + x.plane).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(x.seed, row, quad, planes, zero.to(tl.uint32))
-    # (..., 2, 2) with word 2 a + b at [a, b], then next to each other along the keys.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    if KEYS_FIRST:
-        words = tl.permute(words, (0, 2, 3, 1))
-        words = tl.reshape(words, (BLOCK_N, words.shape[3]))
-    else:
-        words = tl.reshape(words, (words.shape[0], BLOCK_N))
-    return words.to(tl.int32, bitcast=True) >= x.threshold

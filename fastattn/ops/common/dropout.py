@@ -1,12 +1,16 @@
-"""Which attention weights dropout keeps: a pure function of a seed and a weight's place.
+"""Which elements dropout keeps: a pure function of a seed and an element's place.
 
-Weight (b, h, i, j) of a call takes word j % 4 of the Philox 4x32-10 block (Salmon et al. 2011,
+Element (i, j) of plane n takes word j % 4 of the Philox 4x32-10 block (Salmon et al. 2011,
 "Parallel random numbers: as easy as 1, 2, 3") with the seed as key and the counter
-(i, j // 4, b * heads + h, 0). So forward and backward, and kernels of any tile size, agree without
-a stored mask; this file is the definition in PyTorch, `triton/scores.py` has the same in Triton.
+(i, j // 4, n, 0), each modulo 2^32. So forward and backward, and kernels of any tile size, agree
+without a stored mask; this file is the definition in PyTorch, `triton/dropout.py` has the same in
+Triton. Attention's planes are the heads of the batch, n = b * heads + h; the norms have one plane,
+of all rows.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -30,17 +34,22 @@ def threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), _WORD) - 2**31
 
 
-def keep(
-    seed: torch.Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int
-) -> torch.Tensor:
-    """(batch, heads, seqlen_q, seqlen_k) boolean, False for the weights that are dropped."""
+def keep(seed: torch.Tensor, dropout_p: float, *shape: int) -> torch.Tensor:
+    """Boolean, False for the elements that are dropped.
+
+    Args:
+        seed: (1,) int64.
+        dropout_p: the share that is dropped, in [0, 1).
+        shape: of the result, (..., rows, columns); the dimensions before are planes.
+    """
+    *planes, rows, columns = shape
     device = seed.device
-    block = torch.arange((seqlen_k + 3) // 4, device=device)
-    row = torch.arange(seqlen_q, device=device)[:, None]
-    plane = torch.arange(batch * heads, device=device)[:, None, None]
+    block = torch.arange((columns + 3) // 4, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    plane = torch.arange(math.prod(planes), device=device)[:, None, None]
     zero = torch.zeros_like(plane + row + block)
     words = torch.stack(_philox(seed, zero + row, zero + block, zero + plane, zero), -1)
-    words = words.flatten(-2)[..., :seqlen_k].reshape(batch, heads, seqlen_q, seqlen_k)
+    words = words.flatten(-2)[..., :columns].reshape(shape)
     signed = torch.where(words >= 2**31, words - 2**32, words)
     return signed >= threshold(dropout_p)
 

@@ -1,0 +1,264 @@
+"""The boundary of linear_cross_entropy: errors, dispatch, registration, and how torch looks through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from ops.cross_entropy.cases import OPTIONS
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn.ops.cross_entropy import IGNORED
+from fastattn.ops.linear_cross_entropy import aten
+
+BACKENDS = ("reference", "torch", "triton")
+X = torch.randn(2, 3, 4)
+WEIGHT = torch.randn(8, 4)
+BIAS = torch.randn(8)
+T = torch.randint(8, (2, 3))
+C = torch.rand(8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor; got list"),
+        ({"x": X.int()}, TypeError, "x must have one of the dtypes"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x must have the shape \(..., D\); got a tensor without dimensions"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor; got NoneType"),
+        ({"weight": WEIGHT[0]}, ValueError, r"weight must have the shape \(V, D\) with at least one class; got \(4,\)"),
+        ({"weight": WEIGHT[:0]}, ValueError, r"at least one class; got \(0, 4\)"),
+        ({"weight": WEIGHT[:, :3]}, ValueError, r"with D = 4, the last size of x \(2, 3, 4\); got \(8, 3\)"),
+        ({"weight": WEIGHT.t()}, ValueError, r"got \(4, 8\); weight.t\(\) fits"),
+        ({"weight": WEIGHT.half()}, TypeError, "must have one dtype; got x float32, weight float16: cast"),
+        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device cpu; got meta"),
+        ({"bias": BIAS[:7]}, ValueError, r"bias must have the shape \(V,\) = \(8,\), or be None; got \(7,\)"),
+        ({"bias": BIAS.double()}, TypeError, "must have one dtype; got x float32, bias float64"),
+        ({"targets": T[0]}, ValueError, r"targets must have the shape \(2, 3\) of x \(2, 3, 4\)"),
+        ({"targets": T.float()}, TypeError, "targets must be classes"),
+        ({"class_weight": C[:3]}, ValueError, r"class_weight must have the shape \(V,\) = \(8,\)"),
+        ({"class_weight": C.clone().requires_grad_()}, ValueError, r"give class_weight.detach\(\)"),
+        ({"reduction": None}, ValueError, "reduction must be one of"),
+        ({"softcap": -1.0}, ValueError, "softcap must not be negative"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"x": X, "weight": WEIGHT, "targets": T} | changed
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            fastattn.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chunks", (False, True))
+@pytest.mark.parametrize("wrong", (8, -1))
+def test_targets_that_are_no_class(
+    wrong: int, chunks: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aten, "LARGE", 1 if chunks else 1 << 20)
+    targets = T.clone()
+    targets[1, 1] = wrong
+    with pytest.raises(IndexError, match=str(wrong)):
+        fastattn.linear_cross_entropy(X, WEIGHT, targets, backend=backend)
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    explanation = fastattn.explain(
+        fastattn.linear_cross_entropy, X, WEIGHT, T, BIAS, softcap=30.0, reduction="sum"
+    )
+    assert capsys.readouterr().out.strip() == str(explanation)
+    assert explanation.backend == "torch"
+    assert explanation.problem == (
+        "x (2, 3, 4), 8 classes, float32, bias, reduction sum, softcap 30, on cpu"
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chunks", (False, True))
+def test_autocast(chunks: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As F.linear and F.cross_entropy of float32, dtypes of gradients included."""
+    monkeypatch.setattr(aten, "LARGE", 1 if chunks else 1 << 20)
+    dtype = torch.float16 if backend == "triton" else torch.bfloat16
+    leaves = [t.clone().requires_grad_() for t in (X, WEIGHT, BIAS)]
+    x, weight, bias = leaves
+
+    def grads(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, leaves)
+
+    with torch.autocast("cpu", dtype):
+        ours = fastattn.linear_cross_entropy(x, weight, T, bias, backend=backend)
+        logits = F.linear(x, weight, bias)
+        eager = F.cross_entropy(logits.float().flatten(0, 1), T.flatten())
+    assert ours.dtype == eager.dtype == torch.float32
+    torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
+    for mine, theirs in zip(grads(ours), grads(eager), strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=5e-2, atol=2e-2)
+
+
+def test_mixed_dtypes_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastattn.linear_cross_entropy(X.bfloat16(), WEIGHT, T, BIAS, backend="torch")
+    assert loss.dtype == torch.float32
+
+
+def test_meta_tensors() -> None:
+    meta = [t.to("meta") for t in (X, WEIGHT, T)]
+    loss = fastattn.linear_cross_entropy(*meta)
+    assert loss.shape == () and loss.device.type == "meta"
+
+
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+SETTINGS = (IGNORED, 0.1, 1e-3, 0.5, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "keep"),
+    [
+        ("torch", (True, True, True)),
+        ("torch", (False, True, False)),
+        ("torch", (False, False, False)),
+        ("triton", (False, False, False)),
+    ],
+)
+@pytest.mark.parametrize("bias", (None, BIAS))
+def test_opcheck(bias: torch.Tensor | None, backend: str, keep: tuple[bool, ...]) -> None:
+    op = torch.ops.fastattn.linear_cross_entropy
+    keep = (keep[0], keep[1], keep[2] and bias is not None)
+    for summed in (True, False) if not any(keep) else (True,):
+        leaves = [t if t is None else t.clone().requires_grad_() for t in (X, WEIGHT, bias)]
+        arguments = (*leaves, T, C, summed, keep, *SETTINGS, backend, True)
+        torch.library.opcheck(op.default, arguments, test_utils=OPCHECKS)
+    with torch.no_grad():
+        losses, statistics, *_ = op(
+            X, WEIGHT, bias, T, C, False, [False] * 3, *SETTINGS, backend, True
+        )
+    needs = (True, True, bias is not None)
+    arguments = (losses, X, WEIGHT, bias, T, C, statistics, needs, *SETTINGS, backend, True)
+    backward = torch.ops.fastattn.linear_cross_entropy_backward
+    torch.library.opcheck(backward.default, arguments, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("name", ("plain", "none", "everything", "everything, mean"))
+@pytest.mark.parametrize("chunks", (False, True))
+def test_derivatives(chunks: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the second, of both ways of the torch backend."""
+    monkeypatch.setattr(aten, "LARGE", 1 if chunks else 1 << 20)
+    inputs = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (5, 3), (5,))
+    ]
+    targets = torch.tensor([3, 0, IGNORED, 1])
+    weight = torch.rand(5, dtype=torch.float64)
+
+    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return fastattn.linear_cross_entropy(
+            x, w, targets, b, class_weight=weight, backend="torch", **OPTIONS[name]
+        )
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_second_derivative_of_the_kernels() -> None:
+    def second(backend: str) -> tuple[torch.Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (X, WEIGHT, BIAS)]
+        x, weight, bias = leaves
+        options = OPTIONS["everything, mean"]
+        loss = fastattn.linear_cross_entropy(x, weight, T, bias, backend=backend, **options)
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    torch.testing.assert_close(second("triton"), second("reference"))
+
+
+def test_transforms() -> None:
+    tangents = torch.randn_like(X), torch.randn_like(WEIGHT)
+
+    def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fastattn.linear_cross_entropy(x, weight, T, BIAS)
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, weight, BIAS).flatten(0, 1), T.flatten())
+
+    for transform in (
+        lambda f: torch.func.grad(f, (0, 1))(X, WEIGHT),
+        lambda f: torch.func.jvp(f, (X, WEIGHT), tangents),
+    ):
+        torch.testing.assert_close(transform(ours), transform(plain))
+    each = torch.func.vmap(
+        torch.func.grad(lambda w, x, t: fastattn.linear_cross_entropy(x, w, t)), (None, 0, 0)
+    )(WEIGHT, X, T)
+    single = torch.func.grad(lambda w: F.cross_entropy(F.linear(X[1], w), T[1]))(WEIGHT)
+    torch.testing.assert_close(each[1], single)
+    with pytest.raises(fastattn.UnsupportedError, match="transforms"):
+        torch.func.grad(lambda x: fastattn.linear_cross_entropy(x, WEIGHT, T, backend="triton"))(X)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_compiles_without_a_graph_break(reduction: str, backend: str) -> None:
+    """One graph for all numbers of tokens; the logits are not in it, but for the reference."""
+    torch._dynamo.reset()
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight = WEIGHT.clone().requires_grad_()
+
+    def step(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return fastattn.linear_cross_entropy(
+            x, weight, targets, label_smoothing=0.1, reduction=reduction, backend=backend
+        )
+
+    compiled = torch.compile(step, backend=compilations, fullgraph=True, dynamic=True)
+    counts = []
+    for rows in (5, 7, 9):
+        x, targets = torch.randn(rows, 4, requires_grad=True), torch.randint(8, (rows,))
+        loss, expected = compiled(x, targets), step(x, targets)
+        torch.testing.assert_close(loss, expected)
+        upstream = torch.rand_like(loss)
+        grads = [torch.autograd.grad(y, (x, weight), upstream) for y in (loss, expected)]
+        torch.testing.assert_close(*grads)
+        counts.append(compilations.frame_count)
+    assert len(set(counts)) == 1  # torch itself begins again once, where it meets a symbolic float
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointing(reentrant: bool) -> None:
+    leaves = [t.clone().requires_grad_() for t in (X, WEIGHT)]
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fastattn.linear_cross_entropy(x, weight, T, backend="torch")
+
+    expected = torch.autograd.grad(run(*leaves), leaves)
+    checkpoint(run, *leaves, use_reentrant=reentrant).backward()
+    torch.testing.assert_close([x.grad for x in leaves], list(expected))
+
+
+def test_gradients_accumulate() -> None:
+    """Two losses of one weight, the second of which is scaled, into the same `.grad`."""
+    weight = WEIGHT.clone().requires_grad_()
+    (one,) = torch.autograd.grad(fastattn.linear_cross_entropy(X, weight, T), weight)
+    kept = one.clone()
+    for factor in (1.0, 2.0):
+        (factor * fastattn.linear_cross_entropy(X, weight, T, backend="torch")).backward()
+    torch.testing.assert_close(weight.grad, 3 * kept)
+
+
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[bool, ...]] = []
+    sweep = aten._sweep
+    monkeypatch.setattr(aten, "_sweep", lambda *a: made.append(tuple(a[-1])) or sweep(*a))
+    weight = WEIGHT.clone().requires_grad_()
+    with torch.no_grad():
+        fastattn.linear_cross_entropy(X, weight, T, backend="torch")
+    fastattn.linear_cross_entropy(X, WEIGHT, T, backend="torch")
+    fastattn.linear_cross_entropy(X, weight, T, backend="torch")
+    assert made == [(False, False, False), (False, False, False), (False, True, False)]

@@ -1,0 +1,278 @@
+"""linear_cross_entropy against the formula in float64, on every backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.cross_entropy.cases import (
+    BF16,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    OPTIONS,
+    Case,
+    check,
+    outputs_and_gradients,
+)
+from ops.cross_entropy.test_cross_entropy import drawn as drawn_logits
+
+import fastattn
+from fastattn.backends import triton_runs
+from fastattn.ops.cross_entropy import IGNORED
+from fastattn.ops.linear_cross_entropy import aten, tiles
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str, weighted: bool, backend: str, device: str) -> None:
+    case = Case(
+        (3, 10), 21, 12, bias=weighted, weighted=weighted, options=OPTIONS[name], device=device
+    )
+    check(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (HALF, BF16, DOUBLE))
+@pytest.mark.parametrize("name", ("plain", "sum", "everything"))
+def test_dtypes(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    if backend == "triton" and (
+        dtype == DOUBLE or (dtype == BF16 and triton_runs() == "interpreted")
+    ):
+        pytest.skip("it declines them")
+    check(
+        Case((40,), 24, 16, dtype=dtype, bias=True, options=OPTIONS[name], device=device), backend
+    )
+
+
+SHAPES: list[tuple[tuple[int, ...], int, int]] = [
+    ((), 5, 3),  # one row
+    ((1,), 7, 1),
+    ((3,), 1, 4),  # one class: the loss is 0
+    ((2, 3, 2), 11, 17),
+    ((130,), 140, 33),  # several tiles both ways, none full, unaligned
+    ((130,), 200, 64),  # aligned
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("shape", "classes", "features"), SHAPES)
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+def test_shapes(
+    reduction: str,
+    shape: tuple[int, ...],
+    classes: int,
+    features: int,
+    backend: str,
+    device: str,
+) -> None:
+    options = {"reduction": reduction}
+    check(Case(shape, classes, features, ignored=0, options=options, device=device), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("label_smoothing", "z_loss"))
+def test_the_classes_in_several_parts(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """The parts of a row are joined with their sums of label smoothing."""
+    monkeypatch.setattr(tiles, "splits", lambda *_: 3)
+    options = OPTIONS[name] | {"reduction": "none"}
+    check(Case((9,), 300, 16, bias=True, weighted=True, options=options, device=device), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_empty(shape: tuple[int, ...], reduction: str, backend: str, device: str) -> None:
+    case = Case(shape, 5, 4, bias=True, options={"reduction": reduction}, device=device)
+    upstream = torch.ones(shape if reduction == "none" else ())
+    ours = outputs_and_gradients(case.ours(backend), case.inputs(), upstream)
+    eager = outputs_and_gradients(case.eager, case.inputs(), upstream)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, eager[name], equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+def test_no_target_counts(reduction: str, backend: str, device: str) -> None:
+    options = OPTIONS["everything"] | {"reduction": reduction}
+    case = Case((4,), 6, 5, bias=True, ignored=1.0, options=options, device=device)
+    shape = (4,) if reduction == "none" else ()
+    ours = outputs_and_gradients(case.ours(backend), case.inputs(), torch.ones(shape))
+    loss = ours.pop("loss")
+    assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
+    assert all((grad == 0).all() for grad in ours.values())
+
+
+def strided(case: Case) -> dict[str, dict[str, torch.Tensor]]:
+    """The case's inputs, laid out otherwise."""
+    x, weight, bias = case.inputs().values()
+    return {
+        "x shifted by one": {"x": torch.cat([x, x[:, :1]], 1)[:, :-1]},
+        "x transposed": {"x": x.transpose(0, 1).contiguous().transpose(0, 1)},
+        "x features first": {"x": x.permute(2, 0, 1).contiguous().permute(1, 2, 0)},
+        "weight transposed": {"weight": weight.t().contiguous().t()},
+        "every second of weight": {"weight": weight.repeat_interleave(2, 1)[:, ::2]},
+        "rows of a larger weight": {"weight": torch.cat([weight, weight], 1)[:, : weight.shape[1]]},
+        "every second of bias": {"bias": bias.repeat_interleave(2)[::2]},
+        "one bias for all": {"bias": bias[:1].expand(bias.shape)},
+    }
+
+
+STRIDED = Case((2, 6), 9, 16, bias=True, options=OPTIONS["everything, mean"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", strided(STRIDED))
+def test_strides(name: str, backend: str, device: str) -> None:
+    case = dataclasses.replace(STRIDED, device=device)
+    check(case, backend, case.inputs() | strided(case)[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int32_targets(backend: str, device: str) -> None:
+    check(Case((12,), 7, 5, targets=torch.int32, device=device), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias")])
+@pytest.mark.parametrize("reduction", ("none", "sum"))
+def test_gradients_of_some_inputs_only(
+    reduction: str, wanted: tuple[str, ...], backend: str, device: str
+) -> None:
+    case = Case((20,), 9, 6, bias=True, options={"reduction": reduction}, device=device)
+
+    def grads(run: Any) -> tuple[torch.Tensor, ...]:
+        leaves = {n: x.requires_grad_(n in wanted) for n, x in case.inputs().items()}
+        return torch.autograd.grad(run(**leaves).sum(), [leaves[n] for n in wanted])
+
+    torch.testing.assert_close(grads(case.ours(backend)), grads(case.eager), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_same_inputs_same_bits(reduction: str, backend: str, device: str) -> None:
+    options = OPTIONS["everything"] | {"reduction": reduction}
+    case = Case((70,), 90, 24, bias=True, weighted=True, options=options, device=device)
+    upstream = torch.rand(70 if reduction == "none" else ())
+    first, second = (
+        outputs_and_gradients(case.ours(backend), case.inputs(), upstream) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", (FLOAT, BF16))
+def test_backward_twice(dtype: torch.dtype, device: str) -> None:
+    """The first backward gives the forward's gradients away; the second makes the same again."""
+    case = Case((30,), 11, 8, dtype=dtype, device=device)
+    leaves = {name: x.requires_grad_() for name, x in case.inputs().items()}
+    loss = case.ours("torch")(**leaves)
+    first = torch.autograd.grad(loss, [*leaves.values()], torch.tensor(3.0), retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(loss, [*leaves.values()], torch.tensor(3.0))
+    for before, x, y in zip(kept, first, second, strict=True):
+        assert torch.equal(before, x) and torch.equal(x, y)
+        assert x.data_ptr() != y.data_ptr()
+
+
+def test_rows_that_do_not_count_may_hold_anything() -> None:
+    """The torch backend leaves them out of its products."""
+    case = Case((30,), 11, 8, bias=True)
+    inputs, (targets, _) = case.inputs(), case.others()
+    clean = outputs_and_gradients(case.ours("torch"), inputs, torch.tensor(1.0))
+    inputs["x"][targets == IGNORED] = torch.nan
+    for name, value in outputs_and_gradients(case.ours("torch"), inputs, torch.tensor(1.0)).items():
+        assert torch.equal(value, clean[name]), name
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def peak_bytes(call: Any) -> int:
+    sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+    try:
+        from counting import peak_bytes
+    finally:
+        sys.path.pop(0)
+    return peak_bytes(call, "cpu")
+
+
+@pytest.fixture
+def as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend's own sizes, but for the chunk, of 1/64 of the logits below."""
+    from fastattn.ops.cross_entropy import aten as of_logits
+
+    monkeypatch.setattr(of_logits, "BLOCK", 1 << 15)
+    monkeypatch.setattr(aten, "CHUNK", (1 << 23) // 64)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_memory(as_ever: None, reduction: str) -> None:
+    """At most a tenth of eager's, in the proportions of 8192 tokens and 131072 classes."""
+    n, classes, features = 1024, 8192, 32
+    x, weight = torch.randn(n, features, requires_grad=True), torch.randn(classes, features)
+    targets = torch.randint(classes, (n,))
+    weight.requires_grad_()
+
+    def ours() -> object:
+        loss = fastattn.linear_cross_entropy(x, weight, targets, reduction=reduction)
+        return torch.autograd.grad(loss.sum(), (x, weight))
+
+    def eager() -> object:
+        loss = F.cross_entropy(F.linear(x, weight), targets, reduction=reduction)
+        return torch.autograd.grad(loss.sum(), (x, weight))
+
+    ours(), eager()
+    assert peak_bytes(ours) <= peak_bytes(eager) / 10
+
+
+def test_the_gradient_of_the_weight_is_one_buffer(as_ever: None) -> None:
+    """It becomes `.grad` without a copy, and an embedding's is added to it in place."""
+    classes, features = 4096, 64
+    weight = torch.randn(classes, features, requires_grad=True)
+    ids = torch.randint(classes, (256,))
+    size = weight.numel() * 4
+
+    def head() -> None:
+        weight.grad = None
+        x = torch.randn(256, features)
+        fastattn.linear_cross_entropy(x, weight, ids, backend="torch").backward()
+
+    def tied() -> None:
+        weight.grad = None
+        fastattn.linear_cross_entropy(F.embedding(ids, weight), weight, ids).backward()
+
+    chunk = 2 * 4 * aten.CHUNK + (1 << 19)
+    head()
+    assert peak_bytes(head) < size + chunk
+    assert peak_bytes(tied) < 2 * size + chunk  # torch makes the embedding's
+
+
+# --- fuzz -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fuzz(backend: str, request: pytest.FixtureRequest, device: str) -> None:
+    draws, seed = (request.config.getoption(name) for name in ("--draws", "--seed"))
+    for number in range(seed, seed + draws // 3):
+        check(drawn(number, device), backend)
+
+
+def drawn(number: int, device: str) -> Case:
+    """cross_entropy's problem of this number, with a head."""
+    draw = random.Random(-number)
+    features = draw.choice((1, 16, 64, draw.randint(1, 90)))
+    return dataclasses.replace(
+        drawn_logits(number, device), features=features, bias=draw.random() < 0.5
+    )
