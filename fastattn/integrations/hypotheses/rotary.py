@@ -35,7 +35,7 @@ from fastattn.ops.rotary import rotary
 
 ARGUMENTS = ["q", "k", "cos", "sin"]
 # Below so many elements of q the original function is as fast on a CPU, and has no call to prepare
-# (Xeon, one thread, torch 2.13, 2026-11-29).
+# (AMD EPYC, one thread, torch 2.13, 2026-11-29).
 LEAST_ON_CPU = 2**16
 HEADS, KV_HEADS, HEAD_DIM, PART = 3, 2, 12, 4
 

@@ -5,7 +5,7 @@
 where `swapped` exchanges the elements of each pair, and sin' is sin with the sign of its element.
 A small x takes few operators. For a large one memory decides: sin' * swapped(x) is added in place,
 without a temporary of x's size; but not into every second element of 16 bits, which takes ATen 1.4
-times as long as the formula written out (Xeon, one thread, torch 2.13, 2026-11-29).
+times as long as the formula written out (AMD EPYC, one thread, torch 2.13, 2026-11-29).
 """
 
 from __future__ import annotations
