@@ -18,6 +18,7 @@ import pytest
 import torch
 from ops.attention.cases import Case, call, check, formula, formula_of, results
 from ops.cross_entropy import cases as losses
+from ops.rotary import cases as rotations
 
 import fastattn
 from fastattn import backends
@@ -29,6 +30,8 @@ from fastattn.ops.cross_entropy import interface as loss_interface
 from fastattn.ops.cross_entropy import problem as loss_problem
 from fastattn.ops.linear_cross_entropy import interface as linear_loss_interface
 from fastattn.ops.linear_cross_entropy import problem as linear_loss_problem
+from fastattn.ops.rotary import interface as rotary_interface
+from fastattn.ops.rotary import problem as rotary_problem
 
 COLUMNS = ("triton", "torch", "reference")
 FEATURES_PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
@@ -268,6 +271,18 @@ def of_loss(case: losses.Case) -> Feature:
     return Feature(describe, run, table=op.BACKENDS)
 
 
+def turned(case: rotations.Case) -> Feature:
+    def describe(device: str) -> Any:
+        tensors = dataclasses.replace(case, device=device).inputs()
+        given = {n: x.requires_grad_() if n in "qk" else x for n, x in tensors.items()}
+        return rotary_problem.describe(**given, **case.options)
+
+    def run(backend: str, device: str) -> None:
+        rotations.check(dataclasses.replace(case, device=device), backend)
+
+    return Feature(describe, run, table=rotary_interface.BACKENDS)
+
+
 def cached(**flags: bool) -> Feature:
     case = CacheCase(**flags)
     return Feature(case.describe, case.run, table=cache_interface.BACKENDS)
@@ -306,6 +321,8 @@ FEATURES = {
     "KV cache: left padding": cached(left_padding=True),
     "KV cache: appending": cached(paged=True, appending=True),
     "KV cache: rotary": cached(appending=True, rotary=True),
+    "rotary embedding": turned(rotations.Case(rotary_dim=8)),
+    "rotary embedding: norm of the heads": turned(rotations.Case(interleaved=True, norms="qk")),
     "cross-entropy": of_loss(losses.Case((5,), 9, weighted=True, options=ALL_OF_A_LOSS)),
     "linear cross-entropy": of_loss(
         losses.Case((5,), 9, 16, bias=True, weighted=True, options=ALL_OF_A_LOSS)
