@@ -278,12 +278,17 @@ def _duration(seconds: float) -> str:
 
 def _forward(model: torch.nn.Module, batch: Any) -> Any:
     """`model` on `batch`, its buffers (running statistics) staying as they are."""
+
+    def usable(x: Any) -> Any:  # by autograd
+        return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(batch, Mapping):
-        kwargs = dict(batch)
+        kwargs = {name: usable(x) for name, x in batch.items()}
     else:
-        args = (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+        given = (batch,) if isinstance(batch, torch.Tensor) else batch
+        args = tuple(map(usable, given))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return torch.func.functional_call(model, buffers, args, kwargs)
 
