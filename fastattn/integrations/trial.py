@@ -182,7 +182,10 @@ def _difference(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> Differen
 def speeds(
     model: torch.nn.Module, batch: Any, swaps: Sequence[Swap]
 ) -> dict[torch.nn.Module, Speed]:
-    """The speed of every swap that `batch` reaches; equal modules share one measurement."""
+    """The speed of every swap that `batch` reaches; equal modules share one measurement.
+
+    None for a module whose call cannot be repeated: it counts on a cache or on what ran before it.
+    """
     groups: dict[Hashable, list[Swap]] = {}
     for swap in swaps:
         groups.setdefault((configuration(swap.module), swap.ours), []).append(swap)
@@ -191,7 +194,10 @@ def speeds(
         with _classes((swap.module, swap.original) for swap in swaps):
             calls = _calls(model, batch, groups)
         for key, call in calls.items():
-            speed = _speed(groups[key][0], *call)
+            try:
+                speed = _speed(groups[key][0], *call)
+            except Exception:  # a call that cannot be repeated out of its place
+                continue
             found.update((swap.module, speed) for swap in groups[key])
     return found
 

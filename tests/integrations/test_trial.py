@@ -175,6 +175,21 @@ def test_an_error_of_the_model_leaves_it_as_it_was(model: torch.nn.Module) -> No
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class OnlyOnce(Swapping, fastattn.nn.LayerNorm):
+    """Cannot be called with the batch's arguments."""
+
+    def act(self, out: torch.Tensor) -> torch.Tensor:
+        raise ValueError("this was called out of its place")
+
+
+def test_what_cannot_be_repeated_is_not_timed(
+    model: torch.nn.Module, x: torch.Tensor, swapped_to: Any
+) -> None:
+    swapped_to(OnlyOnce)
+    report = fastattn.accelerate(model, only=["before"], batch=x)
+    assert names(report.swapped) == ["before"]
+
+
 def test_frozen_models_have_no_gradients(model: torch.nn.Module, x: torch.Tensor) -> None:
     fastattn.accelerate(model.requires_grad_(False), batch=x)
     trial = fastattn.verify(model, x).trial
