@@ -93,7 +93,7 @@ def _transformer(**kwargs: Any) -> torch.nn.Module:
         {"batch_first": True, "norm_first": True, "activation": "gelu"},
         {"norm_first": True, "bias": False, "activation": F.silu},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options) or "default",
 )
 def test_a_transformer(kwargs: dict) -> None:
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)

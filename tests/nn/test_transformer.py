@@ -171,7 +171,11 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu, torch.nn.GELU("tanh")], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    ["relu", "gelu", F.silu, torch.nn.GELU("tanh")],
+    ids=["relu", "gelu", "F.silu", "tanh-GELU"],
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_a_few_ops(name: str, activation: Any, norm_first: bool, ops: list[str]) -> None:
     ours, _ = _layer(name, activation=activation, norm_first=norm_first)
