@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
         ),
         "layer_norm, training": functools.partial(norm, center=True),
         "layer_norm, dropout, training": lambda n, batch=BATCH: norm(
-            n, batch, center=True, dropped=(seed, 1 / n)
+            n, batch, center=True, dropped=(seed, 1 / (n + 1))
         ),
         "rms_norm, training": functools.partial(norm, center=False),
         "ffn, training": feed_forward,
