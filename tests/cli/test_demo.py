@@ -132,6 +132,7 @@ def test_a_chat_model_is_asked_with_and_without_fastattn(
     assert re.search(r"speed +original \d+\.\d tokens/s, accelerated \d+\.\d tokens/s: \d", out)
 
 
+@pytest.mark.long
 def test_the_real_pretrained_model_answers(capsys: pytest.CaptureFixture[str]) -> None:
     if pretrained.missing() is not None:
         pytest.skip(str(pretrained.missing()))
