@@ -31,7 +31,8 @@ class _FastattnConfig:
     """A live view of a model's config that names our attention implementation."""
 
     def __init__(self, config: Any, name: str) -> None:
-        self.__dict__.update(_config=config, _attn_implementation=name)
+        self.__dict__["_config"] = config  # torch.compile of torch 2.11 knows no `update`
+        self.__dict__["_attn_implementation"] = name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_config"], name)

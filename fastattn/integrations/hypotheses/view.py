@@ -15,7 +15,8 @@ class View:
     """
 
     def __init__(self, module: Any, instead: dict[str, Any]) -> None:
-        self.__dict__.update(_module=module, _instead=instead)
+        self.__dict__["_module"] = module  # torch.compile of torch 2.11 knows no `update`
+        self.__dict__["_instead"] = instead
 
     def __getattr__(self, name: str) -> Any:
         module, instead = self.__dict__["_module"], self.__dict__["_instead"].get(name)

@@ -26,6 +26,12 @@ _ACTIVATIONS = {
     "NewGELUActivation": "gelu_tanh",
     "GELUActivation": "gelu",
 }
+# Made once: torch.compile of torch 2.11 makes none.
+_RMS_NORMS = {
+    (eps, offset): Norm(False, "weight", None, offset, eps)
+    for eps in ("variance_epsilon", "eps")
+    for offset in (0, 1)
+}
 
 
 class LayerNorm(torch.nn.Module):
@@ -99,7 +105,7 @@ def _rms_norm(module: Any, x: Tensor, offset: int) -> Tensor:
     eps = "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
     if not hasattr(module, eps) or not NormSwap._suits(module, x):
         return _original(module, x)
-    return Norm(False, "weight", None, offset, eps)(module, x)
+    return _RMS_NORMS[eps, offset](module, x)
 
 
 def _ffn(
