@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn import chips
 from fastattn.ops.common import launch
 from fastattn.ops.rotary import results, tiles
 from fastattn.ops.rotary.problem import RotaryProblem
@@ -446,6 +447,8 @@ def _angles(
         "PAIRS": tile.pairs,
         "REST": tile.rest,
         "num_warps": tile.num_warps,
+        # By itself, ptxas would rather spill a few registers than let fewer programs run at a time.
+        "maxnreg": min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * tile.num_warps)),
     }
     return (cos, sin, positions), tuple(strides), switches
 
