@@ -22,3 +22,12 @@ HOPPER_PTXAS = (13, 3)
 def shared_memory(architecture: int) -> int:
     """Bytes of shared memory that one block may use."""
     return 1024 * _SHARED_KILOBYTES.get(architecture, _LEAST_SHARED_KILOBYTES)
+
+
+def all_registers(num_warps: int) -> int:
+    """The most registers a thread of a program may have.
+
+    A kernel asks for them (`maxnreg`) where ptxas would rather spill a few than let fewer programs
+    run at a time.
+    """
+    return min(MOST_REGISTERS, REGISTERS // (32 * num_warps))

@@ -185,7 +185,8 @@ def accelerate(
         batch: an input of the model: a mapping for `model(**batch)`, a tuple for `model(*batch)`,
             or a tensor. The model runs on it once, in its mode, and every class of modules is timed
             on what it got there, forward and (in train mode) backward. What is slower on fastattn
-            is left alone, and the report says by how much.
+            is left alone, and the report says by how much. What the batch does not reach, or what
+            cannot be called again out of its place, is swapped without being timed.
 
     Returns:
         A `Report`: `swapped` and `left`, and a table as its `str()`.

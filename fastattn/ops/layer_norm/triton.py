@@ -572,12 +572,8 @@ def _wide(hidden: int, *strides: int) -> bool:
 
 
 def _registers(many: bool, num_warps: int) -> dict[str, int]:
-    """All the registers there are, for what takes `many`: narrow loads' addresses, random words.
-
-    By itself, ptxas would rather spill a few than let fewer programs run at a time.
-    """
-    most = min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * num_warps))
-    return {"maxnreg": most} if many else {}
+    """All the registers there are, for what takes `many`: narrow loads' addresses, random words."""
+    return {"maxnreg": chips.all_registers(num_warps)} if many else {}
 
 
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:

@@ -447,8 +447,7 @@ def _angles(
         "PAIRS": tile.pairs,
         "REST": tile.rest,
         "num_warps": tile.num_warps,
-        # By itself, ptxas would rather spill a few registers than let fewer programs run at a time.
-        "maxnreg": min(chips.MOST_REGISTERS, chips.REGISTERS // (32 * tile.num_warps)),
+        "maxnreg": chips.all_registers(tile.num_warps),
     }
     return (cos, sin, positions), tuple(strides), switches
 
