@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import nn
-from fastattn.models import folder, generation, resizing
+from fastattn import generation, nn
+from fastattn.models import folder, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.ops.common import modes
@@ -190,6 +190,15 @@ class GPT(torch.nn.Module):
         if targets is None:
             return logits
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache where the parameters are, in the dtype of the layers' keys and values:
+        autocast's, or the weights'.
+        """
+        dtype, autocast = self.wte.weight.dtype, modes.autocast_dtype(self.device.type)
+        if autocast is not None and dtype != torch.float64:
+            dtype = autocast
+        return KVCache(self.config, batch_size, capacity, device=self.device, dtype=dtype)
 
     def features(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The hidden states before the head: (B, T) token ids, unchecked -> (B, T, C).

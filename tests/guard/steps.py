@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn.models import generation, graphs
+from fastattn.generation import decoding, graphs
 from fastattn.ops.common import launch
 
 BACKENDS = ("triton", "torch")
@@ -167,9 +167,9 @@ def _decoding(static: bool) -> Step:
     model, ids = _gpt()
     model.eval().requires_grad_(False)
     if static:
-        decoder: Any = graphs.GraphDecoder(generation.decode, model, BATCH, CAPACITY)
+        decoder: Any = graphs.GraphDecoder(decoding.decode, model, BATCH, CAPACITY)
     else:
-        decoder = generation.EagerDecoder(model, BATCH, CAPACITY)
+        decoder = decoding.EagerDecoder(model, BATCH, CAPACITY)
     model(ids, cache=decoder.cache)
     if static:
         decoder.cache.set_lengths([SEQLEN, SEQLEN - 5])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastattn import GPT, GPTConfig
-from fastattn.models import generation, graphs
+from fastattn.generation import decoding, graphs
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
 
@@ -52,13 +52,13 @@ def model(
     """A model that decodes by graphs."""
     if request.param == "stand-in":
         monkeypatch.setattr(graphs.GraphDecoder, "capture", _capture)
-        monkeypatch.setattr(generation, "_decodes_by_graph", lambda model: True)
+        monkeypatch.setattr(decoding, "_decodes_by_graph", lambda model: True)
     yield GPT(GPTConfig(**small), device="cpu" if request.param == "stand-in" else "cuda").eval()
 
 
 def _eager(model: GPT, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_decoder", generation.EagerDecoder)
+        patch.setattr(decoding, "_decoder", decoding.EagerDecoder)
         return model.generate(prompts, max_new_tokens=30)
 
 
@@ -69,10 +69,10 @@ def test_replayed_equals_eager(model: GPT, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_graph_is_captured_once(model: GPT) -> None:
-    first = graphs.decoder(generation.decode, model, 2, 20)
-    assert graphs.decoder(generation.decode, model, 2, 50) is first
-    assert graphs.decoder(generation.decode, model, 1, 50) is not first
-    assert graphs.decoder(generation.decode, model, 2, 20) is first
+    first = graphs.decoder(decoding.decode, model, 2, 20)
+    assert graphs.decoder(decoding.decode, model, 2, 50) is first
+    assert graphs.decoder(decoding.decode, model, 1, 50) is not first
+    assert graphs.decoder(decoding.decode, model, 2, 20) is first
 
 
 def test_weights_changed_in_place_count(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,12 +92,12 @@ def test_replaced_weights_make_a_new_graph(model: GPT, monkeypatch: pytest.Monke
 
 def test_only_a_few_are_kept(model: GPT) -> None:
     for batch_size in range(1, 8):
-        graphs.decoder(generation.decode, model, batch_size, 20)
+        graphs.decoder(decoding.decode, model, batch_size, 20)
     assert [key[0] for key in graphs._kept[model]] == [4, 5, 6, 7]
 
 
 def test_capacity_ends_at_the_context(model: GPT) -> None:
-    assert graphs.decoder(generation.decode, model, 1, 20).cache.capacity == 64
+    assert graphs.decoder(decoding.decode, model, 1, 20).cache.capacity == 64
 
 
 def test_a_model_takes_its_graphs_with_it(model: GPT) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastattn.models.config import GPTConfig
+if TYPE_CHECKING:
+    from fastattn.models.config import GPTConfig
 
 
 def read_prompts(

@@ -20,25 +20,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn.models.cache import KVCache
 from fastattn.ops.common import modes
 
 if TYPE_CHECKING:
+    from fastattn.models.cache import KVCache
     from fastattn.models.gpt import GPT
 
-Step = Callable[["GPT", Tensor, KVCache], Tensor]
+Step = Callable[["GPT", Tensor, "KVCache"], Tensor]
 
 # A cache's capacity is rounded up to it, so that prompts of many lengths share a graph.
 BUCKET = 256
 # How many graphs, each with a cache of its own, are kept for a model.
 KEPT = 4
-
-
-def cache_dtype(model: GPT) -> torch.dtype:
-    """The dtype in which the model's layers give keys and values: autocast's, or the weights'."""
-    weights = model.wte.weight.dtype
-    autocast = modes.autocast_dtype(model.device.type)
-    return weights if autocast is None or weights == torch.float64 else autocast
 
 
 class GraphDecoder:
@@ -49,13 +42,7 @@ class GraphDecoder:
 
     def __init__(self, step: Step, model: GPT, batch_size: int, capacity: int) -> None:
         device = model.device
-        self.cache = KVCache(
-            model.config,
-            batch_size,
-            capacity,
-            device=device,
-            dtype=cache_dtype(model),
-        )
+        self.cache = model.new_cache(batch_size, capacity)
         self._step = step
         # The graph holds the addresses of the weights, not the model, which may go before it does.
         self._model = weakref.ref(model)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastattn.models import graphs, sampling
-from fastattn.models.cache import KVCache
-from fastattn.models.prompts import read_prompts, special_tokens
-from fastattn.models.sampling import Sampling
-from fastattn.models.stopping import StopStrings
+from fastattn.generation import graphs, sampling
+from fastattn.generation.prompts import read_prompts, special_tokens
+from fastattn.generation.sampling import Sampling
+from fastattn.generation.stopping import StopStrings
 from fastattn.nn.mode import in_mode
 
 if TYPE_CHECKING:
+    from fastattn.models.cache import KVCache
     from fastattn.models.gpt import GPT
 
 # On a GPU the host asks only every so many steps whether all sequences have ended, since it has to
@@ -54,7 +54,7 @@ def generate(
         model.generate([[1, 2, 3], [4]], max_new_tokens=50, do_sample=True, top_p=0.9, seed=0)
 
     Each sequence gets the tokens that it would get alone. Dropout is off meanwhile. On a CUDA GPU
-    the steps replay a CUDA graph (`fastattn.models.graphs`).
+    the steps replay a CUDA graph (`fastattn.generation.graphs`).
 
     Args:
         input_ids: the prompts: (B, T) token ids, on any device, or lists of token ids, of any
@@ -67,7 +67,7 @@ def generate(
         temperature, top_k, top_p: divide the logits; keep the k most probable tokens (and those
             as probable as the k-th); keep the fewest that have the probability p together. In this
             order. None keeps all. (transformers keeps 50 unless told otherwise.)
-        repetition_penalty: see `fastattn.models.sampling.penalise`; of the prompt and all new
+        repetition_penalty: see `fastattn.generation.sampling.penalise`; of the prompt and all new
             tokens. Padding does not count, so that a sequence is continued as it would be alone.
         eos_token_id: the tokens that end a sequence; None means the config's, ``()`` none.
         pad_token_id: what fills a sequence after its end, and before a prompt given as a list;
@@ -226,13 +226,7 @@ class EagerDecoder:
 
     def __init__(self, model: GPT, batch_size: int, capacity: int) -> None:
         self.model = model
-        self.cache = KVCache(
-            model.config,
-            batch_size,
-            capacity,
-            device=model.device,
-            dtype=graphs.cache_dtype(model),
-        )
+        self.cache = model.new_cache(batch_size, capacity)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return decode(self.model, tokens, self.cache)

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fastattn.models.sampling import Sampling, draw, penalise, uniforms, warp
+from fastattn.generation.sampling import Sampling, draw, penalise, uniforms, warp
 
 
 def _theirs(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:

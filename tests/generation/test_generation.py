@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fastattn import GPT, GPTConfig
-from fastattn.models import generation, graphs
+from fastattn.generation import decoding, graphs
 from fastattn.training import Tokenizer
 
 Pair = tuple[GPT, transformers.GPT2LMHeadModel]
@@ -26,13 +26,13 @@ LENGTHS = [5, 17, 1, 11]
 def _cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Decode with either cache: the step that a GPU's graph captures runs eagerly on a CPU."""
     if request.param == "growing":
-        monkeypatch.setattr(generation, "_decoder", generation.EagerDecoder)
+        monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
     elif device == "cpu":
         monkeypatch.setattr(
-            generation,
+            decoding,
             "_decoder",
             lambda model, batch_size, capacity: graphs.GraphDecoder(
-                generation.decode, model, batch_size, capacity + 3
+                decoding.decode, model, batch_size, capacity + 3
             ),
         )
 
@@ -118,10 +118,10 @@ def test_checks_for_the_end_now_and_then(pair: Pair, monkeypatch: pytest.MonkeyP
     free = ours.generate(tokens, max_new_tokens=30)[:, 6:]
     ends = [int(free[0, 4]), int(free[1, 2])]
     expected = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
-    decode, steps = generation.decode, []
-    monkeypatch.setattr(generation, "decode", lambda *args: (steps.append(1), decode(*args))[1])
-    monkeypatch.setattr(generation, "_decoder", generation.EagerDecoder)
-    monkeypatch.setattr(generation, "_check_every", lambda *args: 16)
+    decode, steps = decoding.decode, []
+    monkeypatch.setattr(decoding, "decode", lambda *args: (steps.append(1), decode(*args))[1])
+    monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
+    monkeypatch.setattr(decoding, "_check_every", lambda *args: 16)
     got = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
     assert torch.equal(got, expected) and len(steps) == 15
 
@@ -245,9 +245,9 @@ def test_autocast(make_pair: MakePair, dtype: torch.dtype, weights: torch.dtype)
 
 def test_a_graph_is_kept_for_each_dtype_of_autocast(pair: Pair) -> None:
     ours, _ = pair
-    plain = graphs.GraphDecoder(generation.decode, ours, 1, 8)
+    plain = graphs.GraphDecoder(decoding.decode, ours, 1, 8)
     with torch.autocast(ours.device.type, dtype=torch.bfloat16):
-        cast = graphs.GraphDecoder(generation.decode, ours, 1, 8)
+        cast = graphs.GraphDecoder(decoding.decode, ours, 1, 8)
     assert plain.cache.layers[0].keys.dtype == torch.float32
     assert cast.cache.layers[0].keys.dtype == torch.bfloat16
 
@@ -263,7 +263,7 @@ def test_logits_that_are_no_distribution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours, _ = pair
-    monkeypatch.setattr(generation, "_check_every", lambda *args: check_every)
+    monkeypatch.setattr(decoding, "_check_every", lambda *args: check_every)
     with torch.no_grad():
         ours.norm_f.bias.fill_(value)  # the head's products are NaN
     with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new token"):
@@ -292,9 +292,9 @@ def _speller(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
             logits[0, next(ids)] = 1.0
             return logits
 
-        monkeypatch.setattr(generation, "_prefill", step)
-        monkeypatch.setattr(generation, "decode", step)
-        monkeypatch.setattr(generation, "_decoder", generation.EagerDecoder)
+        monkeypatch.setattr(decoding, "_prefill", step)
+        monkeypatch.setattr(decoding, "decode", step)
+        monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
 
     return write
 
