@@ -8,10 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.models.families import gpt2, llama
+from fastattn.models.families import (
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from fastattn.models.families.family import Family, Transposed
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, llama)}
+# A model that was made here is written as the first that fits it.
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
+}
 
 __all__ = ["FAMILIES", "Family", "Transposed", "family_of", "family_that_fits"]
 
