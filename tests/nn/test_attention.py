@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from nn.formulas import attended
 
 from fastattn.nn import Attention, KeyValueCache, RotaryEmbedding
-from nn.formulas import attended
 from oracle import assert_close_to_reference
 
 EMBED, HEADS, BATCH, LENGTH, KEYS = 24, 4, 3, 7, 9

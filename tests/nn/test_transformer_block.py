@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from nn import formulas
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.nn import Attention, FeedForward, KeyValueCache, LayerNorm, TransformerBlock
 from fastattn.nn.transformer_block import PLACEMENTS
-from nn import formulas
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 EMBED, HEADS, HIDDEN, LENGTH = 16, 4, 24, 6
