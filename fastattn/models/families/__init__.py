@@ -43,15 +43,21 @@ def family_of(model_type: Any) -> Family:
 def family_that_fits(config: Any) -> Family:
     """The first family whose config.json can say all that ``config`` does.
 
-    Raises ValueError that names, for each family, the options that have no place there.
+    Raises ValueError that names the options for which the nearest one has no place.
     """
-    reasons = []
+    losses = {}
     for family in FAMILIES.values():
-        if family.fits(config):
-            return family
         if isinstance(config, family.config_class):
             try:
-                family.write_config(config)
-            except (TypeError, ValueError) as error:
-                reasons.append(str(error))
-    raise ValueError("no family has a place for this config:\n  " + "\n  ".join(reasons))
+                losses[family] = family.lost(config)
+            except ValueError:  # the family refuses what was written
+                continue
+            if not losses[family]:
+                return family
+    nearest = min(losses, key=lambda family: len(losses[family]), default=None)
+    if nearest is None:
+        raise ValueError(f"no family has a place for {config}")
+    raise ValueError(
+        f"no family of transformers has a place for this config: the nearest, {nearest.title}, has "
+        f"none for {', '.join(losses[nearest])}. Save model.state_dict() instead"
+    )

@@ -15,7 +15,7 @@ class Transposed(str):
     """The name of a layer whose weight is stored as (in, out): GPT-2's Conv1D."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One `model_type` of transformers, and where a model of ours has its parts, both ways.
 
@@ -97,19 +97,19 @@ class Family:
 
         Raises ValueError if the family has no place for an option, and names it.
         """
-        data = self._written(config)
-        if unlike := self._differences(config, data):
-            raise ValueError(f"{self.title} has no place in its config.json for {unlike}")
-        return data
+        if lost := self.lost(config):
+            raise ValueError(f"{self.title} has no place in its config.json for {', '.join(lost)}")
+        return self._written(config)
 
-    def fits(self, config: Any) -> bool:
-        """Whether config.json of this family can say all that a config of ours does."""
-        if not isinstance(config, self.config_class):
-            return False
-        try:
-            return not self._differences(config, self._written(config))
-        except (TypeError, ValueError):
-            return False
+    def lost(self, config: Any) -> list[str]:
+        """The options of ``config`` that would be others after writing and reading it."""
+        given, back = config.resolved(), self.read_config(self._written(config)).resolved()
+        fields = (field.name for field in dataclasses.fields(given))
+        return [
+            f"{name}={getattr(given, name)!r}"
+            for name in fields
+            if not _same(getattr(given, name), getattr(back, name))
+        ]
 
     def _written(self, config: Any) -> dict[str, Any]:
         data: dict[str, Any] = {"model_type": self.model_type}
@@ -120,16 +120,6 @@ class Family:
                 data[key] = list(value) if isinstance(value, tuple) else value
         data |= {key: value for key, value in self.fixed.items() if value is not None}
         return data | (self.write_more(config) if self.write_more is not None else {})
-
-    def _differences(self, config: Any, data: Mapping[str, Any]) -> str:
-        """The options of ``config`` that are others after reading ``data`` again."""
-        given, back = config.resolved(), self.read_config(data).resolved()
-        fields = (field.name for field in dataclasses.fields(given))
-        return ", ".join(
-            f"{name}={getattr(given, name)!r}"
-            for name in fields
-            if not _same(getattr(given, name), getattr(back, name))
-        )
 
 
 def _tuple(names: Names) -> tuple[str, ...]:
