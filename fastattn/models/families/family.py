@@ -15,6 +15,36 @@ class Transposed(str):
     """The name of a layer whose weight is stored as (in, out): GPT-2's Conv1D."""
 
 
+@dataclasses.dataclass(frozen=True)
+class GGUF:
+    """How llama.cpp's files have a family.
+
+    Attributes:
+        keys: of the metadata, without the architecture's name -> config.json's.
+        names: of layers, with "*" for the number -> those in a folder.
+        heads: the layers in a folder whose rows llama.cpp orders for rotations of neighbours -> the
+            field of our config with the number of their heads.
+    """
+
+    keys: Mapping[str, str]
+    names: Mapping[str, str]
+    heads: Mapping[str, str]
+
+    def stored(self, name: str) -> str:
+        """The name in a folder; a name that is not known is kept."""
+        layer, _, leaf = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")
+        number = re.search(r"\.(\d+)\.", name)
+        stored = self.names.get(layer)
+        if stored is None:
+            return name
+        return stored.replace("*", number[1] if number else "*") + f".{leaf}"
+
+    def permuted(self, name: str, config: Any) -> int | None:
+        """The heads of a layer whose rows are in llama.cpp's order, by its name in a folder."""
+        layer = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]
+        return getattr(config, self.heads[layer]) if layer in self.heads else None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One `model_type` of transformers, and where a model of ours has its parts, both ways.
@@ -39,6 +69,7 @@ class Family:
         depths: the beginning of the layers' names, without the prefix -> the key of their number.
         ignored: names, without the prefix, that are no weights (masks that were saved).
         aliases: names that may be there for the tensor of another name, to which they are equal.
+        gguf: how llama.cpp's files have it, if they are read.
     """
 
     title: str
@@ -56,6 +87,7 @@ class Family:
     write_more: Callable[[Any], dict[str, Any]] | None = None
     ignored: re.Pattern[str] | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gguf: GGUF | None = None
 
     @property
     def entries(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
