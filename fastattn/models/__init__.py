@@ -13,6 +13,7 @@ from fastattn.models.encoder_heads import (
     EncoderForTokenClassification,
 )
 from fastattn.models.gpt import GPT
+from fastattn.models.loading import load
 
 __all__ = [
     "GPT",
@@ -24,4 +25,5 @@ __all__ = [
     "EncoderForTokenClassification",
     "GPTConfig",
     "KVCache",
+    "load",
 ]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastattn import nn
+from fastattn.models import folder
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_config import EncoderConfig
 from fastattn.models.ids import check_ids
@@ -35,7 +36,7 @@ class EncoderOutput(NamedTuple):
     pooled: Tensor | None
 
 
-class Encoder(torch.nn.Module):
+class Encoder(folder.Pretrained):
     """A bidirectional transformer at any size: BERT's architecture, or another by its config.
 
         model = fastattn.models.Encoder(fastattn.models.EncoderConfig())
@@ -64,7 +65,6 @@ class Encoder(torch.nn.Module):
         check_config(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.family: str | None = None  # config.json's "model_type" that it was read as
         width, pad = config.n_embd, config.pad_token_id
         self.wte = torch.nn.Embedding(config.vocab_size, width, padding_idx=pad, **where)
         self.wpe = self.wtt = None
@@ -208,8 +208,9 @@ class Encoder(torch.nn.Module):
     ) -> Tensor:
         """(1, T) or (B, T): rows of the table, or what is turned by."""
         if positions is None and self.config.positions == "counted":
-            counts = input_ids.ne(self.config.pad_token_id)  # type: ignore[arg-type]
-            return counts.cumsum(1) * counts + self.config.pad_token_id
+            pad = self.config.first_position - 1
+            counts = input_ids != pad
+            return counts.cumsum(1) * counts + pad
         if positions is None:
             return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         shapes = tuple(input_ids.shape), (1, input_ids.shape[1])

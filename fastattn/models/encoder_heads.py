@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import nn
+from fastattn.models import folder
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder import Encoder, check_config, layer_norm, reset_parameters
 from fastattn.models.encoder_config import EncoderConfig
@@ -58,7 +59,7 @@ class Transform(torch.nn.Module):
         return f"activation={self.activation!r}"
 
 
-class EncoderHead(SharedParameters):
+class EncoderHead(folder.Pretrained, SharedParameters):
     """An `Encoder` with something on it. Arguments are `Encoder`'s."""
 
     config_class = EncoderConfig
@@ -73,7 +74,6 @@ class EncoderHead(SharedParameters):
         super().__init__()
         check_config(config)
         self.config = config
-        self.family: str | None = None  # config.json's "model_type" that it was read as
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoder = Encoder(config, pooler=self.reads_pooled(config), **where)
         self.build(config, where)
@@ -294,6 +294,14 @@ class EncoderForQuestionAnswering(EncoderHead):
             places = places.long().clamp(0, beyond)
             losses.append(cross_entropy(logits, places, ignore_index=beyond))
         return SpanOutput(start, end, (losses[0] + losses[1]) / 2)
+
+
+HEADS = (
+    EncoderForMaskedLM,
+    EncoderForSequenceClassification,
+    EncoderForTokenClassification,
+    EncoderForQuestionAnswering,
+)
 
 
 def _check_shape(name: str, given: Tensor, shape: torch.Size) -> None:
