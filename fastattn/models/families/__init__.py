@@ -9,23 +9,26 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn.models.families import (
+    bert,
     gemma2,
     gemma3,
     gpt2,
     llama,
     mistral,
+    modernbert,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    roberta,
 )
 from fastattn.models.families.family import Family, Transposed
 
+DECODERS = (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
+ENCODERS = (bert, roberta, modernbert)
+
 # A model that was made here is written as the first that fits it.
-FAMILIES = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
-}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (*DECODERS, *ENCODERS)}
 
 __all__ = ["FAMILIES", "Family", "Transposed", "family_of", "family_that_fits"]
 

@@ -70,6 +70,9 @@ class Family:
         ignored: names, without the prefix, that are no weights (masks that were saved).
         aliases: names that may be there for the tensor of another name, to which they are equal.
         gguf: how llama.cpp's files have it, if they are read.
+        spare: names, without the prefix, of weights that are left out where the model that is read
+            has no place for them (a pooler).
+        renamed: ends of names that old files have -> the ends that the table has.
     """
 
     title: str
@@ -88,6 +91,8 @@ class Family:
     ignored: re.Pattern[str] | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: GGUF | None = None
+    spare: re.Pattern[str] | None = None
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def entries(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -95,7 +100,10 @@ class Family:
         return [(_tuple(ours), _tuple(theirs)) for ours, theirs in self.names.items()]
 
     def short(self, name: str) -> str:
-        """A stored name without the prefix."""
+        """A stored name without the prefix, and as the table has it."""
+        for old, new in self.renamed.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
         return name.removeprefix(self.prefix)
 
     def architecture(self, cls: type) -> str:
