@@ -150,8 +150,9 @@ class Attention(torch.nn.Module):
             causal, key_lengths, mask, bias: as `fastattn.attention`'s.
             rotary: cos and sin of the positions of x (`RotaryEmbedding`).
             cache: keys and values of the positions before x, to which those of x are appended;
-                without a gradient, in eval mode if the module has dropout. Excludes key_lengths,
-                mask and bias.
+                without a gradient, in eval mode if the module has dropout. Excludes key_lengths
+                and mask. A bias is then of the first slots of the cache, as many as it has
+                columns, which must reach all keys; not with pages.
 
         Raises:
             ValueError: x has another shape, or arguments are missing or exclude each other.
@@ -176,7 +177,9 @@ class Attention(torch.nn.Module):
             q, k, v = self._split(self.in_proj(x))
             q, k = self._placed(q, k, rotary)
         if cache is not None:
-            heads = self._cached(q, k, v, cache, causal, (key_lengths, mask, bias))
+            if key_lengths is not None or mask is not None:
+                raise ValueError("key_lengths and mask must be None with a cache")
+            heads = self._cached(q, k, v, cache, causal, bias)
         else:
             heads = attention(
                 q,
@@ -235,15 +238,15 @@ class Attention(torch.nn.Module):
         v: Tensor,
         cache: KeyValueCache,
         causal: bool,
-        excluded: tuple[Tensor | None, ...],
+        bias: Tensor | None,
     ) -> Tensor:
-        if any(tensor is not None for tensor in excluded):
-            raise ValueError("key_lengths, mask and bias must be None with a cache")
         if self.training and self.dropout:
             raise ValueError(
                 f"a cache is for inference, and this module has dropout={self.dropout} in training "
                 "mode: call eval() first"
             )
+        if bias is not None:
+            return self._cached_with_bias(q, k, v, cache, causal, bias)
         return attention_with_kv_cache(
             q,
             cache.keys,
@@ -256,6 +259,32 @@ class Attention(torch.nn.Module):
             window=self.window,
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
+        )
+
+    def _cached_with_bias(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, causal: bool, bias: Tensor
+    ) -> Tensor:
+        """The same as plain operations, for the op on a cache has no bias."""
+        if cache.block_table is not None or self.window is not None:
+            raise ValueError("a bias with a cache takes neither pages nor a window")
+        batch, seqlen = q.shape[:2]
+        places = cache.lengths.unsqueeze(1) + torch.arange(seqlen, device=q.device)
+        rows = torch.arange(batch, device=q.device).unsqueeze(1)
+        cache.keys[rows, places] = k
+        cache.values[rows, places] = v
+        slots = bias.shape[-1]
+        mask = None
+        if causal and seqlen > 1:  # a single query sees all keys that there are
+            mask = torch.arange(slots, device=q.device) <= places[:, None, :, None]
+        return attention(
+            q,
+            cache.keys[:, :slots],
+            cache.values[:, :slots],
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
+            key_lengths=cache.lengths + seqlen,
+            mask=mask,
+            bias=bias,
         )
 
     def extra_repr(self) -> str:
