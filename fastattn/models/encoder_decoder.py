@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastattn import generation, nn
+from fastattn.models import folder
 from fastattn.models.cache import EncoderDecoderCache
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
@@ -32,17 +33,21 @@ from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 
 
-class EncoderDecoder(SharedParameters):
+class EncoderDecoder(SharedParameters, folder.Pretrained):
     """A transformer that reads one sequence and writes another: translation, summaries, T5's tasks.
 
-        model = EncoderDecoder(EncoderDecoderConfig.preset("t5-small"))
+        model = EncoderDecoder(EncoderDecoderConfig.preset("transformer-base"))
         logits, loss = model(source, targets=target)
+
+        model = EncoderDecoder.from_pretrained("t5-small")
         model.generate(source, max_new_tokens=50, num_beams=4)
 
     Args:
         config: sizes and settings.
         device, dtype: of the parameters. On device "meta" the model has shapes and no weights.
     """
+
+    config_class = EncoderDecoderConfig
 
     def __init__(
         self,
@@ -55,7 +60,8 @@ class EncoderDecoder(SharedParameters):
         if not isinstance(config, EncoderDecoderConfig):
             raise TypeError(
                 f"config must be an EncoderDecoderConfig, got {type(config).__name__}: write "
-                "EncoderDecoderConfig(vocab_size=..., ...) or EncoderDecoderConfig.preset(name)"
+                "EncoderDecoderConfig(vocab_size=..., ...), EncoderDecoderConfig.preset(name), or "
+                "read a model with EncoderDecoder.from_pretrained(path)"
             )
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
@@ -401,14 +407,17 @@ class Head(nn.Linear):
     """The linear layer to the logits, whose input is scaled and whose bias is not trained."""
 
     def __init__(self, config: EncoderDecoderConfig, **where: Any) -> None:
-        super().__init__(config.d_model, config.vocab_size, config.logits_bias, **where)
+        super().__init__(config.d_model, config.vocab_size, bias=False, **where)
         self.scale = config.logits_scale
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.logits_bias = None
+        if config.logits_bias:
+            zeros = torch.zeros(1, config.vocab_size, **where)  # the shape is BART's
+            self.logits_bias = torch.nn.Parameter(zeros, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_model) -> (..., vocab_size)."""
-        return super().forward(input if self.scale == 1.0 else input * self.scale)
+        logits = super().forward(input if self.scale == 1.0 else input * self.scale)
+        return logits if self.logits_bias is None else logits + self.logits_bias
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:

@@ -235,6 +235,21 @@ class EncoderDecoderConfig:
             raise ValueError(f"name must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
 
+    def resolved(self) -> EncoderDecoderConfig:
+        """The same model's config with each default and each name of several said in one way."""
+        changes: dict[str, Any] = {"initializer_range": None}  # only new weights know it
+        activation = ACTIVATIONS[self.activation_function]
+        changes["activation_function"] = "gelu_new" if activation == "gelu_tanh" else activation
+        heads = self.encoder_attention_heads, self.decoder_attention_heads
+        if heads[0] == heads[1]:
+            changes["head_size"] = self.head_dim
+            changes["attention_scale"] = self.attention_scale or self.head_dim**-0.5
+        if self.positions != "relative":
+            changes |= {"relative_buckets": 32, "relative_max_distance": 128}
+        if self.positions != "learned":
+            changes["position_offset"] = 0
+        return dataclasses.replace(self, **changes)
+
     # The decoder's, for its cache.
 
     @property

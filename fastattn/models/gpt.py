@@ -13,7 +13,6 @@ Shapes: B batch, T sequence length, C = n_embd, V = vocab_size.
 from __future__ import annotations
 
 import math
-from os import PathLike
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 
 
-class GPT(SharedParameters):
+class GPT(SharedParameters, folder.Pretrained):
     """A decoder-only transformer at any size: GPT-2's architecture, or another by its config.
 
         model = fastattn.GPT(fastattn.GPTConfig.preset("gpt2"))
@@ -46,6 +45,8 @@ class GPT(SharedParameters):
         config: sizes and settings.
         device, dtype: of the parameters. On device "meta" the model has shapes and no weights.
     """
+
+    config_class = GPTConfig
 
     def __init__(
         self,
@@ -233,25 +234,6 @@ class GPT(SharedParameters):
 
     generate = generation.generate
     resize_token_embeddings = resizing.resize_token_embeddings
-    save_pretrained = folder.save_pretrained
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | PathLike[str],
-        *,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> GPT:
-        """The model in a Hugging Face GPT-2 folder; see `fastattn.models.folder.read`."""
-        config, weights = folder.read(path, revision=revision, dtype=dtype, device=device)
-        model = cls(config, device="meta")
-        model.load_state_dict(weights, assign=True)
-        for angles in model.rotary.children():
-            assert isinstance(angles, nn.RotaryEmbedding)
-            angles.reset_parameters(model.device)
-        return model.eval()
 
 
 class Head(nn.Linear):
