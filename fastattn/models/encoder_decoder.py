@@ -27,13 +27,12 @@ from fastattn.models.cache import EncoderDecoderCache
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.ids import check_ids, padding_mask
-from fastattn.models.sharing import SharedParameters
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 
 
-class EncoderDecoder(SharedParameters, folder.Pretrained):
+class EncoderDecoder(folder.Pretrained):
     """A transformer that reads one sequence and writes another: translation, summaries, T5's tasks.
 
         model = EncoderDecoder(EncoderDecoderConfig.preset("transformer-base"))

@@ -23,13 +23,12 @@ from fastattn.models import folder, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.ids import check_ids
-from fastattn.models.sharing import SharedParameters
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 
 
-class GPT(SharedParameters, folder.Pretrained):
+class GPT(folder.Pretrained):
     """A decoder-only transformer at any size: GPT-2's architecture, or another by its config.
 
         model = fastattn.GPT(fastattn.GPTConfig.preset("gpt2"))

@@ -215,23 +215,24 @@ class Attention(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """q and k after their norms and the rotation; one op for both where a norm is a head's."""
         q_norm, k_norm = self.q_norm, self.k_norm
-        if q_norm is None or k_norm is None:
-            return (q, k) if rotary is None else rotate(q, k, *rotary)
-        if self.qk_norm == "all":
-            q, k = q_norm(q.flatten(-2)).view_as(q), k_norm(k.flatten(-2)).view_as(k)
-            return (q, k) if rotary is None else rotate(q, k, *rotary)
+        weights: dict[str, Any] = {}
+        if q_norm is not None and k_norm is not None:
+            if self.qk_norm == "all":
+                q, k = q_norm(q.flatten(-2)).view_as(q), k_norm(k.flatten(-2)).view_as(k)
+            elif rotary is None:
+                q, k = q_norm(q), k_norm(k)
+            else:
+                offset = 1.0 if isinstance(q_norm, OffsetRMSNorm) else 0.0
+                weights = {
+                    "q_weight": q_norm.weight,
+                    "k_weight": k_norm.weight,
+                    "eps": self.norm_eps,
+                    "weight_offset": offset,
+                }
         if rotary is None:
-            return q_norm(q), k_norm(k)
-        offset = 1.0 if isinstance(q_norm, OffsetRMSNorm) else 0.0
-        return rotate(
-            q,
-            k,
-            *rotary,
-            q_weight=q_norm.weight,
-            k_weight=k_norm.weight,
-            eps=self.norm_eps,
-            weight_offset=offset,
-        )
+            return q, k
+        # cos has an angle for each pair: where it is narrow, the op could not tell
+        return rotate(q, k, *rotary, rotary_dim=2 * rotary[0].shape[-1], **weights)
 
     def _cached(
         self,

@@ -8,10 +8,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.models.families import bart, gpt2, llama, marian, t5
+from fastattn.models.families import (
+    bart,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    marian,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    t5,
+)
 from fastattn.models.families.family import Family, Transposed
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, llama, t5, bart, marian)}
+# A model that was made here is written as the first that fits it.
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        gpt2,
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        gemma2,
+        gemma3,
+        phi3,
+        olmo2,
+        t5,
+        bart,
+        marian,
+    )
+}
 
 __all__ = ["FAMILIES", "Family", "Transposed", "family_of", "family_that_fits"]
 

@@ -127,8 +127,11 @@ class Family:
 
     def _written(self, config: Any) -> dict[str, Any]:
         data: dict[str, Any] = {"model_type": self.model_type}
+        silent = self.read_config({})
         for key, names in self.fields.items():
-            data[key] = getattr(config, _tuple(names)[0])
+            value = getattr(config, _tuple(names)[0])
+            if value is not None or getattr(silent, _tuple(names)[0]) is not None:
+                data[key] = list(value) if isinstance(value, tuple) else value
         data |= {key: value for key, value in self.fixed.items() if value is not None}
         return data | (self.write_more(config) if self.write_more is not None else {})
 

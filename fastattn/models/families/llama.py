@@ -11,7 +11,7 @@ from fastattn.models.families.decoder import (
     PRE_NORMS,
     PROJECTIONS,
     read_rope,
-    write_rope,
+    write_more,
 )
 from fastattn.models.families.family import Family
 
@@ -36,9 +36,9 @@ FAMILY = Family(
     },
     constants=CONSTANTS,
     # A way of adding up in training, with other roundings.
-    fixed={"pretraining_tp": 1, "partial_rotary_factor": None},
+    fixed={"pretraining_tp": 1},
     read_more=read_rope,
-    write_more=write_rope,
+    write_more=write_more,
     prefix="model.",
     depths=DEPTHS,
     names={**PROJECTIONS, **PRE_NORMS},

@@ -9,11 +9,12 @@ import torch
 
 from fastattn.models.folder.reading import read
 from fastattn.models.folder.writing import save_pretrained
+from fastattn.models.sharing import SharedParameters
 
 Model = TypeVar("Model", bound="Pretrained")
 
 
-class Pretrained(torch.nn.Module):
+class Pretrained(SharedParameters):
     """A module that `fastattn.models.load` can read; it is made of its config alone.
 
     Attributes:

@@ -95,11 +95,12 @@ def read_config(path: Path) -> tuple[Family, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     beside = path.with_name(GENERATION)
-    if not beside.exists():
+    if not beside.exists() or "eos_token_id" not in family.fields:
         return family, config
     data = read_json(beside)
-    fields = {field.name for field in dataclasses.fields(config)}
-    tokens: dict[str, Any] = {name: data.get(name) for name in SPECIAL_TOKENS if name in fields}
+    tokens: dict[str, Any] = {
+        name: data.get(name) for name in SPECIAL_TOKENS if name in family.fields
+    }
     try:
         return family, dataclasses.replace(config, **tokens)
     except (TypeError, ValueError) as error:

@@ -101,7 +101,8 @@ def _write(
         if len(shards) > 1:
             _write_json(beside / INDEX, _index(names, shards))
         tokens = {name: config[name] for name in SPECIAL_TOKENS if name in config}
-        _write_json(beside / GENERATION, tokens)
+        if "eos_token_id" in tokens:  # a model that generates
+            _write_json(beside / GENERATION, tokens)
         _write_json(beside / CONFIG, {**config, "dtype": dtype})
 
 
