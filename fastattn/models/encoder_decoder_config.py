@@ -54,10 +54,14 @@ BART: dict[str, Any] = {
     "eos_token_id": 2, "decoder_start_token_id": 2,
 }  # fmt: skip
 
+# The vocabulary of English to German. What the decoder reads first is a vector of zeros, and the
+# head's bias stays zero: it makes a Marian of it, which can be saved.
+TRANSFORMER: dict[str, Any] = {"vocab_size": 37000, "frozen_padding": True, "logits_bias": True}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # Vaswani et al. 2017, table 3, with the vocabulary of English to German
-    "transformer-base": _sizes(512, 6, 8, 2048, vocab_size=37000, embedding_scale=512**0.5),
-    "transformer-big": _sizes(1024, 6, 16, 4096, vocab_size=37000, embedding_scale=32.0),
+    # Vaswani et al. 2017, table 3
+    "transformer-base": _sizes(512, 6, 8, 2048, embedding_scale=512**0.5, **TRANSFORMER),
+    "transformer-big": _sizes(1024, 6, 16, 4096, embedding_scale=32.0, **TRANSFORMER),
     # Raffel et al. 2020, and its second edition with GeGLU
     "t5-small": _sizes(512, 6, 8, 2048, logits_scale=512**-0.5, **T5),
     "t5-base": _sizes(768, 12, 12, 3072, logits_scale=768**-0.5, **T5),

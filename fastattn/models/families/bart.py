@@ -13,7 +13,7 @@ SAME = (
     "vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads",
     "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim", "activation_function",
     "dropout", "attention_dropout", "activation_dropout", "bos_token_id", "eos_token_id",
-    "pad_token_id", "decoder_start_token_id", "tie_word_embeddings",
+    "pad_token_id", "decoder_start_token_id",
 )  # fmt: skip
 FIELDS: dict[str, Names] = {
     **{name: name for name in SAME},
@@ -32,9 +32,10 @@ DEFAULTS: dict[str, Any] = {
     "activation_function": "gelu",
     "dropout": 0.1,
 }
-# Layers that are left out at random in training.
+# Layers may be left out at random in training; untied, transformers 5 has three embeddings.
 FIXED: dict[str, Any] = {
     "is_encoder_decoder": True, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 
 

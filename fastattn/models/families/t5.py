@@ -33,6 +33,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     if config.gated:
         activation = GATED + {"gelu_new": "gelu"}.get(activation, activation)
     return {
+        "d_kv": config.head_dim,
         "feed_forward_proj": activation,
         "tie_word_embeddings": config.tie_word_embeddings,
         "scale_decoder_outputs": config.logits_scale != 1.0,
