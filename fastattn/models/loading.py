@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from fastattn.models.encoder import Encoder
+from fastattn.models.encoder_decoder import EncoderDecoder
 from fastattn.models.encoder_heads import HEADS
 from fastattn.models.folder import reading
 from fastattn.models.folder.layout import CONFIG
 from fastattn.models.folder.sources import read_json
 from fastattn.models.gpt import GPT
 
-CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (GPT, Encoder, *HEADS)}
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (GPT, Encoder, *HEADS, EncoderDecoder)}
 
 
 def load(

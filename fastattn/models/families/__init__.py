@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn.models.families import (
+    bart,
     bert,
     gemma2,
     gemma3,
     gpt2,
     llama,
+    marian,
     mistral,
     modernbert,
     olmo2,
@@ -21,14 +23,20 @@ from fastattn.models.families import (
     qwen2,
     qwen3,
     roberta,
+    t5,
 )
 from fastattn.models.families.family import Family, Transposed
 
 DECODERS = (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
 ENCODERS = (bert, roberta, modernbert)
 
+SEQUENCE_TO_SEQUENCE = (t5, bart, marian)
+
 # A model that was made here is written as the first that fits it.
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (*DECODERS, *ENCODERS)}
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (*DECODERS, *ENCODERS, *SEQUENCE_TO_SEQUENCE)
+}
 
 __all__ = ["FAMILIES", "Family", "Transposed", "family_of", "family_that_fits"]
 

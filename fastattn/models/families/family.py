@@ -73,6 +73,10 @@ class Family:
         spare: names, without the prefix, of weights that are left out where the model that is read
             has no place for them (a pooler).
         renamed: ends of names that old files have -> the ends that the table has.
+        more_names: our config -> the part of names that depends on it.
+        zeros: names, without the prefix, of tensors that are zero where a file lacks them.
+        own_head: names, without the prefix, of the head's weight and of the embedding's where the
+            files decide whether they are tied: if there is none, or one that is the same.
     """
 
     title: str
@@ -93,11 +97,21 @@ class Family:
     gguf: GGUF | None = None
     spare: re.Pattern[str] | None = None
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    more_names: Callable[[Any], Mapping[Names, Names]] | None = None
+    zeros: frozenset[str] = frozenset()
+    own_head: tuple[str, str] | None = None
 
     @property
     def entries(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
         """The table of names, all as tuples."""
         return [(_tuple(ours), _tuple(theirs)) for ours, theirs in self.names.items()]
+
+    def of(self, config: Any) -> Family:
+        """The family with all names of the models of one config of ours."""
+        if self.more_names is None:
+            return self
+        names = {**self.names, **self.more_names(config)}
+        return dataclasses.replace(self, names=names, more_names=None)
 
     def short(self, name: str) -> str:
         """A stored name without the prefix, and as the table has it."""

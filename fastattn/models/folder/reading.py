@@ -41,7 +41,7 @@ from fastattn.models.folder.sources import (
 # All that is downloaded: pickle files may hold code, and are not even fetched.
 DOWNLOADED = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def read(
@@ -74,6 +74,8 @@ def read(
             )
         if where.is_dir():
             sources = safetensors_sources(where, family, weight_files(where), stack)
+        config = _with_head(family, config, sources)
+        family = family.of(config)
         _check_layers(where, family, config, sources)
         weights = _weights(where, family, cls(config, device="meta"), sources, dtype, device)
     return family, config, weights
@@ -128,7 +130,8 @@ def _weights(
     entries = layout(model, family)
     same = _same_tensors(model, family, entries)
     _check_tensors(folder, family, entries, same, sources)
-    needed = [sources[family.short(name)] for entry in entries for name in entry.names]
+    names = [family.short(name) for entry in entries for name in entry.names]
+    needed = [sources[name] for name in names if name in sources]
     dtype = _one_dtype(folder, needed) if dtype is None else dtype
     weights: dict[str, Tensor] = {}
     for entry in entries:
@@ -152,7 +155,10 @@ def _read(
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """Our tensors of an entry, each a copy: a file may be mapped into memory, and be replaced."""
-    parts = [sources[family.short(name)].tensor() for name in entry.names]
+    parts = [
+        sources[name].tensor() if name in sources else torch.zeros(shape)
+        for name, shape in zip(map(family.short, entry.names), entry.shapes, strict=True)
+    ]
     if entry.transposed:
         parts = [part.t() for part in parts]
     if len(entry.ours) > 1:
@@ -214,6 +220,19 @@ def local_folder(
         ) from error
 
 
+def _with_head(family: Family, config: Any, sources: dict[str, Source]) -> Any:
+    """The config as the files say it where they decide whether the head is tied."""
+    if family.own_head is None:
+        return config
+    head, embedding = map(sources.get, family.own_head)
+    tied = head is None or (
+        config.tie_word_embeddings
+        and embedding is not None
+        and torch.equal(head.tensor(), embedding.tensor())
+    )
+    return dataclasses.replace(config, tie_word_embeddings=tied)
+
+
 def _check_layers(folder: Path, family: Family, config: Any, sources: dict[str, Source]) -> None:
     """Raise unless config and weights agree on the layers, before so many are laid out."""
     for beginning, key in family.depths.items():
@@ -246,7 +265,8 @@ def _check_tensors(
         for other, first in same.items()
         if other in sources and first in expected
     }
-    wrong = [f"{name} is missing" for name in expected if name not in sources]
+    needed = expected.keys() - family.zeros
+    wrong = [f"{name} is missing" for name in expected if name in needed and name not in sources]
     wrong += [
         f"{name} is unexpected"
         for name in sorted(sources)

@@ -71,7 +71,7 @@ def save_pretrained(
 
     family = family_that_fits(model.config) if model.family is None else family_of(model.family)
     with in_mode(model, training=False):
-        weights, tied, sharded = weights_of(model, family)
+        weights, tied, sharded = weights_of(model, family.of(model.config))
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)
     stored = family.write_config(config)
     stored["architectures"] = [family.architecture(type(model))]
