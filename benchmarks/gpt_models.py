@@ -1,4 +1,4 @@
-"""GPT-2 and a Llama for the benchmarks of whole models: sizes, one set of weights for all, cells."""
+"""GPT-2 and a Llama for the benchmarks of whole models: sizes, one set of weights for all peers."""
 
 from __future__ import annotations
 
@@ -195,6 +195,8 @@ class Models:
         weights = dict(self._first.named_parameters(remove_duplicate=False))
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
+        if self.size in LLAMAS:  # its frequencies are no weights
+            model.model.rotary_emb = self._first.model.rotary_emb
         return model
 
     @functools.cached_property
