@@ -80,15 +80,14 @@ class BeamSearch:
         beams, history = _Beams(self, task), decoding.History(task, self.num_beams)
         decoder, logits = decoding.start(task, self.num_beams)
         shortest, longest = (f(map(len, task.prompts)) for f in (min, max))
-        on_cpu = task.model.device.type == "cpu"
-        check_every = 1 if on_cpu else decoding.STEPS_BETWEEN_CHECKS
+        every = decoding.check_every(task)
         for step in range(task.max_new_tokens):
             scores = logits.float().log_softmax(-1)
             scores = history.process(scores, beams.tokens.flatten(0, 1)[:, :step])
             if task.sampling.do_sample:
                 scores = warp(scores, task.sampling, keep=max(2, 1 + len(task.ends)))
             rows, common = beams.advance(scores, generators)
-            last, checked = step + 1 == task.max_new_tokens, (step + 1) % check_every == 0
+            last, checked = step + 1 == task.max_new_tokens, (step + 1) % every == 0
             if last or (checked and not beams.open.any()):
                 break
             decoder.cache.reorder(rows, shortest + common, longest + step)

@@ -48,7 +48,10 @@ UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
 }
 
+# Settings that say nothing without another one.
 BEAMS_ONLY = ("length_penalty", "early_stopping")
+LOOKUP_ONLY = ("max_matching_ngram_size",)
+DRAFT_ONLY = ("num_assistant_tokens",)
 
 OTHER_NAMES = {"assistant_model": "draft_model", "seeds": "seed", "streamers": "streamer"}
 
@@ -189,9 +192,14 @@ NAMES = [f.name for f in dataclasses.fields(GenerationConfig) if f.name != "unsu
 
 
 def settle(
-    given: Mapping[str, Any], config: GenerationConfig | None, models: GenerationConfig | None
+    given: Mapping[str, Any],
+    config: GenerationConfig | None,
+    models: GenerationConfig | None,
+    *,
+    drafted: bool = False,
 ) -> GenerationConfig:
-    """The settings of a call: the arguments, then ``config``, then the model's.
+    """The settings of a call: the arguments, then ``config``, then the model's; ``drafted`` says
+    whether the call has a draft model.
 
     Raises:
         TypeError: an argument that is none, or a config of another type.
@@ -214,7 +222,7 @@ def settle(
         )
     call = GenerationConfig(**given).over(config)
     settings = call.over(models)
-    _refuse_without_effect(given, settings)
+    _refuse_without_effect(given, settings, drafted=drafted)
     beyond = [
         f"{name}={value!r}"
         for name, value in settings.unsupported
@@ -229,7 +237,9 @@ def settle(
     return settings
 
 
-def _refuse_without_effect(given: Mapping[str, Any], settings: GenerationConfig) -> None:
+def _refuse_without_effect(
+    given: Mapping[str, Any], settings: GenerationConfig, *, drafted: bool
+) -> None:
     """Raise ValueError for an argument of the call itself that the others leave without effect."""
     said = {name for name, value in given.items() if value is not None}
     contrastive = {"top_k"} if settings.penalty_alpha else set()
@@ -240,11 +250,10 @@ def _refuse_without_effect(given: Mapping[str, Any], settings: GenerationConfig)
                 f"{' and '.join(shaping)} would have no effect: they shape the distribution that "
                 "do_sample=True draws from"
             )
-    if (settings.num_beams or 1) == 1:
-        beams = [name for name in BEAMS_ONLY if name in said]
-        if beams:
-            raise ValueError(f"{' and '.join(beams)} would have no effect: give num_beams too")
-    if "max_matching_ngram_size" in said and settings.prompt_lookup_num_tokens is None:
-        raise ValueError(
-            "max_matching_ngram_size would have no effect: give prompt_lookup_num_tokens too"
-        )
+    for names, needed, there in (
+        (BEAMS_ONLY, "num_beams", (settings.num_beams or 1) > 1),
+        (LOOKUP_ONLY, "prompt_lookup_num_tokens", settings.prompt_lookup_num_tokens is not None),
+        (DRAFT_ONLY, "draft_model", drafted),
+    ):
+        if idle := [name for name in names if name in said and not there]:
+            raise ValueError(f"{' and '.join(idle)} would have no effect: give {needed} too")

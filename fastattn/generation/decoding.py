@@ -70,7 +70,7 @@ def one_by_one(task: Task, numbers: Tensor | None) -> Tensor:
     unfinished = torch.ones(batch_size, dtype=torch.bool, device=new.device)
     needed = torch.zeros((), dtype=torch.int64, device=new.device)  # steps until all had ended
     found = torch.zeros_like(needed).expand(batch_size)  # a row's token, NO_TOKEN from the first on
-    check_every = _check_every(new, task.on_token, texts)
+    every = check_every(task)
 
     for step in range(max_new_tokens):
         logits = history.process(logits, new[:, :step])
@@ -78,12 +78,12 @@ def one_by_one(task: Task, numbers: Tensor | None) -> Tensor:
         if stops:
             tokens = torch.where(unfinished, tokens, task.pad)
             needed += unfinished.any()
-        last, checked = step + 1 == max_new_tokens, (step + 1) % check_every == 0
-        if check_every > 1:  # no step is waited for
+        last, checked = step + 1 == max_new_tokens, (step + 1) % every == 0
+        if every > 1:  # no step is waited for
             found = torch.where(found < 0, found, tokens)
             tokens = tokens.clamp(min=0)
         if last or checked:
-            check_tokens(tokens if check_every == 1 else found, step)
+            check_tokens(tokens if every == 1 else found, step)
         new[:, step] = tokens
         if ends is not None:
             unfinished = unfinished & ~torch.isin(tokens, ends)
@@ -97,11 +97,10 @@ def one_by_one(task: Task, numbers: Tensor | None) -> Tensor:
     return new[:, : int(needed)] if stops else new
 
 
-def _check_every(
-    new: Tensor, on_token: Callable[[Tensor], None] | None, texts: StopStrings | None
-) -> int:
+def check_every(task: Task) -> int:
     """After how many steps to ask whether all have ended; 1 where each is waited for anyway."""
-    waited_for = new.is_cpu or on_token is not None or texts is not None
+    on_cpu = task.model.device.type == "cpu"
+    waited_for = on_cpu or task.on_token is not None or task.texts is not None
     return 1 if waited_for else STEPS_BETWEEN_CHECKS
 
 

@@ -87,7 +87,8 @@ def generate(
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was computed.
         ValueError: the model's logits are NaN, or none can be drawn from.
     """
-    chosen = settle(settings, generation_config, getattr(model, "generation_config", None))
+    models, drafted = getattr(model, "generation_config", None), draft_model is not None
+    chosen = settle(settings, generation_config, models, drafted=drafted)
     method = _method(chosen, draft_model)
     how = chosen.sampling()
     how.check_vocabulary(model.config.vocab_size)

@@ -121,7 +121,7 @@ def test_checks_for_the_end_now_and_then(pair: Pair, monkeypatch: pytest.MonkeyP
     decode, steps = decoding.decode, []
     monkeypatch.setattr(decoding, "decode", lambda *args: (steps.append(1), decode(*args))[1])
     monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
-    monkeypatch.setattr(decoding, "_check_every", lambda *args: 16)
+    monkeypatch.setattr(decoding, "check_every", lambda *args: 16)
     got = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
     assert torch.equal(got, expected) and len(steps) == 15
 
@@ -263,7 +263,7 @@ def test_logits_that_are_no_distribution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours, _ = pair
-    monkeypatch.setattr(decoding, "_check_every", lambda *args: check_every)
+    monkeypatch.setattr(decoding, "check_every", lambda *args: check_every)
     with torch.no_grad():
         ours.norm_f.bias.fill_(value)  # the head's products are NaN
     with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new token"):
