@@ -106,7 +106,7 @@ class Sampling:
         if self.forced_bos_token_id is not None:
             check_ids("forced_bos_token_id", self.forced_bos_token_id)
         given = self.logits_processor
-        processors = (given,) if callable(given) else tuple(given)
+        processors = tuple(given) if isinstance(given, Sequence) else (given,)
         if not all(map(callable, processors)):
             raise TypeError(f"logits_processor must be a function or several, got {given!r}")
         settle("logits_processor", processors)
