@@ -134,8 +134,10 @@ class History:
             return logits
         if self._ids is None:
             self._ids = processors.padded(self._prompts, logits.shape[-1], logits.device)
-        ids, last = torch.cat([self._ids, new], dim=1), step + 1 == task.max_new_tokens
-        return processors.process(logits, ids, step, task.sampling, task.ends, last=last)
+        ids, size = torch.cat([self._ids, new], dim=1), (len(new),)
+        counts = torch.full(size, step, device=ids.device)
+        last = torch.full(size, step + 1 == task.max_new_tokens, device=ids.device)
+        return processors.process(logits, ids, counts, last, task.sampling, task.ends)
 
 
 def start(task: Task, copies: int = 1) -> tuple[EagerDecoder | graphs.GraphDecoder, Tensor]:
@@ -204,7 +206,8 @@ def _decoder(
     if not _decodes_by_graph(model):
         return EagerDecoder(model, batch_size, capacity, **encoder)
     if encoder:  # whose keys and values are this call's
-        return graphs.GraphDecoder(decode, model, batch_size, capacity, **encoder).capture()
+        cache = model.new_cache(batch_size, capacity, **encoder)
+        return graphs.GraphDecoder(decode, model, cache).capture()
     return graphs.decoder(decode, model, batch_size, capacity)
 
 

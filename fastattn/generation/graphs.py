@@ -37,19 +37,16 @@ KEPT = 4
 class GraphDecoder:
     """A decoding step on static tensors: `capture` it once, after that each call replays it.
 
-    Without `capture` a call runs the very same step eagerly, on any device. ``encoder`` goes to
-    the model's `new_cache`.
+    Without `capture` a call runs the very same step eagerly, on any device.
     """
 
-    def __init__(
-        self, step: Step, model: LanguageModel, batch_size: int, capacity: int, **encoder: Tensor
-    ) -> None:
-        device = model.device
-        self.cache = model.new_cache(batch_size, capacity, **encoder)
+    def __init__(self, step: Step, model: LanguageModel, cache: Any) -> None:
+        """``cache``: the model's, or of its kind."""
+        self.cache = cache
         self._step = step
         # The graph holds the addresses of the weights, not the model, which may go before it does.
         self._model = weakref.ref(model)
-        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -107,7 +104,7 @@ def decoder(step: Step, model: LanguageModel, batch_size: int, capacity: int) ->
     if key not in kept:
         for stale in [k for k in kept if k[-1] != addresses]:
             del kept[stale]
-        kept[key] = GraphDecoder(step, model, batch_size, capacity).capture()
+        kept[key] = GraphDecoder(step, model, model.new_cache(batch_size, capacity)).capture()
         while len(kept) > KEPT:
             kept.popitem(last=False)
     kept.move_to_end(key)

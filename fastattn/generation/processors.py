@@ -10,11 +10,12 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fastattn.generation.sampling import Sampling
+from fastattn.generation.sampling import Processor, Sampling, penalise
 
 
 def padded(sequences: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
@@ -27,23 +28,22 @@ def padded(sequences: Sequence[Sequence[int]], vocab_size: int, device: torch.de
 def process(
     logits: Tensor,
     ids: Tensor,
-    new: int,
+    new: Tensor,
+    last: Tensor,
     sampling: Sampling,
     ends: Sequence[int] = (),
-    *,
-    last: bool = False,
 ) -> Tensor:
     """The logits (B, V) after all of ``sampling`` that asks for the tokens before.
 
-    The order is that of transformers; presence and frequency follow the repetition penalty, as in
+    The order is that of transformers; frequency and presence follow the repetition penalty, as in
     vLLM.
 
     Args:
         logits: (B, V) of the next token.
-        ids: (B, n) the tokens before, padded on the left with V.
-        new: how many of the last columns are new tokens, the rest being prompts.
+        ids: (B, n) int64, the tokens before, padded on the left with V.
+        new: (B,) int64, how many of a sequence's last tokens are new, the rest being its prompt.
+        last: (B,) boolean, whether no token follows the next one.
         ends: the tokens that end a sequence.
-        last: whether no token follows the next one.
 
     Returns:
         (B, V) float32.
@@ -53,37 +53,36 @@ def process(
     """
     logits = logits.float()
     vocab_size = logits.shape[-1]
+    lengths = (ids != vocab_size).sum(-1)  # (B,)
     if sampling.repetition_penalty != 1.0:
         logits = penalise(logits, count(ids, vocab_size) > 0, sampling.repetition_penalty)
-    if new and (sampling.frequency_penalty or sampling.presence_penalty):
-        times = count(ids[:, -new:], vocab_size)
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        from_end = torch.arange(ids.shape[1], 0, -1, device=ids.device)
+        times = count(ids.masked_fill(from_end > new.unsqueeze(-1), vocab_size), vocab_size)
         logits = logits - sampling.frequency_penalty * times
         logits = logits - sampling.presence_penalty * (times > 0)
     if sampling.no_repeat_ngram_size:
         logits = _without_repeated_ngrams(logits, ids, sampling.no_repeat_ngram_size)
     for prefixes, tokens in _bad_words(sampling.bad_words_ids, tuple(ends), logits.device):
         logits = _without_words(logits, ids, prefixes, tokens)
-    if ends:
-        if new < sampling.min_new_tokens:
-            logits = _without(logits, ends)
-        if sampling.min_length:
-            short = _lengths(ids, vocab_size) < sampling.min_length
-            logits = torch.where(short.unsqueeze(-1), _without(logits, ends), logits)
-    if sampling.forced_bos_token_id is not None:
-        first = (_lengths(ids, vocab_size) == 1).unsqueeze(-1)
-        logits = torch.where(first, _only(logits, (sampling.forced_bos_token_id,)), logits)
-    if sampling.forced_eos_token_id is not None and last:
-        logits = _only(logits, sampling.forced_eos_token_id)  # type: ignore[arg-type]
+    if ends and (sampling.min_new_tokens or sampling.min_length):
+        short = (new < sampling.min_new_tokens) | (lengths < sampling.min_length)
+        logits = _where(short, _without(logits, ends), logits)
+    if (first := sampling.forced_bos_token_id) is not None:
+        logits = _where(lengths == 1, _only(logits, (first,)), logits)
+    if (final := sampling.forced_eos_token_id) is not None:
+        logits = _where(last, _only(logits, cast(Sequence[int], final)), logits)
     if sampling.suppress_tokens:
         logits = _without(logits, sampling.suppress_tokens)
     if sampling.begin_suppress_tokens:
-        # A forced first token is not the beginning.
-        begins = torch.full_like(ids[:, 0], new, dtype=torch.int64)
-        if sampling.forced_bos_token_id is not None:
-            begins = begins - (_lengths(ids, vocab_size) == new + 1).long()
-        banned = _without(logits, sampling.begin_suppress_tokens)
-        logits = torch.where((begins == 0).unsqueeze(-1), banned, logits)
-    return _by_callers(logits, ids, sampling) if sampling.logits_processor else logits
+        begins = new == 0
+        if sampling.forced_bos_token_id is not None:  # the beginning is after a forced token
+            begins = torch.where(lengths == new + 1, new == 1, begins)
+        logits = _where(begins, _without(logits, sampling.begin_suppress_tokens), logits)
+    if sampling.logits_processor:
+        functions = cast(Sequence[Processor], sampling.logits_processor)
+        logits = _by_callers(logits, ids, lengths.tolist(), functions)
+    return logits
 
 
 def count(ids: Tensor, vocab_size: int) -> Tensor:
@@ -92,19 +91,9 @@ def count(ids: Tensor, vocab_size: int) -> Tensor:
     return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))[:, :vocab_size]
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide a seen token's logit by ``penalty`` if positive, else multiply it.
-
-    The repetition penalty of Keskar et al. 2019 (CTRL, arXiv:1909.05858). logits (B, V), seen
-    (B, V) boolean.
-    """
-    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(seen, penalised, logits)
-
-
-def _lengths(ids: Tensor, vocab_size: int) -> Tensor:
-    """(B,), without padding."""
-    return (ids != vocab_size).sum(-1)
+def _where(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """(B, V) of ``chosen`` where ``rows`` (B,), else of ``other``."""
+    return torch.where(rows.unsqueeze(-1), chosen, other)
 
 
 def _without(logits: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -157,15 +146,16 @@ def _without_words(logits: Tensor, ids: Tensor, prefixes: Tensor, tokens: Tensor
     return logits.masked_fill(banned, -math.inf)
 
 
-def _by_callers(logits: Tensor, ids: Tensor, sampling: Sampling) -> Tensor:
+def _by_callers(
+    logits: Tensor, ids: Tensor, lengths: list[int], functions: Sequence[Processor]
+) -> Tensor:
     """The caller's processors, on sequences of one length at a time."""
-    lengths = _lengths(ids, logits.shape[-1]).tolist()
     out = logits.clone()
     for length in sorted(set(lengths)):
         rows = [row for row, each in enumerate(lengths) if each == length]
         part = logits[rows]
-        for processor in sampling.logits_processor:  # type: ignore[union-attr]
-            given, part = part.shape, processor(ids[rows, ids.shape[1] - length :], part)
+        for function in functions:
+            given, part = part.shape, function(ids[rows, ids.shape[1] - length :], part)
             if not isinstance(part, Tensor) or part.shape != given:
                 raise ValueError(
                     f"logits_processor must return logits of the shape {tuple(given)}, got "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,28 +97,39 @@ def _unpadded(
 
 
 def special_tokens(
-    config: Any, chosen: GenerationConfig, given: Mapping[str, Any]
+    config: Any,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    chosen: GenerationConfig | None = None,
 ) -> tuple[list[int], int]:
-    """The tokens that end a sequence, and the padding: of the call's arguments ``given``, else of
-    the generation config ``chosen``, else the model's config's.
+    """The tokens that end a sequence, and the padding: `generate`'s arguments, else those of the
+    generation config ``chosen``, else the model's config's.
 
     Arguments must be tokens. What a config names outside of the vocabulary cannot come up and is
     left out.
     """
-    vocab_size = config.vocab_size
-    for name in ("eos_token_id", "pad_token_id"):
-        for token in _several(given.get(name)):
+    for name, given in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
+        for token in _several(given):
             if type(token) is not int:
-                raise TypeError(f"{name} must be a token id, got {given[name]!r}")
-            if not 0 <= token < vocab_size:
+                raise TypeError(f"{name} must be a token id, got {given!r}")
+            if not 0 <= token < config.vocab_size:
                 raise ValueError(
-                    f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}, "
-                    f"got {given[name]!r}"
+                    f"{name} must be from 0 to vocab_size - 1 = {config.vocab_size - 1}, "
+                    f"got {given!r}"
                 )
-    ends = _several(config.eos_token_id if chosen.eos_token_id is None else chosen.eos_token_id)
-    ends = [token for token in ends if 0 <= token < vocab_size]
-    pad = config.pad_token_id if chosen.pad_token_id is None else chosen.pad_token_id
-    if pad is None or not 0 <= pad < vocab_size:
+    chosen = chosen or GenerationConfig()
+    ends = _several(
+        next(
+            (said for said in (eos_token_id, chosen.eos_token_id) if said is not None),
+            config.eos_token_id,
+        )
+    )
+    ends = [token for token in ends if 0 <= token < config.vocab_size]
+    pad = next(
+        (said for said in (pad_token_id, chosen.pad_token_id) if said is not None),
+        config.pad_token_id,
+    )
+    if pad is None or not 0 <= pad < config.vocab_size:
         pad = ends[0] if ends else 0
     return ends, pad
 

@@ -158,6 +158,16 @@ def check_ids(name: str, ids: object) -> tuple[int, ...]:
     return tuple(check_integer(f"each of {name}", token, at_least=0) for token in several)
 
 
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide a seen token's logit by ``penalty`` if positive, else multiply it.
+
+    The repetition penalty of Keskar et al. 2019 (CTRL, arXiv:1909.05858). logits (B, V), seen
+    (B, V) boolean.
+    """
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalised, logits)
+
+
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
     """The next token a row: (B, V) logits, and (B,) numbers where it is drawn -> (B,) int64."""
     if uniform is None:

@@ -159,17 +159,13 @@ class _Sequences:
 
     def shaped(self, logits: Tensor, before: list[tuple[int, list[int]]]) -> Tensor:
         """The logits (N, V), each after a row's text, as its next token is chosen by."""
-        task = self._task
+        task, device = self._task, logits.device
         if task.sampling.asks_for_history:
-            vocab_size, rows = logits.shape[-1], []
-            for one, (row, text) in zip(logits, before, strict=True):
-                new = len(text) - len(task.prompts[row])
-                ids = processors.padded([text], vocab_size, logits.device)
-                last = new + 1 == task.max_new_tokens
-                rows.append(
-                    processors.process(one[None], ids, new, task.sampling, task.ends, last=last)
-                )
-            logits = torch.cat(rows)
+            ids = processors.padded([text for _, text in before], logits.shape[-1], device)
+            new = [len(text) - len(task.prompts[row]) for row, text in before]
+            counts = torch.tensor(new, device=device)
+            last = counts + 1 == task.max_new_tokens
+            logits = processors.process(logits, ids, counts, last, task.sampling, task.ends)
         return logits if self._numbers is None else sampling.warp(logits.float(), task.sampling)
 
     def draw(self, logits: Tensor, places: list[tuple[int, int]], number: int = -1) -> list[int]:

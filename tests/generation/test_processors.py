@@ -19,6 +19,20 @@ TEXTS = [prompt + new for prompt, new in zip(PROMPTS, NEW, strict=True)]
 ENDS = [3, 7]
 
 
+def _process(
+    logits: torch.Tensor,
+    texts: list[list[int]],
+    new: int,
+    how: Sampling,
+    ends: tuple[int, ...] = (),
+    *,
+    last: bool = False,
+) -> torch.Tensor:
+    size = (len(texts),)
+    ids = padded(texts, V, logits.device)
+    return process(logits, ids, torch.full(size, new), torch.full(size, last), how, ends)
+
+
 def _logits(rows: int = 3) -> torch.Tensor:
     return 3 * torch.randn(rows, V, generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +67,7 @@ def _cases() -> list[tuple[dict[str, Any], Any]]:
 def test_equal_to_transformers_row_by_row(case: int) -> None:
     settings, make = _cases()[case]
     logits = _logits()
-    got = process(logits, padded(TEXTS, V, logits.device), 3, Sampling(**settings), ENDS)
+    got = _process(logits, TEXTS, 3, Sampling(**settings), tuple(ENDS))
     for row, text in enumerate(TEXTS):
         processor = make(len(PROMPTS[row]))
         expected = processor(torch.tensor([text]), logits[row : row + 1].clone())
@@ -65,30 +79,29 @@ def test_equal_to_transformers_row_by_row(case: int) -> None:
 def test_presence_and_frequency_count_new_tokens() -> None:
     logits = _logits()
     how = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
-    got = process(logits, padded(TEXTS, V, logits.device), 3, how)
+    got = _process(logits, TEXTS, 3, how)
     expected = logits.clone()
     for row, new in enumerate(NEW):
         for token in set(new):
             expected[row, token] -= 0.5 + 0.25 * new.count(token)
     torch.testing.assert_close(got, expected)
-    assert torch.equal(process(logits, padded(TEXTS, V, logits.device), 0, how), logits)
+    assert torch.equal(_process(logits, TEXTS, 0, how), logits)
 
 
 def test_forced_tokens() -> None:
     logits, text = _logits(2), [[1], [2]]
     first = Sampling(forced_bos_token_id=9, begin_suppress_tokens=[9, 4], forced_eos_token_id=[3])
-    ids = padded(text, V, logits.device)
-    assert process(logits, ids, 0, first).argmax(-1).tolist() == [9, 9]
+    assert _process(logits, text, 0, first).argmax(-1).tolist() == [9, 9]
     # The beginning comes after the forced token.
-    second = process(logits, padded([[1, 9], [2, 9]], V, logits.device), 1, first)
+    second = _process(logits, [[1, 9], [2, 9]], 1, first)
     assert second.isinf().nonzero().tolist() == [[0, 4], [0, 9], [1, 4], [1, 9]]
-    third = process(logits, padded([[1, 9, 0], [2, 9, 0]], V, logits.device), 2, first)
+    third = _process(logits, [[1, 9, 0], [2, 9, 0]], 2, first)
     assert torch.equal(third, logits)
-    last = process(logits, ids, 5, Sampling(forced_eos_token_id=3), last=True)
+    last = _process(logits, text, 5, Sampling(forced_eos_token_id=3), last=True)
     assert last.argmax(-1).tolist() == [3, 3] and last.isinf().sum() == 2 * (V - 1)
     beginning = Sampling(begin_suppress_tokens=[4])
-    assert process(logits, ids, 0, beginning).isinf().sum() == 2
-    assert not process(logits, ids, 1, beginning).isinf().any()
+    assert _process(logits, text, 0, beginning).isinf().sum() == 2
+    assert not _process(logits, text, 1, beginning).isinf().any()
 
 
 def test_callers_processors_see_no_padding() -> None:
@@ -103,7 +116,7 @@ def test_callers_processors_see_no_padding() -> None:
     texts = [*TEXTS, TEXTS[0][::-1]]
     how = Sampling(logits_processor=[add_last, lambda ids, logits: 2 * logits])
     rows = torch.cat([logits, logits[:1]])
-    got = process(rows, padded(texts, V, logits.device), 3, how)
+    got = _process(rows, texts, 3, how)
     assert sorted(seen) == sorted(map(tuple, texts))
     last = torch.tensor([[text[-1]] for text in texts])
     torch.testing.assert_close(got, 2 * (rows.float() + last))

@@ -15,8 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fastattn.generation.processors import penalise
-from fastattn.generation.sampling import Sampling, draw, uniforms, warp
+from fastattn.generation.sampling import Sampling, draw, penalise, uniforms, warp
 
 
 def _theirs(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
