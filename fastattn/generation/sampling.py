@@ -100,9 +100,8 @@ class Sampling:
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             settle(name, check_ids(name, getattr(self, name)))
         if self.forced_eos_token_id is not None:
-            settle(
-                "forced_eos_token_id", check_ids("forced_eos_token_id", self.forced_eos_token_id)
-            )
+            ends = check_ids("forced_eos_token_id", self.forced_eos_token_id)
+            settle("forced_eos_token_id", ends or None)
         if self.forced_bos_token_id is not None:
             check_ids("forced_bos_token_id", self.forced_bos_token_id)
         given = self.logits_processor
