@@ -53,7 +53,8 @@ def search(task: Task, alpha: float, top_k: int) -> Tensor:
         best = logits.float().softmax(-1).topk(top_k)  # (B, k)
         hidden = model.features(best.indices.reshape(-1, 1), cache).view(count, top_k, -1)
         directions = _directions(hidden)
-        similar = directions @ before.mT  # (B, k, n)
+        with torch.autocast(new.device.type, enabled=False):
+            similar = directions @ before.mT  # (B, k, n)
         similar = similar.masked_fill(padding[:, None, : longest + step], -1.0).amax(-1)
         chosen = ((1 - alpha) * best.values - alpha * similar).argmax(-1)  # (B,)
 
