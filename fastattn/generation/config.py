@@ -169,6 +169,17 @@ class GenerationConfig:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the generation_config.json of a folder, as `from_folder` and transformers read it.
+
+        Raises ValueError with a logits_processor, which is code.
+        """
+        if self.logits_processor:
+            raise ValueError("logits_processor is code, which generation_config.json cannot hold")
+        said = {name: v for name in NAMES if (v := getattr(self, name)) is not None}
+        text = json.dumps({**said, **dict(self.unsupported)}, indent=2, sort_keys=True)
+        (Path(path) / FILE).write_text(text + "\n", encoding="utf-8")
+
     def over(self, other: GenerationConfig | None) -> GenerationConfig:
         """This config, and ``other``'s settings where it is silent."""
         if other is None:
