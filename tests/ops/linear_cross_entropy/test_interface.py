@@ -128,6 +128,8 @@ SETTINGS = (IGNORED, 0.1, 1e-3, 0.5, 5.0)
         ("torch", (True, True, True)),
         ("torch", (False, True, False)),
         ("torch", (False, False, False)),
+        ("triton", (True, True, True)),
+        ("triton", (True, False, False)),
         ("triton", (False, False, False)),
     ],
 )
