@@ -14,4 +14,4 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aten, "LARGE", 1)
     monkeypatch.setattr(aten, "MANY", 1)
     monkeypatch.setattr(aten, "CHUNK", 100)
-    monkeypatch.setattr(tiles, "CHUNK", 1000)  # in the backward one tile of rows
+    monkeypatch.setattr(tiles, "CHUNK", 100)  # one tile of rows
