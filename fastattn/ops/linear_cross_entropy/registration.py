@@ -103,10 +103,12 @@ def _given_away(ctx: Any, dloss: torch.Tensor) -> list[torch.Tensor]:
             *tensors, ctx.summed, ctx.keep, *ctx.rest
         )
     in_place = not (modes.recorded() or modes.transformed())
+    # Without a dimension it would be rounded to the gradient's 16 bits first, if not on a CPU.
+    factor = dloss if in_place and dloss.is_cpu else dloss.reshape(1)
     scaled: list[torch.Tensor] = []
     while gradients:  # so that nobody else holds one
         gradient, dtype = gradients.pop(0), ctx.dtypes[len(scaled)]
-        gradient = gradient.mul_(dloss) if in_place else gradient * dloss
+        gradient = gradient.mul_(factor) if in_place else gradient * factor
         scaled.append(gradient.to(dtype))
     return scaled
 
