@@ -188,33 +188,32 @@ def test_gradients_hold_the_rule(name: str, dtype: torch.dtype, tmp_path: Path) 
     assert compared == len(reference)
 
 
-def _greedy(
-    model: EncoderDecoder, source: torch.Tensor, lengths: torch.Tensor, steps: int
-) -> torch.Tensor:
-    mask = torch.arange(source.shape[1]) < lengths[:, None]
-    cache = model.new_cache(
-        len(source), steps, encoded=model.encode(source, mask), encoded_lengths=lengths
-    )
-    tokens = [torch.full((len(source), 1), model.config.decoder_start_token_id)]
-    for _ in range(steps):
-        logits = model.lm_head(model.features(tokens[-1], cache))
-        tokens.append(logits[:, -1:].argmax(-1))
-    return torch.cat(tokens, 1)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 4, "length_penalty": 0.7},
+    "beams, no stop before all": {"num_beams": 3, "early_stopping": "never", "repetition_penalty": 1.5},
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", USUAL)
-@torch.no_grad()
-def test_greedy_tokens_are_transformers(name: str, tmp_path: Path) -> None:
-    """With the caches, alone and with sources of other lengths, whose padding may hold anything."""
-    original = _theirs(name, eos_token_id=None)
+def test_generate_is_transformers(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Token for token, of sources of unequal lengths, together and alone."""
+    original = _theirs(name)
     ours = _read(original, tmp_path)
-    source, lengths = _batch()["input_ids"], torch.tensor([33, 8, 20])
-    got = _greedy(ours, source, lengths, 20)
-    for row, length in enumerate(lengths.tolist()):
-        one = source[row : row + 1, :length]
-        expected = original.generate(one, max_new_tokens=20, do_sample=False, num_beams=1)
-        assert torch.equal(got[row : row + 1], expected)
-        assert torch.equal(_greedy(ours, one, torch.tensor([length]), 20), expected)
+    source, lengths = _batch()["input_ids"], [33, 8, 20]
+    mask = (torch.arange(33) < torch.tensor(lengths)[:, None]).long()
+    sources = [row[:length].tolist() for row, length in zip(source, lengths, strict=True)]
+    got = ours.generate(sources, max_new_tokens=14, **settings)
+    expected = original.generate(
+        source, attention_mask=mask, max_new_tokens=14, do_sample=False, **settings
+    )
+    assert torch.equal(got, expected)
+    assert torch.equal(
+        ours.generate(source, attention_mask=mask, max_new_tokens=14, **settings), got
+    )
+    alone = ours.generate(sources[1:2], max_new_tokens=14, **settings)[0]
+    assert torch.equal(alone, got[1, : len(alone)])
 
 
 @pytest.mark.parametrize("name", USUAL)
