@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.nn.checks import check_positive, check_probability
 from fastattn.nn.linear import Linear
 from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
-from fastattn.ops.attention import attention, attention_with_kv_cache
+from fastattn.ops.attention import attention, attention_varlen, attention_with_kv_cache
 from fastattn.ops.rotary import rotary as rotate
 
 QK_NORMS = (None, "head", "all")
@@ -28,6 +28,13 @@ class KeyValueCache(NamedTuple):
     values: Tensor  # (batch, capacity, kv_heads, head_dim)
     lengths: Tensor  # (batch,), int32 or int64
     block_table: Tensor | None = None  # (batch, pages of a sequence), int32 or int64
+
+
+class PackedSequences(NamedTuple):
+    """Sequences that lie one after another in one row, as `fastattn.attention_varlen` has them."""
+
+    cu_seqlens: Tensor  # (sequences + 1,), int32 or int64: their starts, and the end of the last
+    max_seqlen: int  # of the longest
 
 
 class Attention(torch.nn.Module):
@@ -140,6 +147,7 @@ class Attention(torch.nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        packed: PackedSequences | None = None,
     ) -> Tensor:
         """Attend from ``x`` to itself, or to ``context``; returns a tensor like ``x``.
 
@@ -152,6 +160,8 @@ class Attention(torch.nn.Module):
             cache: keys and values of the positions before x, to which those of x are appended;
                 without a gradient, in eval mode if the module has dropout. Excludes key_lengths,
                 mask and bias.
+            packed: x is one row, of these sequences, each of which attends to itself. Excludes
+                cache, key_lengths, mask and bias.
 
         Raises:
             ValueError: x has another shape, or arguments are missing or exclude each other.
@@ -177,6 +187,12 @@ class Attention(torch.nn.Module):
             q, k = self._placed(q, k, rotary)
         if cache is not None:
             heads = self._cached(q, k, v, cache, causal, (key_lengths, mask, bias))
+        elif packed is not None:
+            if self.cross or any(tensor is not None for tensor in (key_lengths, mask, bias)):
+                raise ValueError(
+                    "packed sequences are for self-attention, with key_lengths, mask and bias None"
+                )
+            heads = self._packed(q, k, v, packed, causal)
         else:
             heads = attention(
                 q,
@@ -228,6 +244,28 @@ class Attention(torch.nn.Module):
             return q, k
         # cos has an angle for each pair: where it is narrow, the op could not tell
         return rotate(q, k, *rotary, rotary_dim=2 * rotary[0].shape[-1], **weights)
+
+    def _packed(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, causal: bool
+    ) -> Tensor:
+        if q.shape[0] != 1:
+            raise ValueError(f"packed sequences lie in one row, and x has {q.shape[0]}")
+        starts, longest = packed
+        heads: Tensor = attention_varlen(
+            q.squeeze(0),
+            k.squeeze(0),
+            v.squeeze(0),
+            starts,
+            starts,
+            longest,
+            longest,
+            causal=causal,
+            window=self.window,
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return heads.unsqueeze(0)
 
     def _cached(
         self,
