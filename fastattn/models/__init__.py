@@ -6,6 +6,8 @@ from fastattn.models.cache import KVCache
 from fastattn.models.config import GPTConfig
 from fastattn.models.encoder import Encoder
 from fastattn.models.encoder_config import EncoderConfig
+from fastattn.models.encoder_decoder import EncoderDecoder
+from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.encoder_heads import (
     EncoderForMaskedLM,
     EncoderForQuestionAnswering,
@@ -19,6 +21,8 @@ __all__ = [
     "GPT",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "EncoderForMaskedLM",
     "EncoderForQuestionAnswering",
     "EncoderForSequenceClassification",

@@ -27,6 +27,7 @@ from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_config import EncoderConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.padding import Padding, read_mask
+from fastattn.models.rotary import rotary_embeddings
 
 
 class EncoderOutput(NamedTuple):
@@ -74,7 +75,7 @@ class Encoder(folder.Pretrained):
             self.wpe = torch.nn.Embedding(rows, width, padding_idx=padding_idx, **where)
         if config.n_token_types:
             self.wtt = torch.nn.Embedding(config.n_token_types, width, **where)
-        self.rotary = _rotary_embeddings(config, device)
+        self.rotary = rotary_embeddings(config, device)
         self.norm_e = layer_norm(config, where)
         self.dropout = torch.nn.Dropout(config.embd_pdrop)
         self.blocks = torch.nn.ModuleList(
@@ -267,21 +268,3 @@ def reset_parameters(model: torch.nn.Module, config: EncoderConfig) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx].zero_()
-
-
-def _rotary_embeddings(
-    config: EncoderConfig, device: torch.device | str | None
-) -> torch.nn.ModuleDict:
-    """The angles for each type of layer."""
-    if config.positions != "rotary":
-        return torch.nn.ModuleDict()
-    scaling = None if config.rope_scaling is None else dict(config.rope_scaling)
-    full = config.rope_theta, scaling
-    local = full if config.rope_local_theta is None else (config.rope_local_theta, None)
-    return torch.nn.ModuleDict(
-        {
-            kind: nn.RotaryEmbedding(config.rotary_dim, theta, scaled, device=device)
-            for kind, (theta, scaled) in (("full_attention", full), ("sliding_attention", local))
-            if kind in map(config.layer_type, range(config.n_layer))
-        }
-    )

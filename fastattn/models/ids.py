@@ -1,4 +1,4 @@
-"""Token ids: what is accepted."""
+"""Token ids and padding masks: what is accepted."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def check_ids(
                 f"{name} must be from 0 to {of} - 1 = {vocab_size - 1}{but}, "
                 f"got {low if low < 0 else high}"
             )
+
+
+def padding_mask(name: str, mask: Tensor | None, of: Tensor | None) -> Tensor | None:
+    """A padding mask (B, T) as `fastattn.attention`'s mask of keys; ValueError for other shapes."""
+    if mask is None or of is None:
+        return None
+    if mask.shape != of.shape[:2]:
+        raise ValueError(
+            f"{name} must have the shape (batch, seqlen) of its tokens, {tuple(of.shape[:2])}, got "
+            f"{tuple(mask.shape)}"
+        )
+    return mask.bool()[:, None, None, :]

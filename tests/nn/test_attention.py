@@ -277,9 +277,9 @@ def test_forward_refuses() -> None:
     packed = PackedSequences(torch.tensor([0, LENGTH]), LENGTH)
     with pytest.raises(ValueError, match="lie in one row, and x has 3"):
         own(x, packed=packed)
-    with pytest.raises(ValueError, match="key_lengths, mask and bias None"):
+    with pytest.raises(ValueError, match="cache, key_lengths, mask and bias None"):
         own(x[:1], packed=packed, key_lengths=lengths[:1])
-    with pytest.raises(ValueError, match="key_lengths, mask and bias None"):
+    with pytest.raises(ValueError, match="cache, key_lengths, mask and bias None"):
         cross(x[:1], x[:1], packed=packed)
     dropping = _attention(dropout=0.1).train()
     with torch.no_grad(), pytest.raises(ValueError, match="call eval"):

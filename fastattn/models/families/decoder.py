@@ -41,19 +41,23 @@ CONSTANTS: dict[str, Any] = {
 
 DEPTHS = {"layers.": "num_hidden_layers"}
 
-PROJECTIONS: dict[Names, Names] = {
+# The names of the parts.
+REST: dict[Names, Names] = {
     "wte": "model.embed_tokens",
+    "blocks.*.attention.out_proj": "model.layers.*.self_attn.o_proj",
+    "blocks.*.feed_forward.linear2": "model.layers.*.mlp.down_proj",
+    "norm_f": "model.norm",
+    "lm_head": "lm_head",
+}
+PROJECTIONS: dict[Names, Names] = {
     "blocks.*.attention.in_proj": (
         "model.layers.*.self_attn.q_proj",
         "model.layers.*.self_attn.k_proj",
         "model.layers.*.self_attn.v_proj",
     ),
-    "blocks.*.attention.out_proj": "model.layers.*.self_attn.o_proj",
     "blocks.*.feed_forward.gate": "model.layers.*.mlp.gate_proj",
     "blocks.*.feed_forward.linear1": "model.layers.*.mlp.up_proj",
-    "blocks.*.feed_forward.linear2": "model.layers.*.mlp.down_proj",
-    "norm_f": "model.norm",
-    "lm_head": "lm_head",
+    **REST,
 }
 PRE_NORMS: dict[Names, Names] = {
     "blocks.*.norm1": "model.layers.*.input_layernorm",
@@ -71,15 +75,16 @@ NOT_SCALING = ("rope_theta", "partial_rotary_factor", "type")
 def read_rope(data: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary fields of a config.json: of transformers 5 ("rope_parameters"), or before.
 
-    Before, "rope_theta" and "partial_rotary_factor" stood beside "rope_scaling", whose
-    "rope_type" was once called "type".
+    Before, "rope_theta" stood beside "rope_scaling", whose "rope_type" was once called "type".
     """
     given = data.get("rope_scaling") or data.get("rope_parameters") or {}
     if any(kind in given for kind in LAYER_TYPES):
         raise ValueError('"rope_parameters" must be those of all layers, got some for each type')
     theta, scaling = rope_of(given, data)
-    share = given.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0
-    return {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": share}
+    for place in (given, data):
+        if (share := place.get("partial_rotary_factor")) not in (None, 1):
+            raise ValueError(f'"partial_rotary_factor" must be 1, got {share!r}')
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def rope_of(
@@ -99,9 +104,18 @@ def rope_of(
     return base, scaling
 
 
-def write_rope(config: GPTConfig) -> dict[str, Any]:
-    """The reverse of `read_rope`, as transformers 5 has it."""
-    return {"rope_parameters": rope_parameters(config.rope_theta, config.rope_scaling)}
+def write_more(config: GPTConfig, head_dim: bool = False) -> dict[str, Any]:
+    """The sizes that our config may leave to be computed, and `read_rope`'s reverse.
+
+    Args:
+        head_dim: whether a silent config.json of the family means one of its own.
+    """
+    return {
+        "intermediate_size": config.feedforward_dim,
+        "num_key_value_heads": config.kv_heads,
+        **({"head_dim": config.head_dim} if head_dim else {}),
+        "rope_parameters": rope_parameters(config.rope_theta, config.rope_scaling),
+    }
 
 
 def rope_parameters(theta: float, scaling: Any) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def save_pretrained(
 
     family = family_that_fits(model.config) if model.family is None else family_of(model.family)
     with in_mode(model, training=False):
-        weights, tied, sharded = weights_of(model, family)
+        weights, tied, sharded = weights_of(model, family.of(model.config))
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)
     stored = family.write_config(config)
     stored["architectures"] = [family.architecture(type(model))]
@@ -100,7 +100,9 @@ def _write(
             save_file(shard, beside / name, metadata={"format": "pt"})
         if len(shards) > 1:
             _write_json(beside / INDEX, _index(names, shards))
-        _write_json(beside / GENERATION, {name: config[name] for name in SPECIAL_TOKENS})
+        tokens = {name: config[name] for name in SPECIAL_TOKENS if name in config}
+        if "eos_token_id" in tokens:  # a model that generates
+            _write_json(beside / GENERATION, tokens)
         _write_json(beside / CONFIG, {**config, "dtype": dtype})
 
 
