@@ -9,11 +9,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastattn.models.families import Family, Transposed
 from fastattn.nn import Attention
+
+# How `torch.nn.init` fills a weight.
+DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -34,6 +39,24 @@ class Stored:
     rows: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     transposed: bool = False
+
+
+def skeleton(cls: Any, config: Any) -> Any:
+    """A model of a config with shapes and no weights, on the meta device."""
+    with _Undrawn():
+        return cls(config, device="meta")
+
+
+class _Undrawn(TorchFunctionMode):
+    """New weights are left as they are: drawing them has torch import its compiler, even where
+    there is nothing to draw.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def layout(model: torch.nn.Module, family: Family) -> list[Stored]:
