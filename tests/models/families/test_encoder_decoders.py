@@ -152,6 +152,24 @@ def test_generate_is_transformers(name: str, settings: dict[str, Any], tmp_path:
     assert torch.equal(alone, got[1, : len(alone)])
 
 
+def test_a_summariser_generates_as_its_authors_would(tmp_path: Path) -> None:
+    """What bart-large-cnn's generation_config.json says, of beams, forced and repeated tokens."""
+    original = theirs("bart")
+    authors: dict[str, Any] = {
+        "num_beams": 4, "length_penalty": 2.0, "no_repeat_ngram_size": 3, "early_stopping": True,
+        "min_length": 6, "max_length": 15, "forced_bos_token_id": 1, "forced_eos_token_id": 2,
+    }  # fmt: skip
+    original.generation_config = transformers.GenerationConfig(
+        **authors, decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    ours = _read(original, tmp_path)
+    source = batch_of_padded()["input_ids"]
+    config = fastattn.generation.GenerationConfig.from_folder(tmp_path)
+    got = ours.generate(source, generation_config=config)
+    assert torch.equal(got, original.generate(source, attention_mask=torch.ones_like(source)))
+    assert (got[:, 1] == 1).all()
+
+
 @pytest.mark.parametrize("name", USUAL)
 @torch.no_grad()
 def test_the_cache_gives_what_the_whole_gives(name: str, tmp_path: Path) -> None:
