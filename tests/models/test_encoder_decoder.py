@@ -143,14 +143,19 @@ def test_compiles_whole(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(loss, expected_loss)
 
 
-def test_a_cache_has_the_dtype_of_autocast() -> None:
-    model = _model(**RELATIVE)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        encoded = model.encode(_tokens())
-        cache = model.new_cache(2, 4, encoded=encoded)
-        assert cache.layers[0].keys.dtype == cache.contexts[0].keys.dtype == torch.bfloat16
-        model.features(_tokens(2, 3), cache)
-    assert cache.longest == 3
+@torch.no_grad()
+def test_autocast() -> None:
+    """A cache made under it has its dtype; one made before serves too."""
+    model, source, tokens = _model(**RELATIVE), _tokens(), _tokens(2, 3)
+    before = model.new_cache(2, 4, encoded=model.encode(source))
+    expected = model.features(tokens, before)
+    before.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = model.new_cache(2, 4, encoded=model.encode(source))
+        assert under.layers[0].keys.dtype == under.contexts[0].keys.dtype == torch.bfloat16
+        for cache in (before, under):
+            got = model.features(tokens, cache)
+            torch.testing.assert_close(got, expected, atol=0.1, rtol=0.1, check_dtype=False)
 
 
 @pytest.mark.parametrize(
