@@ -27,6 +27,7 @@ from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_config import EncoderConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.padding import Padding, read_mask
+from fastattn.models.rotary import rotary_embeddings
 
 
 class EncoderOutput(NamedTuple):
@@ -74,7 +75,7 @@ class Encoder(folder.Pretrained):
             self.wpe = torch.nn.Embedding(rows, width, padding_idx=padding_idx, **where)
         if config.n_token_types:
             self.wtt = torch.nn.Embedding(config.n_token_types, width, **where)
-        self.rotary = _rotary_embeddings(config, device)
+        self.rotary = rotary_embeddings(config, device)
         self.norm_e = layer_norm(config, where)
         self.dropout = torch.nn.Dropout(config.embd_pdrop)
         self.blocks = torch.nn.ModuleList(
@@ -142,44 +143,58 @@ class Encoder(folder.Pretrained):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        skip_padding: bool = True,
     ) -> tuple[Tensor, Padding | None]:
-        """The states (B, T, C), and what was padding; arguments and errors are `forward`'s."""
+        """The states (B, T, C), and what was padding; arguments and errors are `forward`'s.
+
+        With ``skip_padding`` no time goes to padding at the end, whose states are 0, where it costs
+        no wait to look for it: on a CPU.
+        """
         padding = None
         if isinstance(input_ids, Tensor):
             padding = read_mask(attention_mask, input_ids)
         if padding is not None:
             input_ids = input_ids.masked_fill(~padding.visible, self.config.pad_token_id or 0)
         check_ids("input_ids", input_ids, self.config.vocab_size)
-        seqlen = input_ids.shape[1]
-        if seqlen > self.config.n_positions:
+        if input_ids.shape[1] > self.config.n_positions:
             raise ValueError(
                 f"input_ids must have at most n_positions = {self.config.n_positions} tokens a "
-                f"sequence, got {seqlen}"
+                f"sequence, got {input_ids.shape[1]}"
             )
-        x = self.wte(input_ids)  # (B, T, C)
-        if self.wtt is not None:
-            x = x + self._type_embeddings(token_type_ids, input_ids, padding)
-        elif token_type_ids is not None:
-            raise ValueError("token_type_ids must be None: this model has no token types")
+        token_types = self._token_types(token_type_ids, input_ids, padding)
         positions = self._positions(position_ids, input_ids, padding)
+        hides: dict[str, Any] = {}
+        if padding is not None and padding.packed is not None and skip_padding:
+            hides = {"packed": padding.packed}
+            input_ids, positions = padding.pack(input_ids), padding.pack(positions)
+            token_types = None if token_types is None else padding.pack(token_types)
+        elif padding is not None:
+            hides = {"mask": padding.mask, "key_lengths": padding.key_lengths}
+        hidden = self._states(input_ids, token_types, positions, hides)
+        if "packed" in hides and padding is not None:
+            hidden = padding.unpack(hidden)
+        return hidden, padding
+
+    def _states(
+        self, tokens: Tensor, types: Tensor | None, positions: Tensor, hides: dict[str, Any]
+    ) -> Tensor:
+        """The whole model: (B, T) each, or (1, T) positions -> (B, T, C)."""
+        x = self.wte(tokens)  # (B, T, C)
+        if self.wtt is not None:
+            x = x + (self.wtt.weight[0] if types is None else self.wtt(types))
         if self.wpe is not None:
             x = x + self.wpe(positions)
         x = self.dropout(self.norm_e(x))
 
         rotary = {kind: angles(positions) for kind, angles in self.rotary.items()}
-        mask, key_lengths = (None, None) if padding is None else padding[1:]
         residual = None  # left to the next norm: x is branch + residual
         for layer, block in enumerate(self.blocks):
-            x, residual = block(
-                x,
-                residual,
-                rotary=rotary.get(self.config.layer_type(layer)),
-                mask=mask,
-                key_lengths=key_lengths,
-            )
-        if self.norm_f is not None and residual is not None:
+            turns = rotary.get(self.config.layer_type(layer))
+            x, residual = block(x, residual, rotary=turns, **hides)
+        if self.norm_f is not None:
             x, _ = self.norm_f(x, residual)
-        return x, padding
+        return x
 
     def pooled(self, hidden: Tensor) -> Tensor:
         """(B, T, C) or the states of the first positions (B, C) -> (B, C)."""
@@ -187,12 +202,14 @@ class Encoder(folder.Pretrained):
             raise ValueError("this model has no pooler: build it with pooler=True")
         return torch.tanh(self.pooler(hidden[:, 0] if hidden.dim() == 3 else hidden))
 
-    def _type_embeddings(
+    def _token_types(
         self, types: Tensor | None, input_ids: Tensor, padding: Padding | None
-    ) -> Tensor:
-        assert self.wtt is not None
+    ) -> Tensor | None:
+        """(B, T), or None where all are 0."""
         if types is None:
-            return self.wtt.weight[0]
+            return None
+        if self.wtt is None:
+            raise ValueError("token_type_ids must be None: this model has no token types")
         if not isinstance(types, Tensor) or types.shape != input_ids.shape:
             raise ValueError(
                 f"token_type_ids must have the shape of input_ids, {tuple(input_ids.shape)}, "
@@ -201,7 +218,7 @@ class Encoder(folder.Pretrained):
         if padding is not None:
             types = types.masked_fill(~padding.visible, 0)
         check_ids("token_type_ids", types, self.config.n_token_types, of="n_token_types")
-        return self.wtt(types)
+        return types
 
     def _positions(
         self, positions: Tensor | None, input_ids: Tensor, padding: Padding | None
@@ -251,21 +268,3 @@ def reset_parameters(model: torch.nn.Module, config: EncoderConfig) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx].zero_()
-
-
-def _rotary_embeddings(
-    config: EncoderConfig, device: torch.device | str | None
-) -> torch.nn.ModuleDict:
-    """The angles for each type of layer."""
-    if config.positions != "rotary":
-        return torch.nn.ModuleDict()
-    scaling = None if config.rope_scaling is None else dict(config.rope_scaling)
-    full = config.rope_theta, scaling
-    local = full if config.rope_local_theta is None else (config.rope_local_theta, None)
-    return torch.nn.ModuleDict(
-        {
-            kind: nn.RotaryEmbedding(config.rotary_dim, theta, scaled, device=device)
-            for kind, (theta, scaled) in (("full_attention", full), ("sliding_attention", local))
-            if kind in map(config.layer_type, range(config.n_layer))
-        }
-    )

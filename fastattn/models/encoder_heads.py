@@ -279,7 +279,10 @@ class EncoderForQuestionAnswering(EncoderHead):
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("start_positions and end_positions go together: give both or neither")
-        hidden, _ = self.encoder.encode(input_ids, attention_mask, token_type_ids, position_ids)
+        # Padding takes part in the softmax over positions, as in transformers.
+        hidden, _ = self.encoder.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, skip_padding=False
+        )
         hidden = hidden if self.transform is None else self.transform(hidden)
         start, end = self.spans(self.dropout(hidden)).unbind(-1)
         if start_positions is None or end_positions is None:

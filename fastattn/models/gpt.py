@@ -23,6 +23,7 @@ from fastattn.models import folder, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.ids import check_ids
+from fastattn.models.rotary import rotary_embeddings
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
@@ -68,7 +69,7 @@ class GPT(folder.Pretrained):
         self.wpe = (
             torch.nn.Embedding(config.n_positions, config.n_embd, **where) if learned else None
         )
-        self.rotary = _rotary_embeddings(config, device)
+        self.rotary = rotary_embeddings(config, device)
         self.dropout = torch.nn.Dropout(config.embd_pdrop)
         self.blocks = torch.nn.ModuleList(
             nn.TransformerBlock(
@@ -246,19 +247,3 @@ class Head(nn.Linear):
         """(..., n_embd) -> (..., vocab_size)."""
         logits = super().forward(input)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
-
-
-def _rotary_embeddings(config: GPTConfig, device: torch.device | str | None) -> torch.nn.ModuleDict:
-    """The angles for each type of layer."""
-    if config.positions != "rotary":
-        return torch.nn.ModuleDict()
-    scaling = None if config.rope_scaling is None else dict(config.rope_scaling)
-    full = config.rope_theta, scaling
-    local = full if config.rope_local_theta is None else (config.rope_local_theta, None)
-    return torch.nn.ModuleDict(
-        {
-            kind: nn.RotaryEmbedding(config.rotary_dim, theta, scaled, device=device)
-            for kind, (theta, scaled) in (("full_attention", full), ("sliding_attention", local))
-            if kind in map(config.layer_type, range(config.n_layer))
-        }
-    )

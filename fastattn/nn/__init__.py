@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn.nn.attention import Attention, KeyValueCache
+from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.linear import Linear
@@ -27,6 +27,7 @@ __all__ = [
     "Linear",
     "MultiheadAttention",
     "OffsetRMSNorm",
+    "PackedSequences",
     "RMSNorm",
     "RelativePositionBias",
     "RotaryEmbedding",

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.nn.checks import check_positive, check_probability
 from fastattn.nn.linear import Linear
 from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
-from fastattn.ops.attention import attention, attention_with_kv_cache
+from fastattn.ops.attention import attention, attention_varlen, attention_with_kv_cache
 from fastattn.ops.rotary import rotary as rotate
 
 QK_NORMS = (None, "head", "all")
@@ -28,6 +28,13 @@ class KeyValueCache(NamedTuple):
     values: Tensor  # (batch, capacity, kv_heads, head_dim)
     lengths: Tensor  # (batch,), int32 or int64
     block_table: Tensor | None = None  # (batch, pages of a sequence), int32 or int64
+
+
+class PackedSequences(NamedTuple):
+    """Sequences that lie one after another in one row, as `fastattn.attention_varlen` has them."""
+
+    cu_seqlens: Tensor  # (sequences + 1,), int32 or int64: their starts, and the end of the last
+    max_seqlen: int  # of the longest
 
 
 class Attention(torch.nn.Module):
@@ -140,6 +147,7 @@ class Attention(torch.nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        packed: PackedSequences | None = None,
     ) -> Tensor:
         """Attend from ``x`` to itself, or to ``context``; returns a tensor like ``x``.
 
@@ -154,6 +162,8 @@ class Attention(torch.nn.Module):
                 bias is then of the first slots of the cache, as many as it has columns, which must
                 reach all keys; not with pages. A cache, of a context too, is without a gradient, in
                 eval mode if the module has dropout, and excludes key_lengths and mask.
+            packed: x is one row, of these sequences, each of which attends to itself. Excludes
+                cache, key_lengths, mask and bias.
 
         Raises:
             ValueError: x has another shape, or arguments are missing or exclude each other.
@@ -165,6 +175,12 @@ class Attention(torch.nn.Module):
         cached = cache is not None or isinstance(context, KeyValueCache)
         if cached and (key_lengths is not None or mask is not None):
             raise ValueError("key_lengths and mask must be None with a cache")
+        others = cache, key_lengths, mask, bias
+        if packed is not None and (self.cross or any(other is not None for other in others)):
+            raise ValueError(
+                "packed sequences are for self-attention, with cache, key_lengths, mask and bias "
+                "None"
+            )
         if self.cross:
             if context is None or rotary is not None or cache is not None:
                 raise ValueError("cross-attention takes a context, and neither rotary nor cache")
@@ -182,6 +198,8 @@ class Attention(torch.nn.Module):
             q, k = self._placed(q, k, rotary)
         if cache is not None:
             heads = self._cached(q, k, v, cache, causal, bias)
+        elif packed is not None:
+            heads = self._packed(q, k, v, packed, causal)
         else:
             heads = attention(
                 q,
@@ -234,6 +252,28 @@ class Attention(torch.nn.Module):
         # cos has an angle for each pair: where it is narrow, the op could not tell
         return rotate(q, k, *rotary, rotary_dim=2 * rotary[0].shape[-1], **weights)
 
+    def _packed(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, causal: bool
+    ) -> Tensor:
+        if q.shape[0] != 1:
+            raise ValueError(f"packed sequences lie in one row, and x has {q.shape[0]}")
+        starts, longest = packed
+        heads: Tensor = attention_varlen(
+            q.squeeze(0),
+            k.squeeze(0),
+            v.squeeze(0),
+            starts,
+            starts,
+            longest,
+            longest,
+            causal=causal,
+            window=self.window,
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return heads.unsqueeze(0)
+
     def _cached(
         self,
         q: Tensor,
@@ -273,8 +313,8 @@ class Attention(torch.nn.Module):
         batch, seqlen = q.shape[:2]
         places = cache.lengths.unsqueeze(1) + torch.arange(seqlen, device=q.device)
         rows = torch.arange(batch, device=q.device).unsqueeze(1)
-        cache.keys[rows, places] = k
-        cache.values[rows, places] = v
+        cache.keys[rows, places] = k.to(cache.keys.dtype)  # another under autocast
+        cache.values[rows, places] = v.to(cache.values.dtype)
         slots = bias.shape[-1]
         mask = None
         if causal and seqlen > 1:  # a single query sees all keys that there are

@@ -199,7 +199,7 @@ def test_the_input_of_the_pooler_is_dropped_where_the_config_says_so() -> None:
     torch.testing.assert_close(model(tokens).logits, model.classifier.bias.expand(BATCH, 2))
 
 
-@pytest.mark.parametrize("kind", ["counted", "pre"])
+@pytest.mark.parametrize("kind", [pytest.param("counted", marks=pytest.mark.long), "pre"])
 def test_compiles_in_one_graph(kind: str) -> None:
     model = EncoderForTokenClassification(_config(kind, n_layer=1, layer_types=None)).eval()
     tokens, mask = _tokens(), _mask("right")

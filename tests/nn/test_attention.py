@@ -11,7 +11,7 @@ import pytest
 import torch
 from nn.formulas import attended
 
-from fastattn.nn import Attention, KeyValueCache, RotaryEmbedding
+from fastattn.nn import Attention, KeyValueCache, PackedSequences, RotaryEmbedding
 from oracle import assert_close_to_reference
 
 EMBED, HEADS, BATCH, LENGTH, KEYS = 24, 4, 3, 7, 9
@@ -201,6 +201,32 @@ def test_keys_and_values_of_a_context_are_made_once() -> None:
     assert torch.equal(module(x, made), module(x, context, key_lengths=lengths))
 
 
+@pytest.mark.parametrize("kwargs", [{"num_kv_heads": 2}, {"window": (1, 1)}], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_attend_to_themselves(
+    kwargs: dict[str, Any], causal: bool, assert_module_close: Callable[..., None]
+) -> None:
+    module, lengths = _attention(**kwargs), [3, 0, 1, 5]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    turns = RotaryEmbedding(module.head_dim)(torch.cat([torch.arange(n) for n in lengths]))
+
+    def one_by_one(m: Attention, x: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for start, n in zip(starts.tolist(), lengths, strict=False):
+            rows = slice(start, start + n)
+            rotary = turns[0][:, rows], turns[1][:, rows]
+            parts.append(attended(m, x[:, rows], causal=causal, rotary=rotary))
+        return torch.cat(parts, 1)
+
+    assert_module_close(
+        module,
+        module,
+        torch.randn(1, sum(lengths), EMBED),
+        call=lambda m, x: m(x, causal=causal, rotary=turns, packed=PackedSequences(starts, 5)),
+        call_theirs=one_by_one,
+    )
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_deepcopy_and_pickle(copied: Callable[[Attention], Attention]) -> None:
     module = _attention(window=(2, 0), qk_norm="head")
@@ -248,6 +274,13 @@ def test_forward_refuses() -> None:
         cross(x, x, cache=cache)
     with torch.no_grad(), pytest.raises(ValueError, match="must be None with a cache"):
         own(x, cache=cache, key_lengths=lengths)
+    packed = PackedSequences(torch.tensor([0, LENGTH]), LENGTH)
+    with pytest.raises(ValueError, match="lie in one row, and x has 3"):
+        own(x, packed=packed)
+    with pytest.raises(ValueError, match="cache, key_lengths, mask and bias None"):
+        own(x[:1], packed=packed, key_lengths=lengths[:1])
+    with pytest.raises(ValueError, match="cache, key_lengths, mask and bias None"):
+        cross(x[:1], x[:1], packed=packed)
     dropping = _attention(dropout=0.1).train()
     with torch.no_grad(), pytest.raises(ValueError, match="call eval"):
         dropping(x, cache=cache)

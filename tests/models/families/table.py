@@ -28,27 +28,35 @@ def versions() -> str:
 
 @torch.no_grad()
 def difference(original: Any) -> tuple[float, float]:
-    """The largest difference of logits in float32 on 66 random tokens, and the largest logit."""
-    tokens = torch.randint(3, 97, (2, 33), generator=torch.Generator().manual_seed(1))
+    """The largest difference of logits in float32 on 66 random tokens, and the largest logit.
+
+    An encoder-decoder reads as many before.
+    """
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(3, 97, (2, 33), generator=generator)]
+    if original.config.is_encoder_decoder:
+        tokens.append(torch.randint(3, 97, (2, 33), generator=generator))
     with tempfile.TemporaryDirectory() as folder:
         original.save_pretrained(folder)
         ours = fastattn.models.load(folder)
-    theirs = original(tokens).logits
-    return (ours(tokens) - theirs).abs().max().item(), theirs.abs().max().item()
+    names = ("input_ids", "decoder_input_ids")
+    theirs = original(**dict(zip(names, tokens, strict=False))).logits
+    return (ours(*tokens) - theirs).abs().max().item(), theirs.abs().max().item()
 
 
 def main() -> int:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-    from models.families.cases import CASES, theirs
+    from models.families import cases, encoder_decoder_cases
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     worst: dict[str, tuple[int, float, float]] = {}
-    for name, (kind, _) in CASES.items():
-        count, most, largest = worst.get(kind, (0, 0.0, 0.0))
-        apart, logit = difference(theirs(name))
-        worst[kind] = count + 1, max(most, apart), max(largest, logit)
+    for room in (cases, encoder_decoder_cases):
+        for name, (kind, _) in room.CASES.items():
+            count, most, largest = worst.get(kind, (0, 0.0, 0.0))
+            apart, logit = difference(room.theirs(name))
+            worst[kind] = count + 1, max(most, apart), max(largest, logit)
     lines = [
         f"Random small models in float32, with {versions()}, on a CPU:\n",
         "| family | `model_type` | configurations | largest difference | largest logit |",
