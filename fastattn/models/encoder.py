@@ -257,7 +257,9 @@ def layer_norm(config: EncoderConfig, where: dict[str, Any]) -> nn.LayerNorm:
 
 @torch.no_grad()
 def reset_parameters(model: torch.nn.Module, config: EncoderConfig) -> None:
-    """Draw new weights from torch's generator."""
+    """Draw new weights from torch's generator; on device "meta" there are none."""
+    if next(model.parameters()).is_meta:
+        return
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
