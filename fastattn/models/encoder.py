@@ -257,9 +257,7 @@ def layer_norm(config: EncoderConfig, where: dict[str, Any]) -> nn.LayerNorm:
 
 @torch.no_grad()
 def reset_parameters(model: torch.nn.Module, config: EncoderConfig) -> None:
-    """Draw new weights from torch's generator; on device "meta" there are none."""
-    if next(model.parameters()).is_meta:
-        return
+    """Draw new weights from torch's generator."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastattn.models.families import Family, Transposed
 from fastattn.nn import Attention
@@ -19,6 +21,8 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,27 @@ class Stored:
     rows: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     transposed: bool = False
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """`normal_` does nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, torch.nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def skeleton(cls: type[Model], config: Any) -> Model:
+    """A model of ``config`` on the meta device.
+
+    Without `normal_`, whose first call on that device imports PyTorch's compiler: over a second.
+    """
+    with _WithoutDraws():
+        return cls(config, device="meta")
 
 
 def layout(model: torch.nn.Module, family: Family) -> list[Stored]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from fastattn.models.folder.layout import skeleton
 from fastattn.models.folder.reading import read
 from fastattn.models.folder.writing import save_pretrained
 from fastattn.models.sharing import SharedParameters
@@ -63,7 +64,7 @@ class Pretrained(SharedParameters):
         family, config, weights = read(
             cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device
         )
-        model = cls(config, device="meta")
+        model = skeleton(cls, config)
         model.load_state_dict(weights, assign=True)
         where = next(iter(weights.values())).device
         for module in model.modules():

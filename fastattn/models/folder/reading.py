@@ -28,6 +28,7 @@ from fastattn.models.folder.layout import (
     Stored,
     layout,
     shared_names,
+    skeleton,
     stored_name,
 )
 from fastattn.models.folder.sources import (
@@ -77,7 +78,7 @@ def read(
         config = _with_head(family, config, sources)
         family = family.of(config)
         _check_layers(where, family, config, sources)
-        weights = _weights(where, family, cls(config, device="meta"), sources, dtype, device)
+        weights = _weights(where, family, skeleton(cls, config), sources, dtype, device)
     return family, config, weights
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.models.families import Family
-from fastattn.models.folder.layout import Stored, layout, shared_names, tensors
+from fastattn.models.folder.layout import Stored, layout, shared_names, skeleton, tensors
 from fastattn.nn.plain import refresh
 
 # The one child of torch's wrappers: torch.compile, DDP and DataParallel, FSDP1, checkpointing.
@@ -32,7 +32,7 @@ def weights_of(model: Any, family: Family) -> tuple[dict[str, Tensor], bool, boo
     place in a folder.
     """
     apart, joined = (
-        type(model)(dataclasses.replace(model.config, tie_word_embeddings=tied), device="meta")
+        skeleton(type(model), dataclasses.replace(model.config, tie_word_embeddings=tied))
         for tied in (False, True)
     )
     places = {name: _Place(model, name) for name in tensors(apart)}

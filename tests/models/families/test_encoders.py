@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from models.encoders import (
     padded,
     parameter_pairs,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn.models
 from oracle import assert_close_to_reference
@@ -147,6 +148,24 @@ def test_saved_folders_are_transformers(family: str, head: str, tmp_path: Path) 
     assert type(twin) is type(ours) and twin.config == ours.config
     for (name, one), (_, two) in zip(ours.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_reading_draws_no_weights(tmp_path: Path) -> None:
+    """`normal_` on the meta device would import PyTorch's compiler."""
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    make_pair(tmp_path, "bert", "ForMaskedLM")
+    with Seen():
+        fastattn.models.load(tmp_path)
+    assert "aten::copy_" in Seen.names and "aten::normal_" not in Seen.names
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
