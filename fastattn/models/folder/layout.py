@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 from fastattn.models.families import Family, Transposed
 from fastattn.nn import Attention
 
+# How `torch.nn.init` fills a weight.
+DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
+
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +41,22 @@ class Stored:
     transposed: bool = False
 
 
-class _WithoutDraws(TorchFunctionMode):
-    """`normal_` does nothing."""
+def skeleton(cls: Any, config: Any) -> Any:
+    """A model of a config with shapes and no weights, on the meta device."""
+    with _Undrawn():
+        return cls(config, device="meta")
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+
+class _Undrawn(TorchFunctionMode):
+    """New weights are left as they are: drawing them has torch import its compiler, even where
+    there is nothing to draw.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.normal_, torch.nn.init.normal_):
+        if getattr(func, "__name__", "") in DRAWS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def skeleton(cls: type[Model], config: Any) -> Model:
-    """A model of ``config`` on the meta device.
-
-    Without `normal_`, whose first call on that device imports PyTorch's compiler: over a second.
-    """
-    with _WithoutDraws():
-        return cls(config, device="meta")
 
 
 def layout(model: torch.nn.Module, family: Family) -> list[Stored]:

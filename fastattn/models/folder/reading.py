@@ -155,7 +155,7 @@ def _read(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
-    """Our tensors of an entry, each a copy: a file may be mapped into memory, and be replaced."""
+    """Our tensors of an entry, without a copy where they are as they are stored."""
     parts = [
         sources[name].tensor() if name in sources else torch.zeros(shape)
         for name, shape in zip(map(family.short, entry.names), entry.shapes, strict=True)
@@ -167,6 +167,8 @@ def _read(
             name: torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
             for name, part in zip(entry.ours, parts[0].split(entry.rows), strict=True)
         }
+    if len(parts) == 1:
+        return {entry.ours[0]: parts[0].to(device, dtype).contiguous()}
     rows = sum(len(part) for part in parts)
     whole = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
     for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):

@@ -8,9 +8,10 @@ import errno
 import functools
 import json
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Source:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-    tensor: Callable[[], Tensor]
+    tensor: Callable[[], Tensor]  # in memory of its own, on the CPU
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,17 +109,17 @@ def safetensors_sources(
         path = folder / file
         try:
             # Checks the header: its length, JSON, dtypes, and that the tensors tile the file.
-            opened = stack.enter_context(safe_open(path, framework="pt"))
-            names = set(opened.keys())
-            slices = {name: opened.get_slice(name) for name in names}
+            with safe_open(path, framework="pt"):
+                pass
+            opened = stack.enter_context(path.open("rb"))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
-        if promised is not None and promised - names:
+        header, begin = _header(opened)
+        if promised is not None and (lacking := promised - header.keys()):
             raise ValueError(
-                f"{path}: lacks tensors that {INDEX} says it has: "
-                f"{', '.join(sorted(promised - names))}"
+                f"{path}: lacks tensors that {INDEX} says it has: {', '.join(sorted(lacking))}"
             )
-        for name in names if promised is None else promised:
+        for name in header if promised is None else promised:
             short = family.short(name)
             if FREQUENCIES.fullmatch(short) or (
                 family.ignored is not None and family.ignored.fullmatch(short)
@@ -128,10 +129,31 @@ def safetensors_sources(
                 raise ValueError(
                     f"{path}: {short!r} is there twice, with and without {family.prefix!r}"
                 )
-            sources[short] = Source(
-                path,
-                tuple(slices[name].get_shape()),
-                slices[name].get_dtype(),
-                functools.partial(opened.get_tensor, name),
+            entry = header[name]
+            shape, dtype = tuple(entry["shape"]), entry["dtype"]
+            read = functools.partial(
+                _read_tensor, opened, begin + entry["data_offsets"][0], dtype, shape
             )
+            sources[short] = Source(path, shape, dtype, read)
     return sources
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The entries of a file that safetensors has checked, and where its data begins."""
+    (size,) = struct.unpack("<Q", file.read(8))
+    header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+def _read_tensor(file: BinaryIO, begin: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor in memory of its own, by one copy: a mapped file would count twice until it is
+    closed, and could change under the model.
+    """
+    tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    file.seek(begin)
+    if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{file.name}: ends before its tensors do; it has changed while it was read"
+        )
+    return tensor
