@@ -114,7 +114,7 @@ def mismatch(
         module: an instance of either class; it is left as it is.
         recogniser: its probes make the calls to compare, given the copy of `module` and `draw`.
     """
-    with _isolated(draw.device):
+    with _isolated(draw.device), recogniser.proving():
         copy = bare_copy(module, draw.like_weight)
         copy.__class__ = original
         try:

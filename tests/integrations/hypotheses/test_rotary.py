@@ -21,7 +21,8 @@ from transformers.models.llama import modeling_llama
 
 import fastattn
 from fastattn.integrations import swap
-from fastattn.integrations.hypotheses import rotary as hypothesis
+from fastattn.integrations.hypotheses import rebinding
+from fastattn.integrations.hypotheses import rotation as hypothesis
 from oracle import assert_close_to_reference
 
 DECODER: dict[str, Any] = {
@@ -71,9 +72,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[hypothesis.Rotation]:
     seen: list[hypothesis.Rotation] = []
     call = hypothesis.Rotation.__call__
 
-    def spy(self: hypothesis.Rotation, *args: Any) -> Any:
+    def spy(self: hypothesis.Rotation, *args: Any, **norms: Any) -> Any:
         seen.append(self)
-        return call(self, *args)
+        return call(self, *args, **norms)
 
     monkeypatch.setattr(hypothesis.Rotation, "__call__", spy)
     return seen
@@ -266,7 +267,7 @@ def test_the_module_is_not_touched_and_seen_as_it_is(
 def test_what_a_function_computes(
     function: Any, interleaved: bool, angles: str, partial: bool
 ) -> None:
-    found = hypothesis._rotation("anything", function)
+    found = hypothesis.rotation_of("anything", function)
     assert found == hypothesis.Rotation("anything", interleaved, angles, partial)
 
 
@@ -299,7 +300,7 @@ def rotating(change: Callable[..., tuple[Tensor, Tensor]]) -> types.FunctionType
     ],
 )
 def test_functions_that_are_no_rotation_of_ours(change: Any) -> None:
-    assert hypothesis._rotation("apply_rotary_pos_emb", rotating(change)) is None
+    assert hypothesis.rotation_of("apply_rotary_pos_emb", rotating(change)) is None
 
 
 def test_a_model_with_another_rotation_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,4 +330,4 @@ def test_decorators_and_closures_stay() -> None:
     def hidden(self: Any) -> None: ...
 
     outer = functools.wraps(original)(hidden)  # keeps the original nowhere that can be changed
-    assert hypothesis._innermost(outer) is None
+    assert rebinding.innermost(outer) is None
