@@ -155,7 +155,9 @@ def of(module: torch.nn.Module) -> Iterator[Recogniser]:
     own = (*module._parameters.values(), *module._buffers.values())
     if len(needed) != 3 or any(p is not None for p in own):  # self, x, residual
         return
-    layers, dropouts, others = [], [], []
+    layers: list[str] = []
+    dropouts: list[str] = []
+    others: list[str] = []
     for name, child in module.named_children():
         of_its_kind = (
             layers if sizes(child) else dropouts if isinstance(child, torch.nn.Dropout) else others
