@@ -57,6 +57,10 @@ class Draw:
         values = torch.rand(shape, generator=self._generator, dtype=torch.float32, device="cpu")
         return (values < 0.5).to(self.device)
 
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values, of a buffer that is no weight."""
+        return tensor.to(self.device, self.dtype)
+
     def like_weight(self, tensor: torch.Tensor) -> torch.Tensor:
         """Normal, scaled so that a product with it keeps its input's scale."""
         scale = max(tensor.shape) ** -0.5 if tensor.dim() > 1 else 1.0
@@ -114,8 +118,9 @@ def mismatch(
         module: an instance of either class; it is left as it is.
         recogniser: its probes make the calls to compare, given the copy of `module` and `draw`.
     """
-    with _isolated(draw.device), recogniser.proving():
-        copy = bare_copy(module, draw.like_weight)
+    with isolated(draw.device), recogniser.proving():
+        buffers = draw.cast if recogniser.keeps_buffers else draw.like_weight
+        copy = bare_copy(module, draw.like_weight, buffers)
         copy.__class__ = original
         try:
             reason = recogniser.premise(copy, draw)
@@ -141,7 +146,7 @@ def mismatch(
                     subject.train(training)
                     try:
                         exact = subject is reference
-                        runs.append(_run(subject, probe, draw, recogniser.outputs, exact=exact))
+                        runs.append(_run(subject, probe, draw, recogniser, exact=exact))
                     except Exception as error:
                         text = f"{who} fails on random input: {type(error).__name__}: {error}"
                         return Mismatch(text)
@@ -170,7 +175,7 @@ def _probes(copy: torch.nn.Module, recogniser: Recogniser, draw: Draw) -> Sequen
 
 
 @contextlib.contextmanager
-def _isolated(device: torch.device) -> Iterator[None]:
+def isolated(device: torch.device) -> Iterator[None]:
     """Gradients on and autocast off inside; the random generators as before after it."""
     devices = [device] if device.type == "cuda" else []
     state, of_numpy = random.getstate(), np.random.get_state()
@@ -190,10 +195,13 @@ def _isolated(device: torch.device) -> Iterator[None]:
 def bare_copy(
     module: torch.nn.Module,
     convert: Callable[[torch.Tensor], torch.Tensor],
+    convert_buffer: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
     keep_dropout: bool = False,
 ) -> torch.nn.Module:
     """A copy with converted floating-point tensors, without hooks and, by default, dropout.
+
+    Buffers are converted as parameters are, or by `convert_buffer`.
 
     Attributes that are neither tensors nor modules are shared: a deep copy would follow bound
     methods and loggers out of the model. But lists, dicts and sets are its own, as a forward may
@@ -205,7 +213,7 @@ def bare_copy(
     copy.__dict__.update(torch.nn.Module().__dict__)  # no parameters, children, hooks
     copy.__dict__.pop("_compiled_call_impl", None)
 
-    def converted(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def converted(tensor: torch.Tensor | None, convert: Any = convert) -> torch.Tensor | None:
         if tensor is None:
             return None
         if not tensor.is_floating_point():
@@ -216,10 +224,12 @@ def bare_copy(
         made = converted(parameter)
         copy._parameters[name] = None if made is None else torch.nn.Parameter(made)
     for name, buffer in module._buffers.items():  # they may be written to
-        copy._buffers[name] = converted(None if buffer is None else buffer.clone())
+        clone = None if buffer is None else buffer.clone()
+        copy._buffers[name] = converted(clone, convert_buffer or convert)
     for name, child in module._modules.items():
-        bare = None if child is None else bare_copy(child, convert, keep_dropout=keep_dropout)
-        copy._modules[name] = bare
+        if child is not None:
+            child = bare_copy(child, convert, convert_buffer, keep_dropout=keep_dropout)
+        copy._modules[name] = child
     for name, value in module.__dict__.items():  # Dropout's p, and what attention keeps itself
         dropout = "dropout" in name or isinstance(module, torch.nn.modules.dropout._DropoutNd)
         if dropout and isinstance(value, float) and not keep_dropout:
@@ -228,7 +238,7 @@ def bare_copy(
 
 
 def _run(
-    module: torch.nn.Module, probe: Probe, draw: Draw, count: int | None, *, exact: bool
+    module: torch.nn.Module, probe: Probe, draw: Draw, recogniser: Recogniser, *, exact: bool
 ) -> list[tuple[str, torch.Tensor]]:
     """Outputs and gradients by name. `exact` computes in float64, on the same rounded numbers."""
     dtype = torch.float64 if exact else draw.dtype
@@ -248,7 +258,9 @@ def _run(
 
     def outputs(suffix: str) -> list[tuple[str, torch.Tensor]]:
         result = module(*args, **kwargs)
-        several = [result] if isinstance(result, torch.Tensor) else list(result)[:count]
+        several = (
+            [result] if isinstance(result, torch.Tensor) else list(result)[: recogniser.outputs]
+        )
         tensors = [(i, out) for i, out in enumerate(several) if isinstance(out, torch.Tensor)]
         return [(f"output {i}{suffix}", out) for i, out in tensors]
 
@@ -262,11 +274,10 @@ def _run(
         [cotangents.normal(*out.shape).to(dtype) for _, out in named if out.requires_grad],
         allow_unused=True,
     )
-    named += [
-        (f"the gradient of {name}", gradient)
-        for (name, _), gradient in zip(sources, gradients, strict=True)
-        if gradient is not None
-    ]
+    found = {name: g for (name, _), g in zip(sources, gradients, strict=True) if g is not None}
+    if together := [name for name in recogniser.together if name in found]:
+        found[", ".join(together)] = torch.cat([found.pop(name) for name in together])
+    named += [(f"the gradient of {name}", gradient) for name, gradient in found.items()]
     with torch.no_grad():  # inference may take another path
         return named + outputs(" under no_grad")
 

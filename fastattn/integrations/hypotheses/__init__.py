@@ -13,7 +13,14 @@ from collections.abc import Iterator
 
 import torch
 
-from fastattn.integrations.hypotheses import attention, feed_forward, inner, norm, post_norm
+from fastattn.integrations.hypotheses import (
+    attention,
+    feed_forward,
+    inner,
+    norm,
+    post_norm,
+    watching,
+)
 from fastattn.integrations.hypotheses.head import heads
 from fastattn.integrations.recogniser import Recogniser
 
@@ -33,3 +40,4 @@ def of(module: torch.nn.Module) -> Iterator[Recogniser]:
     yield from post_norm.of(module)
     yield from feed_forward.of(module)
     yield from inner.of(module)
+    yield from watching.of(module)
