@@ -188,7 +188,8 @@ def accelerate(
             or a tensor. The model runs on it once, in its mode, and every class of modules is timed
             on what it got there, forward and (in train mode) backward. What is slower on fastattn
             is left alone, and the report says by how much. What the batch does not reach, or what
-            cannot be called again out of its place, is swapped without being timed.
+            cannot be called again out of its place, is swapped without being timed, and the report
+            says so.
 
     Returns:
         A `Report`: `swapped` and `left`, and a table as its `str()`.
@@ -211,8 +212,14 @@ def accelerate(
         if found.recogniser is not None:
             ours = replacement(unit.cls, found.recogniser)
             swaps[unit] = Swap(unit.module, unit.cls, ours)
+    untimed: tuple[Entry, ...] = ()
     if batch is not None:
-        measured = speeds(model, batch, [*swaps.values()])
+        measured, reasons = speeds(model, batch, [*swaps.values()])
+        untimed = tuple(
+            unit.entry(outcome[unit].backend, reasons[unit.module])
+            for unit in swaps
+            if unit.module in reasons
+        )
         for unit in [*swaps]:
             speed = measured.get(unit.module)
             if speed is not None and speed.slower:
@@ -220,7 +227,8 @@ def accelerate(
                 outcome[unit] = unit.entry(reason=f"slower on the batch: {speed}")
     _assign([(swap.module, swap.ours) for swap in swaps.values()])
     swapped = tuple(entry for unit, entry in outcome.items() if unit in swaps)
-    return Report(swapped, tuple(entry for unit, entry in outcome.items() if unit not in swaps))
+    left = tuple(entry for unit, entry in outcome.items() if unit not in swaps)
+    return Report(swapped, left, untimed=untimed)
 
 
 def _left_alone(

@@ -40,15 +40,17 @@ class Rotation:
     Attributes:
         name: of the function, in the globals of the forward.
         interleaved: as `fastattn.rotary` has it.
-        angles: the meaning of cos and sin (batch, seqlen, width): an angle for each "element" or
-            each "pair" of a head, or of each element of which only the "first half" counts.
+        angles: the meaning of cos and sin: an angle for each "element" or each "pair" of a head, or
+            of each element of which only the "first half" counts.
         partial: whether narrower cos and sin rotate a part of each head.
+        dims: theirs: 3 for (batch, seqlen, width), 2 for (seqlen, width).
     """
 
     name: str
     interleaved: bool
     angles: str
     partial: bool = False
+    dims: int = 3
 
     def __str__(self) -> str:
         pairs = "interleaved pairs" if self.interleaved else "pairs of halves"
@@ -60,11 +62,13 @@ class Rotation:
         """Whether a call is one of those that were compared with the original."""
         if not all(isinstance(x, torch.Tensor) for x in (q, k, cos, sin)):
             return False
-        if not (q.dim() == k.dim() == 4 and cos.dim() == 3 and dim in (1, 2)):
+        if not (q.dim() == k.dim() == 4 and cos.dim() == self.dims and dim in (1, 2)):
+            return False
+        if self.dims == 2 and len(cos) != q.shape[3 - dim]:
             return False
         if not q.dtype == k.dtype == cos.dtype == sin.dtype or cos.shape != sin.shape:
             return False
-        head_dim, width = q.shape[3], cos.shape[2] * (2 if self.angles == "pair" else 1)
+        head_dim, width = q.shape[3], cos.shape[-1] * (2 if self.angles == "pair" else 1)
         return width == head_dim or (self.partial and width < head_dim)
 
     def __call__(
@@ -135,8 +139,9 @@ def rotations(forward: FunctionType) -> Iterator[Rotation]:
 @functools.cache
 def rotation_of(name: str, function: FunctionType) -> Rotation | None:
     """The rotation that `function` computes, None if it is none of ours."""
-    for interleaved, angles in itertools.product((False, True), ("element", "first half", "pair")):
-        found = Rotation(name, interleaved, angles)
+    kinds = itertools.product((3, 2), (False, True), ("element", "first half", "pair"))
+    for dims, interleaved, angles in kinds:
+        found = Rotation(name, interleaved, angles, dims=dims)
         if _same(function, found, HEAD_DIM // 2 if angles == "pair" else HEAD_DIM):
             partial = dataclasses.replace(found, partial=True)
             return partial if _same(function, partial, PART) else found
@@ -159,7 +164,7 @@ def _same(function: Apply, rotation: Rotation, width: int) -> bool:
             if dim == 2:
                 shapes = [(2, 37, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS)]
             q, k = (draw.normal(*shape) for shape in shapes)
-            cos, sin = draw.normal(2, 37, width), draw.normal(2, 37, width)
+            cos, sin = (draw.normal(*(2, 37, width)[-rotation.dims :]) for _ in range(2))
             given = q, k, cos, sin
             options = {"unsqueeze_dim": dim} if dim != 1 else {}
             try:
