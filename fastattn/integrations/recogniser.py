@@ -49,12 +49,9 @@ class Recogniser:
         fused: the modules that it computes without calling them; by default none.
         whole: whether all its children are part of it. If not, those that are not in `fused` are
             examined on their own, and its class keeps the name by which tools look for layers.
-        together: names of parameters whose gradients are judged as one vector.
         keeps_buffers: whether the proof keeps the values of buffers, as of a mask; weights are
             random.
-        together: names of parameters whose gradients are judged as one vector.
-        together: tuple[str, ...] = ()
-    keeps_buffers: bool = False
+        keeps_buffers: bool = False
     proving: a context in which ours is not left out for the proof's calls being small.
     """
 
@@ -70,6 +67,5 @@ class Recogniser:
     outputs: int | None = None
     fused: Callable[[torch.nn.Module], Iterable[Any]] = _none
     whole: bool = True
-    together: tuple[str, ...] = ()
     keeps_buffers: bool = False
     proving: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -217,9 +217,6 @@ def recogniser(bound: Written) -> Recogniser:
         probes=probes,
         backend=backend,
         bound=bound,
-        # As where one layer has all three. That of k is 0, and noise from anybody: it adds the same
-        # to all scores of a query.
-        together=tuple(f"{path}.bias" for path in bound.layers),
         keeps_buffers=True,
     )
 
