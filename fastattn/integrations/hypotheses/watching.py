@@ -54,6 +54,8 @@ def _may_be(module: torch.nn.Module) -> bool:
     owned = {id(p) for layer in layers.values() for p in layer.parameters()}
     if len(layers) not in (2, 4) or any(id(p) not in owned for p in module.parameters()):
         return False
+    if any(type(p) is not torch.nn.Parameter or p.is_meta for p in module.parameters()):
+        return False  # sharded, quantised, not loaded
     if len(layers) == 4:
         return True
     (joint, last) = (sizes(layer) for layer in layers.values())
