@@ -298,7 +298,7 @@ def _violation(
             f"{tuple(ours.shape)} {ours.dtype}, the original gives {tuple(theirs.shape)} "
             f"{theirs.dtype}"
         )
-    zero = expected.numel() > 0 and float(expected.abs().max()) <= ZERO * largest
+    zero = expected.numel() > 0 and float(expected.detach().abs().max()) <= ZERO * largest
     found = rule.compare(ours, theirs, expected, terms=largest if zero else 0.0)
     if found.violation is None:
         return None
