@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> None:
     from fastattn.ops.common import launch
     from fastattn.ops.ffn import triton as ffn
     from fastattn.ops.layer_norm import triton as layer_norm
+    from fastattn.ops.linear import triton as linear
 
     keys: set[str] = set()
 
@@ -101,6 +102,12 @@ def main(arguments: list[str]) -> None:
         out, pre = ffn.forward(*given, "gelu_tanh", "linear", True)
         ffn.backward(out, *given, pre, needs, "gelu_tanh", "linear")
 
+    def activated(length: int, batch: int = BATCH) -> None:
+        x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
+        given = x, w1, biases[: 4 * hidden]
+        out, pre = linear.forward(*given, "gelu_tanh", True)
+        linear.backward(out, *given, pre, (True, True, True), "gelu_tanh")
+
     by_length: dict[str, Callable[..., Any]] = {
         "attention, training": lambda n, batch=BATCH: attention.dense(
             "causal", (batch, n, n), "meta"
@@ -117,6 +124,7 @@ def main(arguments: list[str]) -> None:
         ),
         "rms_norm, training": functools.partial(norm, center=False),
         "ffn, training": feed_forward,
+        "linear, training": activated,
         "ffn, gated, training": functools.partial(feed_forward, gate=(w1, biases[: 4 * hidden])),
     }
     counts: Numbers = {}

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn.generation import decoding, graphs
 from fastattn.ops.common import launch
+from fastattn.ops.linear import linear
 
 BACKENDS = ("triton", "torch")
 
@@ -118,6 +119,11 @@ def _gated_ffn() -> Step:
     return Step(lambda: fastattn.ffn(x, w1, None, w2, None, "silu", gate=gate), (x, w1, w2, gate))
 
 
+def _linear() -> Step:
+    x, weight, bias = _input(BATCH, SEQLEN, WIDTH), _input(4 * WIDTH, WIDTH), _input(4 * WIDTH)
+    return Step(lambda: linear(x, weight, bias, "gelu"), (x, weight, bias))
+
+
 def _block() -> Step:
     block = fastattn.nn.TransformerBlock(WIDTH, HEADS, causal=True)
     x, residual = _input(BATCH, SEQLEN, WIDTH), _input(BATCH, SEQLEN, WIDTH)
@@ -196,6 +202,7 @@ STEPS: Steps = {
     "ffn": _ffn,
     "ffn, recompute": lambda: _ffn(recompute=True),
     "ffn, gated": _gated_ffn,
+    "linear": _linear,
     "TransformerBlock": _block,
     "GPT, training": _training,
     "GPT, training, autocast": lambda: _training(autocast=True),

@@ -20,7 +20,7 @@ from fastattn.ops.attention.cache import reference as cache_reference
 from fastattn.ops.cross_entropy import aten as loss_aten
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.cross_entropy import registration as loss_registration
-from fastattn.ops.linear import linear
+from fastattn.ops.linear import linear, product
 
 SHAPES = 200
 # Kernels that all lengths and batches of one op take together: those of forward and backward, of
@@ -201,7 +201,13 @@ def _merge(draw: random.Random) -> Any:
 
 
 def _linear(draw: random.Random) -> Any:
-    return linear(_tensor(draw.randint(1, 6), 256), _tensor(256, 256), _tensor(256))
+    x, width = _rows(draw)
+    hidden, activation = draw.randint(1, 90), draw.choice(("gelu", "gelu_tanh", "relu", "silu"))
+    return linear(x, _tensor(hidden, width), draw.choice((None, _tensor(hidden))), activation)
+
+
+def _product(draw: random.Random) -> Any:
+    return product(_tensor(draw.randint(1, 6), 256), _tensor(256, 256), _tensor(256))
 
 
 def _cross_entropy(draw: random.Random) -> Any:
@@ -219,6 +225,7 @@ OPS: dict[str, Callable[[random.Random], Any]] = {
     "rms_norm": _rms_norm,
     "ffn": _ffn,
     "linear": _linear,
+    "linear, no activation": _product,
     "cross_entropy": _cross_entropy,
 }
 # On the torch backend sequences that are padded (on a CPU), packed or in a cache are cut one by one:
