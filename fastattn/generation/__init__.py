@@ -1,10 +1,12 @@
 """Generating from a model: decoding methods, sampling, the end of a text, CUDA graphs.
 
-Nothing here knows a model's class, only what a model answers: `new_cache`, `features`, `lm_head`.
+Nothing here knows a model's class, only what a model answers: see `fastattn.generation.contract`.
 """
 
 from __future__ import annotations
 
-from fastattn.generation.decoding import generate
+from fastattn.generation.config import GenerationConfig
+from fastattn.generation.interface import generate
+from fastattn.generation.sampling import Sampling
 
-__all__ = ["generate"]
+__all__ = ["GenerationConfig", "Sampling", "generate"]

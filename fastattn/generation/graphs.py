@@ -15,18 +15,18 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastattn.generation.contract import LanguageModel
 from fastattn.ops.common import modes
 
 if TYPE_CHECKING:
     from fastattn.models.cache import KVCache
-    from fastattn.models.gpt import GPT
 
-Step = Callable[["GPT", Tensor, "KVCache"], Tensor]
+Step = Callable[[LanguageModel, Tensor, "KVCache"], Tensor]
 
 # A cache's capacity is rounded up to it, so that prompts of many lengths share a graph.
 BUCKET = 256
@@ -40,13 +40,13 @@ class GraphDecoder:
     Without `capture` a call runs the very same step eagerly, on any device.
     """
 
-    def __init__(self, step: Step, model: GPT, batch_size: int, capacity: int) -> None:
-        device = model.device
-        self.cache = model.new_cache(batch_size, capacity)
+    def __init__(self, step: Step, model: LanguageModel, cache: Any) -> None:
+        """``cache``: the model's, or of its kind."""
+        self.cache = cache
         self._step = step
         # The graph holds the addresses of the weights, not the model, which may go before it does.
         self._model = weakref.ref(model)
-        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -83,13 +83,14 @@ class GraphDecoder:
         return self._step(model, self._tokens, self.cache)
 
 
-_kept: weakref.WeakKeyDictionary[GPT, OrderedDict[tuple[object, ...], GraphDecoder]] = (
+# By model.
+_kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple[object, ...], GraphDecoder]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 @torch.inference_mode()
-def decoder(step: Step, model: GPT, batch_size: int, capacity: int) -> GraphDecoder:
+def decoder(step: Step, model: LanguageModel, batch_size: int, capacity: int) -> GraphDecoder:
     """A captured decoder with an empty cache for at least ``capacity`` tokens, kept for next time.
 
     Kept with the model: the last 4 graphs and their caches. Weights that were replaced or moved
@@ -97,13 +98,13 @@ def decoder(step: Step, model: GPT, batch_size: int, capacity: int) -> GraphDeco
     """
     capacity = min(-(-capacity // BUCKET) * BUCKET, model.config.n_positions)
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
-    dtypes = model.wte.weight.dtype, modes.autocast_dtype(model.device.type)
+    dtypes = next(model.parameters()).dtype, modes.autocast_dtype(model.device.type)
     key = (batch_size, capacity, dtypes, addresses)
     kept = _kept.setdefault(model, OrderedDict())
     if key not in kept:
         for stale in [k for k in kept if k[-1] != addresses]:
             del kept[stale]
-        kept[key] = GraphDecoder(step, model, batch_size, capacity).capture()
+        kept[key] = GraphDecoder(step, model, model.new_cache(batch_size, capacity)).capture()
         while len(kept) > KEPT:
             kept.popitem(last=False)
     kept.move_to_end(key)

@@ -26,7 +26,7 @@ def _new(batch: int, seqlen: int, first: float) -> torch.Tensor:
 def _append(cache: KVCache, new: torch.Tensor) -> list:
     """As a layer does; the positions."""
     positions = cache.begin(new.shape[1])
-    keys, values, lengths = cache.layers[0]
+    keys, values, lengths, _ = cache.layers[0]
     with torch.no_grad():
         fastattn.attention_with_kv_cache(new, keys, values, lengths, k=new, v=-new)
     before = positions.tolist()
@@ -36,7 +36,7 @@ def _append(cache: KVCache, new: torch.Tensor) -> list:
 
 def _held(cache: KVCache) -> list[list[float]]:
     """The first number of each key that each sequence holds; the values are their negatives."""
-    keys, values, lengths = cache.layers[0]
+    keys, values, lengths, _ = cache.layers[0]
     held = [k[:n, 0, 0].tolist() for k, n in zip(keys, lengths.tolist())]
     assert held == [(-v[:n, 0, 0]).tolist() for v, n in zip(values, lengths.tolist())]
     return held
@@ -61,10 +61,10 @@ def test_each_sequence_grows_at_its_own_end(config: GPTConfig) -> None:
 
 def test_steps_use_the_same_memory(config: GPTConfig) -> None:
     cache = KVCache(config, 2, 8)
-    before = [x.data_ptr() for x in (*cache.layers[0], cache.lengths)]
+    before = [x.data_ptr() for x in (*cache.layers[0][:3], cache.lengths)]
     for _ in range(2):
         _append(cache, _new(2, 1, 0))
-    assert [x.data_ptr() for x in (*cache.layers[0], cache.lengths)] == before
+    assert [x.data_ptr() for x in (*cache.layers[0][:3], cache.lengths)] == before
     assert cache.lengths.tolist() == [2, 2] and cache.longest == 2
 
 
@@ -74,6 +74,33 @@ def test_reset(config: GPTConfig) -> None:
     cache.set_lengths([2])
     cache.reset()
     assert _append(cache, _new(1, 2, 7)) == [[0, 1]] and _held(cache) == [[7, 8]]
+
+
+def test_reorder(config: GPTConfig) -> None:
+    cache = KVCache(config, 3, 8)
+    _append(cache, _new(3, 4, 0))
+    cache.set_lengths([4, 2, 3])
+    cache.reorder(torch.tensor([2, 1, 0]))
+    assert _held(cache) == [[200, 201, 202], [100, 101], [0, 1, 2, 3]]
+    _append(cache, _new(3, 1, 50))
+    assert _held(cache) == [[200, 201, 202, 50], [100, 101, 150], [0, 1, 2, 3, 250]]
+
+
+def test_reorder_copies_only_some_slots(config: GPTConfig) -> None:
+    cache = KVCache(config, 2, 8)
+    _append(cache, _new(2, 5, 0))
+    cache.reorder(torch.tensor([1, 1]), 2, 4)
+    assert _held(cache) == [[0, 1, 102, 103, 4], [100, 101, 102, 103, 104]]
+
+
+def test_fill(config: GPTConfig) -> None:
+    cache, source = KVCache(config, 3, 8), KVCache(config, 2, 4)
+    _append(source, _new(2, 3, 0))
+    source.set_lengths([3, 2])
+    cache.fill(source, torch.tensor([1, 0, 0]))
+    assert _held(cache) == [[100, 101], [0, 1, 2], [0, 1, 2]] and cache.longest == 3
+    assert _append(cache, _new(3, 1, 50)) == [[2], [3], [3]]
+    assert _held(source) == [[0, 1, 2], [100, 101]]
 
 
 def test_errors(config: GPTConfig) -> None:
