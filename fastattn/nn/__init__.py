@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastattn.nn.attention import Attention, KeyValueCache
+from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.linear import Linear
 from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.relative_position_bias import RelativePositionBias
 from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
 from fastattn.nn.rotary_embedding import RotaryEmbedding
 from fastattn.nn.transformer import (
@@ -26,7 +27,9 @@ __all__ = [
     "Linear",
     "MultiheadAttention",
     "OffsetRMSNorm",
+    "PackedSequences",
     "RMSNorm",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "Transformer",
     "TransformerBlock",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.nn.attention import Attention, KeyValueCache
+from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences
 from fastattn.nn.checks import check_probability
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
@@ -49,6 +49,7 @@ class TransformerBlock(torch.nn.Module):
         feedforward_dim: size of the hidden layer of the feed-forward; default ``4 * embed_dim``.
         dropout: probability with which an element of a branch is dropped in training.
         attention_dropout: the same for the attention weights; default ``dropout``.
+        activation_dropout: the same for the hidden layer of the feed-forward.
         activation, gated: of the feed-forward (`FeedForward`).
         norm: "layer_norm", "rms_norm", or "offset_rms_norm", which multiplies by 1 + weight.
         norm_eps: eps of all norms.
@@ -74,6 +75,7 @@ class TransformerBlock(torch.nn.Module):
         head_dim: int | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
+        activation_dropout: float = 0.0,
         activation: str = "gelu_tanh",
         gated: bool = False,
         norm: str = "layer_norm",
@@ -151,6 +153,7 @@ class TransformerBlock(torch.nn.Module):
             activation,
             bias=bias if feedforward_bias is None else feedforward_bias,
             dropout=dropout,
+            activation_dropout=activation_dropout,
             gated=gated,
             recompute=recompute,
             **where,
@@ -167,6 +170,7 @@ class TransformerBlock(torch.nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        packed: PackedSequences | None = None,
         context: Tensor | KeyValueCache | None = None,
         context_lengths: Tensor | None = None,
         context_mask: Tensor | None = None,
@@ -174,9 +178,9 @@ class TransformerBlock(torch.nn.Module):
         """(branch, residual) -> (branch, residual), all (batch, seqlen, embed_dim).
 
         ``x`` is the branch of the layer before, or the input itself where ``residual`` is None.
-        ``rotary``, ``key_lengths``, ``mask``, ``bias`` and ``cache`` go to the self-attention,
-        ``context`` to the cross-attention, whose keys ``context_lengths`` and ``context_mask``
-        hide (`Attention.forward`).
+        ``rotary``, ``key_lengths``, ``mask``, ``bias``, ``cache`` and ``packed`` go to the
+        self-attention, ``context`` to the cross-attention, whose keys ``context_lengths`` and
+        ``context_mask`` hide (`Attention.forward`).
         """
         hidden, residual = self._read(self.norm1, x, residual)
         branch = self.attention(
@@ -187,6 +191,7 @@ class TransformerBlock(torch.nn.Module):
             mask=mask,
             bias=bias,
             cache=cache,
+            packed=packed,
         )
         x, rest = self._written(self.norm1, self.norm1_out, branch, residual)
         if self.cross_attention is not None and self.cross_norm is not None:
