@@ -26,6 +26,8 @@ class KeyValueCache(NamedTuple):
     keys: Tensor  # (batch, capacity, heads, head_dim)
     values: Tensor  # (batch, capacity, heads, head_dim)
     lengths: Tensor  # (batch,), int32 or int64
+    # (batch, pages of a sequence): keys and values are then (pages, page_size, heads, head_dim).
+    block_table: Tensor | None = None
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -232,6 +234,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 cache.lengths,
                 k=k,
                 v=v,
+                block_table=cache.block_table,
                 causal=causal,
                 softmax_scale=softmax_scale,
             )
