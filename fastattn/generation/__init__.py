@@ -1,4 +1,4 @@
-"""Generating from a model: decoding methods, sampling, the end of a text, CUDA graphs.
+"""Generating from a model: decoding methods, sampling, the end of a text, batching, CUDA graphs.
 
 Nothing here knows a model's class, only what a model answers: `new_cache`, `features`, `lm_head`.
 """
@@ -6,5 +6,8 @@ Nothing here knows a model's class, only what a model answers: `new_cache`, `fea
 from __future__ import annotations
 
 from fastattn.generation.decoding import generate
+from fastattn.generation.engine import Engine
+from fastattn.generation.request import Request
+from fastattn.generation.sampling import Sampling
 
-__all__ = ["generate"]
+__all__ = ["Engine", "Request", "Sampling", "generate"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,13 +40,13 @@ class GraphDecoder:
     Without `capture` a call runs the very same step eagerly, on any device.
     """
 
-    def __init__(self, step: Step, model: GPT, batch_size: int, capacity: int) -> None:
-        device = model.device
-        self.cache = model.new_cache(batch_size, capacity)
+    def __init__(self, step: Step, model: GPT, cache: Any) -> None:
+        """``cache``: the model's, or `fastattn.generation.paging.PagedCache`."""
+        self.cache = cache
         self._step = step
         # The graph holds the addresses of the weights, not the model, which may go before it does.
         self._model = weakref.ref(model)
-        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -103,7 +103,7 @@ def decoder(step: Step, model: GPT, batch_size: int, capacity: int) -> GraphDeco
     if key not in kept:
         for stale in [k for k in kept if k[-1] != addresses]:
             del kept[stale]
-        kept[key] = GraphDecoder(step, model, batch_size, capacity).capture()
+        kept[key] = GraphDecoder(step, model, model.new_cache(batch_size, capacity)).capture()
         while len(kept) > KEPT:
             kept.popitem(last=False)
     kept.move_to_end(key)

@@ -32,7 +32,7 @@ def _cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, devi
             decoding,
             "_decoder",
             lambda model, batch_size, capacity: graphs.GraphDecoder(
-                decoding.decode, model, batch_size, capacity + 3
+                decoding.decode, model, model.new_cache(batch_size, capacity + 3)
             ),
         )
 
@@ -245,9 +245,9 @@ def test_autocast(make_pair: MakePair, dtype: torch.dtype, weights: torch.dtype)
 
 def test_a_graph_is_kept_for_each_dtype_of_autocast(pair: Pair) -> None:
     ours, _ = pair
-    plain = graphs.GraphDecoder(decoding.decode, ours, 1, 8)
+    plain = graphs.GraphDecoder(decoding.decode, ours, ours.new_cache(1, 8))
     with torch.autocast(ours.device.type, dtype=torch.bfloat16):
-        cast = graphs.GraphDecoder(decoding.decode, ours, 1, 8)
+        cast = graphs.GraphDecoder(decoding.decode, ours, ours.new_cache(1, 8))
     assert plain.cache.layers[0].keys.dtype == torch.float32
     assert cast.cache.layers[0].keys.dtype == torch.bfloat16
 

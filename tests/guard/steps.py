@@ -167,7 +167,7 @@ def _decoding(static: bool) -> Step:
     model, ids = _gpt()
     model.eval().requires_grad_(False)
     if static:
-        decoder: Any = graphs.GraphDecoder(decoding.decode, model, BATCH, CAPACITY)
+        decoder: Any = graphs.GraphDecoder(decoding.decode, model, model.new_cache(BATCH, CAPACITY))
     else:
         decoder = decoding.EagerDecoder(model, BATCH, CAPACITY)
     model(ids, cache=decoder.cache)

@@ -1,0 +1,451 @@
+"""Continuous batching: requests join and leave at any step, and share memory in pages.
+
+Shapes: B rows of one call of the model, T new tokens of each, V vocabulary.
+
+A step of the engine reads, for each running request, what the model has not read yet: of a prompt a
+chunk, of a sequence being continued its last token. All of the latter are one call, (B, 1), and so
+are chunks of about one length. Who has been read to the end gets its next token (Yu et al. 2022,
+Orca; the chunks: Agrawal et al. 2023, arXiv:2308.16369).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastattn.generation import graphs, sampling
+from fastattn.generation.decoding import decode
+from fastattn.generation.paging import PagedMemory, PagePool
+from fastattn.generation.prompts import read_prompts, special_tokens
+from fastattn.generation.request import Request
+from fastattn.generation.sampling import Sampling
+from fastattn.generation.stopping import StopStrings
+from fastattn.nn.checks import check_integer
+from fastattn.nn.mode import in_mode
+
+if TYPE_CHECKING:
+    from fastattn.models.gpt import GPT
+
+GREEDY = Sampling()
+
+Rows = list[tuple[Request, int]]  # and how many of its pending tokens
+
+
+class Engine:
+    """Continues any number of prompts at once, each as `generate` would continue it on its own.
+
+        engine = fastattn.generation.Engine(model, pages=256)
+        first = engine.submit(prompt, max_new_tokens=50)
+        other = engine.submit(prompts[1], max_new_tokens=9, sampling=Sampling(True, top_p=0.9))
+        engine.run()                        # or: for token in first: ...
+        first.tokens, first.finish_reason
+
+    A request's tokens are those of `generate` with its prompt alone, whatever else runs: as far as
+    the model's arithmetic is the same in a larger batch. A matrix product rounds by its shape, so
+    two tokens whose logits differ by less than that may change places.
+
+    Requests are admitted in order while their prompts' pages are there. Where a sequence needs a
+    page and none is left, the youngest request gives up its own, waits, and is read again later.
+    Full pages of equal beginnings are held once, also for later requests while nobody needs the
+    memory: the model's weights must not change meanwhile.
+
+    `submit` and `cancel` may be called from any thread, `step` and iteration too: they take turns.
+    On a CUDA GPU the steps that only continue sequences replay CUDA graphs, one for each power of
+    two of sequences (`fastattn.generation.graphs`).
+
+    Args:
+        model: a decoder of this package, or what answers `new_cache`, `features` and `lm_head`.
+        pages: how many pages of keys and values there are, for all sequences together.
+        page_size: tokens in a page.
+        max_batch: requests that run at once.
+        prefill_chunk: prompt tokens read in a step, of all requests together: more of them start
+            sooner, fewer let the running ones wait less.
+        tokenizer: for ``stop_strings``, as `generate`'s.
+
+    Attributes:
+        preempted: how often a request gave up its pages to an older one.
+        reused: prompt tokens that were not read, since their keys were there.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        pages: int,
+        page_size: int = 16,
+        max_batch: int = 64,
+        prefill_chunk: int = 512,
+        tokenizer: Any = None,
+    ) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise TypeError(
+                f"Engine serves decoders, and {type(model).__name__} has an encoder: use generate"
+            )
+        sizes = {"pages": pages, "page_size": page_size, "max_batch": max_batch}
+        for name, size in {**sizes, "prefill_chunk": prefill_chunk}.items():
+            check_integer(name, size, at_least=1)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.page_size, self.max_batch, self.prefill_chunk = page_size, max_batch, prefill_chunk
+        self.preempted = self.reused = 0
+        self._pool = PagePool(pages)
+        longest = model.config.n_positions
+        # Of a chunk, its padding may reach that much further.
+        width = min(self._pages_of(longest), pages + self._pages_of(prefill_chunk))
+        with torch.inference_mode():
+            self._memory = PagedMemory(model, pages, page_size, width)
+        self._table = torch.full((max_batch, width), pages, dtype=torch.int32, device="cpu")
+        self._free_rows = list(range(max_batch))[::-1]
+        self._arrivals: deque[Request] = deque()  # of other threads, too
+        self._waiting: deque[Request] = deque()  # the oldest first, as in `_running`
+        self._running: list[Request] = []
+        self._decoders: dict[int, graphs.GraphDecoder] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return self._pool.count
+
+    @property
+    def free_pages(self) -> int:
+        """How many no request holds."""
+        return self._pool.available
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        on_token: Callable[[int], None] | None = None,
+        on_finish: Callable[[Request], None] | None = None,
+    ) -> Request:
+        """Queue a prompt; nothing is computed before `step`.
+
+        Args:
+            prompt_ids: token ids, a list or a tensor (T,).
+            max_new_tokens: how many to add at most.
+            sampling: how the next token follows from the logits.
+            seed: an integer, for a ``sampling`` that draws; None takes one from torch's generator.
+            eos_token_id, stop_strings: what ends the sequence, as in `generate`.
+            on_token: called with each new token, by the thread that steps. If it raises, that ends
+                the request with "error".
+            on_finish: called with the request, once, when it has ended.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or prompt and new tokens together
+                exceed the model's ``n_positions`` or all pages. Other requests are unharmed.
+        """
+        config = self.model.config
+        ids = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else prompt_ids
+        (prompt,) = read_prompts(config, [ids], None)
+        check_integer("max_new_tokens", max_new_tokens, at_least=1)
+        self._check_fits(len(prompt), max_new_tokens)
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
+        ends, _ = special_tokens(config, eos_token_id, None)
+        request = Request(
+            self,
+            prompt,
+            max_new_tokens,
+            sampling,
+            self._numbers(sampling, seed, max_new_tokens),
+            frozenset(ends),
+            StopStrings.of(stop_strings, self.tokenizer),
+            on_token,
+            on_finish,
+        )
+        self._arrivals.append(request)
+        return request
+
+    def run(self) -> None:
+        """Step until every request has ended."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Read the pending tokens of the running requests once; whether any request is left.
+
+        Raises what the model raises (out of memory, say): `fail` then ends the requests.
+        """
+        with self._lock:
+            self._end_cancelled()
+            self._admit()
+            rows = self._plan()
+            with torch.inference_mode(), in_mode(self.model, training=False):
+                for group in self._grouped(rows):
+                    self._read(group)
+            return bool(self._running or self._waiting or self._arrivals)
+
+    def fail(self, error: BaseException) -> None:
+        """End all requests with "error"."""
+        with self._lock:
+            self._collect()
+            for request in [*self._running, *self._waiting]:
+                self._end(request, "error", error)
+
+    # -- Which requests run
+
+    def _pages_of(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _check_fits(self, prompt: int, new: int) -> None:
+        longest = self.model.config.n_positions
+        if prompt + new > longest:
+            raise ValueError(
+                f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} that is "
+                f"{prompt + new}, more than the model's n_positions = {longest}"
+            )
+        needed = self._pages_of(prompt + new - 1)  # the last new token is never read
+        if needed > self._pool.count:
+            raise ValueError(
+                f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} they need {needed} "
+                f"pages of {self.page_size} tokens, and the engine has {self._pool.count}: give it "
+                "more pages, or ask for less"
+            )
+
+    def _numbers(self, how: Sampling, seed: int | None, steps: int) -> Tensor | None:
+        if not how.do_sample:
+            if seed is not None:
+                raise ValueError("seed would have no effect: give a sampling with do_sample=True")
+            return None
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        return sampling.uniforms([seed], 1, steps, self.model.device)[:, 0]
+
+    def _collect(self) -> None:
+        while self._arrivals:
+            self._waiting.append(self._arrivals.popleft())
+
+    def _end_cancelled(self) -> None:
+        self._collect()
+        for request in [*self._running, *self._waiting]:
+            if request.cancelled:
+                self._end(request, "cancelled")
+
+    def _admit(self) -> None:
+        """Let waiting requests run, in order, as long as all of their known tokens have room."""
+        while self._waiting and self._free_rows:
+            request = self._waiting[0]
+            shared = self._shared(request)
+            needed = self._pages_of(len(request.known))
+            if needed - sum(map(self._pool.is_held, shared)) > self._pool.available:
+                return
+            self._waiting.popleft()
+            self._running.append(request)
+            request.row = self._free_rows.pop()
+            for page in shared:
+                self._pool.hold(page)
+                self._give(request, page)
+            request.length = len(shared) * self.page_size
+            self.reused += request.length
+            while len(request.pages) < needed:
+                self._give(request, self._pool.take())
+
+    def _shared(self, request: Request) -> list[int]:
+        """The pages that hold its beginning already; not its last token, which is to be read."""
+        pages: list[int] = []
+        for index in range((len(request.known) - 1) // self.page_size):
+            page = self._pool.find(request.page_name(index, self.page_size))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _give(self, request: Request, page: int | None) -> None:
+        assert page is not None
+        self._table[request.row, len(request.pages)] = page
+        request.pages.append(page)
+
+    def _plan(self) -> Rows:
+        """What this step reads. Whoever lacks a page for it takes the youngest's, or waits."""
+        budget = self.prefill_chunk
+        rows: Rows = []
+        for request in tuple(self._running):  # the oldest first: one that was planned stays
+            if request.row < 0 or not self._has_room(request):
+                continue
+            if request.pending == 1:
+                rows.append((request, 1))
+                continue
+            self._skip_shared(request)
+            if budget:
+                rows.append((request, min(budget, request.pending)))
+                budget -= rows[-1][1]
+        return rows
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether it has a page for each known token, if need be by preempting the youngest."""
+        while len(request.pages) < self._pages_of(len(request.known)):
+            page = self._pool.take()
+            if page is not None:
+                self._give(request, page)
+                continue
+            youngest = self._running[-1]
+            self._leave(youngest)
+            self._waiting.appendleft(youngest)
+            self.preempted += 1
+            if youngest is request:
+                return False
+        return True
+
+    def _skip_shared(self, request: Request) -> None:
+        """Skip the next pages that another request has filled since this one was admitted."""
+        size, pool = self.page_size, self._pool
+        while request.length % size == 0 and request.pending > size:
+            index = request.length // size
+            page = pool.find(request.page_name(index, size))
+            if page is None:
+                return
+            if page != request.pages[index]:
+                pool.hold(page)
+                pool.release([request.pages[index]])
+                request.pages[index] = page
+                self._table[request.row, index] = page
+            request.length += size
+            self.reused += size
+
+    def _leave(self, request: Request) -> None:
+        """Stop running it; what it has computed may be found again by its name."""
+        self._running.remove(request)
+        self._pool.release(request.pages)
+        self._table[request.row] = self._pool.count
+        self._free_rows.append(request.row)
+        request.row, request.pages, request.length = -1, [], 0
+
+    def _end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        if request.row >= 0:
+            self._leave(request)
+        else:
+            self._waiting.remove(request)
+        request.finish(reason, error)
+
+    # -- What the model reads
+
+    def _grouped(self, rows: Rows) -> list[Rows]:
+        """The rows of each call: single tokens; chunks of lengths within a quarter of each other.
+
+        Those that padding would push beyond the model's context are called on their own.
+        """
+        groups: dict[object, Rows] = defaultdict(list)
+        for request, count in rows:
+            shift = max(count.bit_length() - 3, 0)  # lengths that differ in fewer bits are alike
+            most = ((count >> shift) + 1 << shift) - 1
+            fits = request.length + most <= self.model.config.n_positions
+            groups[most if fits else request].append((request, count))
+        return list(groups.values())
+
+    def _read(self, rows: Rows) -> None:
+        """Run the model on some requests' pending tokens; then give who has none its next one."""
+        requests = [request for request, _ in rows]
+        lengths = [request.length for request in requests]
+        table = self._table[[request.row for request in requests]]
+        done = [index for index, (request, count) in enumerate(rows) if count == request.pending]
+        chunks = [request.known[request.length : request.length + n] for request, n in rows]
+        if max(map(len, chunks)) == 1:
+            logits = self._decode([token for (token,) in chunks], lengths, table)[done]
+        else:
+            logits = self._prefill(chunks, lengths, table, done)
+        for request, count in rows:
+            self._count(request, count)
+        if done:
+            self._continue([requests[index] for index in done], logits)
+
+    def _prefill(
+        self, chunks: list[list[int]], lengths: list[int], table: Tensor, asked: list[int]
+    ) -> Tensor:
+        """Read B chunks; the logits after the last token of the rows ``asked``, (len(asked), V)."""
+        longest, device = max(map(len, chunks)), self.model.device
+        # Any id does as padding on the right: nothing that counts sees it.
+        ids = torch.tensor(
+            [chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device
+        )
+        cache = self._memory.cache(len(ids))
+        cache.place(lengths, table)
+        hidden = self.model.features(ids, cache)  # type: ignore[arg-type]  # (B, T, C)
+        last = [len(chunks[index]) - 1 for index in asked]
+        return self.model.lm_head(hidden[asked, last]) if asked else hidden[:0, 0]
+
+    def _decode(self, tokens: list[int], lengths: list[int], table: Tensor) -> Tensor:
+        """B tokens -> (B, V) the logits of the next."""
+        count = len(tokens)
+        if not _decodes_by_graph(self.model):
+            cache = self._memory.cache(count)
+            cache.place(lengths, table)
+            ids = torch.tensor(tokens, device=self.model.device)
+            return decode(self.model, ids, cache)  # type: ignore[arg-type]
+        decoder = self._decoder(count)
+        size = decoder.cache.batch_size
+        decoder.cache.place(lengths, table)
+        return decoder(torch.tensor(tokens + [0] * (size - count), device="cpu"))[:count]
+
+    def _decoder(self, count: int) -> graphs.GraphDecoder:
+        """The captured step for the next power of two of sequences."""
+        size = 1 << (count - 1).bit_length()
+        if size not in self._decoders:
+            cache = self._memory.cache(size)
+            self._decoders[size] = graphs.GraphDecoder(decode, self.model, cache).capture()
+        return self._decoders[size]
+
+    def _count(self, request: Request, count: int) -> None:
+        """Its next ``count`` tokens are in its pages."""
+        full = request.length // self.page_size
+        request.length += count
+        for index in range(full, request.length // self.page_size):
+            self._pool.publish(request.pages[index], request.page_name(index, self.page_size))
+
+    def _continue(self, requests: list[Request], logits: Tensor) -> None:
+        """The next token of each, from (B, V): drawn for all of one `Sampling` together."""
+        alike: dict[Sampling, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            alike[request.sampling].append(index)
+        for how, rows in alike.items():
+            some = [requests[row] for row in rows]
+            every = len(rows) == len(requests)
+            tokens = _next_tokens(some, logits if every else logits[rows], how)
+            for request, token in zip(some, tokens.tolist(), strict=True):
+                try:
+                    reason = request.accept(_checked(token, request))
+                except Exception as error:  # the others go on
+                    self._end(request, "error", error)
+                else:
+                    if reason is not None:
+                        self._end(request, reason)
+
+
+def _next_tokens(requests: list[Request], logits: Tensor, how: Sampling) -> Tensor:
+    """(B, V) -> (B,), for requests of one `Sampling`."""
+    if how.repetition_penalty != 1.0:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for row, request in zip(seen, requests, strict=True):
+            row[torch.tensor(request.known, device=row.device)] = True
+        logits = sampling.penalise(logits.float(), seen, how.repetition_penalty)
+    if not how.do_sample:
+        return sampling.most_probable(logits)
+    uniform = torch.stack([r.numbers[len(r.tokens)] for r in requests if r.numbers is not None])
+    return sampling.draw(sampling.warp(logits.float(), how), uniform)
+
+
+def _checked(token: int, request: Request) -> int:
+    if token == sampling.NO_TOKEN:
+        raise ValueError(
+            f"the logits are NaN or infinite by new token {len(request.tokens)}, and say no token: "
+            "look for NaN in the weights, or for a dtype that is too narrow (float16 overflows "
+            "where bfloat16 does not)"
+        )
+    return token
+
+
+def _decodes_by_graph(model: GPT) -> bool:
+    return model.device.type == "cuda"
