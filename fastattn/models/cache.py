@@ -58,7 +58,7 @@ class KVCache:
         for name, size in (("batch_size", batch_size), ("capacity", capacity)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        shape = (batch_size, capacity, config.n_head, config.head_dim)
+        shape = (batch_size, capacity, config.kv_heads, config.head_dim)
         self.batch_size = batch_size
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.nn.attention import QK_NORMS
 from fastattn.nn.checks import check_integer, check_number, check_probability
+from fastattn.nn.rotary_embedding import check_scaling
+from fastattn.nn.transformer_block import NORMS, PLACEMENTS
 
 # Names of activation functions in Hugging Face's configs -> names in fastattn.ffn.
 ACTIVATIONS = {
@@ -19,6 +23,15 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 
+POSITIONS = ("learned", "rotary")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# Fields that must be above 0.
+POSITIVE = (
+    "layer_norm_epsilon", "initializer_range", "rope_theta", "rope_local_theta",
+    "partial_rotary_factor", "attention_scale", "embedding_scale",
+)  # fmt: skip
+
 PRESETS: dict[str, dict[str, int]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M parameters
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
@@ -29,13 +42,15 @@ PRESETS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Size and settings of a `GPT`, by the names of Hugging Face's `GPT2Config`.
+    """Size and settings of a `GPT`, GPT-2's by the names of Hugging Face's `GPT2Config`.
 
-    The defaults are GPT-2 124M's, but for dropout, which is 0 here and 0.1 there.
+    The defaults are GPT-2 124M's, but for dropout, which is 0 here and 0.1 there. The fields from
+    ``n_kv_head`` on make other families of it: a Llama has ``norm="rms_norm"``,
+    ``positions="rotary"``, ``gated=True``, ``activation_function="silu"`` and no biases.
 
     Attributes:
         vocab_size: number of token ids.
-        n_positions: longest sequence; positions are learned, so there is nothing beyond it.
+        n_positions: longest sequence. Learned positions have nothing beyond it.
         n_embd: size of the residual stream.
         n_layer: number of blocks.
         n_head: number of attention heads; must divide n_embd.
@@ -54,6 +69,26 @@ class GPTConfig:
         reorder_and_upcast_attn: kept for other readers of the saved config. It asks for scores in
             float32, which is how all our kernels compute them.
         tie_word_embeddings: whether the head shares the token embedding's weight.
+        n_kv_head: number of key and value heads; must divide n_head; None is n_head.
+        head_size: size of a head; None is n_embd / n_head.
+        norm: "layer_norm", "rms_norm", or "offset_rms_norm", which multiplies by 1 + weight.
+        norm_placement: "pre", "post", "output" or "both" (`fastattn.nn.TransformerBlock`).
+        qk_norm: RMSNorm of queries and keys: of each "head", of "all" heads together, or None.
+        positions: "learned", or "rotary".
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are scaled (`fastattn.nn.RotaryEmbedding`); a mapping, kept as a
+            tuple of pairs.
+        rope_local_theta: base for the layers with "sliding_attention", which then are not scaled;
+            None: as the others.
+        partial_rotary_factor: share of a head that turns.
+        gated: whether the feed-forward has a gate (SwiGLU, GeGLU).
+        qkv_bias, out_bias, mlp_bias, head_bias: whether these linear layers have a bias.
+        sliding_window: how many positions a query of "sliding_attention" sees, itself included.
+        layer_types: "full_attention" or "sliding_attention" a layer; None: sliding in all if there
+            is a sliding_window.
+        attention_scale: factor of the scores, in place of what scale_attn_weights says.
+        attn_logit_softcapping, final_logit_softcapping: caps of scores and logits; 0: none.
+        embedding_scale: factor of the token embeddings.
 
     Raises:
         TypeError: a field has another type.
@@ -79,6 +114,27 @@ class GPTConfig:
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
+    n_kv_head: int | None = None
+    head_size: int | None = None
+    norm: str = "layer_norm"
+    norm_placement: str = "pre"
+    qk_norm: str | None = None
+    positions: str = "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None = None
+    rope_local_theta: float | None = None
+    partial_rotary_factor: float = 1.0
+    gated: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    head_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    attention_scale: float | None = None
+    attn_logit_softcapping: float = 0.0
+    final_logit_softcapping: float = 0.0
+    embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
         def settle(name: str, value: object) -> None:
@@ -86,9 +142,9 @@ class GPTConfig:
 
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             settle(name, check_integer(name, getattr(self, name), at_least=1))
-        if self.n_inner is not None:
-            inner = check_integer("n_inner", self.n_inner, at_least=1, otherwise=" or None")
-            settle("n_inner", inner)
+        for name in ("n_inner", "n_kv_head", "head_size", "sliding_window"):
+            if (size := getattr(self, name)) is not None:
+                settle(name, check_integer(name, size, at_least=1, otherwise=" or None"))
         for name in ("bos_token_id", "pad_token_id"):
             if (token := getattr(self, name)) is not None:
                 settle(name, check_integer(name, token, otherwise=" or None"))
@@ -101,24 +157,67 @@ class GPTConfig:
             )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             settle(name, check_probability(name, getattr(self, name)))
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            settle(name, check_number(name, getattr(self, name)))
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in POSITIVE:
+            if (value := getattr(self, name)) is None and name in (
+                "rope_local_theta",
+                "attention_scale",
+            ):
+                continue
+            settle(name, check_number(name, value))
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            settle(name, check_number(name, getattr(self, name) or 0.0))
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
         for field in dataclasses.fields(self):
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(
                     f"{field.name} must be True or False, got {getattr(self, field.name)!r}"
                 )
-        if self.n_embd % self.n_head:
+        if self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}"
             )
-        if self.activation_function not in tuple(ACTIVATIONS):
+        if self.n_head % self.kv_heads:
             raise ValueError(
-                f"activation_function must be one of {', '.join(map(repr, ACTIVATIONS))}, "
-                f"got {self.activation_function!r}"
+                f"n_kv_head must divide n_head, got n_kv_head={self.n_kv_head} and "
+                f"n_head={self.n_head}"
             )
+        for name, known in (
+            ("activation_function", tuple(ACTIVATIONS)),
+            ("norm", tuple(NORMS)),
+            ("norm_placement", PLACEMENTS),
+            ("qk_norm", QK_NORMS),
+            ("positions", POSITIONS),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"
+                )
+        if isinstance(self.rope_scaling, Mapping):
+            settle("rope_scaling", tuple(check_scaling(self.rope_scaling).items()) or None)
+        if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ValueError(
+                "partial_rotary_factor must leave an even number of a head's "
+                f"{self.head_dim} elements, got {self.partial_rotary_factor}"
+            )
+        if self.layer_types is not None:
+            settle("layer_types", self._checked_types(self.layer_types))
+
+    def _checked_types(self, types: object) -> tuple[str, ...]:
+        if not isinstance(types, (list, tuple)) or any(t not in LAYER_TYPES for t in types):
+            raise ValueError(
+                f"layer_types must be None or have {' or '.join(map(repr, LAYER_TYPES))} for each "
+                f"layer, got {types!r}"
+            )
+        if len(types) != self.n_layer:
+            raise ValueError(
+                f"layer_types must have n_layer = {self.n_layer} entries, got {len(types)}"
+            )
+        if "sliding_attention" in types and self.sliding_window is None:
+            raise ValueError('layers with "sliding_attention" need a sliding_window')
+        return tuple(types)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
@@ -147,9 +246,32 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def layer_type(self, layer: int) -> str:
+        """ "full_attention" or "sliding_attention"."""
+        if self.layer_types is not None:
+            return self.layer_types[layer]
+        return "full_attention" if self.sliding_window is None else "sliding_attention"
+
+    def window(self, layer: int) -> tuple[int, int] | None:
+        """The keys that a query of ``layer`` sees to either side, None for all."""
+        if self.layer_type(layer) == "full_attention" or self.sliding_window is None:
+            return None
+        return self.sliding_window - 1, 0
 
     def softmax_scale(self, layer: int) -> float:
         """Factor of the attention scores in ``layer`` (from 0)."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        if self.attention_scale is not None:
+            scale = self.attention_scale
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale

@@ -1,13 +1,13 @@
-"""GPT: a decoder-only transformer with GPT-2's architecture (Radford et al. 2019).
+"""GPT: a decoder-only transformer, GPT-2's (Radford et al. 2019) and what has become of it.
 
 Shapes: B batch, T sequence length, C = n_embd, V = vocab_size.
 
     tokens (B, T)
-      x = wte[tokens] + wpe[positions]                   # (B, T, C)
+      x = wte[tokens] + wpe[positions]                   # (B, T, C); a Llama: x = wte[tokens]
       n_layer times:
-          x = x + attention(norm1(x))                    # causal
+          x = x + attention(norm1(x))                    # causal; a Llama: of rotated q and k
           x = x + feed_forward(norm2(x))
-      logits = norm_f(x) @ wte^T                         # (B, T, V): the head shares wte's weight
+      logits = norm_f(x) @ wte^T                         # (B, T, V); or an untied head
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from fastattn import generation, nn
 from fastattn.models import folder, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
+from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 
 
 class GPT(torch.nn.Module):
-    """GPT-2's architecture at any size.
+    """A decoder-only transformer at any size: GPT-2's architecture, or another by its config.
 
         model = fastattn.GPT(fastattn.GPTConfig.preset("gpt2"))
         logits, loss = model(tokens[:, :-1], targets=tokens[:, 1:])
@@ -62,25 +63,46 @@ class GPT(torch.nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd, **where)
-        self.wpe = torch.nn.Embedding(config.n_positions, config.n_embd, **where)
+        learned = config.positions == "learned"
+        self.wpe = (
+            torch.nn.Embedding(config.n_positions, config.n_embd, **where) if learned else None
+        )
+        self.rotary = _rotary_embeddings(config, device)
         self.dropout = torch.nn.Dropout(config.embd_pdrop)
         self.blocks = torch.nn.ModuleList(
             nn.TransformerBlock(
                 config.n_embd,
                 config.n_head,
                 config.feedforward_dim,
+                num_kv_heads=config.kv_heads,
+                head_dim=config.head_dim,
                 dropout=config.resid_pdrop,
                 attention_dropout=config.attn_pdrop,
                 activation=ACTIVATIONS[config.activation_function],
+                gated=config.gated,
+                norm=config.norm,
                 norm_eps=config.layer_norm_epsilon,
+                norm_placement=config.norm_placement,
+                qkv_bias=config.qkv_bias,
+                out_bias=config.out_bias,
+                feedforward_bias=config.mlp_bias,
                 causal=True,
                 softmax_scale=config.softmax_scale(layer),
+                window=config.window(layer),
+                softcap=config.attn_logit_softcapping,
+                qk_norm=config.qk_norm,
                 **where,
             )
             for layer in range(config.n_layer)
         )
-        self.norm_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **where)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, **where)
+        self.norm_f = NORMS[config.norm](config.n_embd, config.layer_norm_epsilon, **where)
+        self.lm_head = Head(
+            config.n_embd,
+            config.vocab_size,
+            config.head_bias,
+            softcap=config.final_logit_softcapping,
+            **where,
+        )
         self.tie_weights()
         self.reset_parameters()
 
@@ -126,7 +148,7 @@ class GPT(torch.nn.Module):
             if name.endswith("bias"):
                 torch.nn.init.zeros_(parameter)
             elif "norm" in name:
-                torch.nn.init.ones_(parameter)
+                torch.nn.init.constant_(parameter, 0.0 if self.config.norm[0] == "o" else 1.0)
             elif name.endswith(("out_proj.weight", "linear2.weight")):  # into the residual stream
                 torch.nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
             else:
@@ -216,15 +238,24 @@ class GPT(torch.nn.Module):
             positions = torch.arange(seqlen, device=input_ids.device)
         else:
             positions = cache.begin(seqlen)
-        branch = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+        rotary = {kind: angles(positions) for kind, angles in self.rotary.items()}
+        branch = self.wte(input_ids)  # (B, T, C)
+        if self.config.embedding_scale != 1.0:
+            branch = branch * self.config.embedding_scale
+        if self.wpe is not None:
+            branch = branch + self.wpe(positions)
+        branch = self.dropout(branch)
 
         # The blocks leave the last addition to the next norm: x is branch + residual.
         residual = None
         for layer, block in enumerate(self.blocks):
             branch, residual = block(
-                branch, residual, cache=None if cache is None else cache.layers[layer]
+                branch,
+                residual,
+                rotary=rotary.get(self.config.layer_type(layer)),
+                cache=None if cache is None else cache.layers[layer],
             )
-        hidden, _ = self.norm_f(branch, residual)
+        hidden = self.norm_f(branch) if residual is None else self.norm_f(branch, residual)[0]
         if cache is not None:
             cache.end(seqlen)
         return hidden
@@ -246,7 +277,39 @@ class GPT(torch.nn.Module):
         config, weights = folder.read(path, revision=revision, dtype=dtype, device=device)
         model = cls(config, device="meta")
         model.load_state_dict(weights, assign=True)
+        for angles in model.rotary.children():
+            assert isinstance(angles, nn.RotaryEmbedding)
+            angles.reset_parameters(model.device)
         return model.eval()
+
+
+class Head(nn.Linear):
+    """The linear layer to the logits, which it caps where ``softcap`` is not 0."""
+
+    def __init__(self, *sizes: Any, softcap: float = 0.0, **where: Any) -> None:
+        super().__init__(*sizes, **where)
+        self.softcap = softcap
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., n_embd) -> (..., vocab_size)."""
+        logits = super().forward(input)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def _rotary_embeddings(config: GPTConfig, device: torch.device | str | None) -> torch.nn.ModuleDict:
+    """The angles for each type of layer."""
+    if config.positions != "rotary":
+        return torch.nn.ModuleDict()
+    scaling = None if config.rope_scaling is None else dict(config.rope_scaling)
+    full = config.rope_theta, scaling
+    local = full if config.rope_local_theta is None else (config.rope_local_theta, None)
+    return torch.nn.ModuleDict(
+        {
+            kind: nn.RotaryEmbedding(config.rotary_dim, theta, scaled, device=device)
+            for kind, (theta, scaled) in (("full_attention", full), ("sliding_attention", local))
+            if kind in map(config.layer_type, range(config.n_layer))
+        }
+    )
 
 
 def _shared_parameters(model: torch.nn.Module) -> list[list[str]]:

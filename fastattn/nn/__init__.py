@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fastattn.nn.attention import KeyValueCache, MultiheadAttention
+from fastattn.nn.attention import Attention, KeyValueCache
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.linear import Linear
-from fastattn.nn.rms_norm import RMSNorm
+from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
+from fastattn.nn.rotary_embedding import RotaryEmbedding
 from fastattn.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -17,12 +19,15 @@ from fastattn.nn.transformer import (
 from fastattn.nn.transformer_block import TransformerBlock
 
 __all__ = [
+    "Attention",
     "FeedForward",
     "KeyValueCache",
     "LayerNorm",
     "Linear",
     "MultiheadAttention",
+    "OffsetRMSNorm",
     "RMSNorm",
+    "RotaryEmbedding",
     "Transformer",
     "TransformerBlock",
     "TransformerDecoder",

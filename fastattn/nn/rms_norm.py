@@ -53,9 +53,27 @@ class RMSNorm(torch.nn.RMSNorm):
         check_shapes("x", x, residual, shape)
         result = rms_norm(
             fold(x, shape),
-            fold(self.weight, shape),
+            fold(self._factor(), shape),
             self.eps,
             fold(residual, shape),
             dropout_p=dropout_p,
         )
         return unfold(result, shape)
+
+    def _factor(self) -> Tensor | None:
+        return self.weight
+
+
+class OffsetRMSNorm(RMSNorm):
+    """`RMSNorm` that multiplies by 1 + weight, as Gemma has it; the sum is float32.
+
+    New weights are zero.
+    """
+
+    def _factor(self) -> Tensor | None:
+        return None if self.weight is None else self.weight.float() + 1
+
+    def reset_parameters(self) -> None:
+        """Set the weights to zero."""
+        if self.elementwise_affine:
+            torch.nn.init.zeros_(self.weight)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.layer_norm import LayerNorm
+from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.nn.plain import is_plain
 from fastattn.ops.common import modes
 from fastattn.ops.ffn import ffn

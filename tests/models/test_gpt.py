@@ -420,9 +420,9 @@ def test_export(small: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda attention: prune.l1_unstructured(attention, "in_proj_weight", 0.3),
-        lambda attention: torch.nn.utils.spectral_norm(attention, "in_proj_weight"),
-        lambda attention: parametrizations.weight_norm(attention, "in_proj_weight"),
+        lambda attention: prune.l1_unstructured(attention.in_proj, "weight", 0.3),
+        lambda attention: torch.nn.utils.spectral_norm(attention.in_proj, "weight"),
+        lambda attention: parametrizations.weight_norm(attention.in_proj, "weight"),
         lambda attention: prune.l1_unstructured(attention.out_proj, "weight", 0.3),
     ],
     ids=["pruned", "spectral norm", "weight norm", "pruned out_proj"],

@@ -11,11 +11,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn.nn import FeedForward, KeyValueCache, LayerNorm, MultiheadAttention, TransformerBlock
+from fastattn.nn import Attention, FeedForward, KeyValueCache, LayerNorm, TransformerBlock
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 EMBED, HEADS, HIDDEN, LENGTH = 16, 4, 24, 6
-NAMES = {"attention": "self_attn", "feed_forward.linear": "linear"}
+NAMES = {
+    "attention.in_proj.": "self_attn.in_proj_",
+    "attention": "self_attn",
+    "feed_forward.linear": "linear",
+}
 
 
 def _their_name(name: str) -> str:
@@ -226,8 +230,8 @@ def test_softmax_scale() -> None:
     block = _block(softmax_scale=0.0)  # every key counts alike: the values' mean
     x = torch.randn(2, LENGTH, EMBED)
     branch, residual = block(x)
-    values = block.norm1(x) @ block.attention.in_proj_weight[2 * EMBED :].T
-    values = values + block.attention.in_proj_bias[2 * EMBED :]
+    values = block.norm1(x) @ block.attention.in_proj.weight[2 * EMBED :].T
+    values = values + block.attention.in_proj.bias[2 * EMBED :]
     attended = block.attention.out_proj(values.mean(1, keepdim=True)).expand_as(x)
     torch.testing.assert_close(residual, x + attended)
     torch.testing.assert_close(branch, block.feed_forward(block.norm2(x + attended)))
@@ -308,7 +312,7 @@ def test_parts_and_repr() -> None:
     block = TransformerBlock(EMBED, HEADS, causal=True, bias=False, device="meta")
     assert [(name, type(child)) for name, child in block.named_children()] == [
         ("norm1", LayerNorm),
-        ("attention", MultiheadAttention),
+        ("attention", Attention),
         ("dropout", torch.nn.Dropout),
         ("norm2", LayerNorm),
         ("feed_forward", FeedForward),
@@ -318,7 +322,7 @@ def test_parts_and_repr() -> None:
     assert TransformerBlock(EMBED, HEADS, recompute=True).feed_forward.recompute
     assert not any("bias" in name for name, _ in block.named_parameters())
     assert all(p.is_meta for p in block.parameters())
-    assert "causal=True, softmax_scale=None" in repr(block)
+    assert "causal=True, norm_placement='pre'" in repr(block)
 
 
 @pytest.mark.parametrize(

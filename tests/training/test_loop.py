@@ -115,7 +115,7 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
     names = {id(parameter): name for name, parameter in subject.named_parameters()}
     found = {names[id(parameter)] for parameter in block_matrices(subject)}
     for block in ("blocks.0", "blocks.1"):
-        attention = {f"{block}.attention.in_proj_weight", f"{block}.attention.out_proj.weight"}
+        attention = {f"{block}.attention.in_proj.weight", f"{block}.attention.out_proj.weight"}
         ffn = {f"{block}.feed_forward.linear1.weight", f"{block}.feed_forward.linear2.weight"}
         assert attention | ffn <= found
     assert len(found) == 8

@@ -7,7 +7,7 @@ reads what is written here:
     here                                        in the folder
     wte.weight, wpe.weight                      transformer.wte.weight, transformer.wpe.weight
     blocks.0.norm1.*                            transformer.h.0.ln_1.*
-    blocks.0.attention.in_proj_weight, _bias    transformer.h.0.attn.c_attn.weight ^T, .bias
+    blocks.0.attention.in_proj.*                 transformer.h.0.attn.c_attn.weight ^T, .bias
     blocks.0.attention.out_proj.*               transformer.h.0.attn.c_proj.* (weight ^T)
     blocks.0.norm2.*                            transformer.h.0.ln_2.*
     blocks.0.feed_forward.linear1, linear2.*    transformer.h.0.mlp.c_fc, c_proj.* (weight ^T)
@@ -25,6 +25,14 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+# The fields of `GPTConfig` that GPT-2's config.json has.
+FIELDS = (
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
+    "embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range",
+    "bos_token_id", "eos_token_id", "pad_token_id", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings",
+)  # fmt: skip
 
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
@@ -52,7 +60,7 @@ def layout(config: GPTConfig) -> dict[str, Stored]:
             for part in ("weight", "bias"):
                 stored[f"{ours}.{norm}.{part}"] = Stored(f"{theirs}.{ln}.{part}", (width,))
         for linear, conv1d, shape in (
-            ("attention.in_proj_", "attn.c_attn.", (width, 3 * width)),
+            ("attention.in_proj.", "attn.c_attn.", (width, 3 * width)),
             ("attention.out_proj.", "attn.c_proj.", (width, width)),
             ("feed_forward.linear1.", "mlp.c_fc.", (width, inner)),
             ("feed_forward.linear2.", "mlp.c_proj.", (inner, width)),

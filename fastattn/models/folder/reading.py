@@ -24,6 +24,7 @@ from fastattn.files import local_path
 from fastattn.models.config import GPTConfig
 from fastattn.models.folder.layout import (
     CONFIG,
+    FIELDS,
     GENERATION,
     HEAD,
     INDEX,
@@ -120,9 +121,8 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f'{path}: "model_type" must be "gpt2", got {model_type!r}')
     if data.get("add_cross_attention"):
         raise ValueError(f'{path}: "add_cross_attention" is on, which GPT does not have')
-    fields = {field.name for field in dataclasses.fields(GPTConfig)}
     try:
-        config = GPTConfig(**{**SILENT, **{k: v for k, v in data.items() if k in fields}})
+        config = GPTConfig(**{**SILENT, **{k: v for k, v in data.items() if k in FIELDS}})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     beside = path.with_name(GENERATION)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.files import folder_written_beside, local_path
 from fastattn.models.config import GPTConfig
-from fastattn.models.folder.layout import CONFIG, GENERATION, HEAD, INDEX, PREFIX, WEIGHTS
+from fastattn.models.folder.layout import CONFIG, FIELDS, GENERATION, HEAD, INDEX, PREFIX, WEIGHTS
 from fastattn.models.folder.reading import SPECIAL_TOKENS
 from fastattn.models.folder.weights import weights_of
 from fastattn.nn.checks import check_integer
@@ -126,7 +126,7 @@ def _config_json(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "dtype": str(dtype).removeprefix("torch."),
-        **dataclasses.asdict(config),
+        **{name: getattr(config, name) for name in FIELDS},
     }
 
 

@@ -151,9 +151,9 @@ def _compile_parts(model: GPT) -> None:
 
 
 def _prune_parts(model: GPT) -> None:
-    prune.l1_unstructured(model.blocks[0].attention, "in_proj_weight", 0.5)
+    prune.l1_unstructured(model.blocks[0].attention.in_proj, "weight", 0.5)
     prune.l1_unstructured(model.blocks[1].feed_forward.linear1, "weight", 0.5)
-    torch.nn.utils.spectral_norm(model.blocks[2].attention, "in_proj_weight")
+    torch.nn.utils.spectral_norm(model.blocks[2].attention.in_proj, "weight")
     parametrizations.weight_norm(model.blocks[2].feed_forward.linear2)
     with torch.no_grad():  # the attributes are those of before until the next forward
         for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import parametrizations, prune
 
 from fastattn.nn import KeyValueCache, MultiheadAttention
-from fastattn.nn import attention as attention_module
+from fastattn.nn import multihead_attention as attention_module
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 BATCH, HEADS, EMBED, QUERIES, KEYS = 3, 4, 24, 5, 7
