@@ -120,6 +120,12 @@ class Engine:
         """How many no request holds."""
         return self._pool.available
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a prompt and its new ones may be."""
+        # The last new one is never read, and has no place in a page.
+        return min(self.model.config.n_positions, self.pages * self.page_size + 1)
+
     def submit(
         self,
         prompt_ids: Sequence[int] | Tensor,
@@ -208,12 +214,11 @@ class Engine:
                 f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} that is "
                 f"{prompt + new}, more than the model's n_positions = {longest}"
             )
-        needed = self._pages_of(prompt + new - 1)  # the last new token is never read
-        if needed > self._pool.count:
+        if prompt + new > self.longest:
             raise ValueError(
-                f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} they need {needed} "
-                f"pages of {self.page_size} tokens, and the engine has {self._pool.count}: give it "
-                "more pages, or ask for less"
+                f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} they need "
+                f"{self._pages_of(prompt + new - 1)} pages of {self.page_size} tokens, and the "
+                f"engine has {self.pages}: give it more pages, or ask for less"
             )
 
     def _numbers(self, how: Sampling, seed: int | None, steps: int) -> Tensor | None:
