@@ -156,14 +156,15 @@ def read(body: Any, tokenizer: Any, chat: bool) -> Task:
 
 def _sampling(given: dict[str, Any]) -> Sampling:
     fields = {name: given[name] for name in SAMPLING if name in given}
-    draws = fields.get("temperature", 1) != 0
-    if not draws:  # what shapes the distribution has no effect
-        fields = {k: v for k, v in fields.items() if k not in ("temperature", "top_p", "top_k")}
+    draws = fields.get("temperature") != 0
     try:
-        return Sampling(do_sample=draws, **fields)
+        drawn = Sampling(
+            do_sample=True, **{**fields, "temperature": fields.get("temperature") or 1}
+        )
     except (TypeError, ValueError) as error:
         named = next((name for name in fields if str(error).startswith(name)), None)
         raise RequestError(str(error), named) from error
+    return drawn if draws else Sampling(repetition_penalty=drawn.repetition_penalty)
 
 
 def _ids(prompt: Any, tokenizer: Any) -> list[list[int]]:
