@@ -5,9 +5,10 @@ Nothing here knows a model's class, only what a model answers: `new_cache`, `fea
 
 from __future__ import annotations
 
+from fastattn.generation.background import Background
 from fastattn.generation.decoding import generate
 from fastattn.generation.engine import Engine
 from fastattn.generation.request import Request
 from fastattn.generation.sampling import Sampling
 
-__all__ = ["Engine", "Request", "Sampling", "generate"]
+__all__ = ["Background", "Engine", "Request", "Sampling", "generate"]

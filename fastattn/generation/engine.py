@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fastattn.generation import graphs, sampling
 from fastattn.generation.decoding import decode
-from fastattn.generation.paging import PagedMemory, PagePool
+from fastattn.generation.paging import PagedMemory
 from fastattn.generation.prompts import read_prompts, special_tokens
 from fastattn.generation.request import Request
 from fastattn.generation.sampling import Sampling
+from fastattn.generation.scheduling import Rows, Scheduler
 from fastattn.generation.stopping import StopStrings
 from fastattn.nn.checks import check_integer
 from fastattn.nn.mode import in_mode
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from fastattn.models.gpt import GPT
 
 GREEDY = Sampling()
-
-Rows = list[tuple[Request, int]]  # and how many of its pending tokens
 
 
 class Engine:
@@ -67,10 +66,6 @@ class Engine:
             sooner, fewer let the running ones wait less.
         tokenizer: for ``stop_strings``, as `generate`'s.
 
-    Attributes:
-        preempted: how often a request gave up its pages to an older one.
-        reused: prompt tokens that were not read, since their keys were there.
-
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
@@ -94,31 +89,31 @@ class Engine:
             check_integer(name, size, at_least=1)
         self.model = model
         self.tokenizer = tokenizer
-        self.page_size, self.max_batch, self.prefill_chunk = page_size, max_batch, prefill_chunk
-        self.preempted = self.reused = 0
-        self._pool = PagePool(pages)
-        longest = model.config.n_positions
-        # Of a chunk, its padding may reach that much further.
-        width = min(self._pages_of(longest), pages + self._pages_of(prefill_chunk))
+        self.pages, self.page_size = pages, page_size
+        # The padding of a chunk may reach further than the pages.
+        longest = min(model.config.n_positions, pages * page_size + prefill_chunk)
+        width = -(-longest // page_size)
+        self._scheduler = Scheduler(pages, page_size, max_batch, prefill_chunk, width)
         with torch.inference_mode():
             self._memory = PagedMemory(model, pages, page_size, width)
-        self._table = torch.full((max_batch, width), pages, dtype=torch.int32, device="cpu")
-        self._free_rows = list(range(max_batch))[::-1]
-        self._arrivals: deque[Request] = deque()  # of other threads, too
-        self._waiting: deque[Request] = deque()  # the oldest first, as in `_running`
-        self._running: list[Request] = []
+        self._arrivals: deque[Request] = deque()  # from any thread
         self._decoders: dict[int, graphs.GraphDecoder] = {}
         self._lock = threading.RLock()
 
     @property
-    def pages(self) -> int:
-        """How many there are."""
-        return self._pool.count
-
-    @property
     def free_pages(self) -> int:
         """How many no request holds."""
-        return self._pool.available
+        return self._scheduler.pool.available
+
+    @property
+    def preempted(self) -> int:
+        """How often a request gave up its pages to an older one."""
+        return self._scheduler.preempted
+
+    @property
+    def reused(self) -> int:
+        """Tokens that were not read, since their keys and values were there."""
+        return self._scheduler.reused
 
     @property
     def longest(self) -> int:
@@ -187,25 +182,20 @@ class Engine:
         Raises what the model raises (out of memory, say): `fail` then ends the requests.
         """
         with self._lock:
-            self._end_cancelled()
-            self._admit()
-            rows = self._plan()
+            for request in self._requests():
+                if request.cancelled:
+                    self._end(request, "cancelled")
+            rows = self._scheduler.plan()
             with torch.inference_mode(), in_mode(self.model, training=False):
                 for group in self._grouped(rows):
                     self._read(group)
-            return bool(self._running or self._waiting or self._arrivals)
+            return bool(self._requests())
 
     def fail(self, error: BaseException) -> None:
         """End all requests with "error"."""
         with self._lock:
-            self._collect()
-            for request in [*self._running, *self._waiting]:
+            for request in self._requests():
                 self._end(request, "error", error)
-
-    # -- Which requests run
-
-    def _pages_of(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
 
     def _check_fits(self, prompt: int, new: int) -> None:
         longest = self.model.config.n_positions
@@ -217,8 +207,8 @@ class Engine:
         if prompt + new > self.longest:
             raise ValueError(
                 f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} they need "
-                f"{self._pages_of(prompt + new - 1)} pages of {self.page_size} tokens, and the "
-                f"engine has {self.pages}: give it more pages, or ask for less"
+                f"{self._scheduler.pages_of(prompt + new - 1)} pages of {self.page_size} tokens, "
+                f"and the engine has {self.pages}: give it more pages, or ask for less"
             )
 
     def _numbers(self, how: Sampling, seed: int | None, steps: int) -> Tensor | None:
@@ -230,113 +220,16 @@ class Engine:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         return sampling.uniforms([seed], 1, steps, self.model.device)[:, 0]
 
-    def _collect(self) -> None:
+    def _requests(self) -> list[Request]:
+        """All that have not ended."""
+        scheduler = self._scheduler
         while self._arrivals:
-            self._waiting.append(self._arrivals.popleft())
-
-    def _end_cancelled(self) -> None:
-        self._collect()
-        for request in [*self._running, *self._waiting]:
-            if request.cancelled:
-                self._end(request, "cancelled")
-
-    def _admit(self) -> None:
-        """Let waiting requests run, in order, as long as all of their known tokens have room."""
-        while self._waiting and self._free_rows:
-            request = self._waiting[0]
-            shared = self._shared(request)
-            needed = self._pages_of(len(request.known))
-            if needed - sum(map(self._pool.is_held, shared)) > self._pool.available:
-                return
-            self._waiting.popleft()
-            self._running.append(request)
-            request.row = self._free_rows.pop()
-            for page in shared:
-                self._pool.hold(page)
-                self._give(request, page)
-            request.length = len(shared) * self.page_size
-            self.reused += request.length
-            while len(request.pages) < needed:
-                self._give(request, self._pool.take())
-
-    def _shared(self, request: Request) -> list[int]:
-        """The pages that hold its beginning already; not its last token, which is to be read."""
-        pages: list[int] = []
-        for index in range((len(request.known) - 1) // self.page_size):
-            page = self._pool.find(request.page_name(index, self.page_size))
-            if page is None:
-                break
-            pages.append(page)
-        return pages
-
-    def _give(self, request: Request, page: int | None) -> None:
-        assert page is not None
-        self._table[request.row, len(request.pages)] = page
-        request.pages.append(page)
-
-    def _plan(self) -> Rows:
-        """What this step reads. Whoever lacks a page for it takes the youngest's, or waits."""
-        budget = self.prefill_chunk
-        rows: Rows = []
-        for request in tuple(self._running):  # the oldest first: one that was planned stays
-            if request.row < 0 or not self._has_room(request):
-                continue
-            if request.pending == 1:
-                rows.append((request, 1))
-                continue
-            self._skip_shared(request)
-            if budget:
-                rows.append((request, min(budget, request.pending)))
-                budget -= rows[-1][1]
-        return rows
-
-    def _has_room(self, request: Request) -> bool:
-        """Whether it has a page for each known token, if need be by preempting the youngest."""
-        while len(request.pages) < self._pages_of(len(request.known)):
-            page = self._pool.take()
-            if page is not None:
-                self._give(request, page)
-                continue
-            youngest = self._running[-1]
-            self._leave(youngest)
-            self._waiting.appendleft(youngest)
-            self.preempted += 1
-            if youngest is request:
-                return False
-        return True
-
-    def _skip_shared(self, request: Request) -> None:
-        """Skip the next pages that another request has filled since this one was admitted."""
-        size, pool = self.page_size, self._pool
-        while request.length % size == 0 and request.pending > size:
-            index = request.length // size
-            page = pool.find(request.page_name(index, size))
-            if page is None:
-                return
-            if page != request.pages[index]:
-                pool.hold(page)
-                pool.release([request.pages[index]])
-                request.pages[index] = page
-                self._table[request.row, index] = page
-            request.length += size
-            self.reused += size
-
-    def _leave(self, request: Request) -> None:
-        """Stop running it; what it has computed may be found again by its name."""
-        self._running.remove(request)
-        self._pool.release(request.pages)
-        self._table[request.row] = self._pool.count
-        self._free_rows.append(request.row)
-        request.row, request.pages, request.length = -1, [], 0
+            scheduler.waiting.append(self._arrivals.popleft())
+        return [*scheduler.running, *scheduler.waiting]
 
     def _end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
-        if request.row >= 0:
-            self._leave(request)
-        else:
-            self._waiting.remove(request)
+        self._scheduler.remove(request)
         request.finish(reason, error)
-
-    # -- What the model reads
 
     def _grouped(self, rows: Rows) -> list[Rows]:
         """The rows of each call: single tokens; chunks of lengths within a quarter of each other.
@@ -355,7 +248,7 @@ class Engine:
         """Run the model on some requests' pending tokens; then give who has none its next one."""
         requests = [request for request, _ in rows]
         lengths = [request.length for request in requests]
-        table = self._table[[request.row for request in requests]]
+        table = self._scheduler.table[[request.row for request in requests]]
         done = [index for index, (request, count) in enumerate(rows) if count == request.pending]
         chunks = [request.known[request.length : request.length + n] for request, n in rows]
         if max(map(len, chunks)) == 1:
@@ -363,7 +256,7 @@ class Engine:
         else:
             logits = self._prefill(chunks, lengths, table, done)
         for request, count in rows:
-            self._count(request, count)
+            self._scheduler.count(request, count)
         if done:
             self._continue([requests[index] for index in done], logits)
 
@@ -402,13 +295,6 @@ class Engine:
             cache = self._memory.cache(size)
             self._decoders[size] = graphs.GraphDecoder(decode, self.model, cache).capture()
         return self._decoders[size]
-
-    def _count(self, request: Request, count: int) -> None:
-        """Its next ``count`` tokens are in its pages."""
-        full = request.length // self.page_size
-        request.length += count
-        for index in range(full, request.length // self.page_size):
-            self._pool.publish(request.pages[index], request.page_name(index, self.page_size))
 
     def _continue(self, requests: list[Request], logits: Tensor) -> None:
         """The next token of each, from (B, V): drawn for all of one `Sampling` together."""

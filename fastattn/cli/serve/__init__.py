@@ -17,7 +17,7 @@ import socket
 from pathlib import Path
 
 from fastattn.cli import answers
-from fastattn.generation import Engine
+from fastattn.generation import Background, Engine
 from fastattn.training.optional import require
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -44,7 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     import uvicorn
 
     from fastattn.cli.serve.app import make_app
-    from fastattn.cli.serve.worker import Worker
 
     listener = _listen(arguments.host, arguments.port)  # before the model is read
     with listener:
@@ -58,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         name = arguments.name or Path(arguments.folder or "SmolLM2-135M-Instruct").resolve().name
         hosts = [*LOOPBACK] if arguments.host in LOOPBACK else ["*"]
-        with Worker(engine) as worker:
-            app = make_app(worker, tokenizer, name, hosts)
+        with Background(engine) as running:
+            app = make_app(running, tokenizer, name, hosts)
             host, port = listener.getsockname()[:2]
             print(f"{name}: http://{host}:{port}/ is the chat, /v1 the interface", flush=True)
             settings = {"log_level": "warning", "timeout_graceful_shutdown": 3}

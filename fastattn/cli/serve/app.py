@@ -1,4 +1,4 @@
-"""The web application: starlette's routes around a `Worker`."""
+"""The web application: starlette's routes around an engine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from starlette.routing import Route
 
 from fastattn.cli.answers import TextStream
 from fastattn.cli.serve.protocol import RequestError, Responses, Task, read
-from fastattn.cli.serve.worker import Worker
-from fastattn.generation import Request
+from fastattn.generation import Background, Request
 
 Receive = Callable[[], Coroutine[Any, Any, Any]]
 
@@ -33,81 +32,31 @@ class Gone(Exception):
     """The client went away."""
 
 
-def make_app(worker: Worker, tokenizer: Any, name: str, hosts: list[str]) -> Starlette:
+def make_app(engine: Background, tokenizer: Any, name: str, hosts: list[str]) -> Starlette:
     """
     Args:
-        worker: has the engine.
+        engine: runs.
         tokenizer: transformers'.
         name: of the model.
         hosts: the names that this server may be called by; "*" is any. (So that a page of another
             site cannot reach it by a name that it lets point here.)
     """
     page = (resources.files("fastattn.cli.serve") / "chat.html").read_text(encoding="utf-8")
-    server = Server(worker, tokenizer, name)
+    model = {"id": name, "object": "model", "created": 0, "owned_by": "fastattn"}
 
     async def chat_page(_: HttpRequest) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
-    async def model_list(_: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [server.model]})
+    async def models(_: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
 
-    async def model_of(request: HttpRequest) -> Response:
-        server.check_model(request.path_params["name"])
-        return JSONResponse(server.model)
-
-    return Starlette(
-        routes=[
-            Route("/", chat_page),
-            Route("/v1/models", model_list),
-            Route("/v1/models/{name:path}", model_of),
-            Route("/v1/completions", server.completions, methods=["POST"]),
-            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
-        ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={RequestError: _refused, HTTPException: _refused, Exception: _failed},
-    )
-
-
-async def _refused(_: HttpRequest, error: Exception) -> Response:
-    if isinstance(error, HTTPException):  # starlette's: no such path or method
-        error = RequestError(error.detail, status=error.status_code)
-    assert isinstance(error, RequestError)
-    return JSONResponse(error.body, error.status)
-
-
-async def _failed(_: HttpRequest, error: Exception) -> Response:
-    failed = RequestError(f"{type(error).__name__}: {error}", status=500)
-    return JSONResponse(failed.body, failed.status)
-
-
-class Server:
-    """The two routes that compute."""
-
-    def __init__(self, worker: Worker, tokenizer: Any, name: str) -> None:
-        self._worker, self._tokenizer = worker, tokenizer
-        self.model = {"id": name, "object": "model", "created": 0, "owned_by": "fastattn"}
-
-    async def completions(self, request: HttpRequest) -> Response:
-        return await self._respond(request, chat=False)
-
-    async def chat_completions(self, request: HttpRequest) -> Response:
-        return await self._respond(request, chat=True)
-
-    def check_model(self, name: object) -> None:
-        if name is not None and name != self.model["id"]:
-            raise RequestError(
-                f"there is no model {name!r}; this server has {self.model['id']!r}",
-                "model",
-                404,
-                "model_not_found",
-            )
-
-    async def _respond(self, http: HttpRequest, chat: bool) -> Response:
+    async def complete(http: HttpRequest) -> Response:
         body = await _json(http)
-        task = read(body, self._tokenizer, chat)
-        self.check_model(body.get("model"))
-        running = Running(self._worker, task, self._tokenizer)
-        responses = Responses(task, str(self.model["id"]))
+        task = read(body, tokenizer, chat=http.url.path.startswith("/v1/chat"))
+        if body.get("model") not in (None, name):
+            message = f"there is no model {body['model']!r}; this server has {name!r}"
+            raise RequestError(message, "model", 404, "model_not_found")
+        running, responses = Running(engine, task, tokenizer), Responses(task, name)
         if task.stream:
             return EventStream(running, _events(running, responses, task.usage))
         try:
@@ -116,6 +65,25 @@ class Server:
             return Response(status_code=499)  # which nobody reads
         finally:
             running.cancel()
+
+    return Starlette(
+        routes=[
+            Route("/", chat_page),
+            Route("/v1/models", models),
+            Route("/v1/completions", complete, methods=["POST"]),
+            Route("/v1/chat/completions", complete, methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers={RequestError: _refused, HTTPException: _refused, Exception: _refused},
+    )
+
+
+async def _refused(_: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # starlette's: no such path or method
+        error = RequestError(error.detail, status=error.status_code)
+    elif not isinstance(error, RequestError):
+        error = RequestError(f"{type(error).__name__}: {error}", status=500)
+    return JSONResponse(error.body, error.status)
 
 
 async def _json(http: HttpRequest) -> Any:
@@ -137,12 +105,9 @@ async def _json(http: HttpRequest) -> Any:
 class Running:
     """A task's requests to the engine, one a choice, and their text as it comes."""
 
-    def __init__(self, worker: Worker, task: Task, tokenizer: Any) -> None:
+    def __init__(self, engine: Background, task: Task, tokenizer: Any) -> None:
         """Raises RequestError if one of them does not fit; then none runs."""
-        self._worker = worker
-        self._texts = [
-            TextStream(tokenizer, task.stop) for _ in task.prompts for _ in range(task.n)
-        ]
+        self._engine = engine
         self._events: asyncio.Queue[tuple[int, int | None]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self.requests: list[Request] = []
@@ -152,28 +117,25 @@ class Running:
                     self.requests.append(self._submit(task, prompt, len(self.requests)))
         except (TypeError, ValueError) as error:
             self.cancel()
-            param = "messages" if task.chat else "prompt"
             long = "n_positions" in str(error) or "pages" in str(error)
             code = "context_length_exceeded" if long else None
+            param = "messages" if task.chat else "prompt"
             raise RequestError(str(error), param, code=code) from error
+        self._texts = [TextStream(tokenizer, task.stop) for _ in self.requests]
 
     def _submit(self, task: Task, prompt: list[int], index: int) -> Request:
-        tell = self._tell
-        count = task.max_tokens
-        if count is None:
-            count = max(self._worker.engine.longest - len(prompt), 1)
-        return self._worker.submit(
+        def tell(token: int | None) -> None:  # in the engine's thread
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, token))
+
+        room = max(self._engine.engine.longest - len(prompt), 1)
+        return self._engine.submit(
             prompt,
-            max_new_tokens=count,
+            max_new_tokens=room if task.max_tokens is None else task.max_tokens,
             sampling=task.sampling,
             seed=None if task.seed is None else task.seed + index,
-            on_token=lambda token: tell(index, token),
-            on_finish=lambda _: tell(index, None),
+            on_token=tell,
+            on_finish=lambda _: tell(None),
         )
-
-    def _tell(self, index: int, token: int | None) -> None:
-        """In the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, token))
 
     async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
         """(choice, its next text, None or why it ended: "stop" or "length") until all have ended.
@@ -187,7 +149,7 @@ class Running:
             if token is not None:
                 yield index, text.push(token), None
                 if text.stopped:
-                    self._worker.cancel(request)
+                    self._engine.cancel(request)
                 continue
             if request.error is not None:
                 raise RequestError(str(request.error), status=500)
@@ -198,7 +160,7 @@ class Running:
     def cancel(self) -> None:
         """End what has not ended."""
         for request in self.requests:
-            self._worker.cancel(request)
+            self._engine.cancel(request)
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(request.prompt) for request in self.requests)
@@ -211,21 +173,22 @@ async def _whole(running: Running, responses: Responses) -> Response:
     async for index, text, reason in running.pieces():
         texts[index] += text
         reasons[index] = reason or ""
-    return JSONResponse(responses.whole(list(zip(texts, reasons)), running.usage()))
+    choices = map(responses.choice, range(len(texts)), texts, reasons)
+    return JSONResponse(responses.body(list(choices), usage=running.usage()))
 
 
 async def _events(running: Running, responses: Responses, usage: bool) -> AsyncIterator[str]:
     """Server-sent events: a piece each, then [DONE]."""
     try:
         for index in range(len(running.requests)):
-            yield _event(responses.piece(index, None))
+            yield _event(responses.body([responses.piece(index, None)]))
         async for index, text, reason in running.pieces():
             if text:
-                yield _event(responses.piece(index, text))
+                yield _event(responses.body([responses.piece(index, text)]))
             if reason is not None:
-                yield _event(responses.piece(index, None, reason))
+                yield _event(responses.body([responses.piece(index, None, reason)]))
         if usage:
-            yield _event(responses.usage(running.usage()))
+            yield _event(responses.body([], usage=running.usage()))
         yield "data: [DONE]\n\n"
     except RequestError as error:
         yield _event(error.body)
@@ -239,9 +202,8 @@ class EventStream(StreamingResponse):
     """Events to a client, as long as it is there; after that its requests are cancelled."""
 
     def __init__(self, running: Running, events: AsyncIterator[str]) -> None:
-        super().__init__(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._running = running
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:

@@ -1,22 +1,33 @@
-"""OpenAI's completions and chat completions: bodies of requests, checked, and of responses."""
+"""OpenAI's completions and chat completions: a request's body, checked, and those of responses."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from fastattn.cli.chat import prompt_ids
 from fastattn.generation import Sampling
 
-# What a completion has unless it says otherwise; a chat goes on to the end of the context.
-MAX_TOKENS = 16
+MAX_TOKENS = 16  # of a completion that says nothing; a chat goes on to the end of the context
 MOST_CHOICES = 64
 MOST_STOPS = 4
 
-Check = Callable[[Any], bool]
+# The parameters, and the JSON types that each may have.
+SAMPLING: dict[str, tuple[type, ...]] = {
+    "temperature": (float,), "top_p": (float,), "top_k": (int,), "repetition_penalty": (float,),
+}  # fmt: skip
+COMMON: dict[str, tuple[type, ...]] = {
+    "model": (str,), "max_tokens": (int,), "n": (int,), "seed": (int,), "stop": (str, list),
+    "stream": (bool,), "stream_options": (dict,), "user": (str,), **SAMPLING,
+}  # fmt: skip
+COMPLETION = {"prompt": (str, list), **COMMON}
+CHAT = {"messages": (list,), "max_completion_tokens": (int,), **COMMON}
+TYPES = {
+    str: "a text", list: "a list", int: "an integer", float: "a number", bool: "true or false",
+    dict: "an object",
+}  # fmt: skip
 
 
 class RequestError(Exception):
@@ -28,8 +39,7 @@ class RequestError(Exception):
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message, "type": kind, "param": param, "code": code}
-        self.body = {"error": error}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +49,9 @@ class Task:
     Attributes:
         prompts: token ids.
         max_tokens: new ones of each; None: as many as there is room for.
-        n: choices of each prompt.
-        sampling, seed: of the first choice; the next one's seed is one more.
+        n: choices of each prompt; the seed of the next one is one more.
         stop: texts that end a choice.
-        stream, usage: send the text as it comes; and the counts at the end.
+        stream, usage: send the text as it comes; and the counts of tokens at the end.
     """
 
     chat: bool
@@ -56,124 +65,75 @@ class Task:
     usage: bool
 
 
-def _integer(value: Any) -> bool:
-    return type(value) is int
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _texts(value: Any) -> bool:
-    several = [value] if isinstance(value, str) else value
-    return isinstance(several, list) and all(isinstance(text, str) and text for text in several)
-
-
-def _prompt(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    if not isinstance(value, list) or not value:
-        return False
-    if all(map(_integer, value)) or all(isinstance(text, str) for text in value):
-        return True
-    return all(isinstance(ids, list) and ids and all(map(_integer, ids)) for ids in value)
-
-
-def _messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-    )
-
-
-# Each parameter's check, and what it must be.
-SAMPLING: dict[str, tuple[Check, str]] = {
-    "temperature": (_number, "a number; 0 is greedy"),
-    "top_p": (_number, "a number"),
-    "top_k": (_integer, "an integer"),
-    "repetition_penalty": (_number, "a number"),
-}
-COMMON: dict[str, tuple[Check, str]] = {
-    "model": (lambda value: isinstance(value, str), "a string"),
-    "max_tokens": (_integer, "an integer"),
-    "n": (lambda value: _integer(value) and 1 <= value <= MOST_CHOICES, f"1 to {MOST_CHOICES}"),
-    "seed": (lambda value: _integer(value) and -(2**63) <= value < 2**63, "a 64-bit integer"),
-    "stop": (
-        lambda value: _texts(value) and (isinstance(value, str) or len(value) <= MOST_STOPS),
-        f"a text or at most {MOST_STOPS}, none of them empty",
-    ),
-    "stream": (lambda value: isinstance(value, bool), "true or false"),
-    "stream_options": (
-        lambda value: isinstance(value, dict) and value.keys() <= {"include_usage"},
-        '{"include_usage": true or false}',
-    ),
-    "user": (lambda value: isinstance(value, str), "a string"),  # has no effect
-    **SAMPLING,
-}
-COMPLETION = {"prompt": (_prompt, "a text, token ids, or a list of these"), **COMMON}
-CHAT = {
-    "messages": (_messages, "a list of objects with a role and a content"),
-    "max_completion_tokens": (_integer, "an integer"),
-    **COMMON,
-}
-
-
 def read(body: Any, tokenizer: Any, chat: bool) -> Task:
     """The task that a request's JSON asks for. Raises RequestError, naming the parameter."""
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
-    known = CHAT if chat else COMPLETION
+    known, needed = (CHAT, "messages") if chat else (COMPLETION, "prompt")
     for name in body.keys() - known.keys():
-        raise RequestError(
-            f"unknown parameter {name!r}; this server knows {', '.join(sorted(known))}", name
-        )
+        names = ", ".join(sorted(known))
+        raise RequestError(f"unknown parameter {name!r}; this server knows {names}", name)
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
-        check, what = known[name]
-        if not check(value):
-            raise RequestError(f"{name} must be {what}; got {_short(value)}", name)
-    needed = "messages" if chat else "prompt"
-    if needed not in given:
-        raise RequestError(f"{needed} is missing", needed)
-    max_tokens = given.get("max_completion_tokens", given.get("max_tokens"))
-    if max_tokens is None and not chat:
-        max_tokens = MAX_TOKENS
-    stop = given.get("stop", [])
+        types = known[name] + ((int,) if float in known[name] else ())
+        if type(value) not in types:
+            _refuse(name, " or ".join(TYPES[kind] for kind in known[name]), value)
+    if not given.get(needed):
+        raise RequestError(f"{needed} is missing, or empty", needed)
+    stop, n = given.get("stop", []), given.get("n", 1)
+    stop = [stop] if isinstance(stop, str) else stop
+    if len(stop) > MOST_STOPS or not all(isinstance(text, str) and text for text in stop):
+        _refuse("stop", f"a text or at most {MOST_STOPS}, none of them empty", stop)
+    if not 1 <= n <= MOST_CHOICES:
+        _refuse("n", f"from 1 to {MOST_CHOICES}", n)
+    if not -(2**63) <= given.get("seed", 0) < 2**63:
+        _refuse("seed", "a 64-bit integer", given["seed"])
     sampling = _sampling(given)
     return Task(
         chat=chat,
         prompts=[_chat(given["messages"], tokenizer)] if chat else _ids(given["prompt"], tokenizer),
-        max_tokens=max_tokens,
-        n=given.get("n", 1),
+        max_tokens=given.get(
+            "max_completion_tokens", given.get("max_tokens", None if chat else MAX_TOKENS)
+        ),
+        n=n,
         sampling=sampling,
         seed=given.get("seed") if sampling.do_sample else None,
-        stop=[stop] if isinstance(stop, str) else stop,
+        stop=stop,
         stream=given.get("stream", False),
-        usage=given.get("stream_options", {}).get("include_usage", False),
+        usage=bool(given.get("stream_options", {}).get("include_usage")),
     )
 
 
+def _refuse(name: str, what: str, value: Any) -> None:
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    raise RequestError(f"{name} must be {what}; got {text}", name)
+
+
 def _sampling(given: dict[str, Any]) -> Sampling:
+    """A temperature of 0 is greedy: what shapes the distribution then has no effect."""
     fields = {name: given[name] for name in SAMPLING if name in given}
-    draws = fields.get("temperature") != 0
     try:
-        drawn = Sampling(
-            do_sample=True, **{**fields, "temperature": fields.get("temperature") or 1}
-        )
+        drawn = Sampling(True, **{**fields, "temperature": fields.get("temperature") or 1})
     except (TypeError, ValueError) as error:
         named = next((name for name in fields if str(error).startswith(name)), None)
         raise RequestError(str(error), named) from error
-    return drawn if draws else Sampling(repetition_penalty=drawn.repetition_penalty)
+    greedy = fields.get("temperature") == 0
+    return Sampling(repetition_penalty=drawn.repetition_penalty) if greedy else drawn
 
 
 def _ids(prompt: Any, tokenizer: Any) -> list[list[int]]:
-    if isinstance(prompt, str) or _integer(prompt[0]):
+    """Of a text or token ids, or of a list of these."""
+    if isinstance(prompt, str) or type(prompt[0]) is int:
         prompt = [prompt]
+    if not all(isinstance(one, (str, list)) for one in prompt):
+        _refuse("prompt", "a text, token ids, or a list of these", prompt)
     return [tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in prompt]
 
 
-def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+def _chat(messages: list[Any], tokenizer: Any) -> list[int]:
+    if not all(isinstance(message, dict) for message in messages):
+        _refuse("messages", "objects with a role and a content", messages)
     plain = [{**message, "content": _content(message.get("content"))} for message in messages]
     try:
         return prompt_ids(plain, tokenizer)
@@ -182,20 +142,15 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
 
 
 def _content(content: Any) -> str:
-    """A message's text, of a string or of parts of type "text"."""
+    """A message's text, given as a string or as parts of type "text"."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise RequestError("each message must have a content, a text", "messages")
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise RequestError('a message\'s parts must be of type "text"', "messages")
-    return "".join(part["text"] for part in parts)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    parts = parts if isinstance(parts, list) else [parts]
+    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(
+            'a message\'s content must be a text, or parts of type "text"', "messages"
+        )
+    return "".join(map(str, texts))
 
 
 class Responses:
@@ -204,38 +159,28 @@ class Responses:
     def __init__(self, task: Task, model: str) -> None:
         self._chat = task.chat
         kind = "chat.completion" if task.chat else "text_completion"
-        chunk = ".chunk" if task.chat and task.stream else ""
         self._head = {
             "id": f"{'chatcmpl' if task.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": kind + chunk,
+            "object": f"{kind}.chunk" if task.chat and task.stream else kind,
             "created": int(time.time()),
             "model": model,
         }
 
-    def whole(self, texts: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """``texts``: each choice's, and why it ended."""
-        choices = [
-            {"index": index, "finish_reason": reason, "logprobs": None}
-            | (
-                {"message": {"role": "assistant", "content": text}}
-                if self._chat
-                else {"text": text}
-            )
-            for index, (text, reason) in enumerate(texts)
-        ]
-        return {**self._head, "choices": choices, "usage": usage}
+    def body(self, choices: list[dict[str, Any]], **usage: dict[str, int]) -> dict[str, Any]:
+        return {**self._head, "choices": choices, **usage}
+
+    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+        """All of a choice, and why it ended."""
+        message = {"message": {"role": "assistant", "content": text}}
+        return self._choice(index, message if self._chat else {"text": text}, reason)
 
     def piece(self, index: int, text: str | None, reason: str | None = None) -> dict[str, Any]:
         """The next text of a choice; None: its beginning, or its end if there is a ``reason``."""
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
-        if not self._chat:
-            choice["text"] = text or ""
-        elif text is not None:
-            choice["delta"] = {"content": text}
-        else:
-            choice["delta"] = {} if reason else {"role": "assistant", "content": ""}
-        return {**self._head, "choices": [choice]}
+        delta: dict[str, str] = {"content": text} if text is not None else {}
+        if text is None and reason is None:
+            delta = {"role": "assistant", "content": ""}
+        content = {"delta": delta} if self._chat else {"text": text or ""}
+        return self._choice(index, content, reason)
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last of a stream that counts."""
-        return {**self._head, "choices": [], "usage": usage}
+    def _choice(self, index: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": index, "finish_reason": reason, "logprobs": None, **content}
