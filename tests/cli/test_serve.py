@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -393,9 +395,84 @@ def test_the_command(chat_folder: Path) -> None:
     assert process.wait(20) in (0, 130) and "Traceback" not in process.stderr.read()
 
 
+class Browser:
+    """Chromium without a window, by its DevTools protocol over two pipes."""
+
+    def __init__(self, program: str, profile: Path) -> None:
+        (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
+        # The protocol is at the descriptors 3 and 4.
+        script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        self._process = subprocess.Popen(
+            ["bash", "-c", script, program, *flags, f"--user-data-dir={profile}", "--window-size=900,700"],
+            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._session: dict[str, str] = {}
+        self._count, self._rest = 0, b""
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters, **self._session}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._rest:
+                self._rest += os.read(self._in, 1 << 20)
+            answer, _, self._rest = self._rest.partition(b"\0")
+            if (found := json.loads(answer)).get("id") == self._count:
+                return found["result"]
+
+    def open(self, url: str) -> None:
+        target = self.send("Target.createTarget", url=url)["targetId"]
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+
+    def evaluate(self, script: str) -> Any:
+        got = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        return got["result"].get("value")
+
+    def wait(self, script: str) -> None:
+        deadline = time.monotonic() + 30
+        while not self.evaluate(script):
+            assert time.monotonic() < deadline, f"{script} did not come true"
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+        os.close(self._in)
+        os.close(self._out)
+
+
 @pytest.mark.long
 def test_the_page_in_a_browser(served: Served, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
         pytest.skip("no Chromium was found")
-    pytest.skip("not written yet")
+    browser = Browser(program, tmp_path / "profile")
+
+    def ask(text: str) -> list[str]:
+        browser.evaluate(
+            f"element('text').value = {json.dumps(text)}; element('form').requestSubmit(); 1"
+        )
+        browser.wait("!running")
+        articles = "[...document.querySelectorAll('article')].map((a) => a.textContent)"
+        return browser.evaluate(articles)
+
+    with contextlib.closing(browser):
+        browser.open(f"http://127.0.0.1:{served.port}/")
+        browser.wait(f"document.title === {json.dumps(NAME)}")
+        question, answer = ask("天气?")
+        assert question == "天气?" and answer
+        evil = "<img src=x onerror='document.title=1'>"
+        assert ask(evil)[2] == evil  # as text
+        for _ in range(4):  # beyond the context: the oldest turns are dropped
+            shown = ask("fox?")
+        assert len(shown) == 12 and not browser.evaluate("document.querySelector('.error')")
+        assert browser.evaluate("messages.length") < 12
+        assert browser.evaluate("document.title") == NAME
+        picture = base64.b64decode(browser.send("Page.captureScreenshot")["data"])
+        (tmp_path / "page.png").write_bytes(picture)
+        assert ask("x" * 200)[-1].startswith("prompt_ids has")
+    assert served.idle()
