@@ -475,4 +475,5 @@ def test_the_page_in_a_browser(served: Served, tmp_path: Path) -> None:
         picture = base64.b64decode(browser.send("Page.captureScreenshot")["data"])
         (tmp_path / "page.png").write_bytes(picture)
         assert ask("x" * 200)[-1].startswith("prompt_ids has")
+        assert len(ask("fox?")) == 17 and ask("fox?")[-1]
     assert served.idle()
