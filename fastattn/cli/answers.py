@@ -32,20 +32,20 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     parser.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="draw from the fewest with this probability")
+    parser.add_argument("--min-p", type=float, help="as probable as this share of the best")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
     parser.add_argument("--seed", type=int, help="of the draws")
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """`Engine.submit`'s ``sampling`` and ``seed``."""
-    drawn = {"temperature": arguments.temperature, "top_k": arguments.top_k}
-    drawn["top_p"] = arguments.top_p
-    if arguments.temperature == 0:
-        drawn["temperature"] = 1.0
     how = Sampling(
         do_sample=arguments.temperature != 0,
+        temperature=arguments.temperature or 1.0,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
         repetition_penalty=arguments.repetition_penalty,
-        **drawn,
     )
     return {"sampling": how, "seed": arguments.seed}
 

@@ -1,4 +1,4 @@
-"""Generating text: prompts in, tokens out, one at a time, with the keys and values kept.
+"""Decoding one token at a time, greedily or by sampling, and the parts that all methods share.
 
 Shapes: B batch, T the longest prompt, V vocabulary.
 
@@ -9,242 +9,207 @@ it, and the cache lets the first new token overwrite it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastattn.generation import graphs, sampling
-from fastattn.generation.prompts import read_prompts, special_tokens
+from fastattn.generation import graphs, processors, sampling
+from fastattn.generation.contract import LanguageModel
 from fastattn.generation.sampling import Sampling
 from fastattn.generation.stopping import StopStrings
-from fastattn.nn.mode import in_mode
 
 if TYPE_CHECKING:
     from fastattn.models.cache import KVCache
-    from fastattn.models.gpt import GPT
 
 # On a GPU the host asks only every so many steps whether all sequences have ended, since it has to
 # wait for the answer. The steps in between cost time and leave no trace.
 STEPS_BETWEEN_CHECKS = 16
 
 
-def generate(
-    model: GPT,
-    input_ids: Tensor | Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    attention_mask: Tensor | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    stop_strings: str | Sequence[str] | None = None,
-    tokenizer: Any = None,
-    seed: int | Sequence[int] | torch.Generator | None = None,
-    on_token: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """Continue each prompt, greedily or by sampling, until ``max_new_tokens`` or its end.
+@dataclass(frozen=True)
+class Task:
+    """A call of `generate`, checked: what a decoding method works from.
 
-        model.generate(tokens, max_new_tokens=50)
-        model.generate([[1, 2, 3], [4]], max_new_tokens=50, do_sample=True, top_p=0.9, seed=0)
-
-    Each sequence gets the tokens that it would get alone. Dropout is off meanwhile. On a CUDA GPU
-    the steps replay a CUDA graph (`fastattn.generation.graphs`).
-
-    Args:
-        input_ids: the prompts: (B, T) token ids, on any device, or lists of token ids, of any
-            lengths.
-        max_new_tokens: how many tokens to add at most; prompt and new tokens together must fit
-            into the model's ``n_positions``.
-        attention_mask: (B, T), 1 for tokens and 0 for padding, which must come before the tokens
-            (left padding). Without it every id of a tensor is a token.
-        do_sample: draw from the distribution; else take the most probable token.
-        temperature, top_k, top_p: divide the logits; keep the k most probable tokens (and those
-            as probable as the k-th); keep the fewest that have the probability p together. In this
-            order. None keeps all. (transformers keeps 50 unless told otherwise.)
-        repetition_penalty: see `fastattn.generation.sampling.penalise`; of the prompt and all new
-            tokens. Padding does not count, so that a sequence is continued as it would be alone.
-        eos_token_id: the tokens that end a sequence; None means the config's, ``()`` none.
-        pad_token_id: what fills a sequence after its end, and before a prompt given as a list;
-            None means the config's, else the first eos token, else 0.
-        stop_strings: texts that end a sequence, as in transformers: with the token that completes
-            one of them, even if that token goes on after it or the prompt began it. Each step is
-            then decoded on the host.
-        tokenizer: for ``stop_strings``: what has ``decode(token_ids) -> str``, as
-            `fastattn.training.Tokenizer` and the tokenizers of transformers have it.
-        seed: for ``do_sample``. An integer gives row b a stream of its own, seeded ``seed + b``;
-            several integers seed the rows one by one: so a row's tokens are those of its prompt
-            alone with its seed. A generator, or torch's default one for None, is drawn from for all
-            rows together. The same seed, model, prompts and arguments give the same tokens on the
-            same machine and version of torch.
-        on_token: called after every step with the new tokens, (B,) on the model's device, pad where
-            a sequence has ended.
-
-    Returns:
-        (B, T + n) int64 on the model's device, n <= max_new_tokens: the prompts, padded on the left
-        as they were given (lists: to the longest), and the new tokens.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it. Nothing was computed.
-        ValueError: the model's logits are NaN, or none can be drawn from.
+    Attributes:
+        prompts: of the decoder, without padding.
+        ends, pad: the tokens that end a sequence, and what fills it after that.
+        texts: the texts that end a sequence.
+        on_token: is told the new tokens (B,) of each step.
+        encoder: what an encoder-decoder's cache is made from.
     """
-    config, device = model.config, model.device
-    how = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    eos, pad = special_tokens(config, eos_token_id, pad_token_id)
-    texts = StopStrings.of(stop_strings, tokenizer)
-    ends = torch.tensor(eos, device=device) if eos else None
-    prompts = read_prompts(config, input_ids, attention_mask)
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > config.n_positions:
-        raise ValueError(
-            f"the longest prompt of input_ids has {longest} tokens; with max_new_tokens = "
-            f"{max_new_tokens} that is {longest + max_new_tokens}, more than the model's "
-            f"n_positions = {config.n_positions}"
-        )
-    if seed is not None and not do_sample:
-        raise ValueError("seed would have no effect: give do_sample=True too")
-    numbers = sampling.uniforms(seed, len(prompts), max_new_tokens, device) if do_sample else None
 
-    width = input_ids.shape[1] if isinstance(input_ids, Tensor) else longest
-    out = torch.full((len(prompts), width + max_new_tokens), pad, device=device)
-    if isinstance(input_ids, Tensor):
-        out[:, :width] = input_ids
-    else:
-        for row, prompt in zip(out, prompts, strict=True):
-            row[width - len(prompt) : width] = torch.tensor(prompt, device=device)
+    model: LanguageModel
+    prompts: list[list[int]]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    ends: list[int] = field(default_factory=list)
+    pad: int = 0
+    texts: StopStrings | None = None
+    on_token: Callable[[Tensor], None] | None = None
+    encoder: dict[str, Tensor] = field(default_factory=dict)
 
-    with torch.inference_mode(), in_mode(model, training=False):
-        new = out[:, width:]
-        steps = _run(model, prompts, new, how, numbers, ends, texts, pad, on_token)
-    return out[:, : width + steps]
+    def new_tokens(self, copies: int = 1) -> Tensor:
+        """(B * copies, max_new_tokens) of padding."""
+        shape = (len(self.prompts) * copies, self.max_new_tokens)
+        return torch.full(shape, self.pad, device=self.model.device)
+
+    def end_tokens(self) -> Tensor | None:
+        return torch.tensor(self.ends, device=self.model.device) if self.ends else None
 
 
-def _run(
-    model: GPT,
-    prompts: list[list[int]],
-    new: Tensor,
-    how: Sampling,
-    numbers: Tensor | None,
-    ends: Tensor | None,
-    texts: StopStrings | None,
-    pad: int,
-    on_token: Callable[[Tensor], None] | None,
-) -> int:
-    """Fill ``new`` (B, max_new_tokens) step by step; the number of steps until all have ended."""
+def one_by_one(task: Task, numbers: Tensor | None) -> Tensor:
+    """The new tokens (B, n), greedy, or drawn by ``numbers`` (max_new_tokens, B)."""
+    new, ends, texts = task.new_tokens(), task.end_tokens(), task.texts
     batch_size, max_new_tokens = new.shape
-    decoder = _decoder(model, batch_size, max(map(len, prompts)) + max_new_tokens)
-    logits = _prefill(model, prompts, decoder.cache)
-    seen = _seen(prompts, logits) if how.repetition_penalty != 1.0 else None
+    decoder, logits = start(task)
+    history = History(task)
     stops = ends is not None or texts is not None
     unfinished = torch.ones(batch_size, dtype=torch.bool, device=new.device)
     needed = torch.zeros((), dtype=torch.int64, device=new.device)  # steps until all had ended
     found = torch.zeros_like(needed).expand(batch_size)  # a row's token, NO_TOKEN from the first on
-    check_every = _check_every(new, on_token, texts)
+    every = check_every(task)
 
     for step in range(max_new_tokens):
-        if seen is not None:
-            logits = sampling.penalise(logits.float(), seen, how.repetition_penalty)
-        if numbers is not None:
-            tokens = sampling.draw(sampling.warp(logits.float(), how), numbers[step])
-        else:
-            tokens = sampling.most_probable(logits)
+        logits = history.process(logits, new[:, :step])
+        tokens = sampling.choose(logits, task.sampling, None if numbers is None else numbers[step])
         if stops:
-            tokens = torch.where(unfinished, tokens, pad)
+            tokens = torch.where(unfinished, tokens, task.pad)
             needed += unfinished.any()
-        last, checked = step + 1 == max_new_tokens, (step + 1) % check_every == 0
-        if check_every > 1:  # no step is waited for
+        last, checked = step + 1 == max_new_tokens, (step + 1) % every == 0
+        if every > 1:  # no step is waited for
             found = torch.where(found < 0, found, tokens)
             tokens = tokens.clamp(min=0)
         if last or checked:
-            _check_tokens(tokens if check_every == 1 else found, step)
+            check_tokens(tokens if every == 1 else found, step)
         new[:, step] = tokens
         if ends is not None:
             unfinished = unfinished & ~torch.isin(tokens, ends)
         if texts is not None:
-            unfinished = unfinished & ~texts.ended(prompts, new[:, : step + 1], unfinished)
-        if seen is not None:
-            seen.scatter_(1, tokens.unsqueeze(1), True)
-        if on_token is not None:
-            on_token(new[:, step])
+            unfinished = unfinished & ~texts.ended(task.prompts, new[:, : step + 1], unfinished)
+        if task.on_token is not None:
+            task.on_token(new[:, step])
         if last or (stops and checked and not unfinished.any()):
             break
         logits = decoder(tokens)
-    return int(needed) if stops else max_new_tokens
+    return new[:, : int(needed)] if stops else new
 
 
-def _check_every(
-    new: Tensor, on_token: Callable[[Tensor], None] | None, texts: StopStrings | None
-) -> int:
+def check_every(task: Task) -> int:
     """After how many steps to ask whether all have ended; 1 where each is waited for anyway."""
-    waited_for = new.is_cpu or on_token is not None or texts is not None
+    on_cpu = task.model.device.type == "cpu"
+    waited_for = on_cpu or task.on_token is not None or task.texts is not None
     return 1 if waited_for else STEPS_BETWEEN_CHECKS
 
 
-def _check_tokens(tokens: Tensor, step: int) -> None:
+def check_tokens(tokens: Tensor, step: int) -> None:
     """Raise where the logits said no token."""
     listed = tokens.tolist()
     if sampling.NO_TOKEN in listed:
-        raise ValueError(
-            f"the logits of prompt {listed.index(sampling.NO_TOKEN)} are NaN or infinite by new "
-            f"token {step}, and say no token: look for NaN in the weights, or for a dtype that is "
-            "too narrow (float16 overflows where bfloat16 does not)"
-        )
+        raise no_token(listed.index(sampling.NO_TOKEN), step)
 
 
-def decode(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+def no_token(prompt: int, step: int) -> ValueError:
+    return ValueError(
+        f"the logits of prompt {prompt} are NaN or infinite by new token {step}, and say no token: "
+        "look for NaN in the weights, or for a dtype that is too narrow (float16 overflows where "
+        "bfloat16 does not)"
+    )
+
+
+class History:
+    """The tokens of each sequence, for what asks for them: prompts, then new tokens."""
+
+    def __init__(self, task: Task, copies: int = 1) -> None:
+        self._task = task
+        self._prompts = [prompt for prompt in task.prompts for _ in range(copies)]
+        self._ids: Tensor | None = None
+
+    def process(self, logits: Tensor, new: Tensor) -> Tensor:
+        """The logits (B, V) of the next token, after the new ones (B, n)."""
+        task, step = self._task, new.shape[1]
+        if not task.sampling.asks_for_history:
+            return logits
+        if self._ids is None:
+            self._ids = processors.padded(self._prompts, logits.shape[-1], logits.device)
+        ids, size = torch.cat([self._ids, new], dim=1), (len(new),)
+        counts = torch.full(size, step, device=ids.device)
+        last = torch.full(size, step + 1 == task.max_new_tokens, device=ids.device)
+        return processors.process(logits, ids, counts, last, task.sampling, task.ends)
+
+
+def start(task: Task, copies: int = 1) -> tuple[EagerDecoder | graphs.GraphDecoder, Tensor]:
+    """A decoder that has read each prompt ``copies`` times, and the logits after it: (B * copies,
+    V), a prompt's copies one after another.
+    """
+    prompts, model = task.prompts, task.model
+    longest = max(map(len, prompts))
+    encoder = {k: v.repeat_interleave(copies, 0) for k, v in task.encoder.items()}
+    size, capacity = len(prompts) * copies, longest + task.max_new_tokens
+    decoder = _decoder(model, size, capacity, **encoder)
+    if copies == 1:
+        return decoder, _prefill(model, prompts, decoder.cache)
+    cache = model.new_cache(len(prompts), longest, **task.encoder)
+    logits = _prefill(model, prompts, cache)
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(copies)
+    decoder.cache.fill(cache, rows)
+    return decoder, logits[rows]
+
+
+def decode(model: LanguageModel, tokens: Tensor, cache: KVCache) -> Tensor:
     """One step: (B,) the last tokens -> (B, V) the logits of the next."""
-    return model.lm_head(model.features(tokens.unsqueeze(1), cache)[:, -1])
+    logits: Tensor = model.lm_head(model.features(tokens.unsqueeze(1), cache)[:, -1])
+    return logits
 
 
-def _prefill(model: GPT, prompts: list[list[int]], cache: KVCache) -> Tensor:
+def _prefill(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> Tensor:
     """Read the prompts into the empty cache; (B, V) the logits after each prompt's last token."""
-    lengths = [len(prompt) for prompt in prompts]
+    hidden = read_prompts(model, prompts, cache)
+    rows = torch.arange(len(prompts), device=hidden.device)
+    last = torch.tensor(list(map(len, prompts)), device=hidden.device) - 1
+    logits: Tensor = model.lm_head(hidden[rows, last])
+    return logits
+
+
+def read_prompts(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> Tensor:
+    """Read the prompts into the empty cache; (B, T, C) their hidden states, padded on the right."""
+    lengths = list(map(len, prompts))
     longest = max(lengths)
     # Any id does as padding on the right: nothing that counts sees it.
     ids = torch.tensor(
         [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device
     )
-    hidden = model.features(ids, cache)  # (B, T, C)
+    hidden = model.features(ids, cache)
     if min(lengths) < longest:
         cache.set_lengths(lengths)
-    rows = torch.arange(len(lengths), device=ids.device)
-    last = torch.tensor(lengths, device=ids.device) - 1
-    return model.lm_head(hidden[rows, last])
+    return hidden
 
 
 class EagerDecoder:
     """`decode` with a cache of its own."""
 
-    def __init__(self, model: GPT, batch_size: int, capacity: int) -> None:
+    def __init__(
+        self, model: LanguageModel, batch_size: int, capacity: int, **encoder: Tensor
+    ) -> None:
         self.model = model
-        self.cache = model.new_cache(batch_size, capacity)
+        self.cache = model.new_cache(batch_size, capacity, **encoder)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return decode(self.model, tokens, self.cache)
 
 
-def _decoder(model: GPT, batch_size: int, capacity: int) -> EagerDecoder | graphs.GraphDecoder:
-    if _decodes_by_graph(model):
-        return graphs.decoder(decode, model, batch_size, capacity)
-    return EagerDecoder(model, batch_size, capacity)
+def _decoder(
+    model: LanguageModel, batch_size: int, capacity: int, **encoder: Any
+) -> EagerDecoder | graphs.GraphDecoder:
+    if not _decodes_by_graph(model):
+        return EagerDecoder(model, batch_size, capacity, **encoder)
+    if encoder:  # whose keys and values are this call's
+        cache = model.new_cache(batch_size, capacity, **encoder)
+        return graphs.GraphDecoder(decode, model, cache).capture()
+    return graphs.decoder(decode, model, batch_size, capacity)
 
 
-def _decodes_by_graph(model: GPT) -> bool:
+def _decodes_by_graph(model: LanguageModel) -> bool:
     return model.device.type == "cuda"
-
-
-def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
-    """(B, V), True for the tokens of each prompt."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[torch.tensor(prompt, device=row.device)] = True
-    return seen

@@ -10,16 +10,18 @@ Orca; the chunks: Agrawal et al. 2023, arXiv:2308.16369).
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastattn.generation import graphs, sampling
-from fastattn.generation.decoding import decode
+from fastattn.generation import graphs, processors, sampling
+from fastattn.generation.contract import LanguageModel, is_encoder_decoder
+from fastattn.generation.decoding import decode, no_token
 from fastattn.generation.paging import PagedMemory
 from fastattn.generation.prompts import read_prompts, special_tokens
 from fastattn.generation.request import Request
@@ -28,9 +30,6 @@ from fastattn.generation.scheduling import Rows, Scheduler
 from fastattn.generation.stopping import StopStrings
 from fastattn.nn.checks import check_integer
 from fastattn.nn.mode import in_mode
-
-if TYPE_CHECKING:
-    from fastattn.models.gpt import GPT
 
 GREEDY = Sampling()
 
@@ -72,7 +71,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         *,
         pages: int,
         page_size: int = 16,
@@ -80,7 +79,7 @@ class Engine:
         prefill_chunk: int = 512,
         tokenizer: Any = None,
     ) -> None:
-        if getattr(model.config, "is_encoder_decoder", False):
+        if is_encoder_decoder(model):
             raise TypeError(
                 f"Engine serves decoders, and {type(model).__name__} has an encoder: use generate"
             )
@@ -91,7 +90,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.pages, self.page_size = pages, page_size
         # The padding of a chunk may reach further than the pages.
-        longest = min(model.config.n_positions, pages * page_size + prefill_chunk)
+        self._context: int | None = model.config.n_positions
+        longest = min(self._context or sys.maxsize, pages * page_size + prefill_chunk)
         width = -(-longest // page_size)
         self._scheduler = Scheduler(pages, page_size, max_batch, prefill_chunk, width)
         with torch.inference_mode():
@@ -119,7 +119,7 @@ class Engine:
     def longest(self) -> int:
         """The most tokens that a prompt and its new ones may be."""
         # The last new one is never read, and has no place in a page.
-        return min(self.model.config.n_positions, self.pages * self.page_size + 1)
+        return min(self._context or sys.maxsize, self.pages * self.page_size + 1)
 
     def submit(
         self,
@@ -156,14 +156,16 @@ class Engine:
         self._check_fits(len(prompt), max_new_tokens)
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
-        ends, _ = special_tokens(config, eos_token_id, None)
+        sampling.check_vocabulary(config.vocab_size)
+        chosen = getattr(self.model, "generation_config", None)
+        ends, _ = special_tokens(config, eos_token_id, None, chosen)
         request = Request(
             self,
             prompt,
             max_new_tokens,
             sampling,
             self._numbers(sampling, seed, max_new_tokens),
-            frozenset(ends),
+            ends,
             StopStrings.of(stop_strings, self.tokenizer),
             on_token,
             on_finish,
@@ -186,7 +188,7 @@ class Engine:
                 if request.cancelled:
                     self._end(request, "cancelled")
             rows = self._scheduler.plan()
-            with torch.inference_mode(), in_mode(self.model, training=False):
+            with torch.inference_mode(), in_mode(cast(torch.nn.Module, self.model), training=False):
                 for group in self._grouped(rows):
                     self._read(group)
             return bool(self._requests())
@@ -198,11 +200,10 @@ class Engine:
                 self._end(request, "error", error)
 
     def _check_fits(self, prompt: int, new: int) -> None:
-        longest = self.model.config.n_positions
-        if prompt + new > longest:
+        if self._context is not None and prompt + new > self._context:
             raise ValueError(
                 f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} that is "
-                f"{prompt + new}, more than the model's n_positions = {longest}"
+                f"{prompt + new}, more than the model's n_positions = {self._context}"
             )
         if prompt + new > self.longest:
             raise ValueError(
@@ -240,7 +241,7 @@ class Engine:
         for request, count in rows:
             shift = max(count.bit_length() - 3, 0)  # lengths that differ in fewer bits are alike
             most = ((count >> shift) + 1 << shift) - 1
-            fits = request.length + most <= self.model.config.n_positions
+            fits = self._context is None or request.length + most <= self._context
             groups[most if fits else request].append((request, count))
         return list(groups.values())
 
@@ -297,46 +298,47 @@ class Engine:
         return self._decoders[size]
 
     def _continue(self, requests: list[Request], logits: Tensor) -> None:
-        """The next token of each, from (B, V): drawn for all of one `Sampling` together."""
-        alike: dict[Sampling, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            alike[request.sampling].append(index)
-        for how, rows in alike.items():
-            some = [requests[row] for row in rows]
-            every = len(rows) == len(requests)
-            tokens = _next_tokens(some, logits if every else logits[rows], how)
-            for request, token in zip(some, tokens.tolist(), strict=True):
-                try:
-                    reason = request.accept(_checked(token, request))
-                except Exception as error:  # the others go on
-                    self._end(request, "error", error)
-                else:
-                    if reason is not None:
-                        self._end(request, reason)
+        """The next token of each, from (B, V): chosen for all of one `Sampling` together."""
+        alike: dict[Sampling, list[tuple[Request, Tensor]]] = defaultdict(list)
+        for request, its in zip(requests, logits.split(1), strict=True):
+            try:
+                alike[request.sampling].append((request, _processed(request, its)))
+            except Exception as error:  # of a caller's logits_processor; the others go on
+                self._end(request, "error", error)
+        for how, pairs in alike.items():
+            numbers = [r.numbers[len(r.tokens)] for r, _ in pairs if r.numbers is not None]
+            uniform = torch.stack(numbers) if numbers else None
+            tokens = sampling.choose(torch.cat([its for _, its in pairs]), how, uniform)
+            for (request, _), token in zip(pairs, tokens.tolist(), strict=True):
+                self._accept(request, token)
+
+    def _accept(self, request: Request, token: int) -> None:
+        try:
+            if token == sampling.NO_TOKEN:
+                raise no_token(0, len(request.tokens))
+            reason = request.accept(token)
+        except Exception as error:  # of the model's numbers, or of a caller's on_token
+            self._end(request, "error", error)
+        else:
+            if reason is not None:
+                self._end(request, reason)
 
 
-def _next_tokens(requests: list[Request], logits: Tensor, how: Sampling) -> Tensor:
-    """(B, V) -> (B,), for requests of one `Sampling`."""
-    if how.repetition_penalty != 1.0:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        for row, request in zip(seen, requests, strict=True):
-            row[torch.tensor(request.known, device=row.device)] = True
-        logits = sampling.penalise(logits.float(), seen, how.repetition_penalty)
-    if not how.do_sample:
-        return sampling.most_probable(logits)
-    uniform = torch.stack([r.numbers[len(r.tokens)] for r in requests if r.numbers is not None])
-    return sampling.draw(sampling.warp(logits.float(), how), uniform)
+def _processed(request: Request, logits: Tensor) -> Tensor:
+    """(1, V) logits after what asks for the tokens before."""
+    how, device = request.sampling, logits.device
+    if not how.asks_for_history:
+        return logits
+    new = len(request.tokens)
+    return processors.process(
+        logits,
+        torch.tensor([request.known], device=device),
+        torch.tensor([new], device=device),
+        torch.tensor([new + 1 == request.max_new_tokens], device=device),
+        how,
+        request.ends,
+    )
 
 
-def _checked(token: int, request: Request) -> int:
-    if token == sampling.NO_TOKEN:
-        raise ValueError(
-            f"the logits are NaN or infinite by new token {len(request.tokens)}, and say no token: "
-            "look for NaN in the weights, or for a dtype that is too narrow (float16 overflows "
-            "where bfloat16 does not)"
-        )
-    return token
-
-
-def _decodes_by_graph(model: GPT) -> bool:
+def _decodes_by_graph(model: LanguageModel) -> bool:
     return model.device.type == "cuda"

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastattn.generation.contract import LanguageModel
 from fastattn.ops.common import modes
 
 if TYPE_CHECKING:
     from fastattn.models.cache import KVCache
-    from fastattn.models.gpt import GPT
 
-Step = Callable[["GPT", Tensor, "KVCache"], Tensor]
+Step = Callable[[LanguageModel, Tensor, "KVCache"], Tensor]
 
 # A cache's capacity is rounded up to it, so that prompts of many lengths share a graph.
 BUCKET = 256
@@ -40,8 +40,8 @@ class GraphDecoder:
     Without `capture` a call runs the very same step eagerly, on any device.
     """
 
-    def __init__(self, step: Step, model: GPT, cache: Any) -> None:
-        """``cache``: the model's, or `fastattn.generation.paging.PagedCache`."""
+    def __init__(self, step: Step, model: LanguageModel, cache: Any) -> None:
+        """``cache``: the model's, or of its kind."""
         self.cache = cache
         self._step = step
         # The graph holds the addresses of the weights, not the model, which may go before it does.
@@ -83,13 +83,14 @@ class GraphDecoder:
         return self._step(model, self._tokens, self.cache)
 
 
-_kept: weakref.WeakKeyDictionary[GPT, OrderedDict[tuple[object, ...], GraphDecoder]] = (
+# By model.
+_kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple[object, ...], GraphDecoder]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 @torch.inference_mode()
-def decoder(step: Step, model: GPT, batch_size: int, capacity: int) -> GraphDecoder:
+def decoder(step: Step, model: LanguageModel, batch_size: int, capacity: int) -> GraphDecoder:
     """A captured decoder with an empty cache for at least ``capacity`` tokens, kept for next time.
 
     Kept with the model: the last 4 graphs and their caches. Weights that were replaced or moved
@@ -97,7 +98,7 @@ def decoder(step: Step, model: GPT, batch_size: int, capacity: int) -> GraphDeco
     """
     capacity = min(-(-capacity // BUCKET) * BUCKET, model.config.n_positions)
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
-    dtypes = model.wte.weight.dtype, modes.autocast_dtype(model.device.type)
+    dtypes = next(model.parameters()).dtype, modes.autocast_dtype(model.device.type)
     key = (batch_size, capacity, dtypes, addresses)
     kept = _kept.setdefault(model, OrderedDict())
     if key not in kept:

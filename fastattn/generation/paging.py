@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn.generation.contract import LanguageModel
+
 if TYPE_CHECKING:
-    from fastattn.models.gpt import GPT
     from fastattn.nn import KeyValueCache
 
 
@@ -101,7 +102,7 @@ class PagedMemory:
     A model's cache of so many sequences of ``page_size`` tokens is just this memory.
     """
 
-    def __init__(self, model: GPT, pages: int, page_size: int, width: int) -> None:
+    def __init__(self, model: LanguageModel, pages: int, page_size: int, width: int) -> None:
         """``width``: the most pages of a sequence."""
         self.page_size = page_size
         self.width = width

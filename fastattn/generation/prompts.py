@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastattn.models.config import GPTConfig
+from fastattn.generation.config import GenerationConfig
 
 
 def read_prompts(
-    config: GPTConfig, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
+    config: Any, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
 ) -> list[list[int]]:
     """The tokens of each prompt, without padding; arguments and errors are `generate`'s."""
     vocab_size = config.vocab_size
@@ -32,7 +31,9 @@ def read_prompts(
         )
     rows = input_ids.tolist()
     if attention_mask is not None:
-        rows = _unpadded(rows, input_ids, attention_mask)
+        rows = _unpadded(
+            rows, input_ids, attention_mask, getattr(config, "is_encoder_decoder", False)
+        )
     return _listed(rows, vocab_size)
 
 
@@ -62,8 +63,10 @@ def _listed(rows: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
     return prompts
 
 
-def _unpadded(rows: list[list[int]], input_ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The rows without what ``mask`` hides, which must be before all that it shows."""
+def _unpadded(
+    rows: list[list[int]], input_ids: Tensor, mask: Tensor, right_too: bool
+) -> list[list[int]]:
+    """The rows without what ``mask`` hides, which must be before all that it shows, or after."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask.shape != input_ids.shape:
@@ -74,20 +77,36 @@ def _unpadded(rows: list[list[int]], input_ids: Tensor, mask: Tensor) -> list[li
     mask = mask.to("cpu")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask must be 1 for tokens and 0 for padding")
-    if (mask.int().diff(dim=1) < 0).any() or not mask[:, -1].all():
+    lengths = mask.int().sum(1)
+    if right_too:
+        blocks = (mask.int().diff(dim=1) > 0).sum(1) + mask[:, 0]
+        if (blocks != 1).any():
+            raise ValueError(
+                "attention_mask must hide padding before or after the tokens, and not all of a row"
+            )
+    elif (mask.int().diff(dim=1) < 0).any() or not mask[:, -1].all():
         raise ValueError(
             "attention_mask must hide padding on the left alone, and no prompt's last token: "
             "pad with padding_side='left', or give lists"
         )
-    return [row[-length:] for row, length in zip(rows, mask.int().sum(1).tolist(), strict=True)]
+    starts = mask.int().argmax(1)
+    return [
+        row[start : start + length]
+        for row, start, length in zip(rows, starts.tolist(), lengths.tolist(), strict=True)
+    ]
 
 
 def special_tokens(
-    config: GPTConfig, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+    config: Any,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    chosen: GenerationConfig | None = None,
 ) -> tuple[list[int], int]:
-    """The tokens that end a sequence, and the padding: `generate`'s arguments, else the config's.
+    """The tokens that end a sequence, and the padding: `generate`'s arguments, else those of the
+    generation config ``chosen``, else the model's config's.
 
-    What the config names outside of the vocabulary cannot come up and is left out.
+    Arguments must be tokens. What a config names outside of the vocabulary cannot come up and is
+    left out.
     """
     for name, given in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
         for token in _several(given):
@@ -98,12 +117,42 @@ def special_tokens(
                     f"{name} must be from 0 to vocab_size - 1 = {config.vocab_size - 1}, "
                     f"got {given!r}"
                 )
-    ends = _several(config.eos_token_id if eos_token_id is None else eos_token_id)
+    chosen = chosen or GenerationConfig()
+    ends = _several(
+        next(
+            (said for said in (eos_token_id, chosen.eos_token_id) if said is not None),
+            config.eos_token_id,
+        )
+    )
     ends = [token for token in ends if 0 <= token < config.vocab_size]
-    pad = config.pad_token_id if pad_token_id is None else pad_token_id
+    pad = next(
+        (said for said in (pad_token_id, chosen.pad_token_id) if said is not None),
+        config.pad_token_id,
+    )
     if pad is None or not 0 <= pad < config.vocab_size:
         pad = ends[0] if ends else 0
     return ends, pad
+
+
+def start_token(config: Any, chosen: GenerationConfig) -> int:
+    """The first token of an encoder-decoder's decoder; ValueError if nothing says it."""
+    for token in (
+        chosen.decoder_start_token_id,
+        getattr(config, "decoder_start_token_id", None),
+        chosen.bos_token_id,
+        config.bos_token_id,
+    ):
+        if token is not None:
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"decoder_start_token_id must be from 0 to vocab_size - 1 = "
+                    f"{config.vocab_size - 1}, got {token}"
+                )
+            return int(token)
+    raise ValueError(
+        "an encoder-decoder needs decoder_start_token_id: neither the call nor the model's config "
+        "says it"
+    )
 
 
 def _several(tokens: int | Sequence[int] | None) -> list[int]:

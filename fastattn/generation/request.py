@@ -38,7 +38,7 @@ class Request:
         max_new_tokens: int,
         sampling: Sampling,
         numbers: Tensor | None,
-        ends: frozenset[int],
+        ends: list[int],
         texts: StopStrings | None,
         on_token: Callable[[int], None] | None,
         on_finish: Callable[[Request], None] | None,
@@ -50,10 +50,11 @@ class Request:
         self.error: BaseException | None = None
         self._engine = engine
         self._cancelled = False
-        self._ends, self._texts = ends, texts
+        self._texts = texts
         self._on_token, self._on_finish = on_token, on_finish
         # What the engine keeps of it. The first `length` of `known` are in the pages.
         self.sampling = sampling
+        self.ends = ends
         self.numbers = numbers  # (max_new_tokens,), what each token is drawn by
         self.known = list(prompt)
         self.length = 0
@@ -107,7 +108,7 @@ class Request:
         self.tokens.append(token)
         if self._on_token is not None:
             self._on_token(token)
-        if token in self._ends or self._completes_text():
+        if token in self.ends or self._completes_text():
             return "stop"
         return "length" if len(self.tokens) == self.max_new_tokens else None
 

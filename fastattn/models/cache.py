@@ -90,6 +90,30 @@ class KVCache:
         self.lengths.copy_(torch.tensor(lengths, device="cpu"))
         self.longest = max(lengths)
 
+    def reorder(self, rows: Tensor, start: int = 0, stop: int | None = None) -> None:
+        """Sequence b goes on as sequence ``rows[b]`` (B,) did.
+
+        Only the slots from ``start`` to ``stop`` (None: `longest`) are copied: the caller knows
+        that the others are the same already, as those of a prompt that several beams share.
+        """
+        slots = slice(start, self.longest if stop is None else stop)
+        here = torch.arange(self.batch_size, device=rows.device)
+        if rows.is_cpu:  # where it costs nothing to ask
+            here = here[rows != here]
+            rows = rows[here]
+        for layer in self.layers:
+            for kept in (layer.keys, layer.values):
+                kept[here, slots] = kept[rows, slots]
+        self.lengths[here] = self.lengths[rows]
+
+    def fill(self, source: KVCache, rows: Tensor) -> None:
+        """Sequence b becomes ``source``'s sequence ``rows[b]`` (B,)."""
+        for layer, given in zip(self.layers, source.layers, strict=True):
+            layer.keys[:, : source.longest] = given.keys[rows, : source.longest]
+            layer.values[:, : source.longest] = given.values[rows, : source.longest]
+        self.lengths.copy_(source.lengths[rows])
+        self.longest = source.longest
+
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.lengths.zero_()

@@ -354,10 +354,11 @@ def test_openais_client(served: Served) -> None:
     stream = client.chat.completions.create(**ask, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
     got = client.completions.create(
-        model=NAME, prompt="the fox", max_tokens=9, seed=1, extra_body={"top_k": 5}
-    )
+        model=NAME, prompt="the fox", max_tokens=9, seed=1, frequency_penalty=1.5,
+        extra_body={"top_k": 5},
+    )  # fmt: skip
     assert got.choices[0].text == served.expected(
-        "the fox", max_new_tokens=9, do_sample=True, top_k=5, seed=1
+        "the fox", max_new_tokens=9, do_sample=True, top_k=5, seed=1, frequency_penalty=1.5
     )
     with pytest.raises(openai.BadRequestError, match="unknown parameter 'logit_bias'"):
         client.chat.completions.create(**ask, logit_bias={"1": 5})

@@ -51,7 +51,7 @@ def _prompt(rng: random.Random, shortest: int, longest: int) -> list[int]:
 SAMPLED = (
     {"do_sample": True, "temperature": 0.8, "top_k": 20},
     {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.3},
-    {"do_sample": True, "temperature": 1.5},
+    {"do_sample": True, "temperature": 1.5, "min_p": 0.1, "presence_penalty": 0.7},
 )
 
 
@@ -315,18 +315,28 @@ def test_a_request_that_fails_does_not_harm_others() -> None:
     def refuse(token: int) -> None:
         raise OverflowError("enough")
 
+    def without_threes(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if 3 in ids:
+            raise KeyError("three")
+        return logits
+
     ended = []
     serving = Engine(model, pages=12, page_size=4)
     sane = serving.submit([1, 2, 3, 4, 5], max_new_tokens=9, on_finish=ended.append)
     nan = serving.submit([1, 2, 3, 4, 96], max_new_tokens=9, on_finish=ended.append)
     full = serving.submit([3], max_new_tokens=9, on_token=refuse, on_finish=ended.append)
+    processed = {"sampling": Sampling(logits_processor=without_threes), "max_new_tokens": 1}
+    fine, three = (serving.submit([n], **processed) for n in (2, 3))
     serving.run()
+    assert (fine.finish_reason, three.finish_reason) == ("length", "error")
+    with pytest.raises(KeyError, match="three"):
+        list(three)
     assert (sane.finish_reason, nan.finish_reason, full.finish_reason) == (
         "length",
         "error",
         "error",
     )
-    with pytest.raises(ValueError, match="the logits are NaN or infinite by new token 0"):
+    with pytest.raises(ValueError, match="are NaN or infinite by new token 0"):
         list(nan)
     with pytest.raises(OverflowError, match="enough"):
         list(full)
@@ -387,6 +397,7 @@ def test_numbers_without_a_seed_are_torchs(model: GPT) -> None:
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an integer"),
         ({"max_new_tokens": 62}, ValueError, r"3 tokens; .* is 65, more than .* n_positions = 64"),
         ({"max_new_tokens": 39}, ValueError, r"they need 11 pages of 4 tokens, and .* has 10"),
+        ({"sampling": Sampling(suppress_tokens=[97])}, ValueError, "suppress_tokens must be from 0"),
         ({"sampling": {"top_k": 3}}, TypeError, "sampling must be a Sampling, got dict"),
         ({"seed": 3}, ValueError, "seed would have no effect"),
         ({"sampling": Sampling(True), "seed": 2**64}, ValueError, "the seed of sequence 0"),

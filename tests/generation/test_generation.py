@@ -121,7 +121,7 @@ def test_checks_for_the_end_now_and_then(pair: Pair, monkeypatch: pytest.MonkeyP
     decode, steps = decoding.decode, []
     monkeypatch.setattr(decoding, "decode", lambda *args: (steps.append(1), decode(*args))[1])
     monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
-    monkeypatch.setattr(decoding, "_check_every", lambda *args: 16)
+    monkeypatch.setattr(decoding, "check_every", lambda *args: 16)
     got = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
     assert torch.equal(got, expected) and len(steps) == 15
 
@@ -224,6 +224,34 @@ def test_the_context_does_not_count(pair: Pair, settings: dict[str, Any], contex
     assert torch.equal(got, expected)
 
 
+METHODS: list[dict[str, Any]] = [
+    {"num_beams": 3, "no_repeat_ngram_size": 2, "frequency_penalty": 0.5},
+    {"num_beams": 3, "do_sample": True, "top_p": 0.9, "seed": 3},
+    {"penalty_alpha": 0.6, "top_k": 4, "bad_words_ids": [[3], [4, 5]]},
+    {"prompt_lookup_num_tokens": 3, "repetition_penalty": 1.2},
+]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_context_does_not_count_for_any_method(pair: Pair, context: str) -> None:
+    ours, _ = pair
+    prompts = _prompts(ours)
+    for method in METHODS:
+        expected = ours.generate(prompts, max_new_tokens=6, **method)
+        with CONTEXTS[context]():
+            got = ours.generate(prompts, max_new_tokens=6, **method)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_methods_under_autocast(pair: Pair, method: dict[str, Any]) -> None:
+    """The cache is autocast's too; no step fails for a dtype."""
+    ours, _ = pair
+    with torch.autocast(ours.device.type, dtype=torch.bfloat16):
+        out = ours.generate(_prompts(ours), max_new_tokens=6, **method)
+    assert out.shape == (4, 23) and not out.is_inference()
+
+
 @either_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.float64])
@@ -263,7 +291,7 @@ def test_logits_that_are_no_distribution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours, _ = pair
-    monkeypatch.setattr(decoding, "_check_every", lambda *args: check_every)
+    monkeypatch.setattr(decoding, "check_every", lambda *args: check_every)
     with torch.no_grad():
         ours.norm_f.bias.fill_(value)  # the head's products are NaN
     with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new token"):

@@ -116,11 +116,11 @@ def test_bad_seed(seed: Any, error: type[Exception], message: str) -> None:
         ({"temperature": 0}, ValueError, "temperature must be positive.*got 0; for greedy"),
         ({"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
-        ({"top_k": 0}, ValueError, "top_k must be at least 1, or None for all, got 0"),
+        ({"top_k": -1}, ValueError, "top_k must be at least 1, or 0 or None for all, got -1"),
         ({"top_k": 1.5}, TypeError, "top_k must be an integer or None, got 1.5"),
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], or None, got 0.0"),
         ({"top_p": 1.1}, ValueError, r"top_p must be in \(0, 1\], or None, got 1.1"),
-        ({"top_p": "a"}, TypeError, "top_p must be a number or None, got 'a'"),
+        ({"top_p": "a"}, TypeError, "top_p must be a number, got 'a'"),
         ({"repetition_penalty": 0}, ValueError, "repetition_penalty must be positive"),
         (
             {"repetition_penalty": math.inf},

@@ -1,4 +1,4 @@
-"""Every Python block of README.md, docs/attention.md and docs/tools.md runs, each on its own."""
+"""Every Python block of README.md and of some pages of docs/ runs, each on its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     "README.md": README,
     "docs/attention.md": (ROOT / "docs" / "attention.md").read_text("utf-8"),
+    "docs/generation.md": (ROOT / "docs" / "generation.md").read_text("utf-8"),
     "docs/tools.md": (ROOT / "docs" / "tools.md").read_text("utf-8"),
 }
 BLOCKS = [

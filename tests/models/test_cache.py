@@ -76,6 +76,33 @@ def test_reset(config: GPTConfig) -> None:
     assert _append(cache, _new(1, 2, 7)) == [[0, 1]] and _held(cache) == [[7, 8]]
 
 
+def test_reorder(config: GPTConfig) -> None:
+    cache = KVCache(config, 3, 8)
+    _append(cache, _new(3, 4, 0))
+    cache.set_lengths([4, 2, 3])
+    cache.reorder(torch.tensor([2, 1, 0]))
+    assert _held(cache) == [[200, 201, 202], [100, 101], [0, 1, 2, 3]]
+    _append(cache, _new(3, 1, 50))
+    assert _held(cache) == [[200, 201, 202, 50], [100, 101, 150], [0, 1, 2, 3, 250]]
+
+
+def test_reorder_copies_only_some_slots(config: GPTConfig) -> None:
+    cache = KVCache(config, 2, 8)
+    _append(cache, _new(2, 5, 0))
+    cache.reorder(torch.tensor([1, 1]), 2, 4)
+    assert _held(cache) == [[0, 1, 102, 103, 4], [100, 101, 102, 103, 104]]
+
+
+def test_fill(config: GPTConfig) -> None:
+    cache, source = KVCache(config, 3, 8), KVCache(config, 2, 4)
+    _append(source, _new(2, 3, 0))
+    source.set_lengths([3, 2])
+    cache.fill(source, torch.tensor([1, 0, 0]))
+    assert _held(cache) == [[100, 101], [0, 1, 2], [0, 1, 2]] and cache.longest == 3
+    assert _append(cache, _new(3, 1, 50)) == [[2], [3], [3]]
+    assert _held(source) == [[0, 1, 2], [100, 101]]
+
+
 def test_errors(config: GPTConfig) -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         KVCache(config, 1, 0)

@@ -15,8 +15,12 @@ MOST_CHOICES = 64
 MOST_STOPS = 4
 
 # The parameters, and the JSON types that each may have.
+SHAPING: dict[str, tuple[type, ...]] = {
+    "temperature": (float,), "top_p": (float,), "top_k": (int,), "min_p": (float,),
+}  # fmt: skip
 SAMPLING: dict[str, tuple[type, ...]] = {
-    "temperature": (float,), "top_p": (float,), "top_k": (int,), "repetition_penalty": (float,),
+    **SHAPING, "repetition_penalty": (float,), "presence_penalty": (float,),
+    "frequency_penalty": (float,),
 }  # fmt: skip
 COMMON: dict[str, tuple[type, ...]] = {
     "model": (str,), "max_tokens": (int,), "n": (int,), "seed": (int,), "stop": (str, list),
@@ -118,8 +122,9 @@ def _sampling(given: dict[str, Any]) -> Sampling:
     except (TypeError, ValueError) as error:
         named = next((name for name in fields if str(error).startswith(name)), None)
         raise RequestError(str(error), named) from error
-    greedy = fields.get("temperature") == 0
-    return Sampling(repetition_penalty=drawn.repetition_penalty) if greedy else drawn
+    if fields.get("temperature") != 0:
+        return drawn
+    return Sampling(**{name: value for name, value in fields.items() if name not in SHAPING})
 
 
 def _ids(prompt: Any, tokenizer: Any) -> list[list[int]]:

@@ -1,0 +1,95 @@
+"""Contrastive search against its formula in float64, on the whole text at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastattn import GPT, GPTConfig
+
+LENGTHS = [5, 11, 1]
+
+
+def _model(**changes: Any) -> GPT:
+    torch.manual_seed(0)
+    config = {"vocab_size": 61, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config |= {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, **changes}
+    return GPT(GPTConfig(**config)).eval()
+
+
+def _prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(61, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@torch.no_grad()
+def _reference(model: GPT, prompt: list[int], alpha: float, top_k: int, steps: int) -> list[int]:
+    """Equation 5 of Su et al. 2022, each candidate's whole text read on its own."""
+    text = list(prompt)
+    for _ in range(steps):
+        hidden = model.features(torch.tensor([text]))[0]
+        best = model.lm_head(hidden[-1]).softmax(-1).topk(top_k)
+        scores = []
+        for p, token in zip(best.values, best.indices.tolist(), strict=True):
+            h = model.features(torch.tensor([[*text, token]]))[0, -1:]
+            scores.append((1 - alpha) * p - alpha * torch.cosine_similarity(h, hidden).max())
+        text.append(int(best.indices[torch.stack(scores).argmax()]))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize(("alpha", "top_k"), [(0.6, 4), (0.25, 7), (1.0, 3)])
+def test_equals_the_formula(alpha: float, top_k: int) -> None:
+    """Of unequal prompts together, as float32."""
+    model, prompts = _model(), _prompts()
+    got = model.generate(prompts, max_new_tokens=12, penalty_alpha=alpha, top_k=top_k)
+    exact = _model().double()
+    for row, prompt in zip(got[:, 11:].tolist(), prompts, strict=True):
+        assert row == _reference(exact, prompt, alpha, top_k, 12)
+    assert not torch.equal(got, model.generate(prompts, max_new_tokens=12))
+
+
+def test_ends_streams_and_processors() -> None:
+    model, prompts = _model(), _prompts()
+    how: dict[str, Any] = {"penalty_alpha": 0.6, "top_k": 4, "repetition_penalty": 1.3}
+    free = model.generate(prompts, max_new_tokens=14, **how)
+    ends = [int(free[0, 14]), int(free[1, 18])]
+    seen: list[torch.Tensor] = []
+    settings = {"eos_token_id": ends, "pad_token_id": 60, **how}
+    got = model.generate(prompts, max_new_tokens=14, on_token=seen.append, **settings)
+    assert torch.equal(torch.stack(seen, 1), got[:, 11:])
+    for row, prompt in enumerate(prompts):
+        alone = model.generate([prompt], max_new_tokens=14, **settings)[0]
+        ours = got[row, 11 - len(prompt) :]
+        assert torch.equal(ours[: len(alone)], alone) and (ours[len(alone) :] == 60).all()
+
+
+def test_fills_the_context() -> None:
+    out = _model().generate([[1] * 40], max_new_tokens=8, penalty_alpha=0.6, top_k=4)
+    assert out.shape == (1, 48)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"penalty_alpha": 0.6}, "penalty_alpha needs top_k, at least 2 candidates a step, got No"),
+        ({"penalty_alpha": 0.6, "top_k": 1}, "penalty_alpha needs top_k, at least 2 .* got 1"),
+        ({"penalty_alpha": 0.6, "top_k": 62}, "top_k must be at most the vocabulary's 61 tokens"),
+        ({"penalty_alpha": 1.5, "top_k": 4}, r"penalty_alpha must be in \[0, 1\], got 1.5"),
+        ({"penalty_alpha": 0.6, "top_k": 4, "do_sample": True}, "penalty_alpha excludes do_sample"),
+        ({"penalty_alpha": 0.6, "top_k": 4, "num_return_sequences": 2}, "only one answer otherwi"),
+    ],
+    ids=str,
+)
+def test_bad_input(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _model().generate([[1, 2]], max_new_tokens=3, **settings)
+
+
+def test_nan() -> None:
+    model = _model()
+    with torch.no_grad():
+        model.norm_f.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new tok"):
+        model.generate([[1, 2]], max_new_tokens=3, penalty_alpha=0.6, top_k=4)
