@@ -69,14 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
         raise ValueError(f"--port must be from 0 to {2**16 - 1}; got {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=_family(host))
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         raise OSError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port or "
             "--host"
         ) from error
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
