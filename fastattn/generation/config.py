@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastattn.generation.sampling import SHAPING, Processor, Sampling, check_ids
+from fastattn.generation.sampling import SHAPING, Processor, Sampling
 from fastattn.nn.checks import check_integer, check_number
 
 FILE = "generation_config.json"
@@ -134,7 +134,7 @@ class GenerationConfig:
             raise TypeError(f"do_sample must be True or False, got {self.do_sample!r}")
         for name in ("decoder_start_token_id", "bos_token_id"):
             if getattr(self, name) is not None:
-                check_ids(name, getattr(self, name))
+                check_integer(name, getattr(self, name))
 
     @classmethod
     def from_folder(cls, path: str | PathLike[str]) -> GenerationConfig:
@@ -168,6 +168,17 @@ class GenerationConfig:
             return config
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the generation_config.json of a folder, as `from_folder` and transformers read it.
+
+        Raises ValueError with a logits_processor, which is code.
+        """
+        if self.logits_processor:
+            raise ValueError("logits_processor is code, which generation_config.json cannot hold")
+        said = {name: v for name in NAMES if (v := getattr(self, name)) is not None}
+        text = json.dumps({**said, **dict(self.unsupported)}, indent=2, sort_keys=True)
+        (Path(path) / FILE).write_text(text + "\n", encoding="utf-8")
 
     def over(self, other: GenerationConfig | None) -> GenerationConfig:
         """This config, and ``other``'s settings where it is silent."""

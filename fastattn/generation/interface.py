@@ -8,7 +8,7 @@ defaults say, and hands a `Task` to the method: `decoding` (greedy and sampling)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -98,7 +98,8 @@ def generate(
     encoded = is_encoder_decoder(model)
     sources = read_prompts(model.config, input_ids, attention_mask)
     prompts = [[start_token(model.config, chosen)]] * len(sources) if encoded else sources
-    task = Task(model, prompts, _room(model, prompts, chosen), how, ends, pad, texts)
+    steps = _room(model, prompts, chosen, settings)
+    task = Task(model, prompts, steps, how, ends, pad, texts)
     returned = _check_returned(chosen, method)
     if seed is not None and not how.do_sample:
         raise ValueError("seed would have no effect: give do_sample=True too")
@@ -202,7 +203,12 @@ def _check_returned(chosen: GenerationConfig, method: str) -> int:
     return returned
 
 
-def _room(model: LanguageModel, prompts: list[list[int]], chosen: GenerationConfig) -> int:
+def _room(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    chosen: GenerationConfig,
+    given: Mapping[str, Any],
+) -> int:
     """max_new_tokens; ValueError if nothing says it, or prompt and new tokens do not fit."""
     longest = max(map(len, prompts))
     steps = chosen.max_new_tokens
@@ -219,11 +225,10 @@ def _room(model: LanguageModel, prompts: list[list[int]], chosen: GenerationConf
                 f"{chosen.max_length}"
             )
     for name in ("min_new_tokens", "min_length"):
-        least = (getattr(chosen, name) or 0) - (longest if name == "min_length" else 0)
-        if least > steps:
+        least = given.get(name) or 0  # a config's may be more: then only the number of tokens ends
+        if least - (longest if name == "min_length" else 0) > steps:
             raise ValueError(
-                f"{name} must be at most what max_new_tokens = {steps} allows, got "
-                f"{getattr(chosen, name)}"
+                f"{name} must be at most what max_new_tokens = {steps} allows, got {least}"
             )
     n_positions = model.config.n_positions
     if n_positions is not None and longest + steps > n_positions:

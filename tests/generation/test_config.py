@@ -22,7 +22,7 @@ def _model() -> GPT:
     return GPT(GPTConfig(**config)).eval()
 
 
-def test_reads_what_transformers_writes(tmp_path: Path) -> None:
+def test_reads_and_writes_as_transformers(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "max_new_tokens": 9,
         "do_sample": True,
@@ -37,6 +37,12 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
     }
     transformers.GenerationConfig(**settings).save_pretrained(tmp_path)
     assert GenerationConfig.from_folder(tmp_path) == GenerationConfig(**settings)
+    GenerationConfig(**settings, unsupported=(("typical_p", 0.9),)).save(tmp_path)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(theirs, name) for name in settings} == settings
+    assert GenerationConfig.from_folder(tmp_path).unsupported == (("typical_p", 0.9),)
+    with pytest.raises(ValueError, match="logits_processor is code"):
+        GenerationConfig(logits_processor=lambda ids, logits: logits).save(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     assert GenerationConfig.from_folder(tmp_path) == GenerationConfig()
 
@@ -78,6 +84,15 @@ def test_the_callers_config_goes_before_the_models() -> None:
     got = model.generate(PROMPTS, generation_config=GenerationConfig(max_new_tokens=4))
     assert torch.equal(got, model.generate(PROMPTS, max_new_tokens=4, repetition_penalty=1.5))
     assert model.generate(PROMPTS, max_length=8).shape == (2, 8)
+
+
+def test_a_configs_least_length_may_be_more_than_the_call_allows() -> None:
+    model = _model()
+    model.generation_config = GenerationConfig(min_length=40, eos_token_id=list(range(30)))
+    got = model.generate(PROMPTS, max_new_tokens=5)
+    assert (got[:, 3:] >= 30).all()
+    with pytest.raises(ValueError, match="min_length must be at most what max_new_tokens = 5"):
+        model.generate(PROMPTS, max_new_tokens=5, min_length=9)
 
 
 def test_special_tokens_of_the_config() -> None:
