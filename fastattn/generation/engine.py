@@ -99,6 +99,7 @@ class Engine:
         self._arrivals: deque[Request] = deque()  # from any thread
         self._decoders: dict[int, graphs.GraphDecoder] = {}
         self._lock = threading.RLock()
+        self._stepping = False
 
     @property
     def free_pages(self) -> int:
@@ -184,14 +185,24 @@ class Engine:
         Raises what the model raises (out of memory, say): `fail` then ends the requests.
         """
         with self._lock:
-            for request in self._requests():
-                if request.cancelled:
-                    self._end(request, "cancelled")
-            rows = self._scheduler.plan()
-            with torch.inference_mode(), in_mode(cast(torch.nn.Module, self.model), training=False):
-                for group in self._grouped(rows):
-                    self._read(group)
+            if self._stepping:
+                raise RuntimeError("step was called from on_token or on_finish, within a step")
+            self._stepping = True
+            try:
+                self._step()
+            finally:
+                self._stepping = False
             return bool(self._requests())
+
+    def _step(self) -> None:
+        for request in self._requests():
+            if request.cancelled:
+                self._end(request, "cancelled")
+        rows = self._scheduler.plan()
+        module = cast(torch.nn.Module, self.model)
+        with torch.inference_mode(), in_mode(module, training=False):
+            for group in self._grouped(rows):
+                self._read(group)
 
     def fail(self, error: BaseException) -> None:
         """End all requests with "error"."""

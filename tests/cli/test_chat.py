@@ -54,6 +54,23 @@ def test_generate_prints_what_the_model_generates(
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_progress_is_live_if_the_text_goes_elsewhere(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10_000))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(answers.time, "perf_counter", lambda: float(next(now)))  # a second a look
+    assert main(["generate", str(chat_folder), "the", "--max-new-tokens", "3"]) == 0
+    lines = capsys.readouterr().err.split("\r")[1:]
+    assert [line.split(",")[0] for line in lines] == [
+        "1 tokens",
+        "2 tokens",
+        "3 tokens",
+        "3 tokens",
+    ]
+    assert lines[-1] == "3 tokens, the first after 1.00 s, then 0.7 tokens/s [length]\n"
+
+
 def test_generate_reads_stdin_and_stops_at_a_text(
     chat_folder: Path,
     tokenizer: Any,

@@ -348,6 +348,25 @@ def test_a_request_that_fails_does_not_harm_others() -> None:
     assert all(request.tokens == _alone(model, request) for request in later)
 
 
+def test_a_callback_may_submit_and_cancel_but_not_step(model: GPT) -> None:
+    serving = Engine(model, pages=12, page_size=4)
+    more: list[Request] = []
+
+    def submit(token: int) -> None:
+        if not more:
+            more.append(serving.submit([token], max_new_tokens=3))
+        elif len(first.tokens) == 3:
+            first.cancel()
+
+    first = serving.submit([1, 2], max_new_tokens=9, eos_token_id=(), on_token=submit)
+    nested = serving.submit([1, 2], max_new_tokens=9, on_token=lambda token: serving.step())
+    serving.run()
+    assert first.finish_reason == "cancelled" and len(first.tokens) == 3
+    assert more[0].tokens == _alone(model, more[0])
+    with pytest.raises(RuntimeError, match="step was called from on_token"):
+        list(nested)
+
+
 def test_a_model_that_fails_ends_what_runs(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     serving = Engine(model, pages=12, page_size=4, max_batch=1)
     requests = [serving.submit([1, 2], max_new_tokens=9) for _ in range(2)]
