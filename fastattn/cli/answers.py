@@ -62,9 +62,10 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
         raise FileNotFoundError(f"there is no folder {path}")
     weights = list(path.glob("*.gguf"))
     gguf = {"gguf_file": weights[0].name} if len(weights) == 1 else {}
-    model = models.GPT.from_pretrained(
-        path, dtype=getattr(torch, arguments.dtype), device=arguments.device
-    )
+    dtype = getattr(torch, arguments.dtype)
+    model = models.load(path, dtype=dtype, device=arguments.device, **gguf)
+    if not isinstance(model, models.GPT):
+        raise ValueError(f"{purpose} takes decoders, and {path} has a {type(model).__name__}")
     return model, transformers.AutoTokenizer.from_pretrained(path, **gguf)
 
 

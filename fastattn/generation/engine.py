@@ -79,10 +79,8 @@ class Engine:
         prefill_chunk: int = 512,
         tokenizer: Any = None,
     ) -> None:
-        if is_encoder_decoder(model):
-            raise TypeError(
-                f"Engine serves decoders, and {type(model).__name__} has an encoder: use generate"
-            )
+        if is_encoder_decoder(model) or not hasattr(model, "new_cache"):
+            raise TypeError(f"Engine serves decoders, and {type(model).__name__} is not one")
         sizes = {"pages": pages, "page_size": page_size, "max_batch": max_batch}
         for name, size in {**sizes, "prefill_chunk": prefill_chunk}.items():
             check_integer(name, size, at_least=1)

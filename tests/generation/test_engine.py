@@ -450,9 +450,10 @@ def test_sizes_are_checked(model: GPT, name: str, value: Any, error: type[Except
         Engine(model, **{"pages": 4, name: value})
 
 
-def test_encoder_decoders_are_refused(model: GPT) -> None:
-    class Both(torch.nn.Module):
-        config = type("Config", (), {"is_encoder_decoder": True})
+@pytest.mark.parametrize("both", [True, False])
+def test_other_models_are_refused(both: bool) -> None:
+    class Encoder(torch.nn.Module):
+        config = type("Config", (), {"is_encoder_decoder": both})
 
-    with pytest.raises(TypeError, match="Both has an encoder"):
-        Engine(Both(), pages=4)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Engine serves decoders, and Encoder is not one"):
+        Engine(Encoder(), pages=4)  # type: ignore[arg-type]
