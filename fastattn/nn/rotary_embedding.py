@@ -74,6 +74,9 @@ class RotaryEmbedding(torch.nn.Module):
         """Compute the frequencies, on ``device`` or where they are."""
         if device is None and self.inv_freq is not None:
             device = self.inv_freq.device
+        if device is not None and torch.device(device).type == "meta":  # has nothing to compute
+            self.inv_freq = torch.empty(self.rotary_dim // 2, device="meta")
+            return
         exponents = torch.arange(0, self.rotary_dim, 2, device=device, dtype=torch.float32)
         frequencies = self.theta ** -(exponents / self.rotary_dim)
         self.inv_freq = _scaled(frequencies, self.theta, self.scaling)
