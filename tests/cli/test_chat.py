@@ -198,6 +198,17 @@ def test_a_model_without_a_template_is_no_chat_model(
     assert "has no chat template" in capsys.readouterr().err
 
 
+def test_an_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "x"]) == 1
+    assert "fastattn generate takes decoders, and" in capsys.readouterr().err
+
+
 def test_without_a_folder_it_names_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
