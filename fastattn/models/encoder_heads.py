@@ -18,7 +18,6 @@ from fastattn.models.encoder import Encoder, check_config, layer_norm, reset_par
 from fastattn.models.encoder_config import EncoderConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.padding import Padding
-from fastattn.models.sharing import SharedParameters
 from fastattn.nn.feed_forward import ACTIVATIONS as FUNCTIONS
 from fastattn.nn.plain import is_plain
 from fastattn.ops.common import modes
@@ -59,7 +58,7 @@ class Transform(torch.nn.Module):
         return f"activation={self.activation!r}"
 
 
-class EncoderHead(folder.Pretrained, SharedParameters):
+class EncoderHead(folder.Pretrained):
     """An `Encoder` with something on it. Arguments are `Encoder`'s."""
 
     config_class = EncoderConfig

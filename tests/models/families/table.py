@@ -44,19 +44,38 @@ def difference(original: Any) -> tuple[float, float]:
     return (ours(*tokens) - theirs).abs().max().item(), theirs.abs().max().item()
 
 
+@torch.no_grad()
+def encoder_difference(name: str) -> tuple[str, float, float]:
+    """The model_type of an encoder, and the same of the logits of its masked tokens, with padding."""
+    from models.encoders import make_pair, padded
+
+    torch.manual_seed(1)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, original = make_pair(Path(folder), name, "ForMaskedLM")
+    batch = padded(original.config, "right")
+    seen = batch["attention_mask"].bool()
+    theirs = original(**batch).logits[seen]
+    apart = (ours(**batch).logits[seen] - theirs).abs().max().item()
+    return original.config.model_type, apart, theirs.abs().max().item()
+
+
 def main() -> int:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    from models.encoders import FAMILIES as ENCODERS
     from models.families import cases, encoder_decoder_cases
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     worst: dict[str, tuple[int, float, float]] = {}
-    for room in (cases, encoder_decoder_cases):
-        for name, (kind, _) in room.CASES.items():
-            count, most, largest = worst.get(kind, (0, 0.0, 0.0))
-            apart, logit = difference(room.theirs(name))
-            worst[kind] = count + 1, max(most, apart), max(largest, logit)
+    decoders, others = (
+        [(kind, *difference(room.theirs(name))) for name, (kind, _) in room.CASES.items()]
+        for room in (cases, encoder_decoder_cases)
+    )
+    encoders = [encoder_difference(name) for name in ENCODERS]
+    for kind, apart, logit in decoders + encoders + others:
+        count, most, largest = worst.get(kind, (0, 0.0, 0.0))
+        worst[kind] = count + 1, max(most, apart), max(largest, logit)
     lines = [
         f"Random small models in float32, with {versions()}, on a CPU:\n",
         "| family | `model_type` | configurations | largest difference | largest logit |",
