@@ -68,12 +68,12 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     worst: dict[str, tuple[int, float, float]] = {}
-    decoders, others = (
-        [(kind, *difference(room.theirs(name))) for name, (kind, _) in room.CASES.items()]
+    found = [
+        (kind, *difference(room.theirs(name)))
         for room in (cases, encoder_decoder_cases)
-    )
-    encoders = [encoder_difference(name) for name in ENCODERS]
-    for kind, apart, logit in decoders + encoders + others:
+        for name, (kind, _) in room.CASES.items()
+    ]
+    for kind, apart, logit in found + [encoder_difference(name) for name in ENCODERS]:
         count, most, largest = worst.get(kind, (0, 0.0, 0.0))
         worst[kind] = count + 1, max(most, apart), max(largest, logit)
     lines = [
