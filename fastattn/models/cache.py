@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.models.config import GPTConfig
+from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.nn import KeyValueCache
 
 
@@ -48,7 +49,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: GPTConfig,
+        config: GPTConfig | EncoderDecoderConfig,
         batch_size: int,
         capacity: int,
         *,
@@ -140,3 +141,13 @@ class KVCache:
         """Count the ``seqlen`` tokens that every layer has appended since `begin`."""
         self.longest += seqlen
         self.lengths += seqlen
+
+
+class EncoderDecoderCache(KVCache):
+    """The decoder's `KVCache`, with the keys and values of the source.
+
+    Attributes:
+        contexts: one `fastattn.nn.KeyValueCache` a layer, (B, S, heads, head_dim), only read.
+    """
+
+    contexts: list[KeyValueCache]

@@ -257,6 +257,39 @@ class GPTConfig:
         """How many elements of a head turn."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def resolved(self) -> GPTConfig:
+        """The same model's config with each default and each name of several said in one way."""
+        types = tuple(self.layer_type(layer) for layer in range(self.n_layer))
+        slides = "sliding_attention" in types
+        plain = dataclasses.replace(self, scale_attn_by_inverse_layer_idx=False)
+        changes: dict[str, Any] = {
+            "n_inner": self.feedforward_dim,
+            "n_kv_head": self.kv_heads,
+            "head_size": self.head_dim,
+            "activation_function": ACTIVATIONS[self.activation_function],
+            "scale_attn_weights": True,
+            "attention_scale": plain.softmax_scale(0),
+            "layer_types": types,
+            "sliding_window": self.sliding_window if slides else None,
+            "rope_scaling": None if self.rope_scaling is None else tuple(sorted(self.rope_scaling)),
+        }
+        if changes["activation_function"] == "gelu_tanh":
+            changes["activation_function"] = "gelu_new"
+        if self.positions != "rotary":
+            changes |= {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 1.0}
+        local = self.rope_local_theta
+        if (
+            self.positions != "rotary"
+            or not slides
+            or (local, None)
+            == (
+                self.rope_theta,
+                self.rope_scaling,
+            )
+        ):
+            changes["rope_local_theta"] = None
+        return dataclasses.replace(self, **changes)
+
     def layer_type(self, layer: int) -> str:
         """ "full_attention" or "sliding_attention"."""
         if self.layer_types is not None:

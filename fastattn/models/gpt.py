@@ -13,8 +13,6 @@ Shapes: B batch, T sequence length, C = n_embd, V = vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from os import PathLike
 from typing import Any
 
 import torch
@@ -24,12 +22,13 @@ from fastattn import generation, nn
 from fastattn.models import folder, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
+from fastattn.models.ids import check_ids
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 
 
-class GPT(torch.nn.Module):
+class GPT(folder.Pretrained):
     """A decoder-only transformer at any size: GPT-2's architecture, or another by its config.
 
         model = fastattn.GPT(fastattn.GPTConfig.preset("gpt2"))
@@ -45,6 +44,8 @@ class GPT(torch.nn.Module):
         config: sizes and settings.
         device, dtype: of the parameters. On device "meta" the model has shapes and no weights.
     """
+
+    config_class = GPTConfig
 
     def __init__(
         self,
@@ -110,36 +111,6 @@ class GPT(torch.nn.Module):
         """Let the head share the token embedding's weight, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPT:
-        """Convert the parameters; one that the head shares stays one where `fn` makes new ones."""
-        shared = _shared_parameters(self)
-        super()._apply(fn, recurse)
-        for first, *others in shared:
-            for name in others:
-                owner, _, leaf = name.rpartition(".")
-                self.get_submodule(owner)._parameters[leaf] = self.get_parameter(first)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Load a shared parameter once: under ``assign=True`` each name would get its own."""
-        errors = rest[-1]
-        for names in _shared_parameters(self):
-            keys = [prefix + name for name in names]
-            given = [state_dict[key] for key in keys if key in state_dict]
-            if not given:
-                continue
-            if not all(_equal(given[0], tensor) for tensor in given[1:]):
-                errors.append(
-                    f"{' and '.join(keys)} are one parameter of this model, and differ in the "
-                    "state_dict: build the model with tie_word_embeddings=False, or give the head "
-                    "a weight of its own before (lm_head.weight = torch.nn.Parameter(...))"
-                )
-            value = given[0]
-            if not isinstance(value, torch.nn.Parameter):
-                value = torch.nn.Parameter(value, self.get_parameter(names[0]).requires_grad)
-            state_dict.update(dict.fromkeys(keys, value))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def reset_parameters(self) -> None:
         """Draw new weights from torch's generator."""
@@ -262,25 +233,6 @@ class GPT(torch.nn.Module):
 
     generate = generation.generate
     resize_token_embeddings = resizing.resize_token_embeddings
-    save_pretrained = folder.save_pretrained
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | PathLike[str],
-        *,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> GPT:
-        """The model in a Hugging Face GPT-2 folder; see `fastattn.models.folder.read`."""
-        config, weights = folder.read(path, revision=revision, dtype=dtype, device=device)
-        model = cls(config, device="meta")
-        model.load_state_dict(weights, assign=True)
-        for angles in model.rotary.children():
-            assert isinstance(angles, nn.RotaryEmbedding)
-            angles.reset_parameters(model.device)
-        return model.eval()
 
 
 class Head(nn.Linear):
@@ -310,42 +262,3 @@ def _rotary_embeddings(config: GPTConfig, device: torch.device | str | None) -> 
             if kind in map(config.layer_type, range(config.n_layer))
         }
     )
-
-
-def _shared_parameters(model: torch.nn.Module) -> list[list[str]]:
-    """The names of each parameter that has more than one."""
-    names: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return [several for several in names.values() if len(several) > 1]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two entries of a state_dict are the same, as far as they have values."""
-    return a is b or a.is_meta or b.is_meta or torch.equal(a, b)
-
-
-def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise unless ``ids`` are token ids (B, T), or ``ignored``; only a CPU's values are read."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
-    if ids.is_nested:
-        raise TypeError(
-            f"{name} is a nested tensor, which GPT does not take: pad it with "
-            "torch.nested.to_padded_tensor; generate takes lists of token ids of any lengths"
-        )
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64 token ids, got {ids.dtype}")
-    if ids.dim() != 2 or ids.numel() == 0:
-        raise ValueError(
-            f"{name} must have the shape (batch, seqlen), neither of them 0, got {tuple(ids.shape)}"
-        )
-    if ids.is_cpu and modes.readable(ids):
-        values = ids if ignored is None else ids.masked_fill(ids == ignored, 0)
-        low, high = (value.item() for value in values.aminmax())
-        if low < 0 or high >= vocab_size:
-            but = "" if ignored is None else f" or {ignored}"
-            raise ValueError(
-                f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}{but}, "
-                f"got {low if low < 0 else high}"
-            )

@@ -7,6 +7,7 @@ from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.linear import Linear
 from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.relative_position_bias import RelativePositionBias
 from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
 from fastattn.nn.rotary_embedding import RotaryEmbedding
 from fastattn.nn.transformer import (
@@ -27,6 +28,7 @@ __all__ = [
     "MultiheadAttention",
     "OffsetRMSNorm",
     "RMSNorm",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "Transformer",
     "TransformerBlock",

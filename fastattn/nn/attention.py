@@ -145,13 +145,15 @@ class Attention(torch.nn.Module):
 
         Args:
             x: (batch, seqlen, embed_dim).
-            context: of cross-attention: (batch, seqlen_k, embed_dim), or the keys and values that
-                `keys_and_values` has made of it, with the lengths of those that count.
+            context: of cross-attention: (batch, seqlen_k, embed_dim), or a cache of the keys and
+                values that `keys_and_values` has made of it, with the lengths of those that count,
+                which is only read.
             causal, key_lengths, mask, bias: as `fastattn.attention`'s.
             rotary: cos and sin of the positions of x (`RotaryEmbedding`).
-            cache: keys and values of the positions before x, to which those of x are appended;
-                without a gradient, in eval mode if the module has dropout. Excludes key_lengths,
-                mask and bias.
+            cache: keys and values of the positions before x, to which those of x are appended. A
+                bias is then of the first slots of the cache, as many as it has columns, which must
+                reach all keys; not with pages. A cache, of a context too, is without a gradient, in
+                eval mode if the module has dropout, and excludes key_lengths and mask.
 
         Raises:
             ValueError: x has another shape, or arguments are missing or exclude each other.
@@ -160,14 +162,17 @@ class Attention(torch.nn.Module):
             raise ValueError(
                 f"x must have the shape (batch, seqlen, {self.embed_dim}), got {tuple(x.shape)}"
             )
+        cached = cache is not None or isinstance(context, KeyValueCache)
+        if cached and (key_lengths is not None or mask is not None):
+            raise ValueError("key_lengths and mask must be None with a cache")
         if self.cross:
             if context is None or rotary is not None or cache is not None:
                 raise ValueError("cross-attention takes a context, and neither rotary nor cache")
             q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
             if isinstance(context, KeyValueCache):
-                k, v, key_lengths = context.keys, context.values, context.lengths
-            else:
-                k, v = self.keys_and_values(context)
+                heads = self._cached(q, None, None, context, causal, bias)
+                return self.out_proj(heads.flatten(-2))
+            k, v = self.keys_and_values(context)
         else:
             if context is not None:
                 raise ValueError(
@@ -176,7 +181,7 @@ class Attention(torch.nn.Module):
             q, k, v = self._split(self.in_proj(x))
             q, k = self._placed(q, k, rotary)
         if cache is not None:
-            heads = self._cached(q, k, v, cache, causal, (key_lengths, mask, bias))
+            heads = self._cached(q, k, v, cache, causal, bias)
         else:
             heads = attention(
                 q,
@@ -210,40 +215,43 @@ class Attention(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """q and k after their norms and the rotation; one op for both where a norm is a head's."""
         q_norm, k_norm = self.q_norm, self.k_norm
-        if q_norm is None or k_norm is None:
-            return (q, k) if rotary is None else rotate(q, k, *rotary)
-        if self.qk_norm == "all":
-            q, k = q_norm(q.flatten(-2)).view_as(q), k_norm(k.flatten(-2)).view_as(k)
-            return (q, k) if rotary is None else rotate(q, k, *rotary)
+        weights: dict[str, Any] = {}
+        if q_norm is not None and k_norm is not None:
+            if self.qk_norm == "all":
+                q, k = q_norm(q.flatten(-2)).view_as(q), k_norm(k.flatten(-2)).view_as(k)
+            elif rotary is None:
+                q, k = q_norm(q), k_norm(k)
+            else:
+                offset = 1.0 if isinstance(q_norm, OffsetRMSNorm) else 0.0
+                weights = {
+                    "q_weight": q_norm.weight,
+                    "k_weight": k_norm.weight,
+                    "eps": self.norm_eps,
+                    "weight_offset": offset,
+                }
         if rotary is None:
-            return q_norm(q), k_norm(k)
-        offset = 1.0 if isinstance(q_norm, OffsetRMSNorm) else 0.0
-        return rotate(
-            q,
-            k,
-            *rotary,
-            q_weight=q_norm.weight,
-            k_weight=k_norm.weight,
-            eps=self.norm_eps,
-            weight_offset=offset,
-        )
+            return q, k
+        # cos has an angle for each pair: where it is narrow, the op could not tell
+        return rotate(q, k, *rotary, rotary_dim=2 * rotary[0].shape[-1], **weights)
 
     def _cached(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         cache: KeyValueCache,
         causal: bool,
-        excluded: tuple[Tensor | None, ...],
+        bias: Tensor | None,
     ) -> Tensor:
-        if any(tensor is not None for tensor in excluded):
-            raise ValueError("key_lengths, mask and bias must be None with a cache")
         if self.training and self.dropout:
             raise ValueError(
                 f"a cache is for inference, and this module has dropout={self.dropout} in training "
                 "mode: call eval() first"
             )
+        if bias is not None:
+            if k is None or v is None or cache.block_table is not None or self.window is not None:
+                raise ValueError("a bias with a cache takes no pages, window or context")
+            return self._cached_with_bias(q, k, v, cache, causal, bias)
         return attention_with_kv_cache(
             q,
             cache.keys,
@@ -256,6 +264,30 @@ class Attention(torch.nn.Module):
             window=self.window,
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
+        )
+
+    def _cached_with_bias(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, causal: bool, bias: Tensor
+    ) -> Tensor:
+        """The same as plain operations, for the op on a cache has no bias."""
+        batch, seqlen = q.shape[:2]
+        places = cache.lengths.unsqueeze(1) + torch.arange(seqlen, device=q.device)
+        rows = torch.arange(batch, device=q.device).unsqueeze(1)
+        cache.keys[rows, places] = k
+        cache.values[rows, places] = v
+        slots = bias.shape[-1]
+        mask = None
+        if causal and seqlen > 1:  # a single query sees all keys that there are
+            mask = torch.arange(slots, device=q.device) <= places[:, None, :, None]
+        return attention(
+            q,
+            cache.keys[:, :slots],
+            cache.values[:, :slots],
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
+            key_lengths=cache.lengths + seqlen,
+            mask=mask,
+            bias=bias,
         )
 
     def extra_repr(self) -> str:

@@ -28,6 +28,8 @@ class FeedForward(torch.nn.Module):
         dropout(linear2(activation(linear1(x))))
         dropout(linear2(activation(gate(x)) * linear1(x)))      gated: SwiGLU with "silu"
 
+    With ``activation_dropout`` what linear2 reads is dropped first, which makes it two ops.
+
     ``linear1``, ``linear2`` and ``gate`` are `torch.nn.Linear`, initialised as such, and so
     ``state_dict`` has their weights and biases: ``linear1.weight``, ``gate.weight`` (both
     feedforward_dim x embed_dim), ``linear2.weight`` (embed_dim x feedforward_dim). In a Llama they
@@ -44,6 +46,7 @@ class FeedForward(torch.nn.Module):
         activation: "gelu_tanh", "gelu" (by erf), "relu" or "silu".
         bias: whether the linear layers have one.
         dropout: probability with which an element of the output is dropped in training.
+        activation_dropout: the same for the hidden layer.
         gated: whether there is a third linear layer, ``gate``, whose activated result multiplies
             that of ``linear1``. At the same number of weights feedforward_dim is 2/3 as large.
         recompute: keep only the input for backward and compute the hidden layer again, where False
@@ -62,6 +65,7 @@ class FeedForward(torch.nn.Module):
         *,
         bias: bool = True,
         dropout: float = 0.0,
+        activation_dropout: float = 0.0,
         gated: bool = False,
         recompute: bool = False,
         device: Any = None,
@@ -72,6 +76,7 @@ class FeedForward(torch.nn.Module):
         feedforward_dim = 4 * embed_dim if feedforward_dim is None else feedforward_dim
         check_positive("feedforward_dim", feedforward_dim)
         check_probability("dropout", dropout)
+        self.activation_dropout = check_probability("activation_dropout", activation_dropout)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             names = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation must be one of {names}, got {activation!r}")
@@ -91,7 +96,9 @@ class FeedForward(torch.nn.Module):
         layers = (
             (self.linear1, self.linear2) if gate is None else (self.linear1, self.linear2, gate)
         )
-        if all(is_plain(layer, torch.nn.Linear) for layer in layers) and not x.is_nested:
+        dropped = self.training and self.activation_dropout > 0
+        plain = all(is_plain(layer, torch.nn.Linear) for layer in layers)
+        if plain and not x.is_nested and not dropped:
             out = ffn(
                 x,
                 self.linear1.weight,
@@ -107,7 +114,7 @@ class FeedForward(torch.nn.Module):
         else:
             activation, hidden = ACTIVATIONS[self.activation], self.linear1(x)
             hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
-            out = self.linear2(hidden)
+            out = self.linear2(F.dropout(hidden, self.activation_dropout, self.training))
         return self.dropout(out)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.nn.normalized_shape import check_shapes, fold, unfold
+from fastattn.ops.common import modes
 from fastattn.ops.layer_norm import rms_norm
 from fastattn.ops.layer_norm.problem import check_dropout
 
@@ -65,13 +66,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class OffsetRMSNorm(RMSNorm):
-    """`RMSNorm` that multiplies by 1 + weight, as Gemma has it; the sum is float32.
+    """`RMSNorm` that multiplies by 1 + weight, as Gemma has it; the sum is at least float32.
 
     New weights are zero.
     """
 
     def _factor(self) -> Tensor | None:
-        return None if self.weight is None else self.weight.float() + 1
+        weight: Tensor | None = self.weight
+        return None if weight is None else weight.to(modes.at_least_float32(weight.dtype)) + 1
 
     def reset_parameters(self) -> None:
         """Set the weights to zero."""

@@ -49,6 +49,7 @@ class TransformerBlock(torch.nn.Module):
         feedforward_dim: size of the hidden layer of the feed-forward; default ``4 * embed_dim``.
         dropout: probability with which an element of a branch is dropped in training.
         attention_dropout: the same for the attention weights; default ``dropout``.
+        activation_dropout: the same for the hidden layer of the feed-forward.
         activation, gated: of the feed-forward (`FeedForward`).
         norm: "layer_norm", "rms_norm", or "offset_rms_norm", which multiplies by 1 + weight.
         norm_eps: eps of all norms.
@@ -74,6 +75,7 @@ class TransformerBlock(torch.nn.Module):
         head_dim: int | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
+        activation_dropout: float = 0.0,
         activation: str = "gelu_tanh",
         gated: bool = False,
         norm: str = "layer_norm",
@@ -151,6 +153,7 @@ class TransformerBlock(torch.nn.Module):
             activation,
             bias=bias if feedforward_bias is None else feedforward_bias,
             dropout=dropout,
+            activation_dropout=activation_dropout,
             gated=gated,
             recompute=recompute,
             **where,

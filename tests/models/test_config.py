@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fastattn import GPT, GPTConfig
-from fastattn.models.folder.layout import FIELDS
+from fastattn.models.families.gpt2 import FIELDS
 
 
 @pytest.mark.parametrize(

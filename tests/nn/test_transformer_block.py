@@ -1,4 +1,4 @@
-"""TransformerBlock against torch's pre-norm encoder layer, alone and stacked."""
+"""TransformerBlock against torch's pre-norm encoder layer and the plain formulas."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from nn import formulas
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.nn import Attention, FeedForward, KeyValueCache, LayerNorm, TransformerBlock
+from fastattn.nn.transformer_block import PLACEMENTS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 EMBED, HEADS, HIDDEN, LENGTH = 16, 4, 24, 6
@@ -345,3 +347,67 @@ def test_input_of_another_size() -> None:
         _block()(torch.randn(2, LENGTH, EMBED + 1))
     with pytest.raises(ValueError, match="residual"):
         _block()(torch.randn(2, LENGTH, EMBED), torch.randn(1, LENGTH, EMBED))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["layer_norm", "offset_rms_norm"])
+@pytest.mark.parametrize("crosses", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_norm_placements_and_cross_attention(
+    placement: str,
+    crosses: bool,
+    norm: str,
+    dtype: torch.dtype,
+    assert_module_close: Callable[..., None],
+) -> None:
+    block = _block(
+        norm_placement=placement, cross_attention=crosses, norm=norm, causal=True, dtype=dtype
+    )
+    context = torch.randn(2, 4, EMBED, dtype=dtype)
+
+    def call(block: TransformerBlock, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        branch, residual = block(x, context=context if crosses else None)
+        assert (residual is None) == (placement == "post")
+        total = branch if residual is None else branch + residual
+        return total if crosses else total + 0 * context.sum()
+
+    assert_module_close(
+        block,
+        block,
+        torch.randn(2, LENGTH, EMBED, dtype=dtype),
+        context,
+        call=call,
+        call_theirs=lambda b, x, context: formulas.block(b, x, context) + 0 * context.sum(),
+    )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_placements_over_two_layers(placement: str) -> None:
+    first, second = (_block(norm_placement=placement) for _ in range(2))
+    x = torch.randn(2, LENGTH, EMBED)
+    branch, residual = second(*first(x))
+    stream = branch if residual is None else branch + residual
+    expected = formulas.block(second, formulas.block(first, x))
+    torch.testing.assert_close(stream, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_post_norm_drops_both_branches() -> None:
+    block = _block(norm_placement="post", dropout=1 - 1e-7).train()
+    x = torch.randn(2, LENGTH, EMBED)
+    expected = formulas.normalised(block.norm2, formulas.normalised(block.norm1, x))
+    torch.testing.assert_close(block(x)[0], expected)
+
+
+def test_the_context_lengths_and_mask_reach_the_cross_attention() -> None:
+    block = _block(cross_attention=True)
+    x, context = torch.randn(2, LENGTH, EMBED), torch.randn(2, 5, EMBED)
+    lengths = torch.tensor([5, 2])
+    seen = (torch.arange(5) < lengths[:, None])[:, None, None]
+
+    def run(**hides: torch.Tensor) -> torch.Tensor:
+        branch, residual = block(x, context=context, **hides)
+        return branch + residual
+
+    alone = block(x[1:], context=context[1:, :2])
+    for hidden in (run(context_lengths=lengths), run(context_mask=seen)):
+        torch.testing.assert_close(hidden[1:], alone[0] + alone[1])

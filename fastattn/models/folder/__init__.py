@@ -1,8 +1,8 @@
-"""Reading and writing a GPT as a Hugging Face folder: config.json and safetensors."""
+"""Reading and writing a model as a Hugging Face folder: config.json and safetensors."""
 
 from __future__ import annotations
 
-from fastattn.models.folder.reading import read, read_config
-from fastattn.models.folder.writing import save_pretrained
+from fastattn.models.folder.pretrained import Pretrained
+from fastattn.models.folder.reading import read_config
 
-__all__ = ["read", "read_config", "save_pretrained"]
+__all__ = ["Pretrained", "read_config"]

@@ -1,74 +1,125 @@
-"""Where a GPT's parameters are in a Hugging Face folder.
+"""Where a model's parameters are in a Hugging Face folder, by the table of names of its family.
 
 A folder holds either ``model.safetensors`` or ``model.safetensors.index.json``, which says in which
-of several files each tensor is. GPT-2's own names and layout are kept there, so that transformers
-reads what is written here:
-
-    here                                        in the folder
-    wte.weight, wpe.weight                      transformer.wte.weight, transformer.wpe.weight
-    blocks.0.norm1.*                            transformer.h.0.ln_1.*
-    blocks.0.attention.in_proj.*                 transformer.h.0.attn.c_attn.weight ^T, .bias
-    blocks.0.attention.out_proj.*               transformer.h.0.attn.c_proj.* (weight ^T)
-    blocks.0.norm2.*                            transformer.h.0.ln_2.*
-    blocks.0.feed_forward.linear1, linear2.*    transformer.h.0.mlp.c_fc, c_proj.* (weight ^T)
-    norm_f.*                                    transformer.ln_f.*
-    lm_head.weight                              lm_head.weight, unless tied
+of several files each tensor is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator, Mapping
 
-from fastattn.models.config import GPTConfig
+import torch
+
+from fastattn.models.families import Family, Transposed
+from fastattn.nn import Attention
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# The fields of `GPTConfig` that GPT-2's config.json has.
-FIELDS = (
-    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
-    "embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings",
-)  # fmt: skip
-
-PREFIX = "transformer."
-HEAD = "lm_head.weight"
-
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """How one parameter lies in a folder: its name there, its shape there, transposed or not."""
+    """How parameters lie in a folder: the rows of ``ours``, in order, are those of ``names``.
 
-    name: str
-    shape: tuple[int, ...]
+    One of the two is a single tensor. ``rows`` are how many each of the several has. The names are
+    full ones; ``shapes`` are those in the folder.
+    """
+
+    ours: tuple[str, ...]
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     transposed: bool = False
 
 
-def layout(config: GPTConfig) -> dict[str, Stored]:
-    """The parameters of a `GPT`, by name, as they are stored; a tied head is not."""
-    width, inner = config.n_embd, config.feedforward_dim
-    stored = {
-        "wte.weight": Stored("wte.weight", (config.vocab_size, width)),
-        "wpe.weight": Stored("wpe.weight", (config.n_positions, width)),
+def layout(model: torch.nn.Module, family: Family) -> list[Stored]:
+    """All tensors of a model's ``state_dict`` as the family stores them; a shared one once.
+
+    The model may be on the meta device. Raises ValueError for tensors that have no place in the
+    family's table.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+    entries: list[Stored] = []
+    strangers = dict.fromkeys(shapes)
+    for name in shapes:
+        if name in strangers and (found := _entry(family, name)) is not None:
+            ours, theirs, transposed = found
+            if all(one in shapes for one in ours):
+                entries.append(_stored(model, ours, theirs, shapes, transposed))
+                for one in ours:
+                    del strangers[one]
+    if strangers:
+        raise ValueError(f"a folder of {family.title} has no place for {', '.join(strangers)}")
+    return entries
+
+
+def stored_name(family: Family, name: str) -> str | None:
+    """The name in the folder of one tensor of ours that is stored as one; else None."""
+    found = _entry(family, name)
+    return None if found is None or len(found[0]) + len(found[1]) > 2 else found[1][0]
+
+
+def _entry(family: Family, name: str) -> tuple[tuple[str, ...], tuple[str, ...], bool] | None:
+    """The entry of the table that the tensor ``name`` of ours is in, with its layer and its leaf:
+    our names, theirs, and whether the weight is stored transposed.
+    """
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    module, _, leaf = pattern.rpartition(".")
+    for ours, theirs in family.entries:
+        for whole, suffix in ((pattern, ""), (module, f".{leaf}")):
+            if whole in ours:
+                layer = numbers[0] if numbers else "*"
+                first, second = (
+                    tuple(name.replace("*", layer) + suffix for name in names)
+                    for names in (ours, theirs)
+                )
+                return first, second, isinstance(theirs[0], Transposed)
+    return None
+
+
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name; one with several names by the first."""
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    return {
+        name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name
     }
-    for layer in range(config.n_layer):
-        ours, theirs = f"blocks.{layer}", f"h.{layer}"
-        for norm, ln in (("norm1", "ln_1"), ("norm2", "ln_2")):
-            for part in ("weight", "bias"):
-                stored[f"{ours}.{norm}.{part}"] = Stored(f"{theirs}.{ln}.{part}", (width,))
-        for linear, conv1d, shape in (
-            ("attention.in_proj.", "attn.c_attn.", (width, 3 * width)),
-            ("attention.out_proj.", "attn.c_proj.", (width, width)),
-            ("feed_forward.linear1.", "mlp.c_fc.", (width, inner)),
-            ("feed_forward.linear2.", "mlp.c_proj.", (inner, width)),
-        ):
-            stored[f"{ours}.{linear}weight"] = Stored(f"{theirs}.{conv1d}weight", shape, True)
-            stored[f"{ours}.{linear}bias"] = Stored(f"{theirs}.{conv1d}bias", shape[1:])
-    for part in ("weight", "bias"):
-        stored[f"norm_f.{part}"] = Stored(f"ln_f.{part}", (width,))
-    if not config.tie_word_embeddings:
-        stored[HEAD] = Stored(HEAD, (config.vocab_size, width))
-    return stored
+
+
+def _stored(
+    model: torch.nn.Module,
+    ours: tuple[str, ...],
+    theirs: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    transposed: bool,
+) -> Stored:
+    shape = shapes[ours[0]]
+    if len(theirs) > 1:
+        rows = _projections(model, ours[0])
+        return Stored(ours, theirs, rows, tuple((n, *shape[1:]) for n in rows))
+    rows = tuple(shapes[name][0] for name in ours)
+    whole = (sum(rows), *shape[1:])
+    transposed = transposed and len(shape) == 2
+    return Stored(ours, theirs, rows, (whole[::-1] if transposed else whole,), transposed)
+
+
+def _projections(model: torch.nn.Module, name: str) -> tuple[int, ...]:
+    """How many rows of an attention's packed projection are those of q, k and v."""
+    owner, projection, _ = name.rsplit(".", 2)
+    attention = model.get_submodule(owner)
+    assert isinstance(attention, Attention)
+    q, kv = (n * attention.head_dim for n in (attention.num_heads, attention.num_kv_heads))
+    return (q, kv, kv) if projection == "in_proj" else (kv, kv)
+
+
+def shared_names(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """(other name, first name) of each tensor of the ``state_dict`` that has several."""
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if first.setdefault(id(tensor), name) != name:
+            yield name, first[id(tensor)]

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face GPT-2 folder.
+"""Reading a Hugging Face folder of any family that is known.
 
 Nothing is made before all is checked, from the names and shapes in the files' headers.
 """
@@ -21,30 +21,26 @@ import torch
 from torch import Tensor
 
 from fastattn.files import local_path
-from fastattn.models.config import GPTConfig
+from fastattn.models.families import Family, family_of
 from fastattn.models.folder.layout import (
     CONFIG,
-    FIELDS,
     GENERATION,
-    HEAD,
     INDEX,
-    PREFIX,
     WEIGHTS,
     Stored,
     layout,
+    shared_names,
+    stored_name,
 )
 
 # All that is downloaded: pickle files may hold code, and are not even fetched.
 DOWNLOADED = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# Causal masks that older versions of transformers saved as buffers.
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+# Frequencies of rotary embeddings, which older versions of transformers saved as buffers.
+FREQUENCIES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
-# Defaults of GPT2Config where a file is silent, which GPTConfig does not share.
-SILENT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
-
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 DTYPES = {
     "F16": torch.float16,
@@ -55,88 +51,129 @@ DTYPES = {
 
 
 def read(
+    cls: Any,
     path: str | PathLike[str],
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the weights, by the names of `GPT`'s parameters, in a folder or on the Hub.
+) -> tuple[Family, Any, dict[str, Tensor]]:
+    """The family, the config and the ``state_dict`` of a model of class ``cls``.
 
-    Args:
-        path: a folder with config.json and safetensors, or the name of a repository on the Hugging
-            Face Hub ("gpt2", "user/name"), of which only those files are downloaded, once.
-        revision: branch, tag or commit on the Hub.
-        dtype: of the weights; None keeps the one that they are stored in.
-        device: of the weights; None is torch's default.
-
-    Raises:
-        FileNotFoundError: no such folder or repository, or no config or weights in it.
-        ValueError: what is there is not a GPT-2: a config of another model, weights missing,
-            unexpected or of another shape (all are listed), a damaged file (named), pickled weights
-            (with the way to convert them).
-        ImportError: safetensors, or for a download huggingface_hub, is not installed.
+    Arguments and errors are those of `Pretrained.from_pretrained`.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(
             f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}"
         )
-    where = _folder(path, revision)
-    config = read_config(where / CONFIG)
-    files = _weight_files(where)
+    folder = local_folder(path, revision)
+    family, config = read_config(folder / CONFIG)
+    if not issubclass(cls.config_class, family.config_class):
+        raise ValueError(
+            f"{folder}: {family.title} is no {cls.__name__}: fastattn.models.load reads it"
+        )
+    files = _weight_files(folder)
     with contextlib.ExitStack() as stack:
-        sources = _sources(where, files, stack)
-        _check_layers(where, config, sources)
-        stored = layout(config)
-        _check_tensors(where, config, stored, sources)
-        if dtype is None:
-            dtype = _one_dtype(where, [sources[s.name] for s in stored.values()])
-        weights = {}
-        for name, how in stored.items():
-            tensor = sources[how.name].tensor()
-            tensor = tensor.t() if how.transposed else tensor
-            # A copy in any case: the file may be mapped into memory, and may be replaced.
-            weights[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-        if config.tie_word_embeddings:
-            if HEAD in sources and not torch.equal(
-                sources[HEAD].tensor(), sources["wte.weight"].tensor()
-            ):
-                raise ValueError(
-                    f"{where}: lm_head.weight differs from wte.weight, although config.json ties "
-                    'them; to keep both set "tie_word_embeddings": false there'
-                )
-            weights[HEAD] = weights["wte.weight"]
-    return config, weights
+        sources = _sources(folder, family, files, stack)
+        config = _with_head(family, config, sources)
+        family = family.of(config)
+        _check_layers(folder, family, config, sources)
+        weights = _weights(folder, family, cls(config, device="meta"), sources, dtype, device)
+    return family, config, weights
 
 
-def read_config(path: Path) -> GPTConfig:
-    """The `GPTConfig` in a config.json of GPT-2; ValueError, naming the file, for any other.
+def read_config(path: Path) -> tuple[Family, Any]:
+    """The family and our config of a config.json; ValueError, naming the file, for any other.
 
     The special tokens are those of a generation_config.json beside it, if there is one, even where
     it does not name them: by them transformers generates.
     """
-    data = _read_json(path)
-    model_type = data.get("model_type")
-    if model_type != "gpt2":
-        raise ValueError(f'{path}: "model_type" must be "gpt2", got {model_type!r}')
-    if data.get("add_cross_attention"):
-        raise ValueError(f'{path}: "add_cross_attention" is on, which GPT does not have')
+    data = read_json(path)
     try:
-        config = GPTConfig(**{**SILENT, **{k: v for k, v in data.items() if k in FIELDS}})
+        family = family_of(data.get("model_type"))
+        config = family.read_config(data)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     beside = path.with_name(GENERATION)
-    if not beside.exists():
-        return config
-    data = _read_json(beside)
-    tokens: dict[str, Any] = {name: data.get(name) for name in SPECIAL_TOKENS}
+    if not beside.exists() or "eos_token_id" not in family.fields:
+        return family, config
+    data = read_json(beside)
+    tokens: dict[str, Any] = {
+        name: data.get(name) for name in SPECIAL_TOKENS if name in family.fields
+    }
     try:
-        return dataclasses.replace(config, **tokens)
+        return family, dataclasses.replace(config, **tokens)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{beside}: {error}") from error
 
 
-def _folder(path: str | PathLike[str], revision: str | None) -> Path:
+def _weights(
+    folder: Path,
+    family: Family,
+    model: torch.nn.Module,
+    sources: dict[str, _Source],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> dict[str, Tensor]:
+    """The ``state_dict`` of ``model``, read; a tensor of several names is one."""
+    entries = layout(model, family)
+    same = _same_tensors(model, family, entries)
+    _check_tensors(folder, family, entries, same, sources)
+    names = [family.short(name) for entry in entries for name in entry.names]
+    needed = [sources[name] for name in names if name in sources]
+    dtype = _one_dtype(folder, needed) if dtype is None else dtype
+    weights: dict[str, Tensor] = {}
+    for entry in entries:
+        weights |= _read(entry, family, sources, dtype, device)
+    for other, first in same.items():
+        if other in sources and not torch.equal(sources[other].tensor(), sources[first].tensor()):
+            raise ValueError(
+                f"{folder}: {other} differs from {first}, although config.json ties them; to keep "
+                'both set "tie_word_embeddings": false there'
+            )
+    for other, first in shared_names(model):
+        weights[other] = weights[first]
+    return weights
+
+
+def _read(
+    entry: Stored,
+    family: Family,
+    sources: dict[str, _Source],
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> dict[str, Tensor]:
+    """Our tensors of an entry, each a copy: a file may be mapped into memory, and be replaced."""
+    parts = [
+        sources[name].tensor() if name in sources else torch.zeros(shape)
+        for name, shape in zip(map(family.short, entry.names), entry.shapes, strict=True)
+    ]
+    if entry.transposed:
+        parts = [part.t() for part in parts]
+    if len(entry.ours) > 1:
+        return {
+            name: torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+            for name, part in zip(entry.ours, parts[0].split(entry.rows), strict=True)
+        }
+    rows = sum(len(part) for part in parts)
+    whole = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
+    for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+        place.copy_(part)
+    return {entry.ours[0]: whole}
+
+
+def _same_tensors(model: torch.nn.Module, family: Family, entries: list[Stored]) -> dict[str, str]:
+    """Stored names, without the prefix, that may be there for a tensor of another name."""
+    stored = {entry.ours[0]: entry.names[0] for entry in entries}
+    same = {
+        family.short(other): family.short(stored[first])
+        for ours, first in shared_names(model)
+        if (other := stored_name(family, ours)) is not None
+    }
+    return same | {family.short(a): family.short(b) for a, b in family.aliases.items()}
+
+
+def local_folder(path: str | PathLike[str], revision: str | None) -> Path:
     """The local folder of ``path``, downloaded if it is the name of a repository."""
     if not isinstance(path, (str, PathLike)):
         raise TypeError(
@@ -170,7 +207,7 @@ def _folder(path: str | PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -192,14 +229,14 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             raise ValueError(
                 f"{folder}: the weights are pickled ({', '.join(pickles)}), which can run any code "
                 "when read, and are refused. Convert them where you trust them: "
-                f"transformers.GPT2LMHeadModel.from_pretrained({str(folder)!r})"
+                f"transformers.AutoModel.from_pretrained({str(folder)!r})"
                 ".save_pretrained(new_folder)"
             )
         raise FileNotFoundError(
             errno.ENOENT, f"the folder has neither {WEIGHTS} nor {INDEX}", str(folder)
         )
     index = folder / INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f'{index}: "weight_map" must say for each tensor in which file it is')
     files: dict[str, set[str] | None] = {}
@@ -229,9 +266,12 @@ class _Source:
 
 
 def _sources(
-    folder: Path, files: dict[str, set[str] | None], stack: contextlib.ExitStack
+    folder: Path,
+    family: Family,
+    files: dict[str, set[str] | None],
+    stack: contextlib.ExitStack,
 ) -> dict[str, _Source]:
-    """All tensors of the files, by GPT-2's names without "transformer."; masks are left out."""
+    """All tensors of the files by their names without the family's prefix; no masks."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -254,11 +294,15 @@ def _sources(
                 f"{', '.join(sorted(promised - names))}"
             )
         for name in names if promised is None else promised:
-            short = name.removeprefix(PREFIX)
-            if MASKS.fullmatch(short):
+            short = family.short(name)
+            if FREQUENCIES.fullmatch(short) or (
+                family.ignored is not None and family.ignored.fullmatch(short)
+            ):
                 continue
             if short in sources:
-                raise ValueError(f"{path}: {short!r} is there twice, with and without {PREFIX!r}")
+                raise ValueError(
+                    f"{path}: {short!r} is there twice, with and without {family.prefix!r}"
+                )
             sources[short] = _Source(
                 path,
                 tuple(slices[name].get_shape()),
@@ -268,27 +312,49 @@ def _sources(
     return sources
 
 
-def _check_layers(folder: Path, config: GPTConfig, sources: dict[str, _Source]) -> None:
+def _with_head(family: Family, config: Any, sources: dict[str, _Source]) -> Any:
+    """The config as the files say it where they decide whether the head is tied."""
+    if family.own_head is None:
+        return config
+    head, embedding = map(sources.get, family.own_head)
+    tied = head is None or (
+        config.tie_word_embeddings
+        and embedding is not None
+        and torch.equal(head.tensor(), embedding.tensor())
+    )
+    return dataclasses.replace(config, tie_word_embeddings=tied)
+
+
+def _check_layers(folder: Path, family: Family, config: Any, sources: dict[str, _Source]) -> None:
     """Raise unless config and weights agree on the layers, before so many are laid out."""
-    layers = {match[1] for name in sources if (match := re.match(r"h\.(\d+)\.", name))}
-    if config.n_layer != len(layers):
-        raise ValueError(
-            f'{folder}: "n_layer" of config.json is {config.n_layer}, but the weights have '
-            f"{len(layers)} layers"
-        )
+    for beginning, key in family.depths.items():
+        pattern = re.compile(re.escape(beginning) + r"(\d+)\.")
+        layers = {match[1] for name in sources if (match := pattern.match(name))}
+        field = family.fields[key]
+        count = getattr(config, field if isinstance(field, str) else field[0])
+        if count != len(layers):
+            raise ValueError(
+                f'{folder}: "{key}" of config.json is {count}, but the weights have {len(layers)} '
+                "layers"
+            )
 
 
 def _check_tensors(
     folder: Path,
-    config: GPTConfig,
-    stored: dict[str, Stored],
+    family: Family,
+    entries: list[Stored],
+    same: dict[str, str],
     sources: dict[str, _Source],
 ) -> None:
     """Raise one error that lists every tensor that is missing, unexpected or of another shape."""
-    expected = {how.name: how.shape for how in stored.values()}
-    if config.tie_word_embeddings and HEAD in sources:
-        expected[HEAD] = (config.vocab_size, config.n_embd)
-    wrong = [f"{name} is missing" for name in expected if name not in sources]
+    expected = {
+        family.short(name): shape
+        for entry in entries
+        for name, shape in zip(entry.names, entry.shapes, strict=True)
+    }
+    expected |= {other: expected[first] for other, first in same.items() if other in sources}
+    needed = expected.keys() - family.zeros
+    wrong = [f"{name} is missing" for name in expected if name in needed and name not in sources]
     wrong += [f"{name} is unexpected" for name in sorted(sources) if name not in expected]
     for name, shape in expected.items():
         if name in sources:
@@ -299,8 +365,8 @@ def _check_tensors(
                 wrong.append(f"{name} must be one of {', '.join(DTYPES)}, got {source.dtype}")
     if wrong:
         raise ValueError(
-            f"{folder}: the weights are not those of the GPT-2 that config.json describes:\n  "
-            + "\n  ".join(wrong)
+            f"{folder}: the weights are not those of the {family.title} that config.json "
+            "describes:\n  " + "\n  ".join(wrong)
         )
 
 

@@ -1,4 +1,4 @@
-"""The weights that a GPT computes with now, whatever its parts have become.
+"""The weights that a model computes with now, whatever its parts have become.
 
 A user may have wrapped parts of it (torch.compile, DDP, FSDP, checkpointing), sharded or
 parametrised its parameters, pruned them, or given the head a weight of its own.
@@ -7,71 +7,88 @@ parametrised its parameters, pruned them, or given the head a weight of its own.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.models.folder.layout import HEAD, layout
+from fastattn.models.families import Family
+from fastattn.models.folder.layout import Stored, layout, shared_names, tensors
 from fastattn.nn.plain import refresh
-
-if TYPE_CHECKING:
-    from fastattn.models.gpt import GPT
 
 # The one child of torch's wrappers: torch.compile, DDP and DataParallel, FSDP1, checkpointing.
 WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @torch.no_grad()
-def weights_of(model: GPT) -> tuple[dict[str, Tensor], bool, bool]:
-    """The weights by their stored names, whether head and embedding are one, whether any is a part.
+def weights_of(model: Any, family: Family) -> tuple[dict[str, Tensor], bool, bool]:
+    """The weights by their stored names, whether those that config.tie_word_embeddings ties are
+    one, whether any is a part.
 
     Weights of which the processes hold parts (DTensors) are gathered; the first process has them,
     on the CPU, and the others an empty dict.
 
-    Raises ValueError for a part that is no part of a GPT-2, and for parameters that have no place
-    in a folder.
+    Raises ValueError for a part that the family does not have, and for parameters that have no
+    place in a folder.
     """
-    untied = dataclasses.replace(model.config, tie_word_embeddings=False)
-    places = {name: _Place(model, name) for name in layout(untied)}
+    apart, joined = (
+        type(model)(dataclasses.replace(model.config, tie_word_embeddings=tied), device="meta")
+        for tied in (False, True)
+    )
+    places = {name: _Place(model, name) for name in tensors(apart)}
     known = {id(p) for place in places.values() for p in place.parameters()}
     strangers = [name for name, p in model.named_parameters() if id(p) not in known]
     if strangers:
         raise ValueError(
-            f"a GPT-2 folder has no place for the parameters {', '.join(strangers)}: merge "
-            "adapters into the weights before saving, save parts of FSDP1 inside "
+            f"a folder of {family.title} has no place for the parameters {', '.join(strangers)}: "
+            "merge adapters into the weights before saving, save parts of FSDP1 inside "
             "FullyShardedDataParallel.summon_full_params(model), or save model.state_dict()"
         )
     values = {name: place.value() for name, place in places.items()}
     sharded = any(hasattr(value, "full_tensor") for value in values.values())
     first = not sharded or torch.distributed.get_rank() == 0
-    head, embedding = values[HEAD], values["wte.weight"]
-    one = head is embedding
+    # The names that config.tie_word_embeddings makes one: (head, embedding).
+    pairs = [(other, name) for other, name in shared_names(joined) if other in values]
+    one = bool(pairs) and all(values[other] is values[name] for other, name in pairs)
     if one:
-        del values[HEAD]
-    weights = {}
-    for name, how in layout(untied).items():
-        if name not in values:
-            continue
-        value = _whole(values[name])
+        for other, _ in pairs:
+            del values[other]
+    shapes = {name: tensor.shape for name, tensor in tensors(apart).items()}
+    whole: dict[str, Tensor] = {}
+    for name, value in values.items():
+        value = _whole(value)
         if not first:
             continue
-        shape = how.shape[::-1] if how.transposed else how.shape
-        if value.shape != shape:
+        if value.shape != shapes[name]:
             raise ValueError(
-                f"{name} must have the shape {tuple(shape)} by the model's config, got "
+                f"{name} must have the shape {tuple(shapes[name])} by the model's config, got "
                 f"{tuple(value.shape)}: a part was replaced, or FSDP1 holds a piece of it (save "
                 "inside FullyShardedDataParallel.summon_full_params(model))"
             )
-        weights[how.name] = (value.t() if how.transposed else value).contiguous()
+        whole[name] = value
     tied = one or (
         first
         and model.config.tie_word_embeddings
-        and torch.equal(weights[HEAD], weights["wte.weight"])
+        and all(torch.equal(whole[other], whole[name]) for other, name in pairs)
     )
-    if tied:
-        weights.pop(HEAD, None)
-    return weights, tied, sharded
+    if not first:
+        return {}, tied, sharded
+    stored: dict[str, Tensor] = {}
+    for entry in layout(joined if tied else apart, family):
+        stored |= _stored(entry, [whole[name] for name in entry.ours])
+    return stored, tied, sharded
+
+
+def _stored(entry: Stored, ours: list[Tensor]) -> dict[str, Tensor]:
+    """The tensors of an entry as they lie in a folder."""
+    if len(entry.names) > 1:
+        parts = ours[0].split(entry.rows)
+    else:
+        parts = (ours[0] if len(ours) == 1 else torch.cat(ours),)
+    return {
+        name: (part.t() if entry.transposed else part).contiguous()
+        for name, part in zip(entry.names, parts, strict=True)
+    }
 
 
 class _Place:

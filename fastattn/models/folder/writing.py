@@ -1,4 +1,4 @@
-"""Writing a Hugging Face GPT-2 folder."""
+"""Writing a Hugging Face folder of the family that a model is of."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import json
 import re
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.files import folder_written_beside, local_path
-from fastattn.models.config import GPTConfig
-from fastattn.models.folder.layout import CONFIG, FIELDS, GENERATION, HEAD, INDEX, PREFIX, WEIGHTS
+from fastattn.models.families import family_of, family_that_fits
+from fastattn.models.folder.layout import CONFIG, GENERATION, INDEX, WEIGHTS
 from fastattn.models.folder.reading import SPECIAL_TOKENS
 from fastattn.models.folder.weights import weights_of
 from fastattn.nn.checks import check_integer
 from fastattn.nn.mode import in_mode
-
-if TYPE_CHECKING:
-    from fastattn.models.gpt import GPT
 
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def save_pretrained(
-    model: GPT, folder: str | PathLike[str], *, max_shard_size: int = 5 * 10**9
+    model: Any, folder: str | PathLike[str], *, max_shard_size: int = 5 * 10**9
 ) -> None:
-    """Write a Hugging Face GPT-2 folder, which transformers loads bit for bit.
+    """Write a Hugging Face folder, which transformers loads bit for bit.
 
         model.save_pretrained("folder")
-        transformers.GPT2LMHeadModel.from_pretrained("folder")
+        transformers.AutoModelForCausalLM.from_pretrained("folder")
+
+    It is of the family that the model was read as (``model.family``, config.json's "model_type");
+    for one that was not read, of the first family that has a place for all that its config says.
 
     Saved are the weights that the model computes with in eval mode: of parts that `torch.compile`
     or DDP wrap, of parametrised, pruned and sparse parameters. "tie_word_embeddings" in config.json
@@ -51,8 +51,9 @@ def save_pretrained(
 
     Raises:
         TypeError: folder is no path, or max_shard_size no integer.
-        ValueError: folder is empty, max_shard_size is not positive, or the model is no GPT-2 any
-            more (adapters, quantised or other layers): the message says which part.
+        ValueError: folder is empty, max_shard_size is not positive, or no family has a
+            place for the config (the message says for what), or the model is no longer what its
+            config says (adapters, quantised or other layers): the message says which part.
         OSError: the folder cannot be written; what was there is then as it was.
         ImportError: safetensors is not installed.
     """
@@ -68,33 +69,41 @@ def save_pretrained(
             'writing weights takes safetensors: pip install "fastattn[hf]"'
         ) from error
 
+    family = family_that_fits(model.config) if model.family is None else family_of(model.family)
     with in_mode(model, training=False):
-        weights, tied, sharded = weights_of(model)
+        weights, tied, sharded = weights_of(model, family.of(model.config))
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)
+    stored = family.write_config(config)
+    stored["architectures"] = [family.architecture(type(model))]
     try:
         if not sharded or torch.distributed.get_rank() == 0:
-            _write(target, config, weights, max_shard_size, save_file)
+            _write(target, stored, weights, max_shard_size, save_file)
     finally:
         if sharded:
             torch.distributed.barrier()
 
 
 def _write(
-    target: Path, config: GPTConfig, weights: dict[str, Tensor], max_shard_size: int, save_file: Any
+    target: Path,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    max_shard_size: int,
+    save_file: Any,
 ) -> None:
-    tensors = {name if name == HEAD else PREFIX + name: w for name, w in weights.items()}
-    shards = _shards(tensors, max_shard_size)
+    shards = _shards(weights, max_shard_size)
     names = [WEIGHTS] if len(shards) == 1 else [
         SHARD.format(number, len(shards)) for number in range(1, len(shards) + 1)
     ]  # fmt: skip
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     with folder_written_beside(target, CONFIG, lambda name: bool(OURS.fullmatch(name))) as beside:
         for name, shard in zip(names, shards, strict=True):
             save_file(shard, beside / name, metadata={"format": "pt"})
         if len(shards) > 1:
             _write_json(beside / INDEX, _index(names, shards))
-        stored = _config_json(config, weights["wte.weight"].dtype)
-        _write_json(beside / GENERATION, {name: stored[name] for name in SPECIAL_TOKENS})
-        _write_json(beside / CONFIG, stored)
+        tokens = {name: config[name] for name in SPECIAL_TOKENS if name in config}
+        if "eos_token_id" in tokens:  # a model that generates
+            _write_json(beside / GENERATION, tokens)
+        _write_json(beside / CONFIG, {**config, "dtype": dtype})
 
 
 def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:
@@ -118,15 +127,6 @@ def _index(names: list[str], shards: list[dict[str, Tensor]]) -> dict[str, Any]:
         "weight_map": {
             tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
         },
-    }
-
-
-def _config_json(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "dtype": str(dtype).removeprefix("torch."),
-        **{name: getattr(config, name) for name in FIELDS},
     }
 
 

@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fastattn import GPT
-from fastattn.models.folder import layout, reading
+from fastattn.models.families.gpt2 import FIELDS
+from fastattn.models.folder import reading
 
 Pair = tuple[GPT, transformers.GPT2LMHeadModel]
 MakePair = Callable[..., Pair]
@@ -84,7 +85,7 @@ def test_a_silent_config_means_transformers_defaults(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(data))
     config = GPT.from_pretrained(folder).config
     theirs = transformers.GPT2Config.from_pretrained(folder)
-    for name in layout.FIELDS:
+    for name in FIELDS:
         assert getattr(config, name) == getattr(theirs, name), name
 
 
@@ -122,9 +123,9 @@ def test_weights_do_not_hang_on_the_file(folder: Path) -> None:
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "bert"}, '"model_type" must be "gpt2", got \'bert\''),
-    ({"model_type": None}, '"model_type" must be "gpt2", got None'),
-    ({"add_cross_attention": True}, '"add_cross_attention" is on'),
+    ({"model_type": "mamba"}, "\"model_type\" must be one of .*got 'mamba'.*fastattn.accelerate"),
+    ({"model_type": None}, '"model_type" must be one of .*got None'),
+    ({"add_cross_attention": True}, '"add_cross_attention" is True, and GPT-2 has only False'),
     ({"activation_function": "mish"}, "activation_function must be one of"),
     ({"n_head": 5}, "n_head must divide n_embd"),
     ({"n_layer": "3"}, "n_layer must be an integer, got '3'"),

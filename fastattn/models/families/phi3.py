@@ -1,0 +1,73 @@
+"""Phi 3 and 4 (Abdin et al. 2024, arXiv:2404.14219): packed projections, a part of a head turns.
+
+The rotary embeddings of the models for long texts ("longrope") are not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastattn.models.config import GPTConfig
+from fastattn.models.families import decoder
+from fastattn.models.families.family import Family
+
+
+def read_more(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary fields."""
+    given = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind != "default":  # "su" and "yarn" are older names of "longrope" in Phi 3
+        raise ValueError(
+            f'"rope_type" is {kind!r}, and Phi 3 has only "default" here, as its models of up to '
+            "4,096 tokens have (fastattn.accelerate takes transformers' own model)"
+        )
+    share = given.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0
+    theta, _ = decoder.rope_of(given, data)
+    return {"rope_theta": theta, "partial_rotary_factor": share}
+
+
+def write_more(config: GPTConfig) -> dict[str, Any]:
+    data = decoder.write_more(config)
+    data["rope_parameters"]["partial_rotary_factor"] = config.partial_rotary_factor
+    return data
+
+
+FAMILY = Family(
+    title="Phi 3",
+    model_type="phi3",
+    classes={"Phi3ForCausalLM": "GPT", "Phi3Model": "GPT"},
+    config_class=GPTConfig,
+    fields={
+        **decoder.FIELDS,
+        "resid_pdrop": "resid_pdrop",
+        "sliding_window": "sliding_window",
+    },
+    defaults={
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "pad_token_id": 32000,
+        "tie_word_embeddings": False,
+    },
+    constants=decoder.CONSTANTS,
+    read_more=read_more,
+    write_more=write_more,
+    prefix="model.",
+    depths=decoder.DEPTHS,
+    names={
+        **decoder.REST,
+        **decoder.PRE_NORMS,
+        "blocks.*.attention.in_proj": "model.layers.*.self_attn.qkv_proj",
+        ("blocks.*.feed_forward.gate", "blocks.*.feed_forward.linear1"): (
+            "model.layers.*.mlp.gate_up_proj"
+        ),
+    },
+)

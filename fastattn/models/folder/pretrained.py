@@ -1,0 +1,69 @@
+"""The base of the models that Hugging Face folders hold."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from fastattn.models.folder.reading import read
+from fastattn.models.folder.writing import save_pretrained
+from fastattn.models.sharing import SharedParameters
+
+Model = TypeVar("Model", bound="Pretrained")
+
+
+class Pretrained(SharedParameters):
+    """A module that `fastattn.models.load` can read; it is made of its config alone.
+
+    Attributes:
+        config: an instance of the class's ``config_class``, with ``tie_word_embeddings`` and
+            ``resolved()``.
+        family: config.json's "model_type" that the model was read as, and is written as; None for
+            the first that has a place for all of its config.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+    family: str | None = None
+
+    save_pretrained = save_pretrained
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Model:
+        """The model in a Hugging Face folder, in eval mode.
+
+        Args:
+            path: a folder with config.json and safetensors, or the name of a repository on the
+                Hugging Face Hub ("gpt2", "user/name"), of which only those files are downloaded,
+                once.
+            revision: branch, tag or commit on the Hub.
+            dtype: of the weights; None keeps the one that they are stored in.
+            device: of the weights; None is torch's default.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or no config or weights in it.
+            ValueError: what is there is no model of this class: a config of another family, or one
+                that asks for what we do not compute; weights missing, unexpected or of another
+                shape (all are listed), a damaged file (named), pickled weights (with the way to
+                convert them).
+            ImportError: safetensors, or for a download huggingface_hub, is not installed.
+        """
+        family, config, weights = read(cls, path, revision=revision, dtype=dtype, device=device)
+        model = cls(config, device="meta")
+        model.load_state_dict(weights, assign=True)
+        where = next(iter(weights.values())).device
+        for module in model.modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                reset: Any = module.reset_parameters
+                reset(where)  # what is computed and not stored
+        model.family = family.model_type
+        return model.eval()

@@ -1,0 +1,43 @@
+"""Any model in a Hugging Face folder, by what its config.json says."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+
+from fastattn.models.encoder_decoder import EncoderDecoder
+from fastattn.models.folder import reading
+from fastattn.models.folder.layout import CONFIG
+from fastattn.models.gpt import GPT
+
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (GPT, EncoderDecoder)}
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """The model in a Hugging Face folder, of the class that config.json's "architectures" asks for.
+
+        model = fastattn.models.load("HuggingFaceTB/SmolLM2-135M")     # a GPT
+
+    Arguments and errors are those of `GPT.from_pretrained`; ValueError also for an architecture
+    that has no class here.
+    """
+    folder = reading.local_folder(path, revision)
+    family, _ = reading.read_config(folder / CONFIG)
+    asked = reading.read_json(folder / CONFIG).get("architectures") or list(family.classes)[:1]
+    name = asked[0] if isinstance(asked, list) else asked
+    if not isinstance(name, str) or name not in family.classes:
+        raise ValueError(
+            f'{folder / CONFIG}: "architectures" must be one of '
+            f"{', '.join(map(repr, family.classes))}, got {name!r}. Other models can be read by "
+            "transformers and sped up by fastattn.accelerate"
+        )
+    model: Any = CLASSES[family.classes[name]]
+    return model.from_pretrained(folder, dtype=dtype, device=device)
