@@ -8,8 +8,17 @@ from torch import Tensor
 from fastattn.ops.common import modes
 
 
-def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise unless ``ids`` are token ids (B, T), or ``ignored``; only a CPU's values are read."""
+def check_ids(
+    name: str,
+    ids: Tensor,
+    vocab_size: int,
+    ignored: int | None = None,
+    of: str = "vocab_size",
+) -> None:
+    """Raise unless ``ids`` are token ids (B, T), or ``ignored``; only a CPU's values are read.
+
+    They may be other numbers below ``vocab_size``; ``of`` is the name of the bound then.
+    """
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
     if ids.is_nested:
@@ -29,7 +38,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = Non
         if low < 0 or high >= vocab_size:
             but = "" if ignored is None else f" or {ignored}"
             raise ValueError(
-                f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}{but}, "
+                f"{name} must be from 0 to {of} - 1 = {vocab_size - 1}{but}, "
                 f"got {low if low < 0 else high}"
             )
 

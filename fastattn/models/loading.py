@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 
+from fastattn.models.encoder import Encoder
 from fastattn.models.encoder_decoder import EncoderDecoder
+from fastattn.models.encoder_heads import HEADS
 from fastattn.models.folder import reading
 from fastattn.models.folder.layout import CONFIG
+from fastattn.models.folder.sources import read_json
 from fastattn.models.gpt import GPT
 
-CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (GPT, EncoderDecoder)}
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (GPT, Encoder, *HEADS, EncoderDecoder)}
 
 
 def load(
     path: str | PathLike[str],
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Any:
@@ -29,9 +33,11 @@ def load(
     Arguments and errors are those of `GPT.from_pretrained`; ValueError also for an architecture
     that has no class here.
     """
+    if (file := reading.gguf_path(path, gguf_file, revision)) is not None:
+        return GPT.from_pretrained(file, dtype=dtype, device=device)
     folder = reading.local_folder(path, revision)
     family, _ = reading.read_config(folder / CONFIG)
-    asked = reading.read_json(folder / CONFIG).get("architectures") or list(family.classes)[:1]
+    asked = read_json(folder / CONFIG).get("architectures") or list(family.classes)[:1]
     name = asked[0] if isinstance(asked, list) else asked
     if not isinstance(name, str) or name not in family.classes:
         raise ValueError(

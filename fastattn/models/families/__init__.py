@@ -10,37 +10,32 @@ from typing import Any
 
 from fastattn.models.families import (
     bart,
+    bert,
     gemma2,
     gemma3,
     gpt2,
     llama,
     marian,
     mistral,
+    modernbert,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    roberta,
     t5,
 )
 from fastattn.models.families.family import Family, Transposed
 
+DECODERS = (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2)
+ENCODERS = (bert, roberta, modernbert)
+
+SEQUENCE_TO_SEQUENCE = (t5, bart, marian)
+
 # A model that was made here is written as the first that fits it.
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (
-        gpt2,
-        llama,
-        mistral,
-        qwen2,
-        qwen3,
-        gemma2,
-        gemma3,
-        phi3,
-        olmo2,
-        t5,
-        bart,
-        marian,
-    )
+    for module in (*DECODERS, *ENCODERS, *SEQUENCE_TO_SEQUENCE)
 }
 
 __all__ = ["FAMILIES", "Family", "Transposed", "family_of", "family_that_fits"]
@@ -59,15 +54,21 @@ def family_of(model_type: Any) -> Family:
 def family_that_fits(config: Any) -> Family:
     """The first family whose config.json can say all that ``config`` does.
 
-    Raises ValueError that names, for each family, the options that have no place there.
+    Raises ValueError that names the options for which the nearest one has no place.
     """
-    reasons = []
+    losses = {}
     for family in FAMILIES.values():
-        if family.fits(config):
-            return family
         if isinstance(config, family.config_class):
             try:
-                family.write_config(config)
-            except (TypeError, ValueError) as error:
-                reasons.append(str(error))
-    raise ValueError("no family has a place for this config:\n  " + "\n  ".join(reasons))
+                losses[family] = family.lost(config)
+            except ValueError:  # the family refuses what was written
+                continue
+            if not losses[family]:
+                return family
+    nearest = min(losses, key=lambda family: len(losses[family]), default=None)
+    if nearest is None:
+        raise ValueError(f"no family has a place for {config}")
+    raise ValueError(
+        f"no family of transformers has a place for this config: the nearest, {nearest.title}, has "
+        f"none for {', '.join(losses[nearest])}. Save model.state_dict() instead"
+    )

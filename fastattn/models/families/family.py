@@ -16,6 +16,36 @@ class Transposed(str):
 
 
 @dataclasses.dataclass(frozen=True)
+class GGUF:
+    """How llama.cpp's files have a family.
+
+    Attributes:
+        keys: of the metadata, without the architecture's name -> config.json's.
+        names: of layers, with "*" for the number -> those in a folder.
+        heads: the layers in a folder whose rows llama.cpp orders for rotations of neighbours -> the
+            field of our config with the number of their heads.
+    """
+
+    keys: Mapping[str, str]
+    names: Mapping[str, str]
+    heads: Mapping[str, str]
+
+    def stored(self, name: str) -> str:
+        """The name in a folder; a name that is not known is kept."""
+        layer, _, leaf = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")
+        number = re.search(r"\.(\d+)\.", name)
+        stored = self.names.get(layer)
+        if stored is None:
+            return name
+        return stored.replace("*", number[1] if number else "*") + f".{leaf}"
+
+    def permuted(self, name: str, config: Any) -> int | None:
+        """The heads of a layer whose rows are in llama.cpp's order, by its name in a folder."""
+        layer = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0]
+        return getattr(config, self.heads[layer]) if layer in self.heads else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One `model_type` of transformers, and where a model of ours has its parts, both ways.
 
@@ -39,6 +69,10 @@ class Family:
         depths: the beginning of the layers' names, without the prefix -> the key of their number.
         ignored: names, without the prefix, that are no weights (masks that were saved).
         aliases: names that may be there for the tensor of another name, to which they are equal.
+        gguf: how llama.cpp's files have it, if they are read.
+        spare: names, without the prefix, of weights that are left out where the model that is read
+            has no place for them (a pooler).
+        renamed: ends of names that old files have -> the ends that the table has.
         more_names: our config -> the part of names that depends on it.
         zeros: names, without the prefix, of tensors that are zero where a file lacks them.
         own_head: names, without the prefix, of the head's weight and of the embedding's where the
@@ -60,6 +94,9 @@ class Family:
     write_more: Callable[[Any], dict[str, Any]] | None = None
     ignored: re.Pattern[str] | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gguf: GGUF | None = None
+    spare: re.Pattern[str] | None = None
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     more_names: Callable[[Any], Mapping[Names, Names]] | None = None
     zeros: frozenset[str] = frozenset()
     own_head: tuple[str, str] | None = None
@@ -77,7 +114,10 @@ class Family:
         return dataclasses.replace(self, names=names, more_names=None)
 
     def short(self, name: str) -> str:
-        """A stored name without the prefix."""
+        """A stored name without the prefix, and as the table has it."""
+        for old, new in self.renamed.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
         return name.removeprefix(self.prefix)
 
     def architecture(self, cls: type) -> str:
@@ -111,19 +151,19 @@ class Family:
 
         Raises ValueError if the family has no place for an option, and names it.
         """
-        data = self._written(config)
-        if unlike := self._differences(config, data):
-            raise ValueError(f"{self.title} has no place in its config.json for {unlike}")
-        return data
+        if lost := self.lost(config):
+            raise ValueError(f"{self.title} has no place in its config.json for {', '.join(lost)}")
+        return self._written(config)
 
-    def fits(self, config: Any) -> bool:
-        """Whether config.json of this family can say all that a config of ours does."""
-        if not isinstance(config, self.config_class):
-            return False
-        try:
-            return not self._differences(config, self._written(config))
-        except (TypeError, ValueError):
-            return False
+    def lost(self, config: Any) -> list[str]:
+        """The options of ``config`` that would be others after writing and reading it."""
+        given, back = config.resolved(), self.read_config(self._written(config)).resolved()
+        fields = (field.name for field in dataclasses.fields(given))
+        return [
+            f"{name}={getattr(given, name)!r}"
+            for name in fields
+            if not _same(getattr(given, name), getattr(back, name))
+        ]
 
     def _written(self, config: Any) -> dict[str, Any]:
         data: dict[str, Any] = {"model_type": self.model_type}
@@ -134,16 +174,6 @@ class Family:
                 data[key] = list(value) if isinstance(value, tuple) else value
         data |= {key: value for key, value in self.fixed.items() if value is not None}
         return data | (self.write_more(config) if self.write_more is not None else {})
-
-    def _differences(self, config: Any, data: Mapping[str, Any]) -> str:
-        """The options of ``config`` that are others after reading ``data`` again."""
-        given, back = config.resolved(), self.read_config(data).resolved()
-        fields = (field.name for field in dataclasses.fields(given))
-        return ", ".join(
-            f"{name}={getattr(given, name)!r}"
-            for name in fields
-            if not _same(getattr(given, name), getattr(back, name))
-        )
 
 
 def _tuple(names: Names) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class Pretrained(SharedParameters):
         path: str | PathLike[str],
         *,
         revision: str | None = None,
+        gguf_file: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Model:
@@ -44,9 +45,11 @@ class Pretrained(SharedParameters):
         Args:
             path: a folder with config.json and safetensors, or the name of a repository on the
                 Hugging Face Hub ("gpt2", "user/name"), of which only those files are downloaded,
-                once.
+                once; or a GGUF file of a Llama.
             revision: branch, tag or commit on the Hub.
-            dtype: of the weights; None keeps the one that they are stored in.
+            gguf_file: the name of a GGUF file in the folder, to read instead.
+            dtype: of the weights; None keeps the one that they are stored in, and is float32 for a
+                GGUF file.
             device: of the weights; None is torch's default.
 
         Raises:
@@ -55,9 +58,11 @@ class Pretrained(SharedParameters):
                 that asks for what we do not compute; weights missing, unexpected or of another
                 shape (all are listed), a damaged file (named), pickled weights (with the way to
                 convert them).
-            ImportError: safetensors, or for a download huggingface_hub, is not installed.
+            ImportError: safetensors, gguf, or for a download huggingface_hub, is not installed.
         """
-        family, config, weights = read(cls, path, revision=revision, dtype=dtype, device=device)
+        family, config, weights = read(
+            cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device
+        )
         model = cls(config, device="meta")
         model.load_state_dict(weights, assign=True)
         where = next(iter(weights.values())).device

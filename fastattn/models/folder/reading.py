@@ -8,11 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
-import json
 import os
 import re
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from fastattn.files import local_path
 from fastattn.models.families import Family, family_of
+from fastattn.models.folder.gguf_file import read_gguf
 from fastattn.models.folder.layout import (
     CONFIG,
     GENERATION,
@@ -32,22 +30,18 @@ from fastattn.models.folder.layout import (
     shared_names,
     stored_name,
 )
+from fastattn.models.folder.sources import (
+    DTYPES,
+    Source,
+    read_json,
+    safetensors_sources,
+    weight_files,
+)
 
 # All that is downloaded: pickle files may hold code, and are not even fetched.
 DOWNLOADED = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-# Frequencies of rotary embeddings, which older versions of transformers saved as buffers.
-FREQUENCIES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-
-DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def read(
@@ -55,6 +49,7 @@ def read(
     path: str | PathLike[str],
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Family, Any, dict[str, Tensor]]:
@@ -66,20 +61,36 @@ def read(
         raise ValueError(
             f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}"
         )
-    folder = local_folder(path, revision)
-    family, config = read_config(folder / CONFIG)
-    if not issubclass(cls.config_class, family.config_class):
-        raise ValueError(
-            f"{folder}: {family.title} is no {cls.__name__}: fastattn.models.load reads it"
-        )
-    files = _weight_files(folder)
     with contextlib.ExitStack() as stack:
-        sources = _sources(folder, family, files, stack)
+        where = gguf_path(path, gguf_file, revision)
+        if where is not None:
+            family, config, sources = read_gguf(where)
+        else:
+            where = local_folder(path, revision, DOWNLOADED)
+            family, config = read_config(where / CONFIG)
+        if not issubclass(cls.config_class, family.config_class):
+            raise ValueError(
+                f"{where}: {family.title} is no {cls.__name__}: fastattn.models.load reads it"
+            )
+        if where.is_dir():
+            sources = safetensors_sources(where, family, weight_files(where), stack)
         config = _with_head(family, config, sources)
         family = family.of(config)
-        _check_layers(folder, family, config, sources)
-        weights = _weights(folder, family, cls(config, device="meta"), sources, dtype, device)
+        _check_layers(where, family, config, sources)
+        weights = _weights(where, family, cls(config, device="meta"), sources, dtype, device)
     return family, config, weights
+
+
+def gguf_path(
+    path: str | PathLike[str], gguf_file: str | None, revision: str | None
+) -> Path | None:
+    """The GGUF file that is asked for: ``gguf_file`` in the folder ``path``, or ``path`` itself."""
+    if gguf_file is None:
+        file = Path(path) if isinstance(path, (str, PathLike)) else Path()
+        return local_path("path", path) if file.suffix == ".gguf" else None
+    if not isinstance(gguf_file, str) or Path(gguf_file).name != gguf_file:
+        raise ValueError(f"gguf_file must be the name of a file in the folder, got {gguf_file!r}")
+    return local_folder(path, revision, [gguf_file]) / gguf_file
 
 
 def read_config(path: Path) -> tuple[Family, Any]:
@@ -111,7 +122,7 @@ def _weights(
     folder: Path,
     family: Family,
     model: torch.nn.Module,
-    sources: dict[str, _Source],
+    sources: dict[str, Source],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
@@ -139,7 +150,7 @@ def _weights(
 def _read(
     entry: Stored,
     family: Family,
-    sources: dict[str, _Source],
+    sources: dict[str, Source],
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
@@ -173,8 +184,10 @@ def _same_tensors(model: torch.nn.Module, family: Family, entries: list[Stored])
     return same | {family.short(a): family.short(b) for a, b in family.aliases.items()}
 
 
-def local_folder(path: str | PathLike[str], revision: str | None) -> Path:
-    """The local folder of ``path``, downloaded if it is the name of a repository."""
+def local_folder(
+    path: str | PathLike[str], revision: str | None, files: list[str] = DOWNLOADED
+) -> Path:
+    """The local folder of ``path``; the ``files`` of a repository of that name are downloaded."""
     if not isinstance(path, (str, PathLike)):
         raise TypeError(
             f"path must be a folder or the name of a repository, got {type(path).__name__}"
@@ -196,7 +209,7 @@ def local_folder(path: str | PathLike[str], revision: str | None) -> Path:
         ) from error
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED)
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
         )
     except Exception as error:  # of many kinds, the HTTP client's own among them
         raise FileNotFoundError(
@@ -207,112 +220,7 @@ def local_folder(path: str | PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, "the folder lacks this file", str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got a {type(data).__name__}")
-    return data
-
-
-def _weight_files(folder: Path) -> dict[str, set[str] | None]:
-    """File names -> the tensors that the index promises in each, None where there is no index."""
-    if (folder / WEIGHTS).is_file():
-        return {WEIGHTS: None}
-    if not (folder / INDEX).is_file():
-        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-        if pickles:
-            raise ValueError(
-                f"{folder}: the weights are pickled ({', '.join(pickles)}), which can run any code "
-                "when read, and are refused. Convert them where you trust them: "
-                f"transformers.AutoModel.from_pretrained({str(folder)!r})"
-                ".save_pretrained(new_folder)"
-            )
-        raise FileNotFoundError(
-            errno.ENOENT, f"the folder has neither {WEIGHTS} nor {INDEX}", str(folder)
-        )
-    index = folder / INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f'{index}: "weight_map" must say for each tensor in which file it is')
-    files: dict[str, set[str] | None] = {}
-    for tensor, file in weight_map.items():
-        # A plain name: no folder, no parent, no drive.
-        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise ValueError(
-                f"{index}: {tensor!r} must be in a .safetensors file beside the index, got {file!r}"
-            )
-        promised = files.setdefault(file, set())
-        assert promised is not None
-        promised.add(tensor)
-    for file in files:
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder / file}: missing, although {INDEX} names it")
-    return files
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """A tensor in an open file, not yet read."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors names it
-    tensor: Callable[[], Tensor]
-
-
-def _sources(
-    folder: Path,
-    family: Family,
-    files: dict[str, set[str] | None],
-    stack: contextlib.ExitStack,
-) -> dict[str, _Source]:
-    """All tensors of the files by their names without the family's prefix; no masks."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(
-            'reading weights takes safetensors: pip install "fastattn[hf]"'
-        ) from error
-    sources: dict[str, _Source] = {}
-    for file, promised in files.items():
-        path = folder / file
-        try:
-            # Checks the header: its length, JSON, dtypes, and that the tensors tile the file.
-            opened = stack.enter_context(safe_open(path, framework="pt"))
-            names = set(opened.keys())
-            slices = {name: opened.get_slice(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
-        if promised is not None and promised - names:
-            raise ValueError(
-                f"{path}: lacks tensors that {INDEX} says it has: "
-                f"{', '.join(sorted(promised - names))}"
-            )
-        for name in names if promised is None else promised:
-            short = family.short(name)
-            if FREQUENCIES.fullmatch(short) or (
-                family.ignored is not None and family.ignored.fullmatch(short)
-            ):
-                continue
-            if short in sources:
-                raise ValueError(
-                    f"{path}: {short!r} is there twice, with and without {family.prefix!r}"
-                )
-            sources[short] = _Source(
-                path,
-                tuple(slices[name].get_shape()),
-                slices[name].get_dtype(),
-                functools.partial(opened.get_tensor, name),
-            )
-    return sources
-
-
-def _with_head(family: Family, config: Any, sources: dict[str, _Source]) -> Any:
+def _with_head(family: Family, config: Any, sources: dict[str, Source]) -> Any:
     """The config as the files say it where they decide whether the head is tied."""
     if family.own_head is None:
         return config
@@ -325,7 +233,7 @@ def _with_head(family: Family, config: Any, sources: dict[str, _Source]) -> Any:
     return dataclasses.replace(config, tie_word_embeddings=tied)
 
 
-def _check_layers(folder: Path, family: Family, config: Any, sources: dict[str, _Source]) -> None:
+def _check_layers(folder: Path, family: Family, config: Any, sources: dict[str, Source]) -> None:
     """Raise unless config and weights agree on the layers, before so many are laid out."""
     for beginning, key in family.depths.items():
         pattern = re.compile(re.escape(beginning) + r"(\d+)\.")
@@ -344,7 +252,7 @@ def _check_tensors(
     family: Family,
     entries: list[Stored],
     same: dict[str, str],
-    sources: dict[str, _Source],
+    sources: dict[str, Source],
 ) -> None:
     """Raise one error that lists every tensor that is missing, unexpected or of another shape."""
     expected = {
@@ -352,10 +260,18 @@ def _check_tensors(
         for entry in entries
         for name, shape in zip(entry.names, entry.shapes, strict=True)
     }
-    expected |= {other: expected[first] for other, first in same.items() if other in sources}
+    expected |= {
+        other: expected[first]
+        for other, first in same.items()
+        if other in sources and first in expected
+    }
     needed = expected.keys() - family.zeros
     wrong = [f"{name} is missing" for name in expected if name in needed and name not in sources]
-    wrong += [f"{name} is unexpected" for name in sorted(sources) if name not in expected]
+    wrong += [
+        f"{name} is unexpected"
+        for name in sorted(sources)
+        if name not in expected and not (family.spare and family.spare.fullmatch(name))
+    ]
     for name, shape in expected.items():
         if name in sources:
             source = sources[name]
@@ -370,7 +286,7 @@ def _check_tensors(
         )
 
 
-def _one_dtype(folder: Path, sources: list[_Source]) -> torch.dtype:
+def _one_dtype(folder: Path, sources: list[Source]) -> torch.dtype:
     dtypes = sorted({source.dtype for source in sources})
     if len(dtypes) > 1:
         raise ValueError(

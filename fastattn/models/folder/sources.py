@@ -1,0 +1,137 @@
+"""The tensors in the safetensors files of a folder, known by their headers and not yet read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.models.families import Family
+from fastattn.models.folder.layout import INDEX, WEIGHTS
+
+# Pickle files may hold code.
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# Frequencies of rotary embeddings, which older versions of transformers saved as buffers.
+FREQUENCIES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A tensor in an open file, not yet read."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
+    tensor: Callable[[], Tensor]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "the folder lacks this file", str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got a {type(data).__name__}")
+    return data
+
+
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """File names -> the tensors that the index promises in each, None where there is no index."""
+    if (folder / WEIGHTS).is_file():
+        return {WEIGHTS: None}
+    if not (folder / INDEX).is_file():
+        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{folder}: the weights are pickled ({', '.join(pickles)}), which can run any code "
+                "when read, and are refused. Convert them where you trust them: "
+                f"transformers.AutoModel.from_pretrained({str(folder)!r})"
+                ".save_pretrained(new_folder)"
+            )
+        raise FileNotFoundError(
+            errno.ENOENT, f"the folder has neither {WEIGHTS} nor {INDEX}", str(folder)
+        )
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f'{index}: "weight_map" must say for each tensor in which file it is')
+    files: dict[str, set[str] | None] = {}
+    for tensor, file in weight_map.items():
+        # A plain name: no folder, no parent, no drive.
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+            raise ValueError(
+                f"{index}: {tensor!r} must be in a .safetensors file beside the index, got {file!r}"
+            )
+        promised = files.setdefault(file, set())
+        assert promised is not None
+        promised.add(tensor)
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file}: missing, although {INDEX} names it")
+    return files
+
+
+def safetensors_sources(
+    folder: Path,
+    family: Family,
+    files: dict[str, set[str] | None],
+    stack: contextlib.ExitStack,
+) -> dict[str, Source]:
+    """All tensors of the files by their names without the family's prefix; no masks."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(
+            'reading weights takes safetensors: pip install "fastattn[hf]"'
+        ) from error
+    sources: dict[str, Source] = {}
+    for file, promised in files.items():
+        path = folder / file
+        try:
+            # Checks the header: its length, JSON, dtypes, and that the tensors tile the file.
+            opened = stack.enter_context(safe_open(path, framework="pt"))
+            names = set(opened.keys())
+            slices = {name: opened.get_slice(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
+        if promised is not None and promised - names:
+            raise ValueError(
+                f"{path}: lacks tensors that {INDEX} says it has: "
+                f"{', '.join(sorted(promised - names))}"
+            )
+        for name in names if promised is None else promised:
+            short = family.short(name)
+            if FREQUENCIES.fullmatch(short) or (
+                family.ignored is not None and family.ignored.fullmatch(short)
+            ):
+                continue
+            if short in sources:
+                raise ValueError(
+                    f"{path}: {short!r} is there twice, with and without {family.prefix!r}"
+                )
+            sources[short] = Source(
+                path,
+                tuple(slices[name].get_shape()),
+                slices[name].get_dtype(),
+                functools.partial(opened.get_tensor, name),
+            )
+    return sources
