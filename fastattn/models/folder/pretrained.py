@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from fastattn.generation import GenerationConfig
 from fastattn.models.folder.reading import read
 from fastattn.models.folder.writing import save_pretrained
 from fastattn.models.sharing import SharedParameters
@@ -22,11 +23,14 @@ class Pretrained(SharedParameters):
             ``resolved()``.
         family: config.json's "model_type" that the model was read as, and is written as; None for
             the first that has a place for all of its config.
+        generation_config: how `generate` goes where the caller is silent: the folder's
+            generation_config.json; None without one.
     """
 
     config_class: ClassVar[type]
     config: Any
     family: str | None = None
+    generation_config: GenerationConfig | None = None
 
     save_pretrained = save_pretrained
 
@@ -60,7 +64,7 @@ class Pretrained(SharedParameters):
                 convert them).
             ImportError: safetensors, gguf, or for a download huggingface_hub, is not installed.
         """
-        family, config, weights = read(
+        family, config, weights, generation_config = read(
             cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device
         )
         model = cls(config, device="meta")
@@ -71,4 +75,5 @@ class Pretrained(SharedParameters):
                 reset: Any = module.reset_parameters
                 reset(where)  # what is computed and not stored
         model.family = family.model_type
+        model.generation_config = generation_config
         return model.eval()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastattn.files import local_path
+from fastattn.generation import GenerationConfig
 from fastattn.models.families import Family, family_of
 from fastattn.models.folder.gguf_file import read_gguf
 from fastattn.models.folder.layout import (
@@ -52,8 +53,9 @@ def read(
     gguf_file: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> tuple[Family, Any, dict[str, Tensor]]:
-    """The family, the config and the ``state_dict`` of a model of class ``cls``.
+) -> tuple[Family, Any, dict[str, Tensor], GenerationConfig | None]:
+    """The family, the config and the ``state_dict`` of a model of class ``cls``, and the folder's
+    generation_config.json, if it has one.
 
     Arguments and errors are those of `Pretrained.from_pretrained`.
     """
@@ -78,7 +80,9 @@ def read(
         family = family.of(config)
         _check_layers(where, family, config, sources)
         weights = _weights(where, family, cls(config, device="meta"), sources, dtype, device)
-    return family, config, weights
+        there = where.is_dir() and (where / GENERATION).exists()
+        generation = GenerationConfig.from_folder(where) if there else None
+    return family, config, weights, generation
 
 
 def gguf_path(

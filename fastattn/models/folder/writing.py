@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastattn.files import folder_written_beside, local_path
+from fastattn.generation import GenerationConfig
 from fastattn.models.families import family_of, family_that_fits
-from fastattn.models.folder.layout import CONFIG, GENERATION, INDEX, WEIGHTS
+from fastattn.models.folder.layout import CONFIG, INDEX, WEIGHTS
 from fastattn.models.folder.reading import SPECIAL_TOKENS
 from fastattn.models.folder.weights import weights_of
 from fastattn.nn.checks import check_integer
@@ -77,7 +78,7 @@ def save_pretrained(
     stored["architectures"] = [family.architecture(type(model))]
     try:
         if not sharded or torch.distributed.get_rank() == 0:
-            _write(target, stored, weights, max_shard_size, save_file)
+            _write(target, stored, weights, model.generation_config, max_shard_size, save_file)
     finally:
         if sharded:
             torch.distributed.barrier()
@@ -87,6 +88,7 @@ def _write(
     target: Path,
     config: dict[str, Any],
     weights: dict[str, Tensor],
+    generation: GenerationConfig | None,
     max_shard_size: int,
     save_file: Any,
 ) -> None:
@@ -102,7 +104,7 @@ def _write(
             _write_json(beside / INDEX, _index(names, shards))
         tokens = {name: config[name] for name in SPECIAL_TOKENS if name in config}
         if "eos_token_id" in tokens:  # a model that generates
-            _write_json(beside / GENERATION, tokens)
+            (generation or GenerationConfig()).over(GenerationConfig(**tokens)).save(beside)
         _write_json(beside / CONFIG, {**config, "dtype": dtype})
 
 
