@@ -32,7 +32,7 @@ OUT = -1.0e9
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Beam search, by `transformers`' settings.
+    """Beam search, by the settings of transformers.
 
     Attributes:
         num_beams: K.

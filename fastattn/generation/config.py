@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastattn.generation.sampling import SHAPING, Processor, Sampling, check_ids
+from fastattn.generation.sampling import SHAPING, Processor, Sampling
 from fastattn.nn.checks import check_integer, check_number
 
 FILE = "generation_config.json"
@@ -134,7 +134,7 @@ class GenerationConfig:
             raise TypeError(f"do_sample must be True or False, got {self.do_sample!r}")
         for name in ("decoder_start_token_id", "bos_token_id"):
             if getattr(self, name) is not None:
-                check_ids(name, getattr(self, name))
+                check_integer(name, getattr(self, name))
 
     @classmethod
     def from_folder(cls, path: str | PathLike[str]) -> GenerationConfig:

@@ -94,6 +94,8 @@ class Sampling:
                 number = check_number(name, value)
                 if not 0 <= number <= 1 or (least == "(" and number == 0):
                     raise ValueError(f"{name} must be in {least}0, 1], or None, got {value}")
+        if not isinstance(self.bad_words_ids, Sequence):
+            raise TypeError(f"bad_words_ids must be lists of ids, got {self.bad_words_ids!r}")
         settle("bad_words_ids", tuple(check_ids("bad_words_ids", w) for w in self.bad_words_ids))
         if not all(self.bad_words_ids):
             raise ValueError("bad_words_ids must have no empty sequence")
@@ -103,7 +105,7 @@ class Sampling:
             ends = check_ids("forced_eos_token_id", self.forced_eos_token_id)
             settle("forced_eos_token_id", ends or None)
         if self.forced_bos_token_id is not None:
-            check_ids("forced_bos_token_id", self.forced_bos_token_id)
+            check_integer("forced_bos_token_id", self.forced_bos_token_id, at_least=0)
         given = self.logits_processor
         processors = tuple(given) if isinstance(given, Sequence) else (given,)
         if not all(map(callable, processors)):

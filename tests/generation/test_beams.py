@@ -162,6 +162,16 @@ def test_stop_strings(pair: Pair) -> None:
     assert torch.equal(got, ours.generate(prompts, eos_token_id=end, **every))
 
 
+@pytest.mark.parametrize("every", [1, 16])
+def test_nan(pair: Pair, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair
+    monkeypatch.setattr(decoding, "check_every", lambda *args: every)
+    with torch.no_grad():
+        ours.norm_f.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new tok"):
+        ours.generate(_prompts(), max_new_tokens=3, num_beams=2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -155,6 +155,8 @@ def test_transformers_processors_in_generate() -> None:
         ({"no_repeat_ngram_size": -1}, ValueError, "no_repeat_ngram_size must be at least 0"),
         ({"bad_words_ids": [[1], []]}, ValueError, "bad_words_ids must have no empty sequence"),
         ({"bad_words_ids": [["a"]]}, TypeError, "each of bad_words_ids must be an integer"),
+        ({"bad_words_ids": 3}, TypeError, "bad_words_ids must be lists of ids, got 3"),
+        ({"forced_bos_token_id": [3]}, TypeError, "forced_bos_token_id must be an integer, got"),
         ({"bad_words_ids": [[23]]}, ValueError, "bad_words_ids must be from 0 .* = 22, got 23"),
         ({"suppress_tokens": [-1]}, ValueError, "each of suppress_tokens must be at least 0"),
         ({"forced_eos_token_id": 23}, ValueError, "forced_eos_token_id must be from 0 .*got 23"),
