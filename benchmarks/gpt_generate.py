@@ -28,10 +28,12 @@ import checkout  # noqa: F401
 import torch
 from gpt_models import (
     ACCELERATED,
+    LLAMAS,
     SIZES,
     TRANSFORMERS,
     ModelCell,
     Models,
+    config_of,
     each,
     no_slower,
     parameters,
@@ -283,7 +285,7 @@ class GenerateCell(ModelCell):
 # --- the script -----------------------------------------------------------------------------------
 
 AXES: Mapping[str, Axis] = {
-    "model": Axis("size of GPT-2", kind=str, choices=tuple(SIZES)),
+    "model": Axis("size of GPT-2, or a Llama", kind=str, choices=(*SIZES, *LLAMAS)),
     "prompts": Axis("the batch"),
     "prompt": Axis("tokens of the longest prompt"),
     "new_tokens": Axis("for each prompt"),
@@ -305,7 +307,7 @@ def make(
     **same: Any,
 ) -> GenerateCell | None:
     """The cell of one value for each axis; None for what is too long, or one prompt unequal."""
-    if prompt + new_tokens > SIZES[model]["n_positions"] or (unequal and prompts == 1):
+    if prompt + new_tokens > config_of(model).n_positions or (unequal and prompts == 1):
         return None
     promise = TARGET if unequal else f"{TARGET}, accelerated no slower within noise"
     return GenerateCell(
@@ -347,6 +349,10 @@ PRESETS = {
         grid(**CPU, prompt=[32], new_tokens=[64]),
         grid(**CPU, **SMALL, prompts=[1, 8], unequal=BOTH_WAYS),
         grid(**CPU, **SMALL, compile=[True]),
+        grid(**CPU, model=["smollm2-135m"], prompt=[32], new_tokens=[32]),
+        grid(
+            **CPU, model=["smollm2-135m"], prompt=[32], new_tokens=[32], prompts=[8], unequal=[True]
+        ),
     ],
 }
 METHOD = {

@@ -1,4 +1,4 @@
-"""GPT-2 for the benchmarks of whole models: its sizes, one set of weights for all peers, cells."""
+"""GPT-2 and a Llama for the benchmarks of whole models: sizes, one set of weights for all peers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import checkout  # noqa: F401
 import torch
 from facts import is_tie
 from harness import Cell, chosen, failed
+from peer import Refused
 from plain_gpt import PlainGPT
 from schema import Entry, Row
 from torch import Tensor, nn
 
 import fastattn
 from fastattn.models.config import PRESETS
+from fastattn.models.families import FAMILIES
 from fastattn.timing import Sample, ratio
 
 TRANSFORMERS, ACCELERATED = "transformers", "accelerated"
@@ -31,6 +33,19 @@ SIZES: Mapping[str, Mapping[str, int]] = {
     "small": {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 8192, "n_positions": 512},
     **{name: {**size, **GPT2} for name, size in PRESETS.items()},
 }
+# Llamas, for generation only: by config.json's keys.
+LLAMAS: Mapping[str, Mapping[str, Any]] = {
+    "tiny-llama": {
+        "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 250,
+        "max_position_embeddings": 64,
+    },
+    "smollm2-135m": {
+        "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
 
 # Seconds after which a cell must be stuck, by device and whether somebody compiles.
@@ -43,10 +58,20 @@ PATIENCE = {
 
 
 @functools.cache
+def config_of(size: str) -> fastattn.GPTConfig:
+    """Of a name in `SIZES` or `LLAMAS`."""
+    if size in LLAMAS:
+        config: fastattn.GPTConfig = FAMILIES["llama"].read_config(LLAMAS[size])
+        return config
+    return fastattn.GPTConfig(**SIZES[size])
+
+
+@functools.cache
 def parameters(size: str) -> int:
     """N: all but the positions, which nobody multiplies with; a tied head counts once."""
-    model = fastattn.GPT(fastattn.GPTConfig(**SIZES[size]), device="meta")
-    return sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    model = fastattn.GPT(config_of(size), device="meta")
+    positions = 0 if model.wpe is None else model.wpe.weight.numel()
+    return sum(p.numel() for p in model.parameters()) - positions
 
 
 @contextmanager
@@ -133,44 +158,45 @@ class Models:
     """
 
     def __init__(self, size: str, device: str, dropout: float = 0.0) -> None:
-        from transformers import GPT2Config
+        from transformers import GPT2Config, LlamaConfig
 
         self.size, self.device, self.dropout = size, device, dropout
         torch.manual_seed(0)
-        self._config = functools.partial(
-            GPT2Config,
-            **SIZES[size],
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-            resid_pdrop=dropout,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+        tokens = {"bos_token_id": 0, "eos_token_id": 0}
+        if size in LLAMAS:
+            self._config = functools.partial(LlamaConfig, **LLAMAS[size], **tokens)
+        else:
+            drops = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+            self._config = functools.partial(GPT2Config, **SIZES[size], **drops, **tokens)
         self._optimizers: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._made: list[nn.Module] = []
         self._first = self._transformers("sdpa", device)
         # A new GPT-2 repeats its last token whatever came before, and so hides most mistakes: its
         # blocks add little to the embeddings. These add much, as those of a trained one do.
-        for weight in self._first.transformer.h.parameters():
+        inputs = 1 if size in LLAMAS else 0  # the dimension of a weight that multiplies them
+        blocks = self._first.model.layers if size in LLAMAS else self._first.transformer.h
+        for weight in blocks.parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=weight.shape[0] ** -0.5)
+                nn.init.normal_(weight, std=weight.shape[inputs] ** -0.5)
 
     def _transformers(self, attention: str, device: str) -> Any:
-        from transformers import GPT2LMHeadModel
+        from transformers import AutoModelForCausalLM
 
         with torch.device(device):
-            model = GPT2LMHeadModel(self._config(attn_implementation=attention))
+            model = AutoModelForCausalLM.from_config(self._config(attn_implementation=attention))
         # Random weights may well say "end of text"; all are to go on to the last token.
         model.generation_config.eos_token_id = None
         self._made.append(model)
         return model
 
     def transformers(self, attention: str = "sdpa") -> Any:
-        """A GPT2LMHeadModel of its own on the common weights."""
+        """A model of its own on the common weights."""
         model = self._transformers(attention, "meta")
         weights = dict(self._first.named_parameters(remove_duplicate=False))
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
+        if self.size in LLAMAS:  # its frequencies are no weights
+            model.model.rotary_emb = self._first.model.rotary_emb
         return model
 
     @functools.cached_property
@@ -183,12 +209,14 @@ class Models:
 
     @functools.cached_property
     def plain(self) -> PlainGPT:
+        if self.size in LLAMAS:
+            raise Refused("a GPT-2 only")
         model = PlainGPT(self._first, self.dropout)
         self._made.append(model)
         return model
 
     def random_ids(self, *shape: int) -> Tensor:
-        return torch.randint(SIZES[self.size]["vocab_size"], shape, device=self.device)
+        return torch.randint(config_of(self.size).vocab_size, shape, device=self.device)
 
     def to(self, dtype: torch.dtype) -> None:
         """The weights of all modules made so far in another dtype."""

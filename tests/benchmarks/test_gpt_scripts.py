@@ -62,6 +62,13 @@ def test_every_learner_is_right_and_measured(axes: dict[str, Any]) -> None:
             assert entry["first_call_seconds"] > 0 and "mfu" not in entry, name
 
 
+def test_a_llama_is_written_by_all_but_the_plain_gpt2() -> None:
+    row = generation(model="tiny-llama", prompts=3, unequal=True).measure(QUICK)
+    right = {name for name, entry in row["peers"].items() if entry.get("right")}
+    assert right == gpt_generate.PEERS.keys() - {"gpt-fast"}
+    assert "a GPT-2 only" in str(row["peers"]["gpt-fast"])
+
+
 @pytest.mark.parametrize(
     "axes",
     [{}, {"prompts": 3, "unequal": True}, {"prompts": 1, "dtype": "bfloat16"}],
