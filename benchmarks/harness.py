@@ -80,6 +80,10 @@ class Cell:
         """Fresh random inputs on the device."""
         raise NotImplementedError
 
+    def gradients(self, inputs: Tensors) -> Tensors:
+        """Fresh random gradients of the outputs."""
+        return tuple(torch.randn_like(inputs[0]) for _ in range(self.outputs))
+
     def definition(self, *inputs: Tensor) -> Outputs:
         """The plain formula in the dtype of `inputs`."""
         raise NotImplementedError
@@ -90,7 +94,7 @@ class Cell:
 
     @property
     def outputs(self) -> int:
-        """How many outputs there are; each is of the first input's shape and dtype."""
+        """How many outputs there are; of the first input's shape and dtype, or see `gradients`."""
         return 1
 
     @property
@@ -151,9 +155,7 @@ def measure(cell: Cell, seconds: float, peers: Collection[str] | None = None) ->
     if cell.device == "cuda":
         sets = min(MOST_SETS, math.ceil(ROTATION_BYTES / sum(x.nbytes for x in inputs)))
     input_sets = [inputs, *(cell.inputs() for _ in range(sets - 1))]
-    grad_sets = [
-        tuple(torch.randn_like(inputs[0]) for _ in range(cell.outputs)) for _ in input_sets
-    ]
+    grad_sets = [cell.gradients(inputs) for _ in input_sets]
     part_inputs, part_grads = (tuple(map(cell.part, x)) for x in (inputs, grad_sets[0]))
     precise = getattr(torch, cell.reference)
     rounded = (tuple(x.to(precise) for x in tensors) for tensors in (part_inputs, part_grads))

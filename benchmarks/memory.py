@@ -20,6 +20,7 @@ from typing import Any
 
 import attention
 import checkout  # noqa: F401
+import cross_entropy
 import ffn
 import gpt_models
 import gpt_train
@@ -95,7 +96,7 @@ class OpMemory(MemoryCell):
                 return {"peak_bytes": peak_bytes(forward_only, self.device)}
 
         leaves = [x.detach().requires_grad_() for x in inputs]
-        grads = tuple(torch.randn_like(inputs[0]) for _ in range(self.of.outputs))
+        grads = self.of.gradients(inputs)
 
         def forward() -> tuple[Tensor, ...]:
             return as_tuple(peer.function(*leaves))
@@ -184,7 +185,7 @@ class TrainingMemory(MemoryCell):
 
 # --- the script -----------------------------------------------------------------------------------
 
-OPS = ("attention", "layer_norm", "ffn", "gpt")
+OPS = ("attention", "layer_norm", "ffn", "gpt", "linear_cross_entropy")
 AGAINST = (OURS, "eager", "sdpa", "compiled")
 AXES: Mapping[str, Axis] = {
     "op": Axis("of what", kind=str, choices=OPS),
@@ -193,8 +194,9 @@ AXES: Mapping[str, Axis] = {
     "heads": Axis("of attention"),
     "head_dim": Axis("of q, k and v"),
     "causal": Axis("yes or no; of attention", kind=boolean),
-    "rows": Axis("tokens of layer_norm and ffn"),
+    "rows": Axis("tokens of layer_norm, ffn and linear_cross_entropy"),
     "hidden": Axis("of a row; ffn has four times as many units between"),
+    "classes": Axis("of linear_cross_entropy"),
     "model": Axis("of gpt", kind=str, choices=tuple(gpt_models.SIZES)),
     "direction": Axis("of a gpt always a training step", kind=str, choices=(FORWARD, BOTH)),
     "dtype": DTYPE,
@@ -213,6 +215,7 @@ def make(
     causal: bool,
     rows: int,
     hidden: int,
+    classes: int,
     model: str,
     direction: str,
     dtype: str,
@@ -238,6 +241,8 @@ def make(
     sizes = {"rows": rows, "hidden": hidden}
     if op == "layer_norm":
         of = layer_norm.make(op=op, residual=False, **sizes, **common)
+    elif op == "linear_cross_entropy":
+        of = cross_entropy.make(op=op, classes=classes, **sizes, **common)
     else:
         of = ffn.make(inner=0, activation="gelu_tanh", layout="linear", **sizes, **common)
     return _op_memory(OpMemory, of, compile, None)
@@ -263,7 +268,8 @@ def _op_memory(
 
 grid = grids(
     batch=[1], seqlen=[4096], heads=[16], head_dim=[128], causal=[True], rows=[8192], hidden=[768],
-    model=["gpt2"], direction=[FORWARD, BOTH], dtype=["bfloat16"], compile=[False],
+    classes=[131072], model=["gpt2"], direction=[FORWARD, BOTH], dtype=["bfloat16"],
+    compile=[False],
 )  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 CPU: dict[str, Sequence[Any]] = {"dtype": ["float32"], "head_dim": [64]}
@@ -272,6 +278,7 @@ PRESETS = {
         grid(op=["attention"], seqlen=LENGTHS),
         grid(op=["layer_norm"], rows=[32768]),
         grid(op=["ffn"]),
+        grid(op=["linear_cross_entropy"], direction=[BOTH]),
         grid(op=["gpt"], batch=[8], seqlen=[1024]),
         grid(op=["attention"], compile=[True]),
     ],
@@ -281,6 +288,7 @@ PRESETS = {
         grid(op=["attention"], seqlen=LENGTHS, compile=[True]),
         grid(op=["layer_norm"], rows=[4096, 32768], hidden=[768, 4096], compile=[True]),
         grid(op=["ffn"], hidden=[768, 4096], compile=[True]),
+        grid(op=["linear_cross_entropy"], hidden=[768, 2048, 4096], compile=[True]),
         grid(op=["gpt"], batch=[8], seqlen=[256, 512, 1024], compile=[True]),
         grid(op=["gpt"], batch=[4], seqlen=[1024], model=["gpt2-medium", "gpt2-large"]),
     ],
@@ -293,6 +301,7 @@ PRESETS = {
         grid(op=["attention"], **CPU, seqlen=LENGTHS, heads=[1]),
         grid(op=["layer_norm"], **CPU, rows=[4096]),
         grid(op=["ffn"], **CPU, rows=[512]),
+        grid(op=["linear_cross_entropy"], **CPU, rows=[512], classes=[32000], direction=[BOTH]),
         grid(op=["gpt"], **CPU, model=["small"], batch=[2], seqlen=[128]),
     ],
     ("cpu", "full"): [
@@ -300,6 +309,7 @@ PRESETS = {
         grid(op=["attention"], **CPU, seqlen=[2048], heads=[1], compile=[True]),
         grid(op=["layer_norm"], **CPU, rows=[64, 4096], hidden=[768, 4096]),
         grid(op=["ffn"], **CPU, rows=[64, 512]),
+        grid(op=["linear_cross_entropy"], **CPU, rows=[1024], hidden=[128, 768]),
         grid(op=["gpt"], **CPU, batch=[2], seqlen=[256]),
     ],
 }

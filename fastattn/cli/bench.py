@@ -20,6 +20,8 @@ SUBJECTS = {
     "decode": "attention on a cache of keys and values, contiguous and paged",
     "layer_norm": "layer_norm and rms_norm",
     "ffn": "the feed-forward against eager PyTorch and the bare matrix products",
+    "cross_entropy": "cross_entropy and linear_cross_entropy against eager PyTorch and Liger",
+    "rotary": "rotary against the formula in eager PyTorch and Liger",
     "gpt_train": "a training step of GPT-2 against transformers and nanoGPT's recipe",
     "gpt_generate": "generation of GPT-2 against transformers and gpt-fast's recipe",
     "memory": "peak memory and what is kept for the backward",

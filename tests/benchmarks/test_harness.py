@@ -7,12 +7,14 @@ from types import ModuleType
 from typing import Any
 
 import attention
+import cross_entropy
 import decode
 import ffn
 import harness
 import layer_norm
 import peer
 import pytest
+import rotary
 import schema
 import torch
 from attention import AttentionCell
@@ -132,6 +134,10 @@ SIZES: dict[Any, dict[str, Any]] = {
              "head_dim": [16], "page_size": [0, 8], "capacity": [0, 100], "dtype": ["float32"]},
     layer_norm: {"rows": [5, 16], "hidden": [33, 64], "compile": [False], "dtype": ["float32"]},
     ffn: {"rows": [9], "hidden": [16], "inner": [40], "compile": [False], "dtype": ["float32"]},
+    cross_entropy: {"rows": [9], "hidden": [16], "classes": [33], "compile": [False],
+                    "dtype": ["float32", "bfloat16"]},
+    rotary: {"batch": [2], "seqlen": [5], "heads": [4], "kv_heads": [2], "head_dim": [16],
+             "compile": [False], "dtype": ["float32"]},
 }  # fmt: skip
 CASES = [
     *((attention, {"feature": [name], "direction": [FORWARD, BACKWARD], "causal": [True, False]})
@@ -139,6 +145,8 @@ CASES = [
     (decode, {}),
     *((layer_norm, {"direction": [direction]}) for direction in DIRECTIONS),
     (ffn, {"activation": list(ffn.ACTIVATIONS), "layout": ["linear", "conv1d"]}),
+    (cross_entropy, {"op": list(cross_entropy.AXES["op"].choices), "direction": list(DIRECTIONS)}),
+    (rotary, {"norms": [False, True], "direction": list(DIRECTIONS)}),
 ]  # fmt: skip
 
 

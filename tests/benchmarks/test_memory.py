@@ -20,7 +20,13 @@ MIB = 1 << 20
 
 def cell(op: str = "attention", **axes: Any) -> Any:
     sizes = {"batch": 1, "seqlen": 1024, "heads": 2, "head_dim": 64, "causal": True, "rows": 256}
-    sizes |= {"hidden": 128, "model": "tiny", "direction": "forward+backward", "compile": False}
+    sizes |= {
+        "hidden": 128,
+        "classes": 33000,
+        "model": "tiny",
+        "direction": "forward+backward",
+        "compile": False,
+    }
     return memory.make(op=op, **{**sizes, "device": "cpu", "dtype": "float32", **axes})
 
 

@@ -439,19 +439,20 @@ NO_OPTIONS = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0, "softca
 ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_scale": 0.5, "softcap": 30.0}
 
 
-def cross_entropy() -> Grid:
+def cross_entropy(rows: list[tuple[torch.dtype, int, bool]] | None = None) -> Grid:
     """Every tile, plain and with all options."""
     from fastattn.ops.cross_entropy.problem import Options
     from fastattn.ops.cross_entropy.triton import kernels
 
-    for dtype, classes, everything in (
+    every = [
         (torch.bfloat16, 131072, False),
         (torch.float32, 50257, True),
         (torch.bfloat16, 50257, True),
         (torch.float16, 2048, True),
         (torch.bfloat16, 1000, False),
         (torch.float32, 64, True),
-    ):
+    ]
+    for dtype, classes, everything in every if rows is None else rows:
         logits = torch.empty(4096, classes, dtype=dtype, device="meta")
         targets = torch.empty(4096, dtype=torch.int64, device="meta")
         weight = torch.empty(classes, device="meta") if everything else None
@@ -465,18 +466,19 @@ def cross_entropy() -> Grid:
         yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
 
 
-def linear_cross_entropy() -> Grid:
+def linear_cross_entropy(rows: list[tuple[torch.dtype, int, int, bool]] | None = None) -> Grid:
     """Every tile, plain and with all options."""
     from fastattn.ops.cross_entropy.problem import Options
     from fastattn.ops.linear_cross_entropy import triton as kernels
 
-    for dtype, classes, features, everything in (
+    every = [
         (torch.bfloat16, 131072, 4096, False),
         (torch.bfloat16, 131072, 4096, True),
         (torch.float16, 50257, 333, True),
         (torch.float32, 131072, 1024, True),
         (torch.float32, 50257, 333, True),
-    ):
+    ]
+    for dtype, classes, features, everything in every if rows is None else rows:
         x = torch.empty(4096, features, dtype=dtype, device="meta")
         weight = torch.empty(classes, features, dtype=dtype, device="meta")
         targets = torch.empty(4096, dtype=torch.int64, device="meta")
@@ -492,23 +494,27 @@ def linear_cross_entropy() -> Grid:
         yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
 
 
-def rotary() -> Grid:
+def rotary(
+    rows: list[tuple[torch.dtype, int, int, bool]] | None = None,
+    norms: tuple[bool, ...] = (False, True),
+) -> Grid:
     """Heads that fill the tiles and heads that do not, each with and without a norm."""
     from fastattn.ops.rotary import triton as kernels
 
-    for dtype, head_dim, rotary_dim, interleaved in (
+    every = [
         (torch.bfloat16, 64, 64, False),
         (torch.bfloat16, 128, 128, True),
         (torch.float16, 80, 32, False),
         (torch.float32, 256, 64, True),
         (torch.float32, 4096, 4096, False),
-    ):
+    ]
+    for dtype, head_dim, rotary_dim, interleaved in every if rows is None else rows:
         q = torch.empty(4, 1024, 32, head_dim, dtype=dtype, device="meta")
         k, weight = q[:, :, :8], q[0, 0, 0]
         cos = q.new_empty(4, 1024, rotary_dim)
 
         def call(q=q, k=k, cos=cos, weight=weight, r=rotary_dim, i=interleaved) -> None:  # type: ignore[no-untyped-def]
-            for w in (None, weight):
+            for w in (weight if norm else None for norm in norms):
                 kernels.forward(q, k, cos, cos, None, w, w, r, i, 1e-6, 0.0)
                 wanted = w is not None
                 kernels.backward(q, k, q, k, cos, cos, None, w, w, r, i, 1e-6, 0.0, wanted, wanted)
@@ -532,6 +538,9 @@ HOT = {
     "ffn, gelu_tanh": ("_forward_kernel", "_backward_kernel"),
     "ffn, silu, gated": ("_forward_kernel", "_backward_kernel"),
     "layer_norm, hidden 4096": ("_forward_kernel", "_backward_kernel"),
+    "cross_entropy, 131072 classes": ("_forward_kernel", "_backward_kernel"),
+    "linear_cross_entropy, 131072 classes": ("_forward_kernel", "_gradient_kernel"),
+    "rotary, head_dim 128": ("_rotate_kernel",),
 }
 
 
@@ -545,6 +554,11 @@ def hot(*names: str) -> Grid:
         "ffn, gelu_tanh": ffn([(dtype, 16384, "linear", "gelu_tanh", False, False)]),
         "ffn, silu, gated": ffn([(dtype, 16384, "linear", "silu", False, True)]),
         "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True, 0.0)]),
+        "cross_entropy, 131072 classes": cross_entropy([(dtype, 131072, False)]),
+        "linear_cross_entropy, 131072 classes": linear_cross_entropy(
+            [(dtype, 131072, 4096, False)]
+        ),
+        "rotary, head_dim 128": rotary([(dtype, 128, 128, False)], (False,)),
     }
     for name in names or HOT:
         for configuration, call in grids[name]:
@@ -571,6 +585,7 @@ def main_loops() -> Grid:
     masked = [(dtype, d, name) for d in (64, 128, 256) for name in ("full", "causal")]
     yield from attention(masked, (), False)
     yield from ffn([(dtype, 16384, "linear", "gelu_tanh", False, False)])
+    yield from linear_cross_entropy([(dtype, 131072, 4096, False)])
 
 
 GRIDS: dict[str, Callable[[], Grid]] = {

@@ -79,7 +79,7 @@ def _row(job: tuple[int, int]) -> list[str] | None:
 def name(kernel: str, configuration: dict[str, Any]) -> str:
     what = kernel.strip("_").removesuffix("_kernel")
     if "head_dim" not in configuration:
-        return f"ffn {what}"
+        return f"{'linear_cross_entropy' if 'classes' in configuration else 'ffn'} {what}"
     masking = ", causal" if configuration["features"] == "causal" else ""
     return f"{what} d {configuration['head_dim']}{masking}"
 
@@ -135,7 +135,7 @@ def tiles_written() -> dict[tuple[int, str], str]:
     for line in written().splitlines():
         if chip := re.match(r"sm_(\d+) ", line):
             architecture = int(chip[1])
-        elif row := re.match(r"\| ((?:forward|keys|queries|ffn) .*?) \| (.*?) \|", line):
+        elif row := re.match(r"\| ((?:forward|keys|queries|ffn|linear\w+) .*?) \| (.*?) \|", line):
             found[architecture, row[1]] = row[2]
     return found
 

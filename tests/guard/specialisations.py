@@ -27,6 +27,7 @@ TEN_LENGTHS = (1024, 512, 577, 640, 1000, 1001, 1536, 2048, 3333, 4096)
 
 
 BATCH, RANDOM_SHAPES = 8, 200
+CLASSES = 50257
 
 
 def random_shapes() -> list[tuple[int, int]]:
@@ -56,8 +57,12 @@ def main(arguments: list[str]) -> None:
 
     from fastattn import chips
     from fastattn.ops.common import launch
+    from fastattn.ops.cross_entropy.problem import Options
+    from fastattn.ops.cross_entropy.triton import kernels as of_logits
     from fastattn.ops.ffn import triton as ffn
     from fastattn.ops.layer_norm import triton as layer_norm
+    from fastattn.ops.linear_cross_entropy import triton as of_head
+    from fastattn.ops.rotary import triton as rotary
 
     keys: set[str] = set()
 
@@ -101,6 +106,33 @@ def main(arguments: list[str]) -> None:
         out, pre = ffn.forward(*given, "gelu_tanh", "linear", True)
         ffn.backward(out, *given, pre, needs, "gelu_tanh", "linear")
 
+    def loss(length: int, batch: int = BATCH) -> None:
+        logits = torch.empty(batch, length, CLASSES, dtype=dtype, device="meta")
+        targets = torch.empty(batch, length, dtype=torch.int64, device="meta")
+        losses, statistics = of_logits.kernel_forward(logits, targets, None, plain)
+        of_logits.kernel_backward(losses, logits, targets, None, statistics, plain)
+
+    def loss_of_head(length: int, batch: int = BATCH, *, kept: bool) -> None:
+        x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
+        targets = torch.empty(batch, length, dtype=torch.int64, device="meta")
+        given = x, head, None, targets, None
+        needs = True, True, False
+        losses, statistics, _ = of_head.kernel_forward(
+            *given, plain, needs if kept else (False,) * 3
+        )
+        if not kept:
+            of_head.kernel_backward(losses, *given, statistics, plain, needs)
+
+    def turned(length: int, batch: int = BATCH, *, norms: bool) -> None:
+        q = torch.empty(batch, length, 12, 64, dtype=dtype, device="meta")
+        k, cos = q[:, :, :4], torch.empty(length, 64, device="meta")
+        weight = biases[:64] if norms else None
+        rest = cos, cos, None, weight, weight, 64, False, 1e-6, 0.0
+        rotary.forward(q, k, *rest)
+        rotary.backward(q, k, q, k, *rest, norms, norms)
+
+    plain = Options(-100, 0.0, 0.0, 1.0, 0.0, "none")
+    head = torch.empty(CLASSES, hidden, dtype=dtype, device="meta")
     by_length: dict[str, Callable[..., Any]] = {
         "attention, training": lambda n, batch=BATCH: attention.dense(
             "causal", (batch, n, n), "meta"
@@ -118,6 +150,11 @@ def main(arguments: list[str]) -> None:
         "rms_norm, training": functools.partial(norm, center=False),
         "ffn, training": feed_forward,
         "ffn, gated, training": functools.partial(feed_forward, gate=(w1, biases[: 4 * hidden])),
+        "cross_entropy, training": loss,
+        "linear_cross_entropy, training": functools.partial(loss_of_head, kept=True),
+        "linear_cross_entropy, none, training": functools.partial(loss_of_head, kept=False),
+        "rotary, training": functools.partial(turned, norms=False),
+        "rotary, norms, training": functools.partial(turned, norms=True),
     }
     counts: Numbers = {}
     if arguments == ["random"]:

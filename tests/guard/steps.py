@@ -118,6 +118,29 @@ def _gated_ffn() -> Step:
     return Step(lambda: fastattn.ffn(x, w1, None, w2, None, "silu", gate=gate), (x, w1, w2, gate))
 
 
+def _cross_entropy() -> Step:
+    logits, targets = _input(BATCH, SEQLEN, VOCABULARY), torch.zeros(BATCH, SEQLEN).long()
+    return Step(lambda: fastattn.cross_entropy(logits, targets), (logits, targets))
+
+
+def _linear_cross_entropy(reduction: str) -> Step:
+    x, weight = _input(BATCH, SEQLEN, WIDTH), _input(VOCABULARY, WIDTH)
+    targets = torch.zeros(BATCH, SEQLEN).long()
+
+    def forward() -> torch.Tensor:
+        return fastattn.linear_cross_entropy(x, weight, targets, reduction=reduction)
+
+    return Step(forward, (x, weight, targets))
+
+
+def _rotary(norms: bool) -> Step:
+    q, k, _ = _heads(BATCH, SEQLEN)
+    cos, sin = torch.ones(2, SEQLEN, HEAD_DIM)
+    weight = _input(HEAD_DIM) if norms else None
+    given = (q, k, cos, sin) if weight is None else (q, k, cos, sin, weight)
+    return Step(lambda: fastattn.rotary(q, k, cos, sin, q_weight=weight, k_weight=weight), given)
+
+
 def _block() -> Step:
     block = fastattn.nn.TransformerBlock(WIDTH, HEADS, causal=True)
     x, residual = _input(BATCH, SEQLEN, WIDTH), _input(BATCH, SEQLEN, WIDTH)
@@ -196,6 +219,11 @@ STEPS: Steps = {
     "ffn": _ffn,
     "ffn, recompute": lambda: _ffn(recompute=True),
     "ffn, gated": _gated_ffn,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": lambda: _linear_cross_entropy("mean"),
+    "linear_cross_entropy, none": lambda: _linear_cross_entropy("none"),
+    "rotary": lambda: _rotary(norms=False),
+    "rotary, norms": lambda: _rotary(norms=True),
     "TransformerBlock": _block,
     "GPT, training": _training,
     "GPT, training, autocast": lambda: _training(autocast=True),

@@ -47,7 +47,7 @@ def test_no_hot_loop_spills_or_leaves_the_tensor_cores(section: str) -> None:
     for call, kernels in counts.load()[section].items():
         for name, numbers in kernels.items():
             assert numbers["spill accesses"] <= 0.02 * numbers["instructions"], f"{call}: {name}"
-            if not call.startswith("layer_norm"):
+            if not call.startswith(("layer_norm", "cross_entropy", "rotary")):
                 assert numbers["tensor core"] > 0, f"{call}: {name}"
 
 

@@ -18,9 +18,10 @@ from fastattn.ops.attention.cache import interface as cache_interface
 from fastattn.ops.attention.cache import problem as cache_problem
 from fastattn.ops.attention.cache import reference as cache_reference
 from fastattn.ops.cross_entropy import aten as loss_aten
-from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.cross_entropy import registration as loss_registration
 from fastattn.ops.linear import linear
+from fastattn.ops.linear_cross_entropy import aten as head_aten
+from fastattn.ops.rotary import problem as rotary_problem
 
 SHAPES = 200
 # Kernels that all lengths and batches of one op take together: those of forward and backward, of
@@ -88,8 +89,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contents of index tensors are looked at where that is free: on a CPU."""
     for module in (attention_problem, cache_interface, cache_problem, cache_reference):
         monkeypatch.setattr(module, "values_are_checked", lambda tensor: False)
-    for module in (loss_aten, loss_registration):
+    for module in (loss_aten, loss_registration, head_aten):
         monkeypatch.setattr(module, "check_classes", lambda *_: None)
+    monkeypatch.setattr(rotary_problem, "check_values", lambda *_: None)
 
 
 # --- a call of each op, of random shape and features ----------------------------------------------
@@ -204,9 +206,40 @@ def _linear(draw: random.Random) -> Any:
     return linear(_tensor(draw.randint(1, 6), 256), _tensor(256, 256), _tensor(256))
 
 
+def _options_of_a_loss(draw: random.Random) -> dict[str, Any]:
+    names = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_scale": 0.5, "softcap": 5.0}
+    drawn = {name: value for name, value in names.items() if draw.random() < 0.3}
+    return drawn | {"reduction": draw.choice(("mean", "sum", "none"))}
+
+
 def _cross_entropy(draw: random.Random) -> Any:
     rows, classes = draw.randint(1, 40), draw.randint(2, 90)
-    return cross_entropy(_tensor(rows, classes), torch.zeros(rows, dtype=torch.int64))
+    weight = draw.choice((None, torch.rand(classes)))
+    targets = torch.zeros(rows, dtype=torch.int64)
+    options = _options_of_a_loss(draw)
+    return fastattn.cross_entropy(_tensor(rows, classes), targets, weight=weight, **options)
+
+
+def _linear_cross_entropy(draw: random.Random) -> Any:
+    rows, classes, width = draw.randint(1, 40), draw.randint(2, 90), draw.randint(1, 40)
+    x, weight, bias = _tensor(rows, width), _tensor(classes, width), _tensor(classes)
+    class_weight = draw.choice((None, torch.rand(classes)))
+    return fastattn.linear_cross_entropy(
+        x, weight, torch.zeros(rows, dtype=torch.int64), draw.choice((None, bias)),
+        class_weight=class_weight, **_options_of_a_loss(draw),
+    )  # fmt: skip
+
+
+def _rotary(draw: random.Random) -> Any:
+    batch, seqlen, head_dim = draw.randint(1, 4), draw.randint(1, 40), 2 * draw.randint(1, 40)
+    q, k = (_tensor(batch, seqlen, draw.randint(1, 6), head_dim) for _ in "qk")
+    cos, sin = torch.ones(2, 64, head_dim // 2)
+    weight = draw.choice((None, _tensor(head_dim)))
+    positions = draw.choice((None, torch.zeros(seqlen, dtype=torch.int64)))
+    interleaved = draw.random() < 0.5
+    return fastattn.rotary(
+        q, k, cos, sin, positions=positions, interleaved=interleaved, q_weight=weight
+    )
 
 
 OPS: dict[str, Callable[[random.Random], Any]] = {
@@ -220,6 +253,8 @@ OPS: dict[str, Callable[[random.Random], Any]] = {
     "ffn": _ffn,
     "linear": _linear,
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "rotary": _rotary,
 }
 # On the torch backend sequences that are padded (on a CPU), packed or in a cache are cut one by one:
 # by their lengths, which the host reads; and it has neither softcap nor sink.

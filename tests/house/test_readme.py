@@ -14,6 +14,7 @@ PAGES = {
     "README.md": README,
     "docs/attention.md": (ROOT / "docs" / "attention.md").read_text("utf-8"),
     "docs/generation.md": (ROOT / "docs" / "generation.md").read_text("utf-8"),
+    "docs/losses.md": (ROOT / "docs" / "losses.md").read_text("utf-8"),
     "docs/tools.md": (ROOT / "docs" / "tools.md").read_text("utf-8"),
 }
 BLOCKS = [

@@ -38,12 +38,13 @@ def test_cross_entropy(classes: int, dtype: str, keep: Callable[[Any], None]) ->
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("of", ("everything", "everything, mean"))
 def test_linear_cross_entropy(
-    name: str, dtype: str, keep: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+    of: str, name: str, dtype: str, keep: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a chunk of the backward that is not the only one."""
+    """With a chunk that is not the only one; a mean's gradients are made in the forward."""
     rows, classes, features = SHAPES[name]
-    kind, options = getattr(torch, dtype), OPTIONS["everything"]
+    kind, options = getattr(torch, dtype), OPTIONS[of]
     tile = linear_tiles.tile(kind.itemsize, name == "aligned")
     monkeypatch.setattr(linear_tiles, "CHUNK", tile.block_m * classes)
     case = Case(

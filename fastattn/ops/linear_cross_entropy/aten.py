@@ -2,7 +2,7 @@
 
 The logits of a chunk of rows are made, turned into their own gradient in place, and multiplied into
 the gradients of x, weight and bias; the next chunk takes the same memory. So nothing of size (N, V)
-exists. The gradient of the weight is one buffer in float32, to which the chunks add.
+exists. The gradient of the weight is one buffer, to which the chunks add (gradients.py).
 
 With one number for the result the forward makes the gradients too: they are those of the sum, and
 the backward multiplies them by what comes from above. That is three products, as many as eager has.
@@ -74,7 +74,7 @@ def of_operator(
         x, weight = x.to(problem.dtype), weight.to(problem.dtype)
         bias = None if bias is None else bias.to(problem.dtype)
     summed = options.reduction != "none"
-    keep = problem.needs if summed and backend == "torch" else (False,) * 3
+    keep = problem.needs if summed else (False,) * 3
     loss, *_ = torch.ops.fastattn.linear_cross_entropy(
         x, weight, bias, targets, class_weight, summed, keep, *options[:-1], backend, forced
     )
@@ -82,13 +82,14 @@ def of_operator(
 
 
 def _in_chunks(problem: LinearLossProblem, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if problem.device.type != "cpu" or problem.transformed:
+    if problem.transformed or not x.is_cpu:
         return False
     if torch.compiler.is_compiling():  # no choice may depend on a size
         return not torch.compiler.is_exporting()
-    plain = type(x) in PLAIN and type(weight) in PLAIN and not modes.recorded()
-    rows = problem.logits // problem.classes
-    return plain and problem.logits >= LARGE and (rows >= MANY or problem.dtype.itemsize > 2)
+    if modes.recorded() or (logits := problem.logits) < LARGE:
+        return False
+    plain = type(x) in PLAIN and type(weight) in PLAIN
+    return plain and (logits >= MANY * problem.classes or problem.dtype.itemsize > 2)
 
 
 # --- in chunks, as the registered operator has it -------------------------------------------------
@@ -103,10 +104,7 @@ def kernel_forward(
     options: Options,
     keep: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, None, tuple[torch.Tensor | None, ...]]:
-    """losses (...), no statistics, and those gradients of the losses' sum that `keep` asks for.
-
-    The gradients of weight and bias are float32 whatever these are (float64 for float64).
-    """
+    """losses (...), no statistics, and those gradients of the losses' sum that `keep` asks for."""
     return _sweep(x, weight, bias, targets, class_weight, options, None, keep)
 
 

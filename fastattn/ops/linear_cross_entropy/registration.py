@@ -6,9 +6,10 @@ second derivative. The result is the sum of the losses if it is to be `summed`, 
 it (`forced`), the backward stays on it too, else the backward chooses again. "torch" runs the
 chunks of aten.py.
 
-Kept for the backward are the inputs, the statistics (2, ...) of Triton's forward, and those
-gradients of the sum that the forward has made because `keep` asked for them: dx in x's dtype,
-dweight and dbias in float32. What a call does not have is an empty tensor.
+Kept for the backward are the inputs, and those gradients of the sum that the forward has made
+because `keep` asked for them, or else the statistics (2, ...) of Triton's forward. The gradients
+have their inputs' dtypes, for float16 parameters float32. What a call does not have is an empty
+tensor.
 
 The first backward gives such gradients away: it multiplies them in place by the gradient of the
 sum, and autograd gets the only reference. So the weight's becomes its `.grad` without a copy, and
@@ -27,6 +28,7 @@ from fastattn.ops.common import autograd, flops, modes
 from fastattn.ops.cross_entropy.problem import Options
 from fastattn.ops.cross_entropy.reference import token_losses
 from fastattn.ops.linear_cross_entropy.aten import of_operator
+from fastattn.ops.linear_cross_entropy.gradients import dtype_of_sum
 from fastattn.ops.linear_cross_entropy.problem import LinearLossProblem, describe
 
 BACKENDS = backends.of_op("fastattn.ops.linear_cross_entropy", without=("cuda",))
@@ -54,14 +56,14 @@ def _forward(x, weight, bias, targets, class_weight, summed, keep, *rest):  # ty
 
 
 def _forward_fake(x, weight, bias, targets, class_weight, summed, keep, *rest):  # type: ignore[no-untyped-def]
-    dtype = modes.at_least_float32(x.dtype)
-    kept = (0,) if rest[-2] == "torch" else (2, *targets.shape)
+    dtype, of_sum = modes.at_least_float32(x.dtype), dtype_of_sum(x.dtype)
+    kept = (0,) if rest[-2] == "torch" or any(keep) else (2, *targets.shape)
     return (
         x.new_empty(() if summed else targets.shape, dtype=dtype),
         x.new_empty(kept, dtype=dtype),
         x.new_empty(x.shape) if keep[0] else x.new_empty(0, dtype=dtype),
-        x.new_empty(weight.shape if keep[1] else (0,), dtype=dtype),
-        x.new_empty(bias.shape if keep[2] else (0,), dtype=dtype),
+        x.new_empty(weight.shape, dtype=of_sum) if keep[1] else x.new_empty(0, dtype=dtype),
+        x.new_empty(bias.shape, dtype=of_sum) if keep[2] else x.new_empty(0, dtype=dtype),
     )
 
 
@@ -101,10 +103,12 @@ def _given_away(ctx: Any, dloss: torch.Tensor) -> list[torch.Tensor]:
             *tensors, ctx.summed, ctx.keep, *ctx.rest
         )
     in_place = not (modes.recorded() or modes.transformed())
+    # Without a dimension it would be rounded to the gradient's 16 bits first, if not on a CPU.
+    factor = dloss if in_place and dloss.is_cpu else dloss.reshape(1)
     scaled: list[torch.Tensor] = []
     while gradients:  # so that nobody else holds one
         gradient, dtype = gradients.pop(0), ctx.dtypes[len(scaled)]
-        gradient = gradient.mul_(dloss) if in_place else gradient * dloss
+        gradient = gradient.mul_(factor) if in_place else gradient * factor
         scaled.append(gradient.to(dtype))
     return scaled
 
@@ -123,6 +127,7 @@ def _backward(  # type: ignore[no-untyped-def]
         problem = _problem(*tensors, settings)
         kernel = backends.select_backward(problem.op, BACKENDS, problem, backend, forced)
     options = Options.of_operator(settings)
+    statistics = statistics if statistics.numel() else None
     gradients = kernel.kernel_backward(dlosses, *tensors, statistics, options, needs)
     return tuple(
         x.new_empty(0) if gradient is None else gradient.to(tensor.dtype)

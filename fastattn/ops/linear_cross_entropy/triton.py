@@ -1,15 +1,25 @@
-"""The `triton` backend of linear_cross_entropy: tiles of logits that never leave the chip.
+"""The `triton` backend of linear_cross_entropy: no more logits in memory than those of a chunk.
+
+Where one number is the result and its gradients are wanted, the forward makes them too, as those of
+the sum, with three products. For each chunk of rows:
+
+    logits = x weight^T + bias                                                             ATen
+    losses, (m, T) of the rows; dlogits, in place of the logits          cross_entropy's kernels
+    dx = dlogits weight, dweight += dlogits^T x, dbias += sums                             ATen
+
+Elsewhere the forward makes tiles of logits that never leave the chip, and a backward makes them
+again, which is a fourth product:
 
     forward     each program: a tile of rows, a part of the classes, (m, T, ...) of that   kernel
                 the parts of a row joined, its loss                                        kernel
     backward    for each chunk of rows: the logits again, tile by tile, and dlogits        kernel
-                dx = dlogits weight, dweight += dlogits^T x, dbias += sums                 ATen
+                dx, dweight, dbias as above                                                ATen
 
-The forward is one product, the backward three; the largest thing in memory is dlogits of a chunk,
-in x's dtype (tiles.py). The weight's gradient adds up over the chunks in float32, in a fixed order:
-no atomics. Any size and any strides of the weight; float16, bfloat16 and float32, sums in float32,
-float32 operands multiplied as such (IEEE, no TF32). Logits are not rounded to 16 bits between.
-Another number of rows compiles nothing new.
+The largest thing in memory is a chunk, in x's dtype (tiles.py). The weight's gradient adds up over
+the chunks in float32, in a fixed order: no atomics. Any size and any strides of the weight;
+float16, bfloat16 and float32. Sums are in float32; the kernels' own products of float32 are IEEE
+ones (no TF32), ATen's as the user has set them. Logits of a chunk are rounded to x's dtype, as a
+model's head rounds them; tiles are not. Another number of rows compiles nothing new.
 """
 
 from __future__ import annotations
@@ -23,6 +33,7 @@ import triton.language as tl
 from fastattn import backends
 from fastattn.ops.common import launch
 from fastattn.ops.cross_entropy.problem import Options
+from fastattn.ops.cross_entropy.triton import kernels as of_logits
 from fastattn.ops.cross_entropy.triton.kernels import as_float32, rule_of, target_weight
 from fastattn.ops.cross_entropy.triton.rows import Rule, add_tile, gradient, join, loss, scores
 from fastattn.ops.linear_cross_entropy import tiles
@@ -200,8 +211,24 @@ def kernel_forward(
     class_weight: torch.Tensor | None,
     options: Options,
     keep: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor, tuple[None, None, None]]:
-    """losses (...) and statistics (2, ...), float32; no gradients, whatever `keep` says."""
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...]]:
+    """losses (...), and what a backward takes: statistics (2, ...), or those gradients that `keep`
+    asks for, of the losses' sum. Losses and statistics are float32."""
+    if any(keep):
+        losses, gradients = _with_gradients(x, weight, bias, targets, class_weight, options, keep)
+        return losses, None, gradients
+    losses, statistics = _losses(x, weight, bias, targets, class_weight, options)
+    return losses, statistics, (None, None, None)
+
+
+def _losses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
     losses = x.new_empty(targets.shape, dtype=torch.float32)
     statistics = x.new_empty((2, *targets.shape), dtype=torch.float32)
     rows, classes = _as_rows(x, targets), weight.shape[0]
@@ -220,7 +247,37 @@ def kernel_forward(
         _join_kernel, (triton.cdiv(n, 128),), parts, targets, class_weight, losses, statistics,
         n, classes, splits, options.ignore_index, *rule, BLOCK_M=128, num_warps=4,
     )  # fmt: skip
-    return losses, statistics, (None, None, None)
+    return losses, statistics
+
+
+def _with_gradients(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    options: Options,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    rows, classes = x.reshape(targets.numel(), x.shape[-1]), weight.shape[0]
+    flat, class_weight = targets.reshape(-1), as_float32(class_weight)
+    losses = x.new_empty(len(rows), dtype=torch.float32)
+    ones = losses.new_ones(len(rows))
+    gradients = Gradients(rows, weight, needs)
+    size = tiles.rows_at_once(len(rows), classes, rows.shape[1], x.element_size())
+    buffer = rows.new_empty(size, classes)
+    for start in range(0, len(rows), size):
+        part = slice(start, min(start + size, len(rows)))
+        some, logits = rows[part], buffer[: part.stop - start]
+        if bias is None:
+            torch.mm(some, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, some, weight.t(), out=logits)
+        given = logits, flat[part], class_weight
+        losses[part], statistics = of_logits.kernel_forward(*given, options)
+        of_logits.kernel_backward(ones[part], *given, statistics, options, out=logits)
+        gradients.add(part, some, logits)
+    return losses.view(targets.shape), gradients.results(x.shape)
 
 
 # --- backward -----------------------------------------------------------------------------------
@@ -293,11 +350,13 @@ def kernel_backward(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     class_weight: torch.Tensor | None,
-    statistics: torch.Tensor,  # (2, ...)
+    statistics: torch.Tensor | None,  # (2, ...)
     options: Options,
     needs: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dx, dweight, dbias), the last two in float32; None where it is not needed."""
+) -> tuple[torch.Tensor | None, ...]:
+    """(dx, dweight, dbias), None where it is not needed. Without statistics it makes them."""
+    if statistics is None:
+        _, statistics = _losses(x, weight, bias, targets, class_weight, options)
     rows, classes = _as_rows(x, targets), weight.shape[0]
     n, (tile, constants) = rows.shape[0], _tile(rows, weight)
     targets, dlosses = targets.reshape(-1), dlosses.reshape(-1).contiguous()

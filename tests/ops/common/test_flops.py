@@ -105,20 +105,20 @@ def test_a_hidden_layer_computed_again_counts_again() -> None:
 
 
 def test_linear_cross_entropy() -> None:
-    """One product forward; in the backward the logits again, and two gradients."""
+    """Three products, all in the forward if it has one result; else the logits are made again."""
     x, weight = wanting((6, 8), (20, 8))
     targets = torch.randint(20, (6,))
 
-    def run(backend: str) -> tuple[int, int]:
-        return counted(
-            lambda *t: fastattn.linear_cross_entropy(*t, targets, backend=backend), x, weight
-        )
+    def run(backend: str, reduction: str = "mean") -> tuple[int, int]:
+        options = {"backend": backend, "reduction": reduction}
+        return counted(lambda *t: fastattn.linear_cross_entropy(*t, targets, **options), x, weight)
 
     product = 2 * 6 * 8 * 20
-    assert run("triton") == (product, 3 * product)
+    assert run("triton") == (3 * product, 0)
+    assert run("triton", "none") == (product, 3 * product)
     assert run("reference") == (product, 2 * product)
     x.requires_grad_(False)
-    assert run("triton") == (product, 2 * product)
+    assert run("triton") == (2 * product, 0)
 
 
 @pytest.mark.parametrize("first", ["fastattn", "torch.utils.flop_counter"])

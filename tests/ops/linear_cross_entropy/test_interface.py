@@ -128,6 +128,8 @@ SETTINGS = (IGNORED, 0.1, 1e-3, 0.5, 5.0)
         ("torch", (True, True, True)),
         ("torch", (False, True, False)),
         ("torch", (False, False, False)),
+        ("triton", (True, True, True)),
+        ("triton", (True, False, False)),
         ("triton", (False, False, False)),
     ],
 )
@@ -230,25 +232,27 @@ def test_compiles_without_a_graph_break(reduction: str, backend: str) -> None:
     assert len(set(counts)) == 1  # torch itself begins again once, where it meets a symbolic float
 
 
+@pytest.mark.parametrize("backend", ("torch", "triton"))
 @pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpointing(reentrant: bool) -> None:
+def test_checkpointing(reentrant: bool, backend: str) -> None:
     leaves = [t.clone().requires_grad_() for t in (X, WEIGHT)]
 
     def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return fastattn.linear_cross_entropy(x, weight, T, backend="torch")
+        return fastattn.linear_cross_entropy(x, weight, T, backend=backend)
 
     expected = torch.autograd.grad(run(*leaves), leaves)
     checkpoint(run, *leaves, use_reentrant=reentrant).backward()
     torch.testing.assert_close([x.grad for x in leaves], list(expected))
 
 
-def test_gradients_accumulate() -> None:
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_gradients_accumulate(backend: str) -> None:
     """Two losses of one weight, the second of which is scaled, into the same `.grad`."""
     weight = WEIGHT.clone().requires_grad_()
     (one,) = torch.autograd.grad(fastattn.linear_cross_entropy(X, weight, T), weight)
     kept = one.clone()
     for factor in (1.0, 2.0):
-        (factor * fastattn.linear_cross_entropy(X, weight, T, backend="torch")).backward()
+        (factor * fastattn.linear_cross_entropy(X, weight, T, backend=backend)).backward()
     torch.testing.assert_close(weight.grad, 3 * kept)
 
 

@@ -171,18 +171,68 @@ def test_same_inputs_same_bits(reduction: str, backend: str, device: str) -> Non
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("dtype", (FLOAT, BF16))
-def test_backward_twice(dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_backward_twice(dtype: torch.dtype, backend: str, device: str) -> None:
     """The first backward gives the forward's gradients away; the second makes the same again."""
     case = Case((30,), 11, 8, dtype=dtype, device=device)
     leaves = {name: x.requires_grad_() for name, x in case.inputs().items()}
-    loss = case.ours("torch")(**leaves)
+    loss = case.ours(backend)(**leaves)
     first = torch.autograd.grad(loss, [*leaves.values()], torch.tensor(3.0), retain_graph=True)
     kept = [x.clone() for x in first]
     second = torch.autograd.grad(loss, [*leaves.values()], torch.tensor(3.0))
     for before, x, y in zip(kept, first, second, strict=True):
         assert torch.equal(before, x) and torch.equal(x, y)
         assert x.data_ptr() != y.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (HALF, BF16))
+def test_sums_of_many_chunks(dtype: torch.dtype, backend: str, device: str) -> None:
+    """16-bit products of several chunks are added in float32."""
+    if backend == "triton" and dtype == BF16 and triton_runs() == "interpreted":
+        pytest.skip("it declines bfloat16")
+    assert tiles.rows_at_once(900, 7, 3, dtype.itemsize) == tiles.ROWS
+    check(Case((900,), 7, 3, dtype=dtype, bias=True, device=device), backend)
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+@pytest.mark.parametrize("chunks", (False, True))
+def test_sums_beyond_float16(
+    chunks: bool, backend: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """The gradient of a mean over many rows of one class is finite; that of their sum is not."""
+    for module in () if chunks else (aten, tiles):
+        monkeypatch.setattr(module, "CHUNK", 1 << 20)
+    x = torch.full((1500, 3), 64.0, dtype=HALF, device=device, requires_grad=True)
+    weight = torch.zeros(5, 3, dtype=HALF, device=device, requires_grad=True)
+    targets = torch.ones(1500, dtype=torch.int64, device=device)
+    loss = fastattn.linear_cross_entropy(x, weight, targets, backend=backend)
+    (grad,) = torch.autograd.grad(loss, weight)
+    expected = torch.full((5, 3), 64 / 5, dtype=HALF)
+    expected[1] = -64 * 4 / 5
+    torch.testing.assert_close(grad.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "features", "itemsize", "expected"),
+    [
+        (8192, 131072, 4096, 2, 8192),  # as much memory as summing in float32 would take
+        (32768, 131072, 4096, 2, 8192),
+        (8192, 131072, 4096, 4, 2048),
+        (6000, 131072, 1024, 4, 2048),  # three of one size
+        (4100, 131072, 1024, 4, 1408),
+        (1, 10, 10, 2, 1),
+        (0, 10, 10, 2, 1),
+        (300, 1 << 30, 10, 4, 128),
+    ],
+)
+def test_rows_at_once(
+    rows: int, classes: int, features: int, itemsize: int, expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tiles, "CHUNK", 1 << 28)
+    assert tiles.rows_at_once(rows, classes, features, itemsize) == expected
 
 
 def test_rows_that_do_not_count_may_hold_anything() -> None:

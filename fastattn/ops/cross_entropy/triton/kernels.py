@@ -161,9 +161,13 @@ def kernel_backward(
     weight: torch.Tensor | None,  # (V,)
     statistics: torch.Tensor,  # (2, ...)
     options: Options,
+    out: torch.Tensor | None = None,  # (..., V)
 ) -> torch.Tensor:
-    """dlogits, in their shape and dtype."""
-    dlogits = logits.new_empty(logits.shape)
+    """dlogits, in their shape and dtype; in `out`, contiguous, which may be the logits themselves.
+
+    A program reads the tile that it writes, and no other.
+    """
+    dlogits = logits.new_empty(logits.shape) if out is None else out
     logits, *strides = _as_rows(logits)
     rows, classes = targets.numel(), logits.shape[-1]
     tile = tiles.backward(classes)
