@@ -1,7 +1,7 @@
 """The demo's first part: a tokenizer and a small GPT: trained, saved, read back, sampled from.
 
-The GPT is built as current models are (RMSNorm, rotary positions, norms of q and k, SwiGLU): a third
-fewer steps bring it further than GPT-2's architecture. Its folder is a Qwen 3's.
+The GPT is built as current models are (RMSNorm, rotary positions, norms of q and k, SwiGLU): fewer
+steps bring it further than GPT-2's architecture. Its folder is a Qwen 3's.
 """
 
 from __future__ import annotations
