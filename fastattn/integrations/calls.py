@@ -33,7 +33,8 @@ def guesses(
     parameters = inspect.signature(
         getattr(type(module), "_fastattn_original", type(module)).forward
     ).parameters
-    rotations = _ROTATIONS if "position_embeddings" in parameters else [None]
+    turns = "position_embeddings" in parameters or {"cos", "sin"} <= parameters.keys()
+    rotations = _ROTATIONS if turns else [None]
     masks: tuple[Any, ...] = (None,)
     if "attention_mask" in parameters:
         masks = _additive if additive else _boolean, _of_windows
@@ -50,7 +51,11 @@ def guesses(
         first = next(n for n in parameters if n != "self")
         given[first] = x = draw.normal(BATCH, length, width or _widths(module)[0])
         if rotation is not None:
-            given["position_embeddings"] = rotation(module, draw, length)
+            angles = rotation(module, draw, length)
+            if "position_embeddings" in parameters:
+                given["position_embeddings"] = angles
+            elif isinstance(angles, tuple):
+                given["cos"], given["sin"] = angles
         positions = torch.arange(length, device=draw.device)
         if "position_ids" in parameters:
             given["position_ids"] = positions.expand(BATCH, -1)

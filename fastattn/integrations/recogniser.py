@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ from fastattn.integrations.proof import Draw, Probe
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+def _none(_: Any) -> tuple[()]:
+    return ()
 
 
 def _itself(module: torch.nn.Module) -> torch.nn.Module:
@@ -41,8 +46,13 @@ class Recogniser:
             first that the original runs; `probes` is the first of all.
         outputs: how many of the results, from the first, have to be equal; None for all. The rest
             is for those who ask for it, and they get the original's.
-        parts: the modules that it computes itself; None for all that it has. The others are
+        fused: the modules that it computes without calling them; by default none.
+        whole: whether all its children are part of it. If not, those that are not in `fused` are
             examined on their own, and its class keeps the name by which tools look for layers.
+        keeps_buffers: whether the proof keeps the values of buffers, as of a mask; weights are
+            random.
+        keeps_buffers: bool = False
+    proving: a context in which ours is not left out for the proof's calls being small.
     """
 
     words: str
@@ -55,4 +65,7 @@ class Recogniser:
     bound: Hashable = None
     guesses: Callable[[torch.nn.Module, Draw], Iterator[Sequence[Probe]]] | None = None
     outputs: int | None = None
-    parts: Callable[[torch.nn.Module], Iterable[Any]] | None = None
+    fused: Callable[[torch.nn.Module], Iterable[Any]] = _none
+    whole: bool = True
+    keeps_buffers: bool = False
+    proving: Callable[[], AbstractContextManager[None]] = nullcontext

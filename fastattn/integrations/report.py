@@ -34,12 +34,15 @@ class Report:
     line, after it that of the trial.
 
     Attributes:
+        untimed: of the swapped ones those that the batch given to `accelerate` did not time, with
+            the reason.
         trial: what the batch showed that was given to `verify`.
     """
 
     swapped: tuple[Entry, ...]
     left: tuple[Entry, ...]
     trial: Trial | None = None
+    untimed: tuple[Entry, ...] = ()
 
     def __str__(self) -> str:
         if not self.swapped:
@@ -48,6 +51,7 @@ class Report:
             lines = [f"fastattn: {len(self.swapped)} modules swapped, {len(self.left)} left alone"]
         rows = [("swapped", *row) for row in _grouped(self.swapped)]
         rows += [("left", *row) for row in _grouped(self.left)]
+        rows += [("untimed", *row) for row in _grouped(self.untimed)]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)]

@@ -89,7 +89,7 @@ def replacement(original: type[torch.nn.Module], recogniser: Recogniser) -> type
             "__module__": mixin.__module__,
             "__doc__": f"{original.__name__} on fastattn; fastattn.restore(model) turns it back.",
         }
-        prefix = "Fast" if recogniser.parts is None else ""
+        prefix = "Fast" if recogniser.whole else ""
         _replacements[key] = type(f"{prefix}{original.__name__}", bases, namespace)
     return _replacements[key]
 
@@ -142,8 +142,8 @@ def _units(model: torch.nn.Module) -> Iterator[_Unit]:
             yield _Unit(name, module, cls, recognised=True)
             continue
         recognised = recogniser is not None
-        if recogniser is not None and recogniser.parts is not None:
-            parts.update(recogniser.parts(module))
+        if recogniser is not None and not recogniser.whole:
+            parts.update(recogniser.fused(module))
         elif recognised or _is_ours(cls):
             parts.update(module.children())
         elif module in parts:
@@ -182,11 +182,14 @@ def accelerate(
             `model.named_modules()`; a name may have wildcards (`"transformer.h.*.mlp"`). None for
             all.
         exclude: names of modules to leave alone with all that they hold; as `only`, and stronger.
+            A module that would compute one of them without calling it (an MLP its layers) is left
+            alone as well.
         batch: an input of the model: a mapping for `model(**batch)`, a tuple for `model(*batch)`,
             or a tensor. The model runs on it once, in its mode, and every class of modules is timed
             on what it got there, forward and (in train mode) backward. What is slower on fastattn
             is left alone, and the report says by how much. What the batch does not reach, or what
-            cannot be called again out of its place, is swapped without being timed.
+            cannot be called again out of its place, is swapped without being timed, and the report
+            says so.
 
     Returns:
         A `Report`: `swapped` and `left`, and a table as its `str()`.
@@ -199,7 +202,7 @@ def accelerate(
     _check_module(model)
     chosen = None if only is None else _named(model, "only", only)
     excluded = _named(model, "exclude", exclude)
-    examine = _Examiner(model)
+    examine = _Examiner(model, excluded)
     swaps: dict[_Unit, Swap] = {}
     outcome: dict[_Unit, Entry] = {}
     for unit in _units(model):
@@ -209,8 +212,14 @@ def accelerate(
         if found.recogniser is not None:
             ours = replacement(unit.cls, found.recogniser)
             swaps[unit] = Swap(unit.module, unit.cls, ours)
+    untimed: tuple[Entry, ...] = ()
     if batch is not None:
-        measured = speeds(model, batch, [*swaps.values()])
+        measured, reasons = speeds(model, batch, [*swaps.values()])
+        untimed = tuple(
+            unit.entry(outcome[unit].backend, reasons[unit.module])
+            for unit in swaps
+            if unit.module in reasons
+        )
         for unit in [*swaps]:
             speed = measured.get(unit.module)
             if speed is not None and speed.slower:
@@ -218,7 +227,8 @@ def accelerate(
                 outcome[unit] = unit.entry(reason=f"slower on the batch: {speed}")
     _assign([(swap.module, swap.ours) for swap in swaps.values()])
     swapped = tuple(entry for unit, entry in outcome.items() if unit in swaps)
-    return Report(swapped, tuple(entry for unit, entry in outcome.items() if unit not in swaps))
+    left = tuple(entry for unit, entry in outcome.items() if unit not in swaps)
+    return Report(swapped, left, untimed=untimed)
 
 
 def _left_alone(
@@ -331,7 +341,10 @@ class _Finding:
 class _Examiner:
     """Proofs of one run over a model, one for each distinct configuration of a module."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(
+        self, model: torch.nn.Module, excluded: Container[torch.nn.Module] = frozenset()
+    ) -> None:
+        self._excluded = excluded
         # For modules without weights of their own.
         self._default = _kind(model) or (torch.get_default_dtype(), torch.device("cpu"))
         self._heads = hypotheses.heads(model)
@@ -351,6 +364,9 @@ class _Examiner:
         for recogniser in _recognisers(module, self._heads):
             if (refusal := recogniser.refusal(module)) is not None:
                 reason = reason or refusal
+                continue
+            if any(part in self._excluded for part in recogniser.fused(module)):
+                reason = reason or f"a part of it is {EXCLUDED}"
                 continue
             key = about, recogniser.mixin, recogniser.bound
             if key not in self._findings:

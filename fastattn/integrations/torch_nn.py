@@ -140,18 +140,21 @@ TABLE: dict[type[torch.nn.Module], Recogniser] = {
         _attention_probes,
         _attention_backend,
         _attention_refusal,
+        fused=torch.nn.Module.children,
     ),
     torch.nn.TransformerEncoderLayer: Recogniser(
         "TransformerEncoderLayer",
         TransformerEncoderLayer,
         _layer_probes("src"),
         _attention_backend,
+        fused=torch.nn.Module.modules,
     ),
     torch.nn.TransformerDecoderLayer: Recogniser(
         "TransformerDecoderLayer",
         TransformerDecoderLayer,
         _layer_probes("tgt"),
         _attention_backend,
+        fused=torch.nn.Module.modules,
     ),
     torch.nn.RMSNorm: Recogniser("RMSNorm", RMSNorm, _norm_probes, _rms_norm_backend),
 }

@@ -104,7 +104,7 @@ def try_out(model: torch.nn.Module, batch: Any, swaps: Sequence[Swap]) -> Trial:
         RuntimeError: they return different things, or ours is not finite where the original is.
     """
     outputs, gradients = _differences(model, batch, swaps)
-    by_module = speeds(model, batch, swaps)
+    by_module, _ = speeds(model, batch, swaps)
     counts: dict[Speed, int] = {}
     for speed in by_module.values():
         counts[speed] = counts.get(speed, 0) + 1
@@ -181,25 +181,30 @@ def _difference(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> Differen
 
 def speeds(
     model: torch.nn.Module, batch: Any, swaps: Sequence[Swap]
-) -> dict[torch.nn.Module, Speed]:
+) -> tuple[dict[torch.nn.Module, Speed], dict[torch.nn.Module, str]]:
     """The speed of every swap that `batch` reaches; equal modules share one measurement.
 
-    None for a module whose call cannot be repeated: it counts on a cache or on what ran before it.
+    And of the others why not: a call cannot be repeated that counts on a cache, or on what ran
+    before it.
     """
     groups: dict[Hashable, list[Swap]] = {}
     for swap in swaps:
         groups.setdefault((configuration(swap.module), swap.ours), []).append(swap)
     found: dict[torch.nn.Module, Speed] = {}
+    untimed = {swap.module: "the batch does not reach it" for swap in swaps}
     with _isolated(model), torch.set_grad_enabled(model.training):
         with _classes((swap.module, swap.original) for swap in swaps):
             calls = _calls(model, batch, groups)
         for key, call in calls.items():
+            group = [swap.module for swap in groups[key]]
             try:
                 speed = _speed(groups[key][0], *call)
-            except Exception:  # a call that cannot be repeated out of its place
-                continue
-            found.update((swap.module, speed) for swap in groups[key])
-    return found
+            except Exception as error:
+                reason = f"its call cannot be repeated: {type(error).__name__}: {error}"
+                untimed.update(dict.fromkeys(group, reason))
+            else:
+                found.update(dict.fromkeys(group, speed))
+    return found, {module: reason for module, reason in untimed.items() if module not in found}
 
 
 def _calls(

@@ -145,6 +145,54 @@ def test_the_measure_is_the_originals_own_error() -> None:
     assert found is None  # 0.1% is less than a rounding in bfloat16
 
 
+class NoBiasGradient(Scale):
+    """A bias that changes nothing, so that its gradient is a sum of terms that cancel."""
+
+    error = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y + (self.bias - self.bias.detach()) * self.error + (self.bias - self.bias)
+
+
+class NoBiasGradientNoise(NoBiasGradient):
+    error = 1e-8
+
+
+class NoBiasGradientWrong(NoBiasGradient):
+    error = 1e-4
+
+
+def test_a_gradient_that_is_zero_has_the_scale_of_the_others() -> None:
+    assert disprove(NoBiasGradientNoise, original=NoBiasGradient) is None
+    found = disprove(NoBiasGradientWrong, original=NoBiasGradient)
+    assert found is not None
+    assert found.startswith("the gradient of bias is off in eval mode")
+
+
+def test_buffers_keep_their_values_where_they_are_masks() -> None:
+    class Masked(Scale):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(16).cumsum(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (self.mask > 5)
+
+    class Cut(Masked):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Scale.forward(self, x) * (torch.arange(16) > 4)
+
+    for keeps in (True, False):
+        row = dataclasses.replace(KNOWN, keeps_buffers=keeps)
+        found = mismatch(Masked(), Masked, Cut, row, Draw(torch.float32, CPU))
+        assert (found is None) is keeps
+
+
 def test_the_module_is_left_as_it_was() -> None:
     module = Scale()
     hooked: list[int] = []

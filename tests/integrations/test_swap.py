@@ -292,6 +292,34 @@ def test_exclude_takes_a_whole_branch(model: torch.nn.Module) -> None:
     assert excluded == ["layers.1.0", "layers.1.1", "norm"]
 
 
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        (lambda: torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), "linear1"),
+        (lambda: torch.nn.MultiheadAttention(16, 2), "out_proj"),
+        (lambda: torch.nn.Sequential(*_mlp()), "0"),
+        (lambda: torch.nn.Sequential(*_mlp()), "1"),
+    ],
+    ids=["encoder layer", "attention", "MLP's layer", "MLP's activation"],
+)
+def test_exclude_of_a_part_leaves_what_would_compute_it(module: Any, part: str) -> None:
+    assert "whole" in [entry.name for entry in fastattn.accelerate(_Holding(module())).swapped]
+    report = fastattn.accelerate(_Holding(module()), exclude=[f"whole.{part}"])
+    assert "whole" not in [entry.name for entry in report.swapped]
+    reasons = {entry.name: entry.reason for entry in report.left}
+    assert reasons["whole"] == "a part of it is excluded by the caller"
+
+
+class _Holding(torch.nn.Module):
+    def __init__(self, whole: torch.nn.Module) -> None:
+        super().__init__()
+        self.whole = whole
+
+
+def _mlp() -> list[torch.nn.Module]:
+    return [torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16)]
+
+
 def test_only_takes_a_whole_branch_and_exclude_is_stronger(model: torch.nn.Module) -> None:
     report = fastattn.accelerate(model, only=["layers", "norm"], exclude=["layers.1"])
     assert names(report.swapped) == ["layers.0.0", "norm"]

@@ -94,6 +94,8 @@ def test_what_is_slower_on_the_batch_is_left_alone(
     report = fastattn.accelerate(model.train(training), batch=x)
     # Equal modules share a measurement; where the batch does not reach, there is none.
     assert set(names(report.swapped)) - {"after"} == {"different"}
+    assert names(report.untimed) == ["different"]
+    assert report.untimed[0].reason == "the batch does not reach it"
     reason = next(entry.reason for entry in report.left if entry.name == "before")
     assert reason is not None and reason.startswith("slower on the batch: 0.")
     assert reason.endswith("forward and backward" if training else ", forward")
@@ -188,6 +190,10 @@ def test_what_cannot_be_repeated_is_not_timed(
     swapped_to(OnlyOnce)
     report = fastattn.accelerate(model, only=["before"], batch=x)
     assert names(report.swapped) == ["before"]
+    reason = "its call cannot be repeated: ValueError: this was called out of its place"
+    assert [(entry.name, entry.reason) for entry in report.untimed] == [("before", reason)]
+    assert str(report).splitlines()[-1].split()[:4] == ["untimed", "LayerNorm", "1", "torch"]
+    assert str(report).endswith(f"before: {reason}")
 
 
 def test_frozen_models_have_no_gradients(model: torch.nn.Module, x: torch.Tensor) -> None:

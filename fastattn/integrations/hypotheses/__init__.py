@@ -13,7 +13,14 @@ from collections.abc import Iterator
 
 import torch
 
-from fastattn.integrations.hypotheses import attention, feed_forward, inner, norm
+from fastattn.integrations.hypotheses import (
+    attention,
+    feed_forward,
+    inner,
+    norm,
+    post_norm,
+    watching,
+)
 from fastattn.integrations.hypotheses.head import heads
 from fastattn.integrations.recogniser import Recogniser
 
@@ -30,5 +37,7 @@ def of(module: torch.nn.Module) -> Iterator[Recogniser]:
         yield from swap.of(module)
     yield from attention.of(module)
     yield from norm.of(module)
+    yield from post_norm.of(module)
     yield from feed_forward.of(module)
     yield from inner.of(module)
+    yield from watching.of(module)

@@ -129,6 +129,7 @@ def recogniser(bound: FeedForward) -> Recogniser:
         refusal=lambda module: _refusal(module, bound),
         premise=lambda module, draw: _misplaced(module, bound, draw),
         bound=bound,
+        fused=lambda module: [getattr(module, n) for n in (*bound.layers, bound.act) if n],
     )
 
 

@@ -123,7 +123,8 @@ def recogniser(bound: Inner) -> Recogniser:
             None if bound.dropped else _drops(module, bound, guesses(module, draw))
         ),
         bound=bound,
-        parts=lambda module: [_at(module, path) for path in (bound.fc1, bound.act, bound.fc2)],
+        fused=lambda module: [_at(module, path) for path in (bound.fc1, bound.act, bound.fc2)],
+        whole=False,
     )
 
 

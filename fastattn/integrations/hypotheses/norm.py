@@ -71,6 +71,12 @@ class Norm:
         bias = None if self.bias is None else getattr(module, self.bias)
         return layer_norm, (x, weight, bias, eps)
 
+    def of_heads(self, module: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The weight and the other arguments of `rotary` for it, an RMSNorm with a weight."""
+        assert self.weight is not None and not self.centered
+        eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
+        return getattr(module, self.weight), {"eps": eps, "weight_offset": float(self.offset)}
+
 
 class NormSwap(torch.nn.Module):
     """Runs a module on the norm that its class is taken for.
@@ -122,10 +128,11 @@ def recogniser(norm: Norm) -> Recogniser:
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:
-    yield from map(recogniser, _norms(module))
+    yield from map(recogniser, norms_of(module))
 
 
-def _norms(module: torch.nn.Module) -> Iterator[Norm]:
+def norms_of(module: torch.nn.Module) -> Iterator[Norm]:
+    """Those that a module may be, by what it contains."""
     vectors = {name: p for name, p in module._parameters.items() if p is not None}
     if module._modules or module._buffers or len(vectors) > 2:
         return

@@ -53,7 +53,7 @@ def counted(model: torch.nn.Module, report: fastattn.integrations.Report) -> Cou
     parts: set[torch.nn.Module] = set()
     for module in swapped:
         recogniser = type(module)._fastattn_recogniser
-        parts.update(() if recogniser.parts is None else recogniser.parts(module))
+        parts.update(() if recogniser.whole else recogniser.fused(module))
     counts = {kind: [0, 0] for kind in KINDS}
     for module in model.modules():
         kind = kind_of(module)

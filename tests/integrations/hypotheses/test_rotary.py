@@ -21,7 +21,8 @@ from transformers.models.llama import modeling_llama
 
 import fastattn
 from fastattn.integrations import swap
-from fastattn.integrations.hypotheses import rotary as hypothesis
+from fastattn.integrations.hypotheses import rebinding
+from fastattn.integrations.hypotheses import rotation as hypothesis
 from oracle import assert_close_to_reference
 
 DECODER: dict[str, Any] = {
@@ -71,9 +72,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[hypothesis.Rotation]:
     seen: list[hypothesis.Rotation] = []
     call = hypothesis.Rotation.__call__
 
-    def spy(self: hypothesis.Rotation, *args: Any) -> Any:
+    def spy(self: hypothesis.Rotation, *args: Any, **norms: Any) -> Any:
         seen.append(self)
-        return call(self, *args)
+        return call(self, *args, **norms)
 
     monkeypatch.setattr(hypothesis.Rotation, "__call__", spy)
     return seen
@@ -266,7 +267,7 @@ def test_the_module_is_not_touched_and_seen_as_it_is(
 def test_what_a_function_computes(
     function: Any, interleaved: bool, angles: str, partial: bool
 ) -> None:
-    found = hypothesis._rotation("anything", function)
+    found = hypothesis.rotation_of("anything", function)
     assert found == hypothesis.Rotation("anything", interleaved, angles, partial)
 
 
@@ -299,7 +300,63 @@ def rotating(change: Callable[..., tuple[Tensor, Tensor]]) -> types.FunctionType
     ],
 )
 def test_functions_that_are_no_rotation_of_ours(change: Any) -> None:
-    assert hypothesis._rotation("apply_rotary_pos_emb", rotating(change)) is None
+    assert hypothesis.rotation_of("apply_rotary_pos_emb", rotating(change)) is None
+
+
+def apply_along(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Of angles (seqlen, head_dim), the same in every row."""
+    return turned(q, cos, sin), turned(k, cos, sin)
+
+
+def apply_wrong(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return turned(q, cos, -sin), turned(k, cos, sin)
+
+
+class Plain(torch.nn.Module):
+    """Code that knows nothing of transformers, and calls torch's attention itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 16
+        self.qkv, self.out = torch.nn.Linear(48, 144), torch.nn.Linear(48, 48)
+
+    def heads(self, x: Tensor) -> Any:
+        return self.qkv(x).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        q, k = apply_along(q, k, cos, sin)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Wrong(Plain):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        q, k = apply_wrong(q, k, cos, sin)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.usefixtures("every_size")
+def test_a_forward_that_calls_the_attention_of_torch(calls: list[hypothesis.Rotation]) -> None:
+    torch.manual_seed(0)
+    x, angles = torch.randn(2, 21, 48), torch.randn(21, 8)
+    angles = torch.cat([angles, angles], -1)
+    for cls, rotated in ((Plain, 1), (Wrong, 0)):
+        module = cls()
+        args = x, angles.cos(), angles.sin()
+        before = module(*args)
+        (entry,) = [e for e in fastattn.accelerate(module).swapped if e.name == ""]
+        assert entry.backend == ("torch, rotary torch" if rotated else "torch")
+        calls.clear()
+        torch.testing.assert_close(module(*args), before)
+        assert len(calls) == rotated
+        with pytest.raises(RuntimeError):  # as the original, of other lengths
+            module(x, angles[:5].cos(), angles[:5].sin())
+        assert len(calls) == rotated
+        fastattn.restore(module)
+        assert torch.equal(module(*args), before)
 
 
 def test_a_model_with_another_rotation_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,4 +386,4 @@ def test_decorators_and_closures_stay() -> None:
     def hidden(self: Any) -> None: ...
 
     outer = functools.wraps(original)(hidden)  # keeps the original nowhere that can be changed
-    assert hypothesis._innermost(outer) is None
+    assert rebinding.innermost(outer) is None
