@@ -9,7 +9,6 @@ from typing import Any
 
 from fastattn.models.config import ACTIVATIONS
 from fastattn.nn.checks import check_integer, check_number, check_probability
-from fastattn.nn.transformer_block import NORMS
 
 POSITIONS = ("sinusoidal", "learned", "relative")
 PLACEMENTS = ("pre", "post")
@@ -189,7 +188,7 @@ class EncoderDecoderConfig:
                 )
         for name, known in (
             ("activation_function", tuple(ACTIVATIONS)),
-            ("norm", tuple(NORMS)),
+            ("norm", ("layer_norm", "rms_norm")),
             ("norm_placement", PLACEMENTS),
             ("positions", POSITIONS),
         ):

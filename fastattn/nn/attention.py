@@ -313,8 +313,8 @@ class Attention(torch.nn.Module):
         batch, seqlen = q.shape[:2]
         places = cache.lengths.unsqueeze(1) + torch.arange(seqlen, device=q.device)
         rows = torch.arange(batch, device=q.device).unsqueeze(1)
-        cache.keys[rows, places] = k
-        cache.values[rows, places] = v
+        cache.keys[rows, places] = k.to(cache.keys.dtype)  # another under autocast
+        cache.values[rows, places] = v.to(cache.values.dtype)
         slots = bias.shape[-1]
         mask = None
         if causal and seqlen > 1:  # a single query sees all keys that there are

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations
 
@@ -177,6 +178,22 @@ def test_parametrised_children_run(assert_module_close: Callable[..., None]) -> 
     ours = FeedForward(8)
     parametrizations.weight_norm(ours.linear1)
     assert_module_close(ours, _sequence(ours), torch.randn(4, 8), their_names=NAMES)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropout_of_the_hidden_layer(gated: bool, fused_calls: list[object]) -> None:
+    ours, x = FeedForward(8, 40, "relu", activation_dropout=0.5, gated=gated), torch.randn(6, 8)
+    torch.manual_seed(0)
+    got = ours(x)
+    torch.manual_seed(0)
+    hidden = ours.linear1(x)
+    hidden = F.relu(hidden) if ours.gate is None else F.relu(ours.gate(x)) * hidden
+    torch.testing.assert_close(got, ours.linear2(F.dropout(hidden, 0.5)))
+    assert not fused_calls
+    ours.eval()(x)
+    assert len(fused_calls) == 1
+    with pytest.raises(ValueError, match="activation_dropout must be in"):
+        FeedForward(8, activation_dropout=1.0)
 
 
 def test_dropout_on_the_output_in_training_alone() -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from fastattn.generation import GenerationConfig
 from fastattn.models.folder.layout import skeleton
 from fastattn.models.folder.reading import read
 from fastattn.models.folder.writing import save_pretrained
@@ -23,11 +24,13 @@ class Pretrained(SharedParameters):
             ``resolved()``.
         family: config.json's "model_type" that the model was read as, and is written as; None for
             the first that has a place for all of its config.
+        generation_config: how the folder's generation_config.json would have it generate.
     """
 
     config_class: ClassVar[type]
     config: Any
     family: str | None = None
+    generation_config: GenerationConfig | None = None
 
     save_pretrained = save_pretrained
 
@@ -61,7 +64,7 @@ class Pretrained(SharedParameters):
                 convert them).
             ImportError: safetensors, gguf, or for a download huggingface_hub, is not installed.
         """
-        family, config, weights = read(
+        family, config, weights, settings = read(
             cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device
         )
         model = skeleton(cls, config)
@@ -72,4 +75,5 @@ class Pretrained(SharedParameters):
                 reset: Any = module.reset_parameters
                 reset(where)  # what is computed and not stored
         model.family = family.model_type
+        model.generation_config = settings
         return model.eval()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastattn.files import local_path
+from fastattn.generation import GenerationConfig
 from fastattn.models.families import Family, family_of
 from fastattn.models.folder.gguf_file import read_gguf
 from fastattn.models.folder.layout import (
@@ -53,10 +54,11 @@ def read(
     gguf_file: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> tuple[Family, Any, dict[str, Tensor]]:
-    """The family, the config and the ``state_dict`` of a model of class ``cls``.
+) -> tuple[Family, Any, dict[str, Tensor], GenerationConfig | None]:
+    """The family, the config, the ``state_dict`` and how the folder would have it generate.
 
-    Arguments and errors are those of `Pretrained.from_pretrained`.
+    ``cls`` is the class of the model; other arguments and errors are those of
+    `Pretrained.from_pretrained`.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(
@@ -73,13 +75,16 @@ def read(
             raise ValueError(
                 f"{where}: {family.title} is no {cls.__name__}: fastattn.models.load reads it"
             )
+        settings = None
         if where.is_dir():
+            if (where / GENERATION).exists() and "eos_token_id" in family.fields:
+                settings = GenerationConfig.from_folder(where)
             sources = safetensors_sources(where, family, weight_files(where), stack)
         config = _with_head(family, config, sources)
         family = family.of(config)
         _check_layers(where, family, config, sources)
         weights = _weights(where, family, skeleton(cls, config), sources, dtype, device)
-    return family, config, weights
+    return family, config, weights, settings
 
 
 def gguf_path(

@@ -77,7 +77,8 @@ def save_pretrained(
     stored["architectures"] = [family.architecture(type(model))]
     try:
         if not sharded or torch.distributed.get_rank() == 0:
-            _write(target, stored, weights, max_shard_size, save_file)
+            generation = _generation(model, stored) if "eos_token_id" in family.fields else None
+            _write(target, stored, generation, weights, max_shard_size, save_file)
     finally:
         if sharded:
             torch.distributed.barrier()
@@ -86,6 +87,7 @@ def save_pretrained(
 def _write(
     target: Path,
     config: dict[str, Any],
+    generation: dict[str, Any] | None,
     weights: dict[str, Tensor],
     max_shard_size: int,
     save_file: Any,
@@ -100,10 +102,25 @@ def _write(
             save_file(shard, beside / name, metadata={"format": "pt"})
         if len(shards) > 1:
             _write_json(beside / INDEX, _index(names, shards))
-        tokens = {name: config[name] for name in SPECIAL_TOKENS if name in config}
-        if "eos_token_id" in tokens:  # a model that generates
-            _write_json(beside / GENERATION, tokens)
+        if generation is not None:
+            _write_json(beside / GENERATION, generation)
         _write_json(beside / CONFIG, {**config, "dtype": dtype})
+
+
+def _generation(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """generation_config.json: the special tokens, and the settings that the model was read with."""
+    tokens = {name: config[name] for name in SPECIAL_TOKENS if name in config}
+    settings = model.generation_config
+    if settings is None:
+        return tokens
+    said = {
+        field.name: value
+        for field in dataclasses.fields(settings)
+        if (value := getattr(settings, field.name)) is not None
+    }
+    del said["unsupported"]
+    said.pop("logits_processor", None)  # functions
+    return {**tokens, **said, **dict(settings.unsupported)}
 
 
 def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:

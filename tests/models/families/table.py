@@ -28,13 +28,20 @@ def versions() -> str:
 
 @torch.no_grad()
 def difference(original: Any) -> tuple[float, float]:
-    """The largest difference of logits in float32 on 66 random tokens, and the largest logit."""
-    tokens = torch.randint(3, 97, (2, 33), generator=torch.Generator().manual_seed(1))
+    """The largest difference of logits in float32 on 66 random tokens, and the largest logit.
+
+    An encoder-decoder reads as many before.
+    """
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(3, 97, (2, 33), generator=generator)]
+    if original.config.is_encoder_decoder:
+        tokens.append(torch.randint(3, 97, (2, 33), generator=generator))
     with tempfile.TemporaryDirectory() as folder:
         original.save_pretrained(folder)
         ours = fastattn.models.load(folder)
-    theirs = original(tokens).logits
-    return (ours(tokens) - theirs).abs().max().item(), theirs.abs().max().item()
+    names = ("input_ids", "decoder_input_ids")
+    theirs = original(**dict(zip(names, tokens, strict=False))).logits
+    return (ours(*tokens) - theirs).abs().max().item(), theirs.abs().max().item()
 
 
 @torch.no_grad()
@@ -55,13 +62,17 @@ def encoder_difference(name: str) -> tuple[str, float, float]:
 def main() -> int:
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
     from models.encoders import FAMILIES as ENCODERS
-    from models.families.cases import CASES, theirs
+    from models.families import cases, encoder_decoder_cases
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     worst: dict[str, tuple[int, float, float]] = {}
-    found = [(kind, *difference(theirs(name))) for name, (kind, _) in CASES.items()]
+    found = [
+        (kind, *difference(room.theirs(name)))
+        for room in (cases, encoder_decoder_cases)
+        for name, (kind, _) in room.CASES.items()
+    ]
     for kind, apart, logit in found + [encoder_difference(name) for name in ENCODERS]:
         count, most, largest = worst.get(kind, (0, 0.0, 0.0))
         worst[kind] = count + 1, max(most, apart), max(largest, logit)

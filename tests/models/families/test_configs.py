@@ -239,3 +239,19 @@ def test_a_casted_model_is_the_same_model(folder: Path) -> None:
     tokens = torch.randint(0, SMALL["vocab_size"], (2, 20))
     with torch.no_grad():
         assert torch.equal(cast(tokens), whole(tokens))
+
+
+def test_the_settings_of_generation_go_round(folder: Path) -> None:
+    """What generation_config.json asks for is done, and is written again."""
+    said = {"max_new_tokens": 7, "repetition_penalty": 1.5, "eos_token_id": [95, 96], "guidance": 1}
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(said))
+    model = fastattn.models.load(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.tensor([[5, 8, 13, 21]])
+    assert model.generation_config is not None and model.config.eos_token_id == (95, 96)
+    assert torch.equal(model.generate(tokens), theirs.generate(tokens))
+    model.save_pretrained(folder)
+    again = fastattn.models.load(folder)
+    assert again.generation_config == model.generation_config
+    assert torch.equal(again.generate(tokens), model.generate(tokens))

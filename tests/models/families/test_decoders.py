@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from models.families import table
 from models.families.cases import CASES, USUAL, theirs
 
 import fastattn
@@ -98,3 +99,10 @@ def test_greedy_tokens_are_transformers(name: str, tmp_path: Path) -> None:
             for _ in range(20):
                 tokens = torch.cat([tokens, ours(tokens)[:, -1:].argmax(-1)], 1)
         assert torch.equal(tokens[0, len(prompt) :], expected)
+
+
+def test_the_page_has_a_row_of_every_family() -> None:
+    page = table.PAGE.read_text(encoding="utf-8")
+    for kind, family in FAMILIES.items():
+        row = f"| {family.title} | `{kind}` |"
+        assert row in page, "python tests/models/families/table.py --write"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models.families.encoder_decoder_cases import CASES, USUAL, batch_of_padded, theirs
 from safetensors.torch import load_file, save_file
 
 import fastattn
@@ -18,77 +19,12 @@ from fastattn.models.families import FAMILIES
 from fastattn.models.folder.layout import layout
 from oracle import assert_close_to_reference
 
-T5: dict[str, Any] = {
-    "vocab_size": 97, "d_model": 48, "d_kv": 10, "d_ff": 60, "num_layers": 3,
-    "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0,
-    # So that sentences of some twenty tokens reach every bucket.
-    "relative_attention_num_buckets": 12, "relative_attention_max_distance": 20,
-}  # fmt: skip
-BART: dict[str, Any] = {
-    "vocab_size": 97, "d_model": 48, "encoder_layers": 3, "decoder_layers": 2,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 60,
-    "decoder_ffn_dim": 60, "max_position_embeddings": 40, "dropout": 0.0, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "init_std": 0.15,
-    "forced_eos_token_id": None,
-}  # fmt: skip
-
-# The first of each family is its usual form.
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5": ("t5", {}),
-    "t5, gated silu, one layer": (
-        "t5", {"feed_forward_proj": "gated-silu", "num_layers": 1, "num_decoder_layers": 1}
-    ),
-    "t5 1.1": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "bart": ("bart", {}),
-    "bart, asymmetric, scaled": (
-        "bart",
-        {
-            "decoder_attention_heads": 2, "decoder_ffn_dim": 28, "scale_embedding": True,
-            "activation_function": "relu",
-        },
-    ),
-    "marian": ("marian", {"scale_embedding": True, "activation_function": "swish"}),
-    "marian, relu": ("marian", {"activation_function": "relu", "decoder_start_token_id": 0}),
-}  # fmt: skip
-USUAL = ["t5", "t5 1.1", "bart", "marian"]
-
-
-def _theirs(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A random model of transformers, in eval mode; norms and biases random too."""
-    torch.manual_seed(seed)
-    kind, own = CASES[name]
-    cls: Any = type(transformers.AutoConfig.for_model(kind))
-    config = cls(**{**(T5 if kind == "t5" else BART), **own, **changes})
-    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
-    if own.get("tie_word_embeddings") is False:  # transformers ties T5's until a file has the head
-        model.lm_head.weight = torch.nn.Parameter(0.15 * torch.randn(97, 48))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "layers" in key or "block" in key:  # else the embedding outweighs them all
-                parameter.mul_(2.0)
-        if kind != "t5":
-            model.final_logits_bias.normal_(std=0.1)
-    return model
-
 
 def _read(model: Any, folder: Path) -> EncoderDecoder:
     model.save_pretrained(folder)
     ours = fastattn.models.load(folder)
     assert type(ours) is EncoderDecoder and not ours.training
     return ours
-
-
-def _batch() -> dict[str, torch.Tensor]:
-    """Source and labels, with padding before and after the source's tokens."""
-    generator = torch.Generator().manual_seed(1)
-    source = torch.randint(3, 97, (3, 33), generator=generator)
-    labels = torch.randint(3, 97, (3, 25), generator=generator)
-    labels[:, ::4] = -100
-    mask = torch.ones_like(source)
-    mask[0, :4] = mask[1, 20:] = mask[2, :2] = mask[2, 30:] = 0
-    return {"input_ids": source, "labels": labels, "attention_mask": mask}
 
 
 def _ours(model: EncoderDecoder, batch: dict[str, torch.Tensor]) -> Any:
@@ -100,9 +36,9 @@ def _ours(model: EncoderDecoder, batch: dict[str, torch.Tensor]) -> Any:
 @pytest.mark.parametrize("name", CASES)
 def test_both_ways(name: str, tmp_path: Path) -> None:
     """transformers' folder gives its logits and loss, and ours gives the same model there."""
-    original = _theirs(name)
+    original = theirs(name)
     ours = _read(original, tmp_path / "theirs")
-    batch = _batch()
+    batch = batch_of_padded()
     with torch.no_grad():
         expected = original(**batch)
         logits, loss = _ours(ours, batch)
@@ -125,9 +61,9 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
 
 def test_decoder_padding(tmp_path: Path) -> None:
     """Of the decoder's input, before the tokens: what they see is what transformers' see."""
-    original = _theirs("t5")
+    original = theirs("t5")
     ours = _read(original, tmp_path)
-    batch = _batch()
+    batch = batch_of_padded()
     inputs = torch.randint(3, 97, (3, 9))
     mask = torch.ones_like(inputs)
     mask[0, :4] = mask[1, 3:5] = 0
@@ -157,7 +93,7 @@ def _gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Te
 @pytest.mark.parametrize("name", USUAL)
 def test_gradients_hold_the_rule(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Logits and all gradients, against transformers' eager attention and its float64."""
-    eager = _theirs(name, attn_implementation="eager")
+    eager = theirs(name, attn_implementation="eager")
     if dtype == torch.bfloat16:  # needs a model that does not amplify rounding without bounds
         for key, parameter in eager.named_parameters():
             if "layers" in key or "block" in key:
@@ -165,7 +101,7 @@ def test_gradients_hold_the_rule(name: str, dtype: torch.dtype, tmp_path: Path) 
     eager = eager.to(dtype)
     ours = _read(eager, tmp_path)
     exact = copy.deepcopy(eager).double()
-    batch = _batch()
+    batch = batch_of_padded()
     logits, loss = _ours(ours, batch)
     measured, referred = eager(**batch), exact(**batch)
     assert logits.dtype == dtype and loss.dtype == torch.float32
@@ -179,51 +115,68 @@ def test_gradients_hold_the_rule(name: str, dtype: torch.dtype, tmp_path: Path) 
             assert how.names == ("final_logits_bias",) and how.ours[0] not in mine
             continue
         # Of q, k and v together: that of k's bias is 0 but for roundings.
-        stored, *theirs = (
+        stored, *others = (
             torch.cat([gradients[key] for key in keys])
             for gradients, keys in ((mine, how.ours), (measure, how.names), (reference, how.names))
         )
-        assert_close_to_reference(stored, *theirs, name=how.ours[0])
+        assert_close_to_reference(stored, *others, name=how.ours[0])
         compared += len(how.names)
     assert compared == len(reference)
 
 
-def _greedy(
-    model: EncoderDecoder, source: torch.Tensor, lengths: torch.Tensor, steps: int
-) -> torch.Tensor:
-    mask = torch.arange(source.shape[1]) < lengths[:, None]
-    cache = model.new_cache(
-        len(source), steps, encoded=model.encode(source, mask), encoded_lengths=lengths
-    )
-    tokens = [torch.full((len(source), 1), model.config.decoder_start_token_id)]
-    for _ in range(steps):
-        logits = model.lm_head(model.features(tokens[-1], cache))
-        tokens.append(logits[:, -1:].argmax(-1))
-    return torch.cat(tokens, 1)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 4, "length_penalty": 0.7},
+    "beams, no stop before all": {"num_beams": 3, "early_stopping": "never", "repetition_penalty": 1.5},
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", USUAL)
-@torch.no_grad()
-def test_greedy_tokens_are_transformers(name: str, tmp_path: Path) -> None:
-    """With the caches, alone and with sources of other lengths, whose padding may hold anything."""
-    original = _theirs(name, eos_token_id=None)
+def test_generate_is_transformers(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Token for token, of sources of unequal lengths, together and alone."""
+    original = theirs(name)
     ours = _read(original, tmp_path)
-    source, lengths = _batch()["input_ids"], torch.tensor([33, 8, 20])
-    got = _greedy(ours, source, lengths, 20)
-    for row, length in enumerate(lengths.tolist()):
-        one = source[row : row + 1, :length]
-        expected = original.generate(one, max_new_tokens=20, do_sample=False, num_beams=1)
-        assert torch.equal(got[row : row + 1], expected)
-        assert torch.equal(_greedy(ours, one, torch.tensor([length]), 20), expected)
+    source, lengths = batch_of_padded()["input_ids"], [33, 8, 20]
+    mask = (torch.arange(33) < torch.tensor(lengths)[:, None]).long()
+    sources = [row[:length].tolist() for row, length in zip(source, lengths, strict=True)]
+    got = ours.generate(sources, max_new_tokens=14, **settings)
+    expected = original.generate(
+        source, attention_mask=mask, max_new_tokens=14, do_sample=False, **settings
+    )
+    assert torch.equal(got, expected)
+    assert torch.equal(
+        ours.generate(source, attention_mask=mask, max_new_tokens=14, **settings), got
+    )
+    alone = ours.generate(sources[1:2], max_new_tokens=14, **settings)[0]
+    assert torch.equal(alone, got[1, : len(alone)])
+
+
+def test_a_summariser_generates_as_its_authors_would(tmp_path: Path) -> None:
+    """What bart-large-cnn's generation_config.json says, of beams, forced and repeated tokens."""
+    original = theirs("bart")
+    authors: dict[str, Any] = {
+        "num_beams": 4, "length_penalty": 2.0, "no_repeat_ngram_size": 3, "early_stopping": True,
+        "min_length": 6, "max_length": 15, "forced_bos_token_id": 1, "forced_eos_token_id": 2,
+    }  # fmt: skip
+    original.generation_config = transformers.GenerationConfig(
+        **authors, decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    ours = _read(original, tmp_path)
+    source = batch_of_padded()["input_ids"]
+    config = fastattn.generation.GenerationConfig.from_folder(tmp_path)
+    got = ours.generate(source, generation_config=config)
+    assert torch.equal(got, original.generate(source, attention_mask=torch.ones_like(source)))
+    assert (got[:, 1] == 1).all()
 
 
 @pytest.mark.parametrize("name", USUAL)
 @torch.no_grad()
 def test_the_cache_gives_what_the_whole_gives(name: str, tmp_path: Path) -> None:
     """Any tokens, in parts of several; then sequences of unequal lengths, one token at a time."""
-    original = _theirs(name)
+    original = theirs(name)
     ours = _read(original, tmp_path)
-    source, lengths = _batch()["input_ids"], torch.tensor([33, 8, 20])
+    source, lengths = batch_of_padded()["input_ids"], torch.tensor([33, 8, 20])
     mask = torch.arange(33) < lengths[:, None]
     tokens = torch.randint(3, 97, (3, 19))
     expected = original(input_ids=source, attention_mask=mask, decoder_input_ids=tokens).logits
@@ -264,7 +217,7 @@ def _change(folder: Path, config: dict[str, Any], **tensors: torch.Tensor | None
 @pytest.mark.parametrize("has_head", [True, False])
 def test_t5_before_transformers_5(theirs_tied: bool, has_head: bool, tmp_path: Path) -> None:
     """One key said that the head is not tied, and that it is not scaled."""
-    _theirs("t5").save_pretrained(tmp_path)
+    theirs("t5").save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["scale_decoder_outputs"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
@@ -272,7 +225,7 @@ def test_t5_before_transformers_5(theirs_tied: bool, has_head: bool, tmp_path: P
     _change(tmp_path, {"tie_word_embeddings": theirs_tied}, **{"lm_head.weight": head})
     ours = fastattn.models.load(tmp_path)
     original = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    batch = _batch()
+    batch = batch_of_padded()
     with torch.no_grad():
         logits, _ = _ours(ours, batch)
         torch.testing.assert_close(logits, original(**batch).logits, atol=1e-4, rtol=0)
@@ -281,11 +234,11 @@ def test_t5_before_transformers_5(theirs_tied: bool, has_head: bool, tmp_path: P
 
 def test_a_model_without_its_head(tmp_path: Path) -> None:
     """facebook/bart-base is one: names without the prefix, no bias of the logits."""
-    original = _theirs("bart")
+    original = theirs("bart")
     original.final_logits_bias.zero_()
     original.model.save_pretrained(tmp_path)
     ours = fastattn.models.load(tmp_path)
-    batch = _batch()
+    batch = batch_of_padded()
     with torch.no_grad():
         logits, _ = _ours(ours, batch)
         torch.testing.assert_close(logits, original(**batch).logits, atol=1e-4, rtol=0)
@@ -318,14 +271,14 @@ def test_refuses(
     message: str,
     tmp_path: Path,
 ) -> None:
-    _theirs(name).save_pretrained(tmp_path)
+    theirs(name).save_pretrained(tmp_path)
     _change(tmp_path, config, **tensors)
     with pytest.raises(ValueError, match=message):
         fastattn.models.load(tmp_path)
 
 
 def test_another_class_is_no_encoder_decoder(tmp_path: Path) -> None:
-    _theirs("t5").save_pretrained(tmp_path)
+    theirs("t5").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"T5 is no GPT: fastattn.models.load reads it"):
         fastattn.GPT.from_pretrained(tmp_path)
 
@@ -349,5 +302,5 @@ def test_a_model_made_here_is_saved_as(preset: str, family: str, tmp_path: Path)
     ours.save_pretrained(tmp_path)
     back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert back.config.model_type == family
-    logits, _ = _ours(ours, _batch())
-    torch.testing.assert_close(logits, back(**_batch()).logits, atol=1e-4, rtol=0)
+    logits, _ = _ours(ours, batch_of_padded())
+    torch.testing.assert_close(logits, back(**batch_of_padded()).logits, atol=1e-4, rtol=0)
