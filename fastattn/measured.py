@@ -55,6 +55,19 @@ class Faster(NamedTuple):
 # Empty: no GPU has been measured yet, and on a CPU no kernel is chosen for anybody.
 TABLE: dict[tuple[str, str, str, bool | None, str], Faster] = {}
 
+# Where ATen's attention takes less time computed in float32 (ops/attention/sdpa.py), by the
+# multiplications of one head's q k^T: dtype, whether gradients are wanted, the CPU's vector
+# instructions (without AMX). AMD EPYC, 1 thread, torch 2.13; AVX2 on the same one, by
+# ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA. Without gradients bfloat16 is as fast as float32.
+IN_FLOAT32: dict[tuple[torch.dtype, bool, str], Faster] = {
+    (torch.float16, False, "AVX512"): Faster("float16", "2026-11-29", 4096),
+    (torch.float16, True, "AVX512"): Faster("float16", "2026-11-29", 32768),
+    (torch.bfloat16, True, "AVX512"): Faster("bfloat16", "2026-11-29", 32768, 2_600_000),
+    (torch.float16, False, "AVX2"): Faster("float16", "2026-11-29", 4096),
+    (torch.float16, True, "AVX2"): Faster("float16", "2026-11-29", 32768),
+    (torch.bfloat16, True, "AVX2"): Faster("bfloat16", "2026-11-29", 32768),
+}
+
 ONLY_MEASURED = ("cuda",)  # the backends that are not chosen without a row
 
 

@@ -20,7 +20,7 @@ from fastattn.nn import (
 )
 from fastattn.ops.attention import attention
 from fastattn.ops.layer_norm import layer_norm, rms_norm
-from fastattn.ops.linear.interface import MIN_WEIGHTS, mkl_is_slow
+from fastattn.ops.linear.few_rows import MIN_WEIGHTS, mkl_is_slow
 
 
 def _norm_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:

@@ -14,7 +14,7 @@ from fastattn.nn.checks import check_integer, check_probability
 from fastattn.nn.plain import is_plain, refresh
 from fastattn.ops.attention import attention, attention_with_kv_cache
 from fastattn.ops.common import modes
-from fastattn.ops.linear import linear
+from fastattn.ops.linear import product
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -237,7 +237,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         out = heads.flatten(-2)
         if is_plain(self.out_proj, NonDynamicallyQuantizableLinear):
-            return linear(out, self.out_proj.weight, self.out_proj.bias)
+            return product(out, self.out_proj.weight, self.out_proj.bias)
         return self.out_proj(out)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +249,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self._qkv_same_embed_dim and key is value:
             size, weight = self.embed_dim, self.in_proj_weight
             if query is key:
-                q, k, v = self._split(linear(query, weight, bias), 3)
+                q, k, v = self._split(product(query, weight, bias), 3)
                 return q, k, v
             bias_q, bias_kv = (None, None) if bias is None else (bias[:size], bias[size:])
             (q,) = self._split(F.linear(query, weight[:size], bias_q), 1)

@@ -388,6 +388,38 @@ def ffn(rows: list[tuple[torch.dtype, int, str, str, bool, bool]] | None = None)
         )
 
 
+def linear() -> Grid:
+    """All activations, on tiles for many, some, and few tokens, kept for a backward and not."""
+    from fastattn.ops.linear import triton as kernels
+
+    for dtype, tokens, activation, save in (
+        (torch.bfloat16, 16384, "gelu_tanh", True),
+        (torch.float16, 16384, "gelu", False),
+        (torch.bfloat16, 512, "silu", True),
+        (torch.float16, 4, "relu", True),
+        (torch.float32, 16384, "gelu", True),
+        (torch.float32, 4, "gelu_tanh", False),
+    ):
+        x = torch.empty(tokens, 1024, dtype=dtype, device="meta")
+        weight = torch.empty(4096, 1024, dtype=dtype, device="meta")
+        bias = torch.empty(4096, dtype=dtype, device="meta")
+        given = x, weight, bias
+
+        def call(given=given, act=activation, save=save) -> None:  # type: ignore[no-untyped-def]
+            out, pre = kernels.forward(*given, act, save)
+            kernels.backward(out, *given, pre if save else None, (True, True, True), act)
+
+        yield (
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": tokens,
+                "activation": activation,
+                "save_pre": save,
+            },
+            call,
+        )
+
+
 def layer_norm(rows: list[tuple[torch.dtype, int, bool, float]] | None = None) -> Grid:
     """Every row of the tile tables, with all there is to load: the most registers."""
     from fastattn.ops.layer_norm import triton as kernels
@@ -593,6 +625,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "attention, rows": functools.partial(attention, ROWS),
     "attention, own rows": functools.partial(attention, OWN_ROWS),
     "ffn": ffn,
+    "linear": linear,
     "layer_norm": layer_norm,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,

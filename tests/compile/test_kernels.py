@@ -25,6 +25,7 @@ STORES = ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_append_kernel"
 PRODUCTS = {
     "attention": ("_forward_kernel", "_keys_kernel", "_queries_kernel", "_bias_kernel"),
     "ffn": ("_forward_kernel", "_backward_kernel"),
+    "linear": ("_forward_kernel",),
     "layer_norm": (),
     "cross_entropy": (),
     "linear_cross_entropy": ("_forward_kernel", "_gradient_kernel"),

@@ -9,7 +9,7 @@ from compile import model, sass, table
 from compile.test_sass import listing
 
 from fastattn.ops.attention import tiles
-from fastattn.ops.ffn import tiles as ffn_tiles
+from fastattn.ops.common import tiles as product_tiles
 from fastattn.ops.linear_cross_entropy import tiles as loss_tiles
 
 A100, H100 = model.CHIPS[80], model.CHIPS[90]
@@ -23,7 +23,7 @@ def test_the_document_has_the_tiles_of_the_tables() -> None:
         kernel, _, width = name.removesuffix(", causal").partition(" d ")
         if kernel.startswith(("ffn", "linear_cross_entropy")):
             loss = loss_tiles.tile(2, aligned=True)
-            ours = ffn_tiles.LARGER[architecture] if kernel.startswith("ffn") else loss
+            ours = product_tiles.LARGER[architecture] if kernel.startswith("ffn") else loss
             sides = (ours.block_m, ours.block_n, ours.block_k)
             expected = table.tile(sides, ours.warps, ours.stages)
         else:

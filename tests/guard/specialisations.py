@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> None:
     from fastattn.ops.cross_entropy.triton import kernels as of_logits
     from fastattn.ops.ffn import triton as ffn
     from fastattn.ops.layer_norm import triton as layer_norm
+    from fastattn.ops.linear import triton as linear
     from fastattn.ops.linear_cross_entropy import triton as of_head
     from fastattn.ops.rotary import triton as rotary
 
@@ -106,6 +107,12 @@ def main(arguments: list[str]) -> None:
         out, pre = ffn.forward(*given, "gelu_tanh", "linear", True)
         ffn.backward(out, *given, pre, needs, "gelu_tanh", "linear")
 
+    def activated(length: int, batch: int = BATCH) -> None:
+        x = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
+        given = x, w1, biases[: 4 * hidden]
+        out, pre = linear.forward(*given, "gelu_tanh", True)
+        linear.backward(out, *given, pre, (True, True, True), "gelu_tanh")
+
     def loss(length: int, batch: int = BATCH) -> None:
         logits = torch.empty(batch, length, CLASSES, dtype=dtype, device="meta")
         targets = torch.empty(batch, length, dtype=torch.int64, device="meta")
@@ -149,6 +156,7 @@ def main(arguments: list[str]) -> None:
         ),
         "rms_norm, training": functools.partial(norm, center=False),
         "ffn, training": feed_forward,
+        "linear, training": activated,
         "ffn, gated, training": functools.partial(feed_forward, gate=(w1, biases[: 4 * hidden])),
         "cross_entropy, training": loss,
         "linear_cross_entropy, training": functools.partial(loss_of_head, kept=True),

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn.generation import decoding, graphs
 from fastattn.ops.common import launch
+from fastattn.ops.linear import linear
 
 BACKENDS = ("triton", "torch")
 
@@ -116,6 +117,11 @@ def _gated_ffn() -> Step:
     x, w1, w2 = _input(BATCH, SEQLEN, WIDTH), _input(4 * WIDTH, WIDTH), _input(WIDTH, 4 * WIDTH)
     gate = _input(4 * WIDTH, WIDTH)
     return Step(lambda: fastattn.ffn(x, w1, None, w2, None, "silu", gate=gate), (x, w1, w2, gate))
+
+
+def _linear() -> Step:
+    x, weight, bias = _input(BATCH, SEQLEN, WIDTH), _input(4 * WIDTH, WIDTH), _input(4 * WIDTH)
+    return Step(lambda: linear(x, weight, bias, "gelu"), (x, weight, bias))
 
 
 def _cross_entropy() -> Step:
@@ -219,6 +225,7 @@ STEPS: Steps = {
     "ffn": _ffn,
     "ffn, recompute": lambda: _ffn(recompute=True),
     "ffn, gated": _gated_ffn,
+    "linear": _linear,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": lambda: _linear_cross_entropy("mean"),
     "linear_cross_entropy, none": lambda: _linear_cross_entropy("none"),

@@ -19,7 +19,7 @@ from fastattn.ops.attention.cache import problem as cache_problem
 from fastattn.ops.attention.cache import reference as cache_reference
 from fastattn.ops.cross_entropy import aten as loss_aten
 from fastattn.ops.cross_entropy import registration as loss_registration
-from fastattn.ops.linear import linear
+from fastattn.ops.linear import linear, product
 from fastattn.ops.linear_cross_entropy import aten as head_aten
 from fastattn.ops.rotary import problem as rotary_problem
 
@@ -203,7 +203,13 @@ def _merge(draw: random.Random) -> Any:
 
 
 def _linear(draw: random.Random) -> Any:
-    return linear(_tensor(draw.randint(1, 6), 256), _tensor(256, 256), _tensor(256))
+    x, width = _rows(draw)
+    hidden, activation = draw.randint(1, 90), draw.choice(("gelu", "gelu_tanh", "relu", "silu"))
+    return linear(x, _tensor(hidden, width), draw.choice((None, _tensor(hidden))), activation)
+
+
+def _product(draw: random.Random) -> Any:
+    return product(_tensor(draw.randint(1, 6), 256), _tensor(256, 256), _tensor(256))
 
 
 def _options_of_a_loss(draw: random.Random) -> dict[str, Any]:
@@ -252,6 +258,7 @@ OPS: dict[str, Callable[[random.Random], Any]] = {
     "rms_norm": _rms_norm,
     "ffn": _ffn,
     "linear": _linear,
+    "linear, no activation": _product,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "rotary": _rotary,

@@ -15,6 +15,7 @@ PAGES = {
     "docs/attention.md": (ROOT / "docs" / "attention.md").read_text("utf-8"),
     "docs/generation.md": (ROOT / "docs" / "generation.md").read_text("utf-8"),
     "docs/losses.md": (ROOT / "docs" / "losses.md").read_text("utf-8"),
+    "docs/serving.md": (ROOT / "docs" / "serving.md").read_text("utf-8"),
     "docs/tools.md": (ROOT / "docs" / "tools.md").read_text("utf-8"),
 }
 BLOCKS = [

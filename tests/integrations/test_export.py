@@ -76,7 +76,7 @@ def test_torch_export_of_one_shape() -> None:
 def test_torch_export_of_large_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours choose a path by the number of rows, which an exported program leaves open."""
     monkeypatch.setattr("fastattn.integrations.torch_nn.mkl_is_slow", lambda: True)
-    monkeypatch.setattr("fastattn.ops.linear.interface.mkl_is_slow", lambda: True)
+    monkeypatch.setattr("fastattn.ops.linear.few_rows.mkl_is_slow", lambda: True)
     original = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 256)).eval()
     model = copy.deepcopy(original)
     assert len(fastattn.accelerate(model).swapped) == 2

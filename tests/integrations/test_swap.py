@@ -520,7 +520,7 @@ def _large_linears() -> torch.nn.Module:
 def test_large_linear_layers_where_the_library_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding takes another path through them; the results are those of torch's."""
     monkeypatch.setattr("fastattn.integrations.torch_nn.mkl_is_slow", lambda: True)
-    monkeypatch.setattr("fastattn.ops.linear.interface.mkl_is_slow", lambda: True)
+    monkeypatch.setattr("fastattn.ops.linear.few_rows.mkl_is_slow", lambda: True)
     model = _large_linears()
     x = torch.randn(1, 1, 256)
     with torch.no_grad():

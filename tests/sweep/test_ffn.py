@@ -12,8 +12,8 @@ from emulator.knobs import Emulator
 from ops.ffn.cases import Case, check
 from sweep.device import ARCHITECTURE, DEVICE, DTYPES, GPU, HALVES
 
-from fastattn.ops.common import launch
-from fastattn.ops.ffn import cuda, tiles
+from fastattn.ops.common import launch, tiles
+from fastattn.ops.ffn import cuda
 
 # (tokens, in features, hidden features); sums of several blocks, tiles that are not full at the end.
 SHAPES = {

@@ -1,4 +1,4 @@
-"""Train a small GPT, then run transformers' models on fastattn: a pretrained Llama and that GPT.
+"""Train a small GPT, then run transformers' models on fastattn: a Llama, that GPT, a GPT-2.
 
 Everything that it makes goes to a folder: the model and its tokenizer, which transformers reads
 too, the record of the training, the loss curve, and what was measured. It takes some minutes on
@@ -67,11 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         comparisons.append(pretrained.show(device))
 
-    print("\n3. The small GPT as transformers' GPT2LMHeadModel")
-    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
-        comparisons.append(
-            swapped.show(folder, result.batch, size.new_tokens, size.seconds, dtype, device)
-        )
+    swapped.save_gpt2(folder / "gpt2", folder)
+    for title, where in (
+        ("3. The small GPT, which transformers reads as a Qwen 3", folder),
+        ("4. A GPT-2 of transformers, of that size, with random weights", folder / "gpt2"),
+    ):
+        print(f"\n{title}")
+        for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+            comparisons.append(
+                swapped.show(where, result.batch, size.new_tokens, size.seconds, dtype, device)
+            )
 
     measured = {
         "bits_per_byte": result.bits_per_byte,

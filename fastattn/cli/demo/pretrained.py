@@ -38,14 +38,20 @@ def show(device: torch.device) -> Comparison:
     return compare(model, tokenizer, device)
 
 
-def _load(device: torch.device) -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer."""
-    transformers = require("transformers", "hf", "the demo")
+def gguf_file() -> Path:
+    """The model's file, where nothing is `missing`."""
     spec = importlib.util.find_spec(PACKAGES[0])
     assert spec is not None and spec.submodule_search_locations is not None
     (path,) = (
         path for place in spec.submodule_search_locations for path in Path(place).glob("*.gguf")
     )
+    return path
+
+
+def _load(device: torch.device) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer."""
+    transformers = require("transformers", "hf", "the demo")
+    path = gguf_file()
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)

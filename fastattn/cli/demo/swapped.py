@@ -1,4 +1,4 @@
-"""The demo's third part: transformers' GPT-2, accelerated, verified and timed."""
+"""The demo's last parts: models of transformers, accelerated, verified and timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def show(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Comparison:
-    """Accelerate the GPT-2 in `folder` and hold it against the original.
+    """Accelerate transformers' model in `folder` and hold it against the original.
 
     Args:
         batch: inputs and targets, token ids (B, T) on `device`. Generation continues the first
@@ -35,7 +35,8 @@ def show(
         RuntimeError: a module fails its proof.
     """
     transformers = require("transformers", "hf", "the demo")
-    original = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    original = original.to(device).eval()
     original.generation_config.eos_token_id = None  # all run to the same length
     model, swapped = accelerated(original)
     proven = fastattn.verify(model)
@@ -84,7 +85,24 @@ def show(
             if name != "original"
         ]
         print(f"     {work:<14} original {base * 1e3:.1f}, {', '.join(cells)}", flush=True)
-    return Comparison("GPT2LMHeadModel", dtype_name, str(device), swapped, same, times)
+    return Comparison(type(original).__name__, dtype_name, str(device), swapped, same, times)
+
+
+def save_gpt2(folder: Path, like: Path) -> None:
+    """A GPT-2 of transformers, of the size of the model in `like`, with random weights."""
+    transformers = require("transformers", "hf", "the demo")
+    size = GPT.from_pretrained(like).config
+    config = transformers.GPT2Config(
+        vocab_size=size.vocab_size,
+        n_positions=size.n_positions,
+        n_embd=size.n_embd,
+        n_layer=size.n_layer,
+        n_head=size.n_head,
+        initializer_range=0.2,  # far from uniform, so that greedy tokens say something
+        bos_token_id=size.bos_token_id,
+        eos_token_id=size.eos_token_id,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
 def _logits(model: Any, inputs: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,13 @@
-"""The demo's first part: a tokenizer and a small GPT: trained, saved, read back, sampled from."""
+"""The demo's first part: a tokenizer and a small GPT: trained, saved, read back, sampled from.
+
+The GPT is built as current models are (RMSNorm, rotary positions, norms of q and k, SwiGLU): fewer
+steps bring it further than GPT-2's architecture. Its folder is a Qwen 3's.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +33,7 @@ from fastattn.training import (
 from fastattn.training.loop import bfloat16_is_fast, muon_is_fast
 
 PROMPTS = ("And God said unto", "And it came to pass", "酒店的房间", "这本书")
-DROPOUT = 0.1  # the text is read eleven times
+DROPOUT = 0.1  # the text is read eight times
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
@@ -48,7 +53,7 @@ class Size:
     seconds: float  # to time each kind of work
 
 
-FULL = Size(None, 1024, 3, 3, 192, 128, 8, steps=1600, new_tokens=48, seconds=2.0)
+FULL = Size(None, 1024, 3, 3, 192, 128, 8, steps=1000, new_tokens=48, seconds=2.0)
 QUICK = Size(20_000, 512, 2, 2, 64, 32, 4, steps=20, new_tokens=8, seconds=0.1)
 
 
@@ -106,6 +111,15 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
             n_embd=size.width,
             n_layer=size.layers,
             n_head=size.heads,
+            n_inner=size.width * 8 // 3,
+            activation_function="silu",
+            gated=True,
+            norm="rms_norm",
+            qk_norm="head",
+            positions="rotary",
+            qkv_bias=False,
+            out_bias=False,
+            mlp_bias=False,
             embd_pdrop=DROPOUT,
             attn_pdrop=0.0,
             resid_pdrop=DROPOUT,
@@ -118,6 +132,8 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
 
     with _progress(config) as on_progress:
         history = train(model, split.training, split.validation, config, on_progress)
+    # Dropout has done its work, and a Qwen 3's config has no place for it.
+    model.config = dataclasses.replace(model.config, embd_pdrop=0.0, resid_pdrop=0.0)
     model.save_pretrained(folder)
     tokenizer.save(folder)
     history.save(folder / "history.json")

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_tracing
 
 from fastattn.integrations.huggingface import dispatch
 from fastattn.integrations.huggingface.dispatch import NAME, NAME_OR_EAGER
-from fastattn.ops.attention import attention, attention_varlen
+from fastattn.ops.attention import attention, attention_varlen, straight
 from fastattn.ops.common import modes
 
 try:  # younger than transformers 5.0, and not public
@@ -158,6 +158,13 @@ def attention_forward(
         ValueError: an argument that cannot be honoured; the message names it and the fix.
     """
     _check(attention_mask, kwargs)
+    if (  # a token of decoding: nothing is left to hide from it
+        query.shape[2] == 1 and attention_mask is None and position_bias is None and s_aux is None
+        and sinks is None and indices is None and cu_seq_lens_q is None and not (softcap or dropout)
+    ):  # fmt: skip
+        out = straight.heads_first(query, key, value, False, scaling)
+        if out is not None:
+            return out, None
     batch = max(query.shape[0], key.shape[0])
     if query.shape[0] != batch:  # learned queries
         query = query.expand(batch, -1, -1, -1)

@@ -16,22 +16,16 @@ import functools
 import itertools
 
 import torch
-import torch.nn.functional as F
 
 from fastattn.ops.attention import block_mask
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.reference import alibi, cut, visible, within, zeros_of
+from fastattn.ops.attention.sdpa import HALVES, SMALLEST, in_float32, sdpa
 from fastattn.ops.common import modes
-
-# Bound once: `fastattn.override_sdpa` may put our own function in its place.
-SDPA = F.scaled_dot_product_attention
 
 # Rows of one mask: 512 rows of a 16k context are 8 MB, and large enough for ATen's own blocking.
 CHUNK = 512
-
-# The smallest factor of scores that ATen's kernels, in float32, do not take for zero.
-SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -364,25 +358,20 @@ def _sdpa(
     if scale < SMALLEST:
         q, scale = q * scale, 1.0
     if not problem.return_lse:
-        out = SDPA(
-            q,
-            k,
-            v,
-            attn_mask,
-            problem.dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=grouped,
-        )
+        out = sdpa(q, k, v, attn_mask, problem.dropout_p, is_causal, scale, grouped)
         return out.transpose(1, 2), None
     if grouped:
         group_size = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = q.new_zeros(attn_mask.shape).masked_fill(~attn_mask, float("-inf"))
+    dtype = q.dtype
+    if dtype in HALVES and in_float32(q, k, v):
+        q, k, v = q.float(), k.float(), v.float()
+        attn_mask = attn_mask if attn_mask is None else attn_mask.float()
     # Called without the checks of F.scaled_dot_product_attention, the kernel assumes a stride of 1.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )
-    return out.transpose(1, 2), lse
+    return out.to(dtype).transpose(1, 2), lse

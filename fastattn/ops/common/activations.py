@@ -1,6 +1,9 @@
-"""The activations that ops have, as ATen computes them."""
+"""The activations that ops have: their definitions, and as ATen computes them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,3 +30,32 @@ def activate(activation: str, functional: bool, pre: torch.Tensor) -> torch.Tens
     if activation == "relu":
         return F.relu(pre) if functional else F.relu_(pre)
     return F.silu(pre, inplace=in_place)
+
+
+# --- definitions ---------------------------------------------------------------------------------
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """x P(X <= x) for a standard normal X (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """The approximation of the same paper, which GPT-2 uses."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _relu(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x <= 0.0, 0.0, x)  # NaN stays NaN
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+DEFINITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": _gelu_tanh,
+    "gelu": _gelu,
+    "relu": _relu,
+    "silu": _silu,
+}

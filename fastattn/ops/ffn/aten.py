@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from fastattn.ops.common import modes
 from fastattn.ops.common.activations import activate
 from fastattn.ops.ffn.problem import FFNProblem
-from fastattn.ops.linear import linear
+from fastattn.ops.linear import product
 
 
 def unsupported(problem: FFNProblem) -> str | None:
@@ -57,14 +57,14 @@ def _linear(
     gate: torch.Tensor | None,
     gate_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    # Where gradients are wanted or calls recorded, `linear` has nothing to offer.
-    product = F.linear if functional or torch.is_grad_enabled() else linear
+    # Where gradients are wanted or calls recorded, `product` has nothing to offer.
+    multiply = F.linear if functional or torch.is_grad_enabled() else product
     if gate is None:
-        hidden = activate(activation, functional, product(x, w1, b1))
+        hidden = activate(activation, functional, multiply(x, w1, b1))
     else:
-        hidden = activate(activation, functional, product(x, gate, gate_bias))
-        hidden = _multiply(functional, hidden, product(x, w1, b1))
-    return product(hidden, w2, b2)
+        hidden = activate(activation, functional, multiply(x, gate, gate_bias))
+        hidden = _multiply(functional, hidden, multiply(x, w1, b1))
+    return multiply(hidden, w2, b2)
 
 
 def _conv1d(

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from fastattn import measured
 from fastattn.ops.common import launch
-from fastattn.ops.ffn.matrices import as_rows, columns, gradient_like
+from fastattn.ops.common.matrices import as_rows, columns, gradient_like
 from fastattn.ops.ffn.problem import FFNProblem
 
 # As csrc/ffn/activation.cuh numbers them.

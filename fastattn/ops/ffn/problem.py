@@ -9,10 +9,9 @@ import torch
 
 from fastattn.ops.common import modes
 from fastattn.ops.common.activations import check_activation
-from fastattn.ops.common.dense import BY_ROWS, check_dense
+from fastattn.ops.common.factors import check_factors, dtype_name
 
 LAYOUTS = ("linear", "conv1d")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # What the two sizes of a weight mean, by layout: as torch.nn.Linear or as GPT-2's Conv1D has them.
 _AXES = {
@@ -20,7 +19,6 @@ _AXES = {
     "w2": {"linear": "(out_features, hidden)", "conv1d": "(hidden, out_features)"},
     "gate": {"linear": "(hidden, in_features)", "conv1d": "(in_features, hidden)"},
 }
-_ALL = "x, w1, b1, w2, b2, gate and gate_bias"
 _OPTIONAL = ("b1", "b2", "gate", "gate_bias")
 
 
@@ -78,7 +76,7 @@ class FFNProblem:
             "under a torch.func transform or forward-mode AD" if self.transformed else "",
         ]
         sizes = f"x {tuple(self.x_shape)}, hidden {self.hidden}, out_features {self.out_features}"
-        kind = f"{self.activation}, layout {self.layout}, {_name(self.dtype)} on {self.device}"
+        kind = f"{self.activation}, layout {self.layout}, {dtype_name(self.dtype)} on {self.device}"
         return ", ".join([sizes, kind, *filter(None, features)])
 
 
@@ -138,8 +136,10 @@ def check(
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}; got {layout!r}")
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be True or False; got {type(recompute).__name__}")
-    others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate, "gate_bias": gate_bias}
-    _check_tensors(x, others)
+    tensors = {
+        "x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate, "gate_bias": gate_bias,
+    }  # fmt: skip
+    check_factors(tensors, _OPTIONAL)
     if gate is None and gate_bias is not None:
         raise ValueError("gate_bias is the bias of gate, which is None: give gate, or no gate_bias")
     if x.dim() == 0:
@@ -154,31 +154,6 @@ def check(
             )
     _check_sizes(x, w1, b1, w2, b2, layout)
     _check_gate(w1, gate, gate_bias, layout)
-
-
-def _check_tensors(x: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
-    """That all are tensors of one dtype (unless autocast will make it one) and one device."""
-    check_dense("x", x, BY_ROWS)
-    accepted = ", ".join(_name(dtype) for dtype in DTYPES)
-    one_dtype = modes.autocast_dtype(x.device.type) is None or x.dtype == torch.float64
-    for name, tensor in {"x": x, **others}.items():
-        if tensor is None and name in _OPTIONAL:
-            continue
-        none = " or None" if name in _OPTIONAL else ""
-        tensor = check_dense(name, tensor, BY_ROWS, none)
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must have one of the dtypes {accepted}; got {_name(tensor.dtype)}"
-            )
-        if tensor.dtype != x.dtype and (one_dtype or tensor.dtype == torch.float64):
-            raise TypeError(
-                f"{_ALL} must have one dtype; got x {_name(x.dtype)}, {name} "
-                f"{_name(tensor.dtype)}: cast them to the same"
-            )
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{_ALL} must be on one device; got x on {x.device}, {name} on {tensor.device}"
-            )
 
 
 def _check_sizes(
@@ -236,7 +211,3 @@ def _check_gate(
             f"gate_bias must have the shape (hidden,) = ({hidden},), or be None; "
             f"got {tuple(gate_bias.shape)}"
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,12 +9,11 @@ Computed in float64 for float64 inputs, else in float32, and rounded once at the
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable
 
 import torch
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.activations import DEFINITIONS
 from fastattn.ops.ffn.problem import FFNProblem
 
 
@@ -45,36 +44,10 @@ def forward(
             product = x @ (rounded(w) if problem.conv1d else rounded(w).t())
             return product if b is None else product + rounded(b)
 
-        x, activation = rounded(x), ACTIVATIONS[problem.activation]
+        x, activation = rounded(x), DEFINITIONS[problem.activation]
         pre = linear(x, w1, b1)
         if gate is None:
             hidden = activation(pre)
         else:
             hidden = activation(linear(x, gate, gate_bias)) * pre
         return linear(hidden, w2, b2).to(problem.dtype)
-
-
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """x P(X <= x) for a standard normal X (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
-    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """The approximation of the same paper, which GPT-2 uses."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _relu(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x <= 0.0, 0.0, x)  # NaN stays NaN
-
-
-def _silu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(x)
-
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_tanh": _gelu_tanh,
-    "gelu": _gelu,
-    "relu": _relu,
-    "silu": _silu,
-}

@@ -18,8 +18,8 @@ import torch
 
 from fastattn import backends
 from fastattn.ops.common import autograd, flops
+from fastattn.ops.common.matrices import gradient_like
 from fastattn.ops.ffn import reference
-from fastattn.ops.ffn.matrices import gradient_like
 from fastattn.ops.ffn.problem import FFNProblem, describe
 
 BACKENDS = backends.of_op("fastattn.ops.ffn")

@@ -7,7 +7,7 @@ import torch
 from fastattn import backends
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.layer_norm import problem as _problem
-from fastattn.ops.layer_norm import registration
+from fastattn.ops.layer_norm import registration, straight
 
 BACKENDS = registration.BACKENDS
 
@@ -113,6 +113,10 @@ def _normalise(
     backend: str | None,
     center: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if residual is None and backend is None and not dropout_p:
+        straight_out = straight.run(x, weight, bias, eps, center)
+        if straight_out is not None:
+            return straight_out
     key, plan = _dispatch.find((x, weight, bias, residual), eps, center, dropout_p, backend)
     if plan is None:
         described = _problem.describe(x, weight, bias, eps, residual, dropout_p, center=center)

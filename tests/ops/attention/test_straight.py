@@ -13,7 +13,7 @@ from torch import Tensor
 import fastattn
 from fastattn.backends import explanation_of
 from fastattn.ops.attention import straight as module
-from fastattn.ops.attention.straight import DTYPES
+from fastattn.ops.common.plain import DTYPES
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,8 +14,8 @@ from ops.ffn.cases import ACTIVATIONS, GATES, Case, check, output_and_gradients
 
 import fastattn
 from fastattn.backends import triton_runs
-from fastattn.ops.common import launch
-from fastattn.ops.ffn import aten, tiles
+from fastattn.ops.common import launch, tiles
+from fastattn.ops.ffn import aten
 
 KERNELS = ("triton", "cuda")
 GATES_OF_KERNELS = [(gated, backend) for gated, backend in GATES if backend in KERNELS]
@@ -534,7 +534,7 @@ def test_tiles_fit_every_gpu() -> None:
                     for n in (tile.block_m, tile.block_n, tile.block_k):
                         assert n >= 16
                         assert n & (n - 1) == 0
-                    assert tile.block_m <= 128  # MAX_HIDDEN of triton.py
+                    assert tile.block_m <= 128  # MAX_COLUMNS of products.py
 
 
 @pytest.mark.gpu

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastattn.ops.attention import aten
-from fastattn.ops.attention.aten import SDPA, SMALLEST
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
 from fastattn.ops.attention.cache.reference import append, rotated_keys, rotated_queries
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import INDEX_DTYPES
-from fastattn.ops.attention.straight import ERRORS, plain
+from fastattn.ops.attention.sdpa import SMALLEST, sdpa
 from fastattn.ops.common import modes
+from fastattn.ops.common.plain import ERRORS, plain
 
 
 def unsupported(problem: CacheProblem) -> str | None:
@@ -76,7 +76,7 @@ def straight(
         k_cache[:, n:end] = k
         v_cache[:, n:end] = v
         keys, values = keys[:, :, :end], values[:, :, :end]
-        out = SDPA(q, keys, values, None, 0.0, seqlen_q > 1, scale=softmax_scale)
+        out = sdpa(q, keys, values, None, 0.0, seqlen_q > 1, softmax_scale, False)
     else:
         sequences = torch.arange(batch, device=q.device)
         k_cache[sequences, cache_lengths] = k[:, 0]
@@ -86,7 +86,7 @@ def straight(
         for some, its_keys, its_values in zip(*(x.split(sizes) for x in (q, keys, values))):
             end = lengths[first] + 1
             its_keys, its_values = its_keys.narrow(2, 0, end), its_values.narrow(2, 0, end)
-            outs.append(SDPA(some, its_keys, its_values, scale=softmax_scale))
+            outs.append(sdpa(some, its_keys, its_values, None, 0.0, False, softmax_scale, False))
             first += len(some)
         out = torch.cat(outs)
     return out.transpose(1, 2) if group_size == 1 else out.reshape(batch, 1, heads, head_dim)

@@ -1,4 +1,4 @@
-"""Tile sizes of the ffn kernels: one pure function, used by the launchers and by the checks.
+"""Tile sizes of products with an activation: one pure function, for launchers and checks.
 
 Chosen from what a tile needs and checked by compiling: no spills, tensor cores for 16-bit types,
 and shared memory within the chip's limit, which is 163 KB on sm_80, 99 KB on sm_86, 89 and 120, and
