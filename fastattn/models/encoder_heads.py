@@ -131,10 +131,14 @@ class EncoderForMaskedLM(EncoderHead):
             check_ids("labels", labels, self.config.vocab_size, ignored=IGNORED)
             _check_shape("labels", labels, input_ids.shape)
         hidden, _ = self.encoder.encode(input_ids, attention_mask, token_type_ids, position_ids)
-        hidden = self.transform(hidden)
         if labels is None:
-            return HeadOutput(self.decoder(hidden), None)
+            return HeadOutput(self.decoder(self.transform(hidden)), None)
         hidden, labels = hidden.flatten(0, 1), labels.flatten().long()
+        if labels.is_cpu and modes.readable(labels):  # elsewhere looking would make the host wait
+            counted = (labels != IGNORED).nonzero().squeeze(1)
+            if len(counted):  # without one the mean is NaN
+                hidden, labels = hidden[counted], labels[counted]
+        hidden = self.transform(hidden)
         if is_plain(self.decoder, torch.nn.Linear):
             weight, bias = self.decoder.weight, self.decoder.bias
             return HeadOutput(None, linear_cross_entropy(hidden, weight, labels, bias))

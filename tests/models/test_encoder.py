@@ -22,6 +22,7 @@ from fastattn.models import (
     EncoderForSequenceClassification,
     EncoderForTokenClassification,
 )
+from oracle import assert_close_to_reference
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -141,14 +142,26 @@ def test_the_loss_of_masked_tokens_is_that_of_the_logits(kind: str) -> None:
     labels[torch.rand(labels.shape) < 0.6] = -100
     logits, none = model(tokens, mask)
     assert none is None and logits.shape == (BATCH, LENGTH, SIZES["vocab_size"])
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    parameters = list(model.parameters())
-    wanted = torch.autograd.grad(expected, parameters)
+
+    def gradients(model: EncoderForMaskedLM) -> list[torch.Tensor]:
+        logits = model(tokens, mask).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
     nothing, loss = model(tokens, mask, labels=labels)
     assert nothing is None
-    torch.testing.assert_close(loss, expected)
-    for one, other in zip(torch.autograd.grad(loss, parameters), wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    ours = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+    exact = gradients(copy.deepcopy(model).double())
+    for mine, eager, reference in zip(ours, gradients(model), exact, strict=True):
+        assert_close_to_reference(mine, eager, reference)
+
+
+def test_no_label_that_counts() -> None:
+    model, tokens = EncoderForMaskedLM(_config()), _tokens()
+    loss = model(tokens, labels=torch.full_like(tokens, -100)).loss
+    loss.backward()
+    assert loss.isnan()
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_a_decoder_that_is_wrapped_is_called() -> None:
