@@ -33,12 +33,17 @@ def test_nothing_changed(section: str) -> None:
         pytest.fail(counts.message(lines), pytrace=False)
 
 
+# A bias's gradient is summed in a second round where the first leaves many sums.
+MORE_WHERE_LONG = {"linear, training": 1}
+
+
 def test_lengths_compile_nothing() -> None:
     kernels = counts.load()["compiled kernels"]
     by_length = {name: x for name, x in kernels.items() if "ten lengths" in x}
     assert len(by_length) >= 6
     for name, numbers in by_length.items():
-        assert numbers["ten lengths"] == numbers["one length"], name
+        more = MORE_WHERE_LONG.get(name, 0)
+        assert numbers["ten lengths"] == numbers["one length"] + more, name
 
 
 @pytest.mark.parametrize("section", [x for x in counts.SECTIONS if x.startswith("machine code")])

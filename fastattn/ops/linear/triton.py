@@ -8,7 +8,8 @@
 
 The forward's kernel is ops/common/triton/activated.py. Any size and strides; float16, bfloat16 and
 float32; sums in float32. No atomics. Another number of tokens compiles nothing new, but for the
-three tiles of the product that it may choose from (ops/common/tiles.py).
+three tiles of the product that it may choose from (ops/common/tiles.py) and a second round of the
+bias's sums.
 """
 
 from __future__ import annotations

@@ -223,7 +223,9 @@ def moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
     return tuple(map(move, arguments))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n == "features")) for n in CALLS]
+)
 def test_opcheck(name: str, device: str) -> None:
     q = torch.randn(2, 5, 4, 8, requires_grad=True)
     k, v = torch.randn(2, 7, 2, 8, requires_grad=True), torch.randn(2, 7, 2, 6, requires_grad=True)
