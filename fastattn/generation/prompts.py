@@ -86,7 +86,7 @@ def _unpadded(
             )
     elif (mask.int().diff(dim=1) < 0).any() or not mask[:, -1].all():
         raise ValueError(
-            "attention_mask must hide padding on the left alone, and no prompt's last token: "
+            "attention_mask must hide only padding on the left, and no prompt's last token: "
             "pad with padding_side='left', or give lists"
         )
     starts = mask.int().argmax(1)

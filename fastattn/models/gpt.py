@@ -115,12 +115,12 @@ class GPT(folder.Pretrained):
 
     def reset_parameters(self) -> None:
         """Draw new weights from torch's generator."""
-        std = self.config.initializer_range
+        std, offset = self.config.initializer_range, self.config.norm == "offset_rms_norm"
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.zeros_(parameter)
             elif "norm" in name:
-                torch.nn.init.constant_(parameter, 0.0 if self.config.norm[0] == "o" else 1.0)
+                torch.nn.init.constant_(parameter, 0.0 if offset else 1.0)
             elif name.endswith(("out_proj.weight", "linear2.weight")):  # into the residual stream
                 torch.nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
             else:
@@ -153,8 +153,8 @@ class GPT(folder.Pretrained):
 
         Returns:
             Logits (B, T, V) in the parameters' dtype; with ``targets`` the pair (logits, loss),
-            the loss being the mean cross-entropy in float32 (NaN if no target counts). Its backward
-            may want the logits as they were: not to be written to before.
+            the loss being the mean cross-entropy in float32 (NaN if no target counts). Do not
+            modify the logits in place before calling backward.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.

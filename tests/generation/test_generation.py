@@ -506,7 +506,7 @@ IDS = torch.tensor([[1, 2, 3]])
             IDS,
             {"attention_mask": torch.tensor([[1, 1, 0]])},
             ValueError,
-            "attention_mask must hide padding on the left alone",
+            "attention_mask must hide only padding on the left",
         ),
         (IDS, {"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "on the left alone"),
         (IDS, {"attention_mask": torch.tensor([[0, 0, 0]])}, ValueError, "no prompt's last token"),

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound="Pretrained")
 
 
 class Pretrained(SharedParameters):
-    """A module that `fastattn.models.load` can read; it is made of its config alone.
+    """A module that `fastattn.models.load` can read; it is made only of its config.
 
     Attributes:
         config: an instance of the class's ``config_class``, with ``tie_word_embeddings`` and

@@ -5,7 +5,7 @@ place, which spares a second tensor of its size; ReLU's derivative needs only it
 always in place. Nothing is in place in a recording (torch.compile, torch.jit.trace).
 
 With `recompute` the whole is a checkpoint (non-reentrant, so double backward and torch.compile
-work), which keeps x alone. Under torch.func transforms, whose tensors have no saved-tensor hooks,
+work), which keeps only x. Under torch.func transforms, whose tensors have no saved-tensor hooks,
 and where no gradient is wanted there is nothing to keep, and the argument has no effect.
 """
 

@@ -59,7 +59,7 @@ def ffn(
         gate_bias: (hidden,), or None.
         activation: "gelu_tanh" (GPT-2's gelu_new), "gelu" (by erf), "relu" or "silu".
         layout: "linear", weights as torch.nn.Linear has them, or "conv1d", as GPT-2's Conv1D.
-        recompute: keep x alone for the backward and compute the rest again; else the kernels keep
+        recompute: keep only x for the backward and compute the rest again; else the kernels keep
             x w1 + b1 too, and x gate + gate_bias, and the torch backend what autograd keeps. No
             effect without gradients, and under torch.func transforms.
         backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.

@@ -168,19 +168,19 @@ def _check_sizes(
     in_features = x.shape[-1]
     # The weights' shapes as (in, out), whatever the layout.
     first, second = (w.shape if layout == "conv1d" else w.shape[::-1] for w in (w1, w2))
-    mend = ""
+    hint = ""
     if (first[1], first[0]) == (in_features, second[1]):  # transposed, they would chain
         other = "conv1d" if layout == "linear" else "linear"
-        mend = f"; the weights fit layout={other!r}"
+        hint = f"; the weights fit layout={other!r}"
     if first[0] != in_features:
         raise ValueError(
             f"w1 must be {_AXES['w1'][layout]} with in_features = {in_features}, the last size of "
-            f"x {tuple(x.shape)}, in layout={layout!r}; got {tuple(w1.shape)}{mend}"
+            f"x {tuple(x.shape)}, in layout={layout!r}; got {tuple(w1.shape)}{hint}"
         )
     if second[0] != first[1]:
         raise ValueError(
             f"w2 must be {_AXES['w2'][layout]} with hidden = {first[1]}, as w1 {tuple(w1.shape)} "
-            f"has it in layout={layout!r}; got {tuple(w2.shape)}{mend}"
+            f"has it in layout={layout!r}; got {tuple(w2.shape)}{hint}"
         )
     for name, bias, size, of in (
         ("b1", b1, first[1], "hidden"),

@@ -53,7 +53,7 @@ class CacheProblem:
     def elements(self) -> int | None:
         """The problem's size where backends are compared (ops/common/faster.py).
 
-        q's elements: how many keys there are, the device knows alone. None as in attention's.
+        q's elements: only the device knows how many keys there are. None as in attention's.
         """
         of = self.attention
         if of.elements is None:

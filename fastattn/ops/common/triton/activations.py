@@ -26,7 +26,7 @@ def _sigmoid(x):
 def activation_and_derivative(x, ACTIVATION: tl.constexpr):
     """activation(x) and activation'(x) of a float32 block; (x s(z))' = s + x s (1 - s) z'.
 
-    A kernel that uses the first alone does not compute the second.
+    A kernel that uses only the first does not compute the second.
     """
     if ACTIVATION == "gelu_tanh":
         c = tl.minimum(tl.maximum(x, -SATURATED), SATURATED)

@@ -36,7 +36,7 @@ def _column_sums_kernel(
 
 
 def column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sums of the columns of `matrix`, in an order that depends on its shape alone."""
+    """The sums of the columns of `matrix`, in an order that depends only on its shape."""
     while True:
         rows, columns = matrix.shape
         parts = max(1, triton.cdiv(rows, SUM_ROWS))
