@@ -36,8 +36,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ``out_proj.bias``, with zero gradients. (torch gives that or NaN, by version and kernel, and
     NaN with ``need_weights=True``.)
 
-    `self_attention` is the shorter way that models of this package go: one tensor in, one out,
-    unequal lengths as lengths, and a key-value cache.
+    `self_attention` is a shorter way on torch's parameters: one tensor in, one out, unequal lengths
+    as lengths, and a key-value cache. New models are made of `Attention`.
 
     Raises ValueError if ``num_heads`` does not divide ``embed_dim`` or ``dropout`` is not in
     [0, 1), TypeError if they are no numbers.
