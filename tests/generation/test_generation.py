@@ -508,7 +508,12 @@ IDS = torch.tensor([[1, 2, 3]])
             ValueError,
             "attention_mask must hide only padding on the left",
         ),
-        (IDS, {"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "only padding on the left"),
+        (
+            IDS,
+            {"attention_mask": torch.tensor([[1, 0, 1]])},
+            ValueError,
+            "only padding on the left",
+        ),
         (IDS, {"attention_mask": torch.tensor([[0, 0, 0]])}, ValueError, "no prompt's last token"),
         (IDS, {"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
         (IDS, {"max_new_tokens": 1.0}, TypeError, "max_new_tokens must be an integer, got 1.0"),
