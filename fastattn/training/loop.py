@@ -19,7 +19,7 @@ import torch
 
 from fastattn.nn.checks import check_integer, check_number, check_seed
 from fastattn.nn.mode import in_mode
-from fastattn.training.data import check_stream, consecutive_batches, sample_batch
+from fastattn.training.data.streams import check_stream, consecutive_batches, sample_batch
 from fastattn.training.history import Evaluation, History, Step
 from fastattn.training.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ import re
 import unicodedata
 
 from fastattn.training import load_corpus
-from fastattn.training.data import CORPUS_FILES
+from fastattn.training.data.corpus import CORPUS_FILES
 
 
 def test_both_languages_are_there_in_size() -> None:

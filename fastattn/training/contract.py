@@ -1,0 +1,157 @@
+"""What the rooms of training agree on: an example, a batch, an objective, batches by their number.
+
+    record       what a source has: a line of JSON, a row of a table, {"text": ...}
+    example      what an objective makes of it, once: named arrays of token ids, kept in shards
+    batch        arguments of the model, of some examples, made again in each epoch (masks drawn)
+
+Nothing here has a state: batch k of a run follows from the run's seed and k, so that a run which is
+killed goes on with the batch that it would have had.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+from fastattn.training.tokenizer import Tokenizer
+
+Record = Mapping[str, Any]
+Example = Mapping[str, numpy.ndarray]  # one-dimensional integer arrays by name
+Interface = Literal["fastattn", "transformers"]  # whose names the model's arguments have
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with.
+
+    Attributes:
+        arguments: of the model's forward, by name: tensors on the CPU, tuples of them, numbers.
+        counted: how many targets count in the loss, which is their mean.
+        tokens: how many tokens the model reads, padding not counted.
+    """
+
+    arguments: Mapping[str, Any]
+    counted: int
+    tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        moved = {name: _moved(value, device) for name, value in self.arguments.items()}
+        return Batch(moved, self.counted, self.tokens)
+
+
+class Objective(abc.ABC):
+    """What a model learns from an example: one file each in `objectives/`.
+
+    Attributes:
+        name: as a config has it.
+        settings_class: a frozen dataclass; each field is described in its docstring, which
+            `fastattn train --help` prints.
+        fields: the arrays that an example has. The first one's length is the example's.
+        packs: whether examples may be cut and joined to rows of a given number of tokens
+            (`data.Packed`); else a batch is of whole examples (`data.Shuffled`).
+    """
+
+    name: ClassVar[str]
+    settings_class: ClassVar[type]
+    fields: ClassVar[tuple[str, ...]]
+    packs: ClassVar[bool] = False
+
+    def __init__(self, tokenizer: Tokenizer, settings: Any, interface: Interface) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.interface = interface
+
+    @abc.abstractmethod
+    def encode(self, record: Record) -> Iterable[Example]:
+        """The examples of a record, none, one or several; called once, when shards are written.
+
+        Raises ValueError for a record that does not fit; the message names the field.
+        """
+
+    @abc.abstractmethod
+    def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
+        """One batch of examples; whatever is drawn comes from `random`."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings on which `encode` depends, as JSON: shards of others are not read."""
+        return {"name": self.name, **dataclasses.asdict(self.settings)}
+
+    @staticmethod
+    def text(record: Record, field: str) -> str:
+        """The text in a record's field.
+
+        Raises:
+            ValueError: the record has no such field, or no text there.
+        """
+        text = record.get(field)
+        if not isinstance(text, str):
+            given = "no such field" if field not in record else type(text).__name__
+            raise ValueError(
+                f"the field {field!r} of a record must be a text, got {given}; "
+                f"fields: {', '.join(map(str, record)) or 'none'}"
+            )
+        return text
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """The mean over the targets that count, with a gradient."""
+        return loss_of(model(**batch.arguments))
+
+    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """What an evaluation shows: "loss", the mean over all targets, and what else there is.
+
+        `model` is in eval mode and without gradients, the batches on its device.
+        """
+        total, counted = 0.0, 0
+        for batch in batches:
+            if batch.counted:
+                total += self.loss(model, batch).item() * batch.counted
+                counted += batch.counted
+        if not counted:
+            raise ValueError("the validation data have no target that counts in the loss")
+        return {"loss": total / counted}
+
+
+class Batches(Protocol):
+    """Batches by their number, without end: a pure function of it."""
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`, counted from 0."""
+        ...
+
+    def once(self) -> Iterable[Batch]:
+        """Each example once, in the order of the data: for an evaluation."""
+        ...
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a model returned: its attribute `loss`, or the last of a pair.
+
+    Raises:
+        TypeError: there is none.
+    """
+    loss = getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and len(output) == 2:
+        loss = output[1]
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            "the model must return something with a loss, or the pair (logits, loss), got "
+            f"{type(output).__name__}: wrap it in a module that does"
+        )
+    return loss
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        moved = (_moved(part, device) for part in value)
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
