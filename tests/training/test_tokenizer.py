@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +78,57 @@ def test_saved_folder_is_read_by_us_and_by_transformers(tmp_path: Path) -> None:
         assert len(theirs) == TRAINED.vocab_size
 
 
+def test_special_tokens_have_their_roles_and_come_back_from_a_folder(tmp_path: Path) -> None:
+    special = {"mask": "<|mask|>", "pad": "<|pad|>", "cls": "<|cls|>", "sep": "<|sep|>"}
+    trained = Tokenizer.train(TEXTS, 400, special_tokens=special, extra_tokens=["<extra_id_0>"])
+    trained.chat_template = "{{ messages }}"
+    trained.save(tmp_path)
+    read = Tokenizer.load(tmp_path)
+    assert (
+        read.roles
+        == trained.roles
+        == {**special, **dict.fromkeys(["bos", "eos", "unk"], END_OF_TEXT)}
+    )
+    assert read.chat_template == trained.chat_template
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    for role, token in read.roles.items():
+        assert read.token(role) == getattr(theirs, f"{role}_token_id") == read.token_to_id(token)
+        assert read.encode(f"a{token}b")[1] == read.token(role)
+    assert read.special_ids == {read.token(role) for role in read.roles} | {
+        read.token_to_id("<extra_id_0>")
+    }
+    assert theirs.chat_template == trained.chat_template
+
+
+def test_a_role_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no 'mask' token, only bos, eos, unk: train one with"):
+        TRAINED.token("mask")
+    with pytest.raises(ValueError, match=r"one of bos, eos, .*; got 'msk'"):
+        Tokenizer.train(TEXTS, 400, special_tokens={"msk": "<|mask|>"})
+    with pytest.raises(ValueError, match="vocab_size must be at least 258"):
+        Tokenizer.train(TEXTS, 257, special_tokens={"mask": "<|mask|>"})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_words_are_the_tokens_with_their_places(text: str) -> None:
+    words = TRAINED.words(text)
+    assert words.ids.tolist() == TRAINED.encode(text)
+    assert words.offsets.shape == (len(words.ids), 2)
+    assert (words.word >= 0).all()  # no special token is in it
+    assert (numpy.diff(words.word) >= 0).all()
+    assert (
+        "".join(text[a:b] for a, b in {tuple(pair): 0 for pair in words.offsets.tolist()}) == text
+    )
+
+
+def test_words_of_a_sentence() -> None:
+    words = TRAINED.words(f"the quicker fox{END_OF_TEXT}")
+    sizes = numpy.bincount(words.word[words.word >= 0])
+    assert len(sizes) == 3 and words.word[-1] == -1
+    assert words.offsets[-1].tolist() == [15, 15 + len(END_OF_TEXT)]
+
+
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
 def test_an_empty_corpus_is_refused(texts: list[str]) -> None:
     with pytest.raises(ValueError, match="texts is empty"):
@@ -99,7 +151,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     TRAINED.save(tmp_path)
     whole = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
-    foreign = json.loads(whole)
+    foreign = json.loads(whole)  # without the token that tokenizer_config.json names
     foreign["added_tokens"] = []
     foreign["model"]["vocab"].pop(END_OF_TEXT)
     for content in (whole[: len(whole) // 2], "{}", json.dumps(foreign)):
