@@ -33,7 +33,7 @@ class Causal(Objective):
     """The next token of a text; a document ends with the end-of-text token."""
 
     name = "causal"
-    settings_class: type = CausalSettings
+    settings_class = CausalSettings
     fields = ("input_ids",)
     packs = True
     model_class = "GPT"
@@ -59,4 +59,4 @@ class Causal(Objective):
     def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """The loss, and the perplexity: its exponential."""
         measured = super().measure(model, batches)
-        return {**measured, "perplexity": perplexity(measured["loss"])}
+        return {**measured, "perplexity": perplexity(measured["loss"], 1)}
