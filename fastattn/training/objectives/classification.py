@@ -41,7 +41,6 @@ class Classification(Objective):
 
     Attributes:
         labels: the classes by name; a model's `label_names`.
-        truncated: how many examples `encode` has cut to fit the context.
     """
 
     name = "classification"
@@ -60,7 +59,6 @@ class Classification(Objective):
         settings = settings or ClassificationSettings()
         super().__init__(tokenizer, settings, interface)
         self.labels = sequences.check_labels(settings.labels)
-        self.truncated = 0
         self._layout = tokenizer.layout(pair=bool(settings.pair_field))
         self._room = sequences.room(self._layout, settings.context)
         if settings.pair_field and not len(self._layout.between):
@@ -84,10 +82,11 @@ class Classification(Objective):
         if not all(encoded):
             empty = fields[[bool(ids) for ids in encoded].index(False)]
             raise ValueError(f"the field {empty!r} of a record has no token: {record[empty]!r}")
-        self.truncated += sum(map(len, encoded)) > self._room
-        second = len(encoded[1]) if len(encoded) == 2 else 0
-        kept = sequences.fitting(len(encoded[0]), second, self._room)
-        return sequences.joined(self._layout, [ids[:count] for ids, count in zip(encoded, kept)])
+        lengths = [len(ids) for ids in encoded]
+        kept = sequences.fitting(lengths[0], sum(lengths[1:]), self._room)
+        return sequences.joined(
+            self._layout, [self.cut(ids, count, "context") for ids, count in zip(encoded, kept)]
+        )
 
     def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
         labels = torch.tensor([int(example["label"][0]) for example in examples])

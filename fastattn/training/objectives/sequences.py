@@ -1,4 +1,4 @@
-"""Whole sequences for an encoder: special tokens around texts, rows padded at their ends."""
+"""What objectives with labels share: special tokens around texts, labels by name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
-import torch
 from torch import Tensor
 
 from fastattn.training.contract import Batch, Example, Record
+from fastattn.training.objectives.collation import padded, padded_inputs
 from fastattn.training.tokenizer import Layout, Tokenizer
 
 
@@ -44,32 +44,19 @@ def joined(layout: Layout, texts: Sequence[Sequence[int]]) -> dict[str, numpy.nd
     return {"input_ids": whole[:, 0], "token_type_ids": whole[:, 1]}
 
 
-def padded(rows: Sequence[numpy.ndarray], value: int) -> Tensor:
-    """Rows of any lengths as one tensor (B, T), int64, filled with `value` at their ends."""
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.from_numpy(row.astype(numpy.int64)) for row in rows],
-        batch_first=True,
-        padding_value=value,
-    )
-
-
 def batch_of(
-    examples: Sequence[Example], tokenizer: Tokenizer, labels: dict[str, Tensor], counted: int
+    examples: Sequence[Example], tokenizer: Tokenizer, targets: dict[str, Tensor], counted: int
 ) -> Batch:
-    """A batch of what `joined` has made, padded: arguments of our encoders and of transformers'.
+    """A batch of what `joined` has made: arguments of our encoders and of transformers'.
 
     Types of segments are left out where all are 0, since not every model has them.
     """
     rows = [example["input_ids"] for example in examples]
-    lengths = torch.tensor([len(row) for row in rows])
-    pad = tokenizer.token("pad") if "pad" in tokenizer.roles else 0  # hidden by the mask
-    arguments: dict[str, Any] = {"input_ids": padded(rows, pad)}
-    longest = int(lengths.max())
-    arguments["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    arguments = padded_inputs(rows, tokenizer)
     types = padded([example["token_type_ids"] for example in examples], 0)
     if types.any():
         arguments["token_type_ids"] = types
-    return Batch(arguments | labels, counted, int(lengths.sum()), tuple(examples))
+    return Batch(arguments | targets, counted, sum(map(len, rows)), tuple(examples))
 
 
 def number_of(label: object, labels: Sequence[str], field: str) -> int:

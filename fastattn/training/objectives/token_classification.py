@@ -41,7 +41,6 @@ class TokenClassification(Objective):
 
     Attributes:
         labels: the tags; a model's `label_names`.
-        truncated: how many examples `encode` has cut to fit the context.
     """
 
     name = "token_classification"
@@ -61,7 +60,6 @@ class TokenClassification(Objective):
         super().__init__(tokenizer, settings, interface)
         self.labels = sequences.check_labels(settings.labels)
         metrics.spans(self.labels)  # they are IOB2's
-        self.truncated = 0
         self._layout = tokenizer.layout()
         self._room = sequences.room(self._layout, settings.context)
 
@@ -77,11 +75,10 @@ class TokenClassification(Objective):
             sequences.number_of(tag, self.labels, self.settings.tags_field) for tag in tags
         ]
         encoded = self._encoded(words)
-        ids = numpy.concatenate(encoded)
+        ids = [i for word in encoded for i in word]
         labels = numpy.full(len(ids), IGNORED)
         labels[numpy.cumsum([0, *map(len, encoded[:-1])])] = numbers
-        self.truncated += len(ids) > self._room
-        example = sequences.joined(self._layout, [ids[: self._room]])
+        example = sequences.joined(self._layout, [self.cut(ids, self._room, "context")])
         before, after = len(self._layout.before), len(self._layout.after)
         example["labels"] = numpy.pad(
             labels[: self._room], (before, after), constant_values=IGNORED
