@@ -176,11 +176,13 @@ def _encoded(
                 f"a message has the text {name!r}, which this tokenizer can write as a special "
                 "token only: take it out of the message"
             )
-        places = words.offsets[:, 0] * (piece not in originals)  # a mark is one character
+        places: numpy.ndarray = words.offsets[:, 0]
+        if piece in originals:
+            places = numpy.zeros_like(places)  # a mark is one character
         parts.append((words.ids, begin + places, special))
         begin += len(piece)
-    ids, places, special = (numpy.concatenate(arrays) for arrays in zip(*parts))
-    return ids, places, special
+    whole = [numpy.concatenate(arrays) for arrays in zip(*parts)]
+    return whole[0], whole[1], whole[2]
 
 
 def _special(tokenizer: Tokenizer, text: str, words: Words) -> numpy.ndarray:
