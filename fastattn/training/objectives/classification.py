@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fastattn.nn.checks import check_integer
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
 from fastattn.training.objectives import sequences
@@ -32,6 +33,9 @@ class ClassificationSettings:
     pair_field: str = ""
     label_field: str = "label"
     context: int = 512
+
+    def __post_init__(self) -> None:
+        check_integer("context", self.context, at_least=1)
 
 
 class Classification(Objective):
