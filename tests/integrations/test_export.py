@@ -56,7 +56,13 @@ def assert_as_original(run: Any, original: torch.nn.Module, shapes: Any = SHAPES
             assert_close_to_reference(run(ids), eager(ids), exact(ids), name=str(shape))
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("plain", "llama") else pytest.mark.long)
+        for name in tiny.MODELS
+    ],
+)
 def test_torch_export(name: str, tmp_path: Path) -> None:
     """With sizes that stay open, and of ATen's operators only: it runs where fastattn is not."""
     original = tiny.make(name)
