@@ -59,6 +59,8 @@ class Tokenizer:
     ) -> None:
         """Args: backend: a `tokenizers.Tokenizer`; `train` and `load` make one."""
         self._backend = backend
+        backend.no_truncation()  # some folders' tokenizers cut each text in silence
+        backend.no_padding()
         self.roles = dict(roles)
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder().items()
