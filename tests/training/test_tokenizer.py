@@ -158,3 +158,34 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match="is not a tokenizer that fastattn can read"):
             Tokenizer.load(tmp_path)
+
+
+def test_a_folder_that_truncates_and_pads_does_neither_here(tmp_path: Path) -> None:
+    """As the tokenizer.json of many sentence encoders does."""
+    tokenizer = Tokenizer.train(["some text"], vocab_size=300)
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 100}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_TEXT,
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    text = "a text of more than four tokens"
+    assert Tokenizer.load(tmp_path).encode(text) == tokenizer.encode(text)
+    assert Tokenizer.load(tmp_path).words(text).ids.tolist() == tokenizer.encode(text)
+
+
+def test_equal_tokenizers_have_the_same_fingerprint(tmp_path: Path) -> None:
+    def trained(text: str = "some text", **arguments: object) -> Tokenizer:
+        return Tokenizer.train([text], vocab_size=300, **arguments)
+
+    tokenizer = trained()
+    tokenizer.save(tmp_path)
+    assert tokenizer.fingerprint == trained().fingerprint == Tokenizer.load(tmp_path).fingerprint
+    others = [trained("other text"), trained(special_tokens={"mask": "<|mask|>"}), trained()]
+    others[-1].chat_template = "{{ messages }}"
+    assert len({tokenizer.fingerprint, *(other.fingerprint for other in others)}) == 4

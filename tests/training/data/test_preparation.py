@@ -153,7 +153,7 @@ def test_what_was_prepared_is_opened_and_another_is_made(tmp_path: Path) -> None
     os.utime(path, ns=(2, 2))
     assert prepared() == [1, [1, 7]]  # its time says that it may be another
     assert first[0]["ids"].tolist() == [1, 2]  # is still there
-    fingerprints = {Examples(folder).fingerprint for folder in home.glob("numbers-*")}
+    fingerprints = {Examples(folder).fingerprint for folder in home.glob("examples/numbers-*")}
     assert len(fingerprints) == 3  # [1, 2], [3], [1, 7]: of the data, not of their files' times
 
     moved = first.folder.rename(tmp_path / "moved")
@@ -216,8 +216,8 @@ def test_killed_before_any_file_operation_nothing_is_taken_for_whole(
         code = ended(forked(work))
         assert code in (0, -signal.SIGKILL)
         killed = code != 0
-        for folder in home.glob("numbers-*"):  # what has its name is whole
-            assert contents(folder) == contents(next(whole.glob("numbers-*")))
+        for folder in home.glob("examples/numbers-*"):  # what has its name is whole
+            assert contents(folder) == contents(next(whole.glob("examples/numbers-*")))
         prepare(path, Numbers(), home)
         assert contents(home) == expected  # and no rest of the killed one
     assert n > 20
