@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -57,6 +58,7 @@ class Objective(abc.ABC):
         fields: the arrays that an example has. The first one's length is the example's.
         packs: whether examples may be cut and joined to rows of a given number of tokens
             (`data.Packed`); else a batch is of whole examples (`data.Shuffled`).
+        truncated: how many texts `encode` has cut so far, to a length that a setting gives.
     """
 
     name: ClassVar[str]
@@ -68,6 +70,7 @@ class Objective(abc.ABC):
         self.tokenizer = tokenizer
         self.settings = settings
         self.interface = interface
+        self.truncated = 0
 
     @abc.abstractmethod
     def encode(self, record: Record) -> Iterable[Example]:
@@ -99,6 +102,18 @@ class Objective(abc.ABC):
                 f"fields: {', '.join(map(str, record)) or 'none'}"
             )
         return text
+
+    def cut(self, ids: Sequence[int], length: int, setting: str) -> list[int]:
+        """The first `length` of `ids`; what is lost is counted, and a warning says it once."""
+        if len(ids) > length:
+            if not self.truncated:
+                warnings.warn(
+                    f"a text of {len(ids)} tokens is cut to {length}, for which the setting "
+                    f"{setting} has room; others after it are cut without a warning, but counted",
+                    stacklevel=2,
+                )
+            self.truncated += 1
+        return list(ids[:length])
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The mean over the targets that count, with a gradient."""
