@@ -7,19 +7,18 @@ from fastattn.training.data.order import Packed, Shuffled
 from fastattn.training.data.preparation import prepare
 from fastattn.training.data.shards import Examples
 from fastattn.training.data.sources import find_files, read_records
-from fastattn.training.data.streams import TokenSplit, consecutive_batches, sample_batch, tokenize
+from fastattn.training.data.streams import TokenSplit, Windows, tokenize
 
 __all__ = [
     "Examples",
     "Packed",
     "Shuffled",
     "TokenSplit",
-    "consecutive_batches",
+    "Windows",
     "find_files",
     "load_corpus",
     "prepare",
     "read_records",
-    "sample_batch",
     "split_text",
     "tokenize",
 ]
