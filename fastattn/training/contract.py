@@ -57,12 +57,20 @@ class Objective(abc.ABC):
         fields: the arrays that an example has. The first one's length is the example's.
         packs: whether examples may be cut and joined to rows of a given number of tokens
             (`data.Packed`); else a batch is of whole examples (`data.Shuffled`).
+        model_class, auto_class: the class of `fastattn.models` that it trains, and the one of
+            transformers by which it reads a model of theirs.
+        roles, extra_tokens: the special tokens that a tokenizer needs beside the end of text, by
+            role, and others that are never cut: one that is trained for the objective has them.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type]
     fields: ClassVar[tuple[str, ...]]
     packs: ClassVar[bool] = False
+    model_class: ClassVar[str] = "GPT"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    roles: ClassVar[tuple[str, ...]] = ()
+    extra_tokens: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tokenizer: Tokenizer, settings: Any, interface: Interface) -> None:
         self.tokenizer = tokenizer
