@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from fastattn import models
 from fastattn.nn.checks import check_integer, check_number
+from fastattn.training.config import TrainingConfig
 from fastattn.training.contract import Objective
+from fastattn.training.data.formats import Documents
 from fastattn.training.fields import FieldError, converted, filled, names, nearest
-from fastattn.training.loop import TrainingConfig
 from fastattn.training.objectives import OBJECTIVES
 
 
@@ -186,10 +187,11 @@ class Run:
             if not isinstance(table, Mapping):
                 raise FieldError(f"{name} must be a table [{name}], got {table!r}")
         keys = {name: names(table) for name, table in TABLES.items()}
-        objective = _objective(dict(tables.get("objective", {})), keys)
         parts = {
             name: filled(table, tables.get(name, {}), name, keys) for name, table in TABLES.items()
         }
+        shared = {name: getattr(parts["training"], name) for name in SHARED}
+        objective = _objective(tables.get("objective", {}), keys, shared)
         model = parts["model"]
         config = converted(config_class(objective.cls), model.config, "model.config", keys)
         parts["model"] = dataclasses.replace(model, config=config)
@@ -213,23 +215,31 @@ TABLES: dict[str, Any] = {
     "output": OutputSettings,
 }
 
+# What an objective's settings have in common with [training]: there is the default.
+SHARED = ("context",)
+
 
 def config_class(objective: type[Objective]) -> Any:
     """The config of the models that an objective trains."""
     return getattr(models, objective.model_class).config_class
 
 
-def _objective(table: dict[str, Any], keys: Mapping[str, Sequence[str]]) -> ObjectiveSettings:
-    name = table.pop("name", None)
+def _objective(
+    table: Mapping[str, Any], keys: Mapping[str, Sequence[str]], shared: Mapping[str, Any]
+) -> ObjectiveSettings:
+    """The objective of its table; `shared` are values of [training] that are its defaults."""
+    name = table.get("name")
     if name not in tuple(OBJECTIVES):
         close = nearest(name, OBJECTIVES) if isinstance(name, str) else None
         raise FieldError(
             f"[objective] name must be one of {', '.join(map(repr, OBJECTIVES))}, "
             f"got {name!r}{f': did you mean {close!r}?' if close else ''}"
         )
-    return ObjectiveSettings(
-        name, filled(OBJECTIVES[name].settings_class, table, "objective", keys)
-    )
+    cls = OBJECTIVES[name].settings_class
+    known = names(cls)
+    values = {key: value for key, value in shared.items() if key in known}
+    values |= {key: value for key, value in table.items() if key != "name"}
+    return ObjectiveSettings(name, filled(cls, values, "objective", keys))
 
 
 def _values(settings: Any) -> dict[str, Any]:
