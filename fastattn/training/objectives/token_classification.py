@@ -12,6 +12,7 @@ from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
 from fastattn.training.objectives import sequences
+from fastattn.training.objectives.collation import padded
 from fastattn.training.tokenizer import Tokenizer
 
 
@@ -71,9 +72,7 @@ class TokenClassification(Objective):
                 f"a record has {len(words)} words in {self.settings.words_field!r} and {len(tags)} "
                 f"tags in {self.settings.tags_field!r}: each word needs one"
             )
-        numbers = [
-            sequences.number_of(tag, self.labels, self.settings.tags_field) for tag in tags
-        ]
+        numbers = [sequences.number_of(tag, self.labels, self.settings.tags_field) for tag in tags]
         encoded = self._encoded(words)
         ids = [i for word in encoded for i in word]
         labels = numpy.full(len(ids), IGNORED)
@@ -95,7 +94,7 @@ class TokenClassification(Objective):
 
     def _encoded(self, words: Sequence[object]) -> list[list[int]]:
         """The tokens of each word, at least one."""
-        texts = []
+        texts: list[str] = []
         for word in words:
             if not isinstance(word, str) or not word.strip():
                 raise ValueError(
@@ -108,7 +107,7 @@ class TokenClassification(Objective):
         return [ids or [self.tokenizer.token("unk")] for ids in encoded]
 
     def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
-        labels = sequences.padded([example["labels"] for example in examples], IGNORED)
+        labels = padded([example["labels"] for example in examples], IGNORED)
         counted = int((labels != IGNORED).sum())
         return sequences.batch_of(examples, self.tokenizer, {"labels": labels}, counted)
 
