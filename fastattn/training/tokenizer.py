@@ -193,6 +193,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens and their ids."""
+        return dict(self._backend.get_vocab())
+
+    @property
     def end_of_text(self) -> int:
         """The token after a document: that of the role "eos", or "sep" where there is none."""
         return self.token("sep" if "eos" not in self.roles and "sep" in self.roles else "eos")

@@ -24,10 +24,10 @@ def packed_batch(
 
     Args:
         ids: of each sequence its tokens (n,), at least one.
-        labels: of each the same tokens, -100 where one does not count. The first of a sequence never
-            counts: nothing is before it.
+        labels: of each the same tokens, -100 where one does not count. The first of a sequence
+            never counts: nothing is before it.
         interface: "fastattn": the arguments of `models.GPT`, which keeps no logits;
-            "transformers": those of its causal models, as its DataCollatorWithFlattening makes them.
+            "transformers": those of its causal models, as DataCollatorWithFlattening makes them.
     """
     lengths = [len(sequence) for sequence in ids]
     starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -53,6 +53,26 @@ def padded(rows: Sequence[numpy.ndarray], value: int) -> Tensor:
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = torch.from_numpy(values.astype(numpy.int64))
     return out
+
+
+def encoder_decoder_batch(
+    sources: Sequence[numpy.ndarray],
+    targets: Sequence[numpy.ndarray],
+    tokenizer: Tokenizer,
+    interface: Interface,
+) -> Batch:
+    """Pairs for a model that reads one sequence and writes another.
+
+    The model makes the decoder's input of the targets, by shifting them one place to the right.
+    """
+    arguments: dict[str, Any] = {**padded_inputs(sources, tokenizer)}
+    labels = padded(targets, IGNORED)
+    if interface == "fastattn":
+        arguments |= {"targets": labels, "keep_logits": False}
+    else:
+        arguments["labels"] = labels
+    counted = sum(map(len, targets))
+    return Batch(arguments, counted, counted + sum(map(len, sources)))
 
 
 def padded_inputs(rows: Sequence[numpy.ndarray], tokenizer: Tokenizer) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Masked language modelling: the tokens that were hidden in a text (Devlin et al. 2018).
 
-Of the positions that are chosen, 80% become the mask token, 10% a random token, and 10% stay as they
-are. They are chosen again each time that an example is read (Liu et al. 2019).
+Of the positions that are chosen, 80% become the mask token, 10% a random token, and 10% stay as
+they are. They are chosen again each time that an example is read (Liu et al. 2019).
 """
 
 from __future__ import annotations
@@ -100,10 +100,13 @@ class Masked(Objective):
                 }
 
     def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
-        rows = [example["input_ids"].astype(numpy.int64) for example in examples]
+        rows: list[numpy.ndarray] = [
+            example["input_ids"].astype(numpy.int64) for example in examples
+        ]
         ids = numpy.concatenate(rows)
         # An example begins with a word, so that words can be counted through the batch.
-        word = numpy.concatenate([example["starts"] for example in examples]).cumsum() - 1
+        starts = numpy.concatenate([example["starts"] for example in examples])
+        word = starts.astype(numpy.int64).cumsum() - 1
         choosable = self._choosable(ids)
         chosen = (random.random(word[-1] + 1) < self.settings.probability)[word] & choosable
         if not chosen.any():  # a mean over nothing would be NaN
@@ -126,12 +129,12 @@ def _words(tokenizer: Tokenizer, text: str) -> tuple[numpy.ndarray, numpy.ndarra
     """The tokens (n,), and 1 for each that begins a word."""
     ids, offsets, word = tokenizer.words(text)
     codes = numpy.frombuffer((text + " ").encode("utf-32-le"), dtype="<u4")
-    unspaced = numpy.zeros(len(codes), dtype=bool)
+    unspaced: numpy.ndarray = numpy.zeros(len(codes), dtype=bool)
     for low, high in _UNSPACED:
         unspaced |= (codes >= low) & (codes <= high)
-    first, last = offsets[:, 0], offsets[:, 1] - 1
-    apart = first[1:] > last[:-1]  # else both are parts of one character
-    between = apart & (unspaced[first[1:]] | unspaced[last[:-1]])
-    starts = numpy.ones(len(ids), dtype=numpy.int64)
+    first, last = offsets[1:, 0], offsets[:-1, 1] - 1  # characters around each cut between tokens
+    apart = first > last  # else both are parts of one character
+    between = apart & (unspaced[first] | unspaced[last])
+    starts: numpy.ndarray = numpy.ones(len(ids), dtype=numpy.int64)
     starts[1:] = between | (word[1:] != word[:-1]) | (word[1:] < 0)
     return ids, starts
