@@ -72,7 +72,9 @@ class Allocated(TorchDispatchMode):
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen = {id(storage): storage for storage in map(Tensor.untyped_storage, there)}
+        self._seen: dict[int, object] = {
+            id(storage): storage for storage in map(Tensor.untyped_storage, there)
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
