@@ -132,7 +132,8 @@ def _words(tokenizer: Tokenizer, text: str) -> tuple[numpy.ndarray, numpy.ndarra
     unspaced: numpy.ndarray = numpy.zeros(len(codes), dtype=bool)
     for low, high in _UNSPACED:
         unspaced |= (codes >= low) & (codes <= high)
-    first, last = offsets[1:, 0], offsets[:-1, 1] - 1  # characters around each cut between tokens
+    first = offsets[1:, 0]  # of each token but the first its first character
+    last: numpy.ndarray = offsets[:-1, 1] - 1  # of the token before its last one
     apart = first > last  # else both are parts of one character
     between = apart & (unspaced[first] | unspaced[last])
     starts: numpy.ndarray = numpy.ones(len(ids), dtype=numpy.int64)
