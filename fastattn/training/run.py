@@ -41,7 +41,7 @@ from fastattn.training.data.sources import read_records
 from fastattn.training.fingerprints import difference
 from fastattn.training.history import History, JsonLines, TensorBoard
 from fastattn.training.loop import train
-from fastattn.training.settings import Run
+from fastattn.training.settings import LENGTHS, Run
 from fastattn.training.tokenizer import Tokenizer
 
 SETTINGS, TOKENIZER, DATA, CHECKPOINTS = "run.toml", "tokenizer", "data", "checkpoints"
@@ -114,6 +114,9 @@ def prepare(
     folder, data = checkpoints.folder.parent, run.data
     tokenizer = _tokenizer(run, folder / TOKENIZER)
     objective = run.objective.cls(tokenizer, run.objective.settings, run.model.library)
+    if not (folder / TOKENIZER).is_dir():
+        with folder_written_beside(folder / TOKENIZER, "tokenizer.json", bool) as beside:
+            tokenizer.save(beside)  # with what the objective has added, as a chat template
 
     def examples_of(paths: str | tuple[str, ...]) -> Examples:
         return prepare_examples(
@@ -136,7 +139,12 @@ def prepare(
     validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
     torch.manual_seed(run.training.seed)
     device = building.device_named(run.model.device)
-    model = building.model(run.model, objective, run.training.context, device)
+    model = building.model(run.model, objective, device)
+    if objective.packs:
+        building.check_length(model, "[training] context", run.training.context)
+    for name in LENGTHS:
+        if (length := getattr(objective.settings, name, None)) is not None:
+            building.check_length(model, f"[objective] {name}", length)
     return Prepared(run, objective, model, examples, training, validation, checkpoints)
 
 
@@ -202,24 +210,20 @@ def _differs(former: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _tokenizer(run: Run, folder: Path) -> Tokenizer:
-    """The run's tokenizer, in `folder`: the one there, a trained one or a copy."""
-    if (folder / "tokenizer.json").is_file():
+    """The run's tokenizer: the one in `folder` if it is there, a trained one, or another's."""
+    if folder.is_dir():
         return Tokenizer.load(folder)
     settings = run.tokenizer
     if settings.vocab_size is not None:
         records = read_records(run.data.training, run.data.documents)
-        tokenizer = building.trained_tokenizer(
+        return building.trained_tokenizer(
             (sourced.record for sourced in records), settings, run.objective.cls
         )
-    elif (source := settings.folder or run.model.folder) is not None:
-        tokenizer = Tokenizer.load(source)
-    else:
-        raise ValueError(
-            "[tokenizer] needs a folder, or a vocab_size to train one: the model is new and has "
-            "none"
-        )
-    tokenizer.save(folder)
-    return Tokenizer.load(folder)
+    if (source := settings.folder or run.model.folder) is not None:
+        return Tokenizer.load(source)
+    raise ValueError(
+        "[tokenizer] needs a folder, or a vocab_size to train one: the model is new and has none"
+    )
 
 
 def _batches(

@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     for package in ("tokenizers", "safetensors", "matplotlib"):
         require(package, "train", "fastattn train")
     settings = Run.of(toml.overridden(toml.read(arguments.config), arguments.overrides))
+    if settings.model.library == "transformers":
+        require("transformers", "hf", "fastattn train").utils.logging.disable_progress_bar()
     with opened(settings) as checkpoints:
         prepared = prepare(settings, checkpoints, reading)
         samples = Samples(

@@ -71,7 +71,9 @@ def test_examples_are_those_that_were_made(
         for source, target in record["pairs"]
     ]
     assert as_lists(examples) == expected
-    assert {array.dtype for example in examples for array in example.values()} == {numpy.dtype("int64")}
+    assert {array.dtype for example in examples for array in example.values()} == {
+        numpy.dtype("int64")
+    }
     assert examples.lengths.tolist() == [[len(e["source"]), len(e["target"])] for e in expected]
     assert as_lists(pickle.loads(pickle.dumps(examples))) == expected
     assert len(pickle.dumps(examples)) < 1000
@@ -103,7 +105,9 @@ def test_a_text_of_all_records_is_split_by_records(tmp_path: Path) -> None:
     examples = prepare(path, Numbers(), tmp_path / "examples")
     for fraction in (0.1, 0.25, 0.9):
         training, validation = examples.split(fraction)
-        sides = [{e["ids"][0] for e in map(dict, as_lists(part))} for part in (training, validation)]
+        sides = [
+            {e["ids"][0] for e in map(dict, as_lists(part))} for part in (training, validation)
+        ]
         assert not sides[0] & sides[1] and sides[0] | sides[1] == set(range(40))
         assert len(sides[1]) == 40 * fraction
         assert len(training) + len(validation) == 60

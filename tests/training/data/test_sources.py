@@ -101,7 +101,11 @@ HOSTILE = {
     "utf-16 in json": ("a.jsonl", '{"a": 1}'.encode("utf-16-be"), "a.jsonl:1: holds a zero byte"),
     "picture": ("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.txt:1: is not in UTF-8"),
     "surrogate": ("a.txt", b"\xed\xa0\x80", "a.txt:1: is not in UTF-8"),
-    "cut object": ("a.jsonl", b'{"a": 1}\n{"a": "b', "a.jsonl:2: each line must be one whole object"),
+    "cut object": (
+        "a.jsonl",
+        b'{"a": 1}\n{"a": "b',
+        "a.jsonl:2: each line must be one whole object",
+    ),
     "several lines": ("a.json", b'{\n "a": 1}\n', "a.json:1: each line must be one whole object"),
     "list": ("a.json", b'[{"a": 1}]', "a.json:1: each line must be.* got list"),
     "number": ("a.jsonl", b'{"a": 1}\n3', "a.jsonl:2: each line must be.* got int"),
@@ -144,7 +148,12 @@ def test_folders_and_patterns(tmp_path: Path) -> None:
     assert found(".") == inside
     assert found("*.txt", "sub") == ["10.txt", "9.txt", "b.txt", "sub/c.txt", "sub/deep/d.txt.gz"]
     assert found("**/*.txt") == ["10.txt", "9.txt", "b.txt", "sub/c.txt"]
-    assert found("b.txt", "[0-9]*.txt", ".hidden.txt") == ["b.txt", "10.txt", "9.txt", ".hidden.txt"]
+    assert found("b.txt", "[0-9]*.txt", ".hidden.txt") == [
+        "b.txt",
+        "10.txt",
+        "9.txt",
+        ".hidden.txt",
+    ]
     assert find_files(str(tmp_path / "b.txt")) == [tmp_path / "b.txt"]
     written(tmp_path / "odd[1].txt", b"x")  # the file of that name, no pattern
     assert found("odd[1].txt") == ["odd[1].txt"]
