@@ -72,20 +72,28 @@ def test_parquet(tmp_path: Path) -> None:
     draw = random.Random(0)
     for cut in (0, 3, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="a.parquet: no whole Parquet file, or a damaged one"):
+        with pytest.raises(
+            ValueError, match=r"a\.parquet: no whole Parquet file, or a damaged one"
+        ):
             records(path)
     # The first page's head is overwritten.
     path.write_bytes(whole[:4] + draw.randbytes(60) + whole[64:])
-    with pytest.raises(ValueError, match="a.parquet: no whole Parquet file, or a damaged one"):
+    with pytest.raises(ValueError, match=r"a\.parquet: no whole Parquet file, or a damaged one"):
         records(path)
     parquet.write_table(pyarrow.Table.from_pylist(rows[:0]), path)
-    with pytest.raises(ValueError, match="a.parquet: is empty"):
+    with pytest.raises(ValueError, match=r"a\.parquet: is empty"):
         records(path)
 
 
 def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    class Absent:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.partition(".")[0] == "pyarrow":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     path = written(tmp_path / "a.parquet", b"")
     with pytest.raises(ImportError, match=r'pyarrow: pip install "fastattn\[parquet\]"'):
         records(path)
@@ -200,6 +208,6 @@ def test_a_large_file_is_read_in_pieces(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": "x"}\n' * 20_000 + b"damaged")
     stream = read_records(path)
     assert next(stream).place == f"{path}:1"
-    with pytest.raises(ValueError, match="a.jsonl:20001: each line"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:20001: each line"):
         for _ in stream:
             pass
