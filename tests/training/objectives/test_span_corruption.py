@@ -85,14 +85,14 @@ def test_sentinels_descend_as_t5s(tokenizer: Tokenizer) -> None:
 
 def test_parts_are_uniform() -> None:
     random = numpy.random.default_rng(0)
-    draws = [tuple(_parts(5, 3, random).tolist()) for _ in range(6000)]
+    draws = [tuple(_parts(5, 3, random)) for _ in range(6000)]
     assert {sum(parts) for parts in draws} == {5}
     compositions = {(a, b, 5 - a - b) for a in range(1, 4) for b in range(1, 5 - a)}
     counts = {parts: draws.count(parts) for parts in compositions}
     assert sum(counts.values()) == len(draws)  # nothing else was drawn
     assert all(abs(count - 1000) < 4.5 * 29 for count in counts.values())  # sqrt(6000 5/36) = 29
-    assert _parts(1, 1, random).tolist() == [1]
-    assert _parts(4, 4, random).tolist() == [1, 1, 1, 1]
+    assert _parts(1, 1, random) == [1]
+    assert _parts(4, 4, random) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("context", [3, 4, 17, 64])
