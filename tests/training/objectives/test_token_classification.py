@@ -94,7 +94,7 @@ def test_measures_that_are_worked_out(byte_level: Tokenizer) -> None:
     examples = [example for record in records for example in objective.encode(record)]
     batches = [objective.collate(examples[:2], RANDOM), objective.collate(examples[2:], RANDOM)]
     assert [batch.counted for batch in batches] == [6, 1]
-    model = _Fixed("B-PER O O B-LOC I-LOC I-LOC B-LOC".split())
+    model = _Fixed(["B-PER", "O", "O", "B-LOC", "I-LOC", "I-LOC", "B-LOC"])
     # Predicted: PER 0, LOC 3; LOC 0-1; LOC 0. Only Iowa is right, of 4 predicted and 4 wanted.
     expected = {"loss": (6 * 1.0 + 1 * 0.5) / 7, "accuracy": 3 / 7}
     spans = {"precision": 1 / 4, "recall": 1 / 4, "f1": 1 / 4}
