@@ -111,7 +111,7 @@ def _print_sizes(prepared: Prepared) -> None:
         f"model     {type(model).__name__}, {parameters:,} parameters, {trained:,} trained, "
         f"on {device}"
     )
-    tokens = int(prepared.examples.lengths[:, 0].sum())
+    tokens = int(prepared.examples.lengths.sum())
     held_out = 0 if prepared.validation is None else len(prepared.validation.examples)
     print(
         f"data      {len(prepared.examples):,} examples, {tokens:,} tokens; {held_out:,} examples "
