@@ -18,6 +18,7 @@ from fastattn.cli import (
     doctor,
     generate,
     serve,
+    train,
     tune,
 )
 from fastattn.cli.pipe import quietly
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_debug(parser, default=False)
     commands = parser.add_subparsers(metavar="command", required=True)
     for module in (
+        train,
         generate,
         chat,
         serve,

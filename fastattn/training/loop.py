@@ -93,8 +93,8 @@ def train(
         "model": model_fingerprint(model, state.weights()),
         "objective": objective.fingerprint(),
         "training": vars(config),
-        "first batch": batches_digest([training.batch(0)]),
         **(checkpoints.fingerprint if checkpoints is not None else {}),
+        "first batch": batches_digest([training.batch(0)]),
     }
 
     def progress() -> None:
