@@ -21,7 +21,6 @@ from fastattn.nn.checks import check_integer, check_number, check_seed
 from fastattn.nn.mode import in_mode
 from fastattn.training.data.streams import check_stream, consecutive_batches, sample_batch
 from fastattn.training.history import Evaluation, History, Step
-from fastattn.training.tokenizer import Tokenizer
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
@@ -276,27 +275,6 @@ def evaluate(model: torch.nn.Module, tokens: torch.Tensor, config: TrainingConfi
             total += loss.item() * targets.numel()
             targets_seen += targets.numel()
     return total / targets_seen
-
-
-@torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, tokenizer: Tokenizer, text: str, context: int) -> float:
-    """How many bits `model` needs for a byte of `text`, a measure that no tokenizer changes.
-
-    The text is read in windows of `context` tokens, side by side; a token is predicted from those
-    before it in its window, the first one of the text from the end-of-text token.
-
-    Args:
-        model: in eval mode, called as `model(inputs (1, T), targets (1, T)) -> (logits, loss)`.
-        text: not empty.
-    """
-    device = next(model.parameters()).device
-    ids = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(text)]], device=device)
-    nats = 0.0
-    for start in range(0, ids.shape[1] - 1, context):
-        window = ids[:, start : start + context + 1]
-        _, loss = model(window[:, :-1], window[:, 1:])
-        nats += loss.item() * (window.shape[1] - 1)
-    return nats / math.log(2) / len(text.encode())
 
 
 def _device(model: torch.nn.Module) -> torch.device:
