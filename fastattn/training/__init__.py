@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastattn.training.data import TokenSplit, load_corpus, sample_batch, split_text, tokenize
-from fastattn.training.evaluation import bits_per_byte
+from fastattn.training.evaluation.perplexity import bits_per_byte
 from fastattn.training.history import Evaluation, History, Step
 from fastattn.training.loop import TrainingConfig, evaluate, train
 from fastattn.training.tokenizer import Tokenizer

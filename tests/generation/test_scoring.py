@@ -101,5 +101,5 @@ def test_a_masked_language_model_is_refused() -> None:
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
-    with pytest.raises(TypeError, match="must be a causal language model.*BertForMaskedLM"):
+    with pytest.raises(TypeError, match=r"must be a causal language model.*BertForMaskedLM"):
         score(transformers.BertForMaskedLM(config), [Row([1], [2])])

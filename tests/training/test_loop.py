@@ -14,7 +14,6 @@ import torch
 import fastattn
 from fastattn.training import (
     History,
-    Tokenizer,
     TrainingConfig,
     evaluate,
     train,

@@ -5,9 +5,9 @@
     window 2        b c d e              predicts         e f        (context 4, stride 2)
     window 3            d e f g          predicts             g h
 
-Every token is predicted once; one that is not in the first window from `context - stride + 1` tokens
-at least. A smaller stride takes more time and gives more context: with stride 1 each token has all
-that the model can read.
+Every token is predicted once; one that is not in the first window from at least
+`context - stride + 1` tokens. A smaller stride takes more time and gives more context: with stride 1
+each token has all that the model can read.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from fastattn.generation.scoring import Row, score
 from fastattn.nn.checks import check_integer
+from fastattn.training.evaluation import metrics
 from fastattn.training.tokenizer import Tokenizer
 
 
@@ -45,16 +46,13 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss; infinite where a float cannot hold it."""
-        try:
-            return math.exp(self.nats_per_token)
-        except OverflowError:
-            return math.inf
+        """exp of the mean loss."""
+        return metrics.perplexity(self.nats, self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
         """A measure that no tokenizer changes."""
-        return self.nats / math.log(2) / self.bytes
+        return metrics.bits_per_byte(self.nats, self.bytes)
 
 
 def perplexity(

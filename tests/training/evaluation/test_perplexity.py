@@ -10,8 +10,7 @@ import torch
 
 import fastattn
 from fastattn.training import Tokenizer
-from fastattn.training.evaluation import bits_per_byte, perplexity
-from fastattn.training.evaluation.perplexity import windows
+from fastattn.training.evaluation.perplexity import bits_per_byte, perplexity, windows
 
 TEXT = "hello 天气, hello hello; the weather 今天天气很好 is good"
 CONTEXT = 8
