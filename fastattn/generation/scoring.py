@@ -47,7 +47,13 @@ class Scores(NamedTuple):
     greedy: Tensor
 
 
-def score(model: Any, rows: Sequence[Row], *, batch_size: int = 8) -> list[Scores]:
+def score(
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 8,
+    on_progress: Callable[[int], object] | None = None,
+) -> list[Scores]:
     """The log-probability of each token of each row after all tokens before it.
 
     A row's scores are those that it would have alone, but for the rounding of matrix products,
@@ -60,6 +66,7 @@ def score(model: Any, rows: Sequence[Row], *, batch_size: int = 8) -> list[Score
         model: a decoder of this package, or a causal language model of transformers.
         rows: of any lengths, each within the model's positions.
         batch_size: rows a call.
+        on_progress: called after each batch with the rows that it had.
 
     Raises:
         TypeError: `model` is no causal language model.
@@ -87,6 +94,8 @@ def score(model: Any, rows: Sequence[Row], *, batch_size: int = 8) -> list[Score
             asked = [row for _, row in batch]
             for (i, _), result in zip(batch, found(model, asked), strict=True):
                 scores[i] = result
+            if on_progress is not None:
+                on_progress(len(batch))
     return [result for result in scores if result is not None]
 
 

@@ -5,9 +5,8 @@
     window 2        b c d e              predicts         e f        (context 4, stride 2)
     window 3            d e f g          predicts             g h
 
-Every token is predicted once; one that is not in the first window from at least
-`context - stride + 1` tokens. A smaller stride takes more time and gives more context: with stride 1
-each token has all that the model can read.
+Every token is predicted once, after the first window from at least `context - stride + 1` tokens. A
+smaller stride takes more time and gives more context: with stride 1 all that the model can read.
 """
 
 from __future__ import annotations
