@@ -12,7 +12,7 @@ smaller stride takes more time and gives more context: with stride 1 all that th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,12 @@ from fastattn.training.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How surprised a model is by a text.
+    """How surprised a model is by a text, or by several.
 
     Attributes:
-        nats: the negative log-likelihood of the whole text.
-        tokens: that were predicted: all of the text.
-        bytes: of the text in UTF-8.
+        nats: the negative log-likelihood of all tokens.
+        tokens: how many there are; all were predicted.
+        bytes: of the texts in UTF-8.
     """
 
     nats: float
@@ -57,40 +57,44 @@ class Perplexity:
 def perplexity(
     model: torch.nn.Module,
     tokenizer: Tokenizer,
-    text: str,
+    texts: str | Sequence[str],
     *,
     context: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    on_progress: Callable[[int], object] | None = None,
 ) -> Perplexity:
-    """The perplexity of `text`, each token predicted once, the first from the token that begins it.
+    """The perplexity of a text, or of several together, each read by itself.
 
-    That one is the tokenizer's "bos", else its end of text. The figure is the same at any
-    `batch_size` to 1e-6 relative in float32: matrix products round by their shapes.
+    The first token is predicted from the tokenizer's "bos", else its end of text. The figure is the
+    same at any `batch_size` to 1e-6 relative in float32: matrix products round by their shapes.
 
     Args:
         model: a decoder of this package, or a causal language model of transformers.
-        text: not empty.
+        texts: at least one, none of them empty.
         context: tokens that the model reads at once; by default all its positions.
         stride: tokens that a window after the first predicts, at most `context`; by default half
             of it.
         batch_size: windows a call.
+        on_progress: called after each batch with the windows that it had.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise ValueError("text is empty: there is nothing to predict")
+    texts = [texts] if isinstance(texts, str) else texts
+    encoded = tokenizer.encode_many(texts)
+    if not encoded or not all(encoded):
+        raise ValueError("texts must be at least one, and none empty: there is nothing to predict")
     context = _context(model, context)
     stride = max(1, context // 2) if stride is None else check_integer("stride", stride, at_least=1)
     if stride > context:
         raise ValueError(f"stride must be at most the context, {context}, got {stride}")
     first = tokenizer.token("bos") if "bos" in tokenizer.roles else tokenizer.end_of_text
-    rows = list(windows([first, *ids], context, stride))
-    scores = score(model, rows, batch_size=batch_size)
+    rows = [row for ids in encoded for row in windows([first, *ids], context, stride)]
+    scores = score(model, rows, batch_size=batch_size, on_progress=on_progress)
     nats = -math.fsum(value for found in scores for value in found.log_probabilities.tolist())
-    return Perplexity(nats, len(ids), len(text.encode()))
+    size = sum(len(text.encode()) for text in texts)
+    return Perplexity(nats, sum(map(len, encoded)), size)
 
 
 def windows(ids: Sequence[int], context: int, stride: int) -> Iterator[Row]:

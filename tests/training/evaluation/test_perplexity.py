@@ -92,6 +92,14 @@ def test_windows_ask_for_every_token_once_with_enough_before_it(length: int, str
         assert row.context[0] == 0 or len(row.context) >= CONTEXT - stride + 1
 
 
+def test_several_texts_are_read_one_by_one(model: Any, tokenizer: Tokenizer) -> None:
+    both = perplexity(model, tokenizer, [TEXT, "hello"])
+    alone = [perplexity(model, tokenizer, text) for text in (TEXT, "hello")]
+    assert both.nats == pytest.approx(sum(found.nats for found in alone), rel=1e-6)
+    assert both.tokens == sum(found.tokens for found in alone)
+    assert both.bytes == sum(found.bytes for found in alone)
+
+
 def test_all_positions_are_the_default(model: Any, tokenizer: Tokenizer) -> None:
     whole = perplexity(model, tokenizer, TEXT, context=16, stride=8)
     assert perplexity(model, tokenizer, TEXT) == whole
@@ -100,7 +108,8 @@ def test_all_positions_are_the_default(model: Any, tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": ""}, "text is empty"),
+        ({"texts": ""}, "texts must be at least one, and none empty"),
+        ({"texts": []}, "texts must be at least one, and none empty"),
         ({"context": 17}, "context must be at most the model's 16 positions, got 17"),
         ({"context": 0}, "context must be at least 1"),
         ({"context": 4, "stride": 5}, "stride must be at most the context, 4, got 5"),
@@ -112,4 +121,4 @@ def test_arguments_out_of_range(
     model: Any, tokenizer: Tokenizer, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        perplexity(model, tokenizer, **{"text": TEXT, **arguments})
+        perplexity(model, tokenizer, **{"texts": TEXT, **arguments})
