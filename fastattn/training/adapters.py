@@ -35,6 +35,7 @@ def add(model: torch.nn.Module, settings: ModelSettings) -> None:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=list(targets),
+        fan_in_fan_out=any(map(_is_conv1d, model.modules())),
     )
     try:
         peft.inject_adapter_in_model(config, model)
@@ -57,15 +58,16 @@ def merged(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _linear_of_blocks(model: torch.nn.Module) -> tuple[str, ...]:
-    """The names of the linear layers inside the model's `torch.nn.ModuleList`s.
-
-    GPT-2's in transformers are Conv1D: linear layers with a transposed weight.
-    """
+    """The names of the linear layers inside the model's `torch.nn.ModuleList`s."""
     return tuple(
         f"{prefix}.{name}"
         for prefix, blocks in model.named_modules()
         if isinstance(blocks, torch.nn.ModuleList)
         for name, module in blocks.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        or any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+        if isinstance(module, torch.nn.Linear) or _is_conv1d(module)
     )
+
+
+def _is_conv1d(module: torch.nn.Module) -> bool:
+    """Whether it is transformers' linear layer with a transposed weight, which GPT-2 has."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)

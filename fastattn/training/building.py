@@ -52,16 +52,14 @@ def trained_tokenizer(
     )
 
 
-def model(
-    settings: ModelSettings, objective: Objective, context: int, device: torch.device
-) -> torch.nn.Module:
+def model(settings: ModelSettings, objective: Objective, device: torch.device) -> torch.nn.Module:
     """The model to train, on the device.
 
     New weights are drawn from torch's global generator.
 
     Raises:
         ValueError: a folder with a model of another class than the objective trains, a vocabulary
-            smaller than the tokenizer's, or a context that is longer than the model's positions.
+            smaller than the tokenizer's, or sequences longer than the model's positions.
     """
     dtype = getattr(torch, settings.dtype)
     fresh: set[str] = set()
@@ -74,7 +72,9 @@ def model(
             accelerate(made)
     else:
         made, fresh = _of_folder(settings.folder, objective, dtype, device)
-    _check_sizes(made, objective, context)
+    _check_vocabulary(made, objective)
+    if (end := getattr(objective, "end_of_turn", None)) is not None:
+        _stop_at(made, end)
     if settings.lora_rank:
         adapters.add(made, settings)
         for name, parameter in made.named_parameters():
@@ -180,19 +180,34 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _check_sizes(model: Any, objective: Objective, context: int) -> None:
-    """Raise ValueError unless the tokens and the context fit the model."""
+def check_length(model: Any, name: str, length: int) -> None:
+    """Raise ValueError where the setting `name` allows sequences longer than the model's."""
+    longest = longest_sequence(model)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"{name} is {length}, and the model has {longest} positions (n_positions): give a "
+            "shorter one, or a new model more positions"
+        )
+
+
+def _stop_at(model: Any, token: int) -> None:
+    """Let generation end at a token, beside those at which it ends already."""
+    former = model.config.eos_token_id
+    ends = [former] if isinstance(former, int) else former or []
+    if dataclasses.is_dataclass(model.config):
+        ends = tuple(dict.fromkeys([*ends, token]))
+        model.config = dataclasses.replace(model.config, eos_token_id=ends)
+    else:
+        ends = list(dict.fromkeys([*ends, token]))
+        model.config.eos_token_id = model.generation_config.eos_token_id = ends
+
+
+def _check_vocabulary(model: Any, objective: Objective) -> None:
     size = _text_config(model).vocab_size
     if size < objective.tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer has {objective.tokenizer.vocab_size} tokens, and the model's "
             f"vocab_size is {size}: give the tokenizer of the model, or a larger one"
-        )
-    longest = longest_sequence(model)
-    if longest is not None and context > longest:
-        raise ValueError(
-            f"[training] context is {context}, and the model has {longest} positions "
-            "(n_positions): give a shorter context, or a new model more positions"
         )
 
 

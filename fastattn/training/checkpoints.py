@@ -63,10 +63,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors of any device and strides."""
     safetensors = require("safetensors.torch", "train", "a checkpoint")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        safetensors.save_file(plain, path)
-    except require("safetensors", "train", "a checkpoint").SafetensorError as error:
-        raise OSError(f"{path.name}: {error}") from error
+    safetensors.save_file(plain, path)
 
 
 class Checkpoints:
@@ -224,6 +221,8 @@ class Checkpoints:
         Raises:
             OSError: it could not be written. Those that are there stay, and are named.
         """
+        # How safetensors says that a disk is full.
+        unwritten = require("safetensors", "train", "a checkpoint").SafetensorError
         target = self.path(state.step)
         beside = self.folder / f"{UNFINISHED}{target.name}"
         content = {**state.scalars(), "fingerprint": as_json(fingerprint)}
@@ -237,10 +236,11 @@ class Checkpoints:
             (beside / "state.json").write_text(json.dumps(content), encoding="utf-8")
             durable.seal(beside)
             durable.rename(beside, target)
-        except OSError as error:
+        except (OSError, unwritten) as error:
+            reason = getattr(error, "strerror", None) or error
             raise OSError(
                 f"the checkpoint of step {state.step} could not be written to {self.folder} "
-                f"({error.strerror or error}); the last good one is {self.last or 'none'}. Make "
+                f"({reason}); the last good one is {self.last or 'none'}. Make "
                 "room there and start the run again: it goes on from that one"
             ) from error
         finally:

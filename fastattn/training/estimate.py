@@ -27,9 +27,8 @@ from fastattn.training.recomputation import recomputed_blocks
 def flops_per_token(model: Any, context: int) -> float | None:
     """Operations of a step for a token (Chowdhery et al. 2022, appendix B): 6 N + 12 L W T.
 
-    N is the number of weights that multiply (those of an embedding do where a head shares them), L
-    layers have heads that are W wide together, and T is the context: a bound where a token attends
-    to fewer. A frozen weight has no gradient: 4 in place of 6. None where the tokens do not all
+    N is the number of weights in matrices (in an embedding's where a head shares it), L layers have
+    heads that are W wide together, and T is the context: a bound where a token attends to fewer. A frozen weight has no gradient: 4 in place of 6. None where the tokens do not all
     pass through all layers, as in an encoder-decoder, and for configs without these sizes.
     """
     config = model.config
@@ -54,7 +53,7 @@ def flops_per_token(model: Any, context: int) -> float | None:
     weights = sum(
         parameter.numel() * (6 if parameter.requires_grad else 4)
         for parameter in model.parameters()
-        if id(parameter) not in looked_up - multiplied
+        if parameter.dim() > 1 and id(parameter) not in looked_up - multiplied
     )
     return weights + 12.0 * layers * heads * size * context
 
@@ -72,7 +71,9 @@ class Allocated(TorchDispatchMode):
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen = {id(storage): storage for storage in map(Tensor.untyped_storage, there)}
+        self._seen: dict[int, object] = {
+            id(storage): storage for storage in map(Tensor.untyped_storage, there)
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))

@@ -236,6 +236,11 @@ class TensorBoard:
                 self._writer.add_scalar(f"validation/{name}", score, entry.step)
             self._writer.flush()
 
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self._writer is not None:
+            self._writer.close()
+
 
 class _News:
     """What a growing record has that was not there the last time."""

@@ -92,8 +92,8 @@ def train(
         "model": model_fingerprint(model, state.weights()),
         "objective": objective.fingerprint(),
         "training": vars(config),
-        "first batch": batches_digest([training.batch(0)]),
         **(checkpoints.fingerprint if checkpoints is not None else {}),
+        "first batch": batches_digest([training.batch(0)]),
     }
 
     def progress() -> None:
@@ -110,7 +110,7 @@ def train(
             stack.enter_context(checkpoints)
             if checkpoints.restore(state, identity):
                 progress()
-        first, whole = state.step, True  # whole: the state is that after a step
+        first, updating = state.step, False
         try:
             for step in range(first, config.steps + 1):
                 if step > first:
@@ -121,24 +121,23 @@ def train(
                     loss, norm = _gradients(state, objective, batches, config)
                     if not _finite(loss, norm, state.scaler):
                         raise FloatingPointError(_trouble(step, loss, norm, batches, checkpoints))
-                    whole = False
                     rate = config.learning_rate_at(step)
+                    updating = True
                     _update(state, step, rate, norm)
                     seconds = time.perf_counter() - start
                     tokens = sum(batch.tokens for batch in batches)
                     history.add(Step(step, loss, rate, norm, tokens, seconds))
+                    updating = False
                     progress()
                 if validation is not None and _validation_due(step, config, history):
-                    whole = False
                     with state.evaluated():
                         measures = evaluate(model, objective, validation, config)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
                     progress()
-                whole = True
                 if checkpoints is not None and _checkpoint_due(checkpoints, state, config):
                     checkpoints.save(state, identity)
         except KeyboardInterrupt:
-            if checkpoints is not None and whole and not checkpoints.has(state.step):
+            if checkpoints is not None and not updating and not checkpoints.has(state.step):
                 checkpoints.save(state, identity)
             history.interrupted = True
         finally:

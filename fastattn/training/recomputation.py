@@ -25,11 +25,13 @@ def recomputed_blocks(model: torch.nn.Module) -> Iterator[None]:
     """
     blocks: list[Any] = [m for m in model.modules() if isinstance(m, TransformerBlock)]
     theirs: Any = model
+    # The second name is the older one.
+    names = [n for n in ("activation", "gradient") if hasattr(model, f"{n}_checkpointing_enable")]
     if blocks:
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    elif hasattr(model, "gradient_checkpointing_enable"):
-        theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    elif names:
+        getattr(theirs, f"{names[0]}_checkpointing_enable")({"use_reentrant": False})
     else:
         raise ValueError(
             f"activation_checkpointing: {type(model).__name__} has no fastattn.nn.TransformerBlock "
@@ -42,4 +44,4 @@ def recomputed_blocks(model: torch.nn.Module) -> Iterator[None]:
         for block in blocks:
             del block.forward
         if not blocks:
-            theirs.gradient_checkpointing_disable()
+            getattr(theirs, f"{names[0]}_checkpointing_disable")()

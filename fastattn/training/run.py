@@ -41,12 +41,11 @@ from fastattn.training.data.sources import read_records
 from fastattn.training.fingerprints import difference
 from fastattn.training.history import History, JsonLines, TensorBoard
 from fastattn.training.loop import train
-from fastattn.training.settings import Run
+from fastattn.training.settings import LENGTHS, Run
 from fastattn.training.tokenizer import Tokenizer
 
 SETTINGS, TOKENIZER, DATA, CHECKPOINTS = "run.toml", "tokenizer", "data", "checkpoints"
 METRICS, BOARD, CURVE, MODEL = "metrics.jsonl", "tensorboard", "loss.png", "model"
-DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 OnProgress = Callable[[History], None]
 
 
@@ -101,8 +100,13 @@ def opened(run: Run) -> Iterator[Checkpoints]:
         yield checkpoints
 
 
-def prepare(run: Run, checkpoints: Checkpoints) -> Prepared:
+def prepare(
+    run: Run, checkpoints: Checkpoints, on_data: Callable[[int, int], None] | None = None
+) -> Prepared:
     """Tokenizer, examples, batches and model: what is in the folder already is not made again.
+
+    Args:
+        on_data: called now and then while data are tokenised, as `data.prepare`'s on_progress.
 
     Raises:
         FileNotFoundError, ValueError, OSError, ImportError: whatever the parts raise.
@@ -110,10 +114,18 @@ def prepare(run: Run, checkpoints: Checkpoints) -> Prepared:
     folder, data = checkpoints.folder.parent, run.data
     tokenizer = _tokenizer(run, folder / TOKENIZER)
     objective = run.objective.cls(tokenizer, run.objective.settings, run.model.library)
-    examples = _examples(run, objective, data.training, folder)
-    held_out = None
+    if not (folder / TOKENIZER).is_dir():
+        with folder_written_beside(folder / TOKENIZER, "tokenizer.json", bool) as beside:
+            tokenizer.save(beside)  # with what the objective has added, as a chat template
+
+    def examples_of(paths: str | tuple[str, ...]) -> Examples:
+        return prepare_examples(
+            paths, objective, folder / DATA, documents=data.documents, on_progress=on_data
+        )
+
+    examples, held_out = examples_of(data.training), None
     if data.validation is not None:
-        held_out = _examples(run, objective, data.validation, folder)
+        held_out = examples_of(data.validation)
     elif data.validation_fraction:
         examples, held_out = examples.split(data.validation_fraction)
     checkpoints.fingerprint |= {
@@ -127,7 +139,12 @@ def prepare(run: Run, checkpoints: Checkpoints) -> Prepared:
     validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
     torch.manual_seed(run.training.seed)
     device = building.device_named(run.model.device)
-    model = building.model(run.model, objective, run.training.context, device)
+    model = building.model(run.model, objective, device)
+    if objective.packs:
+        building.check_length(model, "[training] context", run.training.context)
+    for name in LENGTHS:
+        if (length := getattr(objective.settings, name, None)) is not None:
+            building.check_length(model, f"[objective] {name}", length)
     return Prepared(run, objective, model, examples, training, validation, checkpoints)
 
 
@@ -139,7 +156,7 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
     """
     run, checkpoints = prepared.run, prepared.checkpoints
     folder = checkpoints.folder.parent
-    callbacks = [JsonLines(folder / METRICS), *on_progress]
+    callbacks: list[OnProgress] = [JsonLines(folder / METRICS), *on_progress]
     if run.output.tensorboard:
         callbacks.insert(0, TensorBoard(folder / BOARD))
 
@@ -193,30 +210,20 @@ def _differs(former: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _tokenizer(run: Run, folder: Path) -> Tokenizer:
-    """The run's tokenizer, in `folder`: the one there, a trained one or a copy."""
-    if (folder / "tokenizer.json").is_file():
+    """The run's tokenizer: the one in `folder` if it is there, a trained one, or another's."""
+    if folder.is_dir():
         return Tokenizer.load(folder)
     settings = run.tokenizer
     if settings.vocab_size is not None:
         records = read_records(run.data.training, run.data.documents)
-        tokenizer = building.trained_tokenizer(
+        return building.trained_tokenizer(
             (sourced.record for sourced in records), settings, run.objective.cls
         )
-    elif (source := settings.folder or run.model.folder) is not None:
-        tokenizer = Tokenizer.load(source)
-    else:
-        raise ValueError(
-            "[tokenizer] needs a folder, or a vocab_size to train one: the model is new and has "
-            "none"
-        )
-    tokenizer.save(folder)
-    return Tokenizer.load(folder)
-
-
-def _examples(
-    run: Run, objective: Objective, paths: str | tuple[str, ...], folder: Path
-) -> Examples:
-    return prepare_examples(paths, objective, folder / DATA, documents=run.data.documents)
+    if (source := settings.folder or run.model.folder) is not None:
+        return Tokenizer.load(source)
+    raise ValueError(
+        "[tokenizer] needs a folder, or a vocab_size to train one: the model is new and has none"
+    )
 
 
 def _batches(
@@ -243,10 +250,12 @@ def _saver(run: Run, folder: Path) -> Callable[[torch.nn.Module, Path], None]:
         except ValueError:
             # Dropout is no part of the trained model, and not all families' configs have it.
             config = getattr(plain, "config", None)
-            if not isinstance(config, GPTConfig) or not any(getattr(config, n) for n in DROPOUTS):
+            if not isinstance(config, GPTConfig):
                 raise
             without: Any = _view(plain)
-            without.config = dataclasses.replace(config, **dict.fromkeys(DROPOUTS, 0.0))
+            without.config = dataclasses.replace(
+                config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+            )
             save_model(without, target)
         for file in (folder / TOKENIZER).iterdir():
             shutil.copyfile(file, target / file.name)
@@ -263,6 +272,10 @@ def _view(module: torch.nn.Module) -> torch.nn.Module:
 
 def _copy(source: Path, target: Path) -> None:
     """Put the files of `source` in the place of those of `target`."""
-    with folder_written_beside(target, "config.json", lambda name: True) as beside:
+
+    def former(name: str) -> bool:
+        return not name.startswith(".")  # the folder that is written beside begins so
+
+    with folder_written_beside(target, "config.json", former) as beside:
         for file in source.iterdir():
             shutil.copyfile(file, beside / file.name)

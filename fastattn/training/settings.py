@@ -190,7 +190,7 @@ class Run:
         parts = {
             name: filled(table, tables.get(name, {}), name, keys) for name, table in TABLES.items()
         }
-        shared = {name: getattr(parts["training"], name) for name in SHARED}
+        shared = dict.fromkeys(LENGTHS, parts["training"].context)
         objective = _objective(tables.get("objective", {}), keys, shared)
         model = parts["model"]
         config = converted(config_class(objective.cls), model.config, "model.config", keys)
@@ -215,8 +215,8 @@ TABLES: dict[str, Any] = {
     "output": OutputSettings,
 }
 
-# What an objective's settings have in common with [training]: there is the default.
-SHARED = ("context",)
+# The settings of objectives that say how long a sequence is: the default is [training]'s context.
+LENGTHS = ("context", "max_source_length", "max_target_length")
 
 
 def config_class(objective: type[Objective]) -> Any:
@@ -227,7 +227,7 @@ def config_class(objective: type[Objective]) -> Any:
 def _objective(
     table: Mapping[str, Any], keys: Mapping[str, Sequence[str]], shared: Mapping[str, Any]
 ) -> ObjectiveSettings:
-    """The objective of its table; `shared` are values of [training] that are its defaults."""
+    """The objective of its table; `shared` has values for fields that it leaves out."""
     name = table.get("name")
     if name not in tuple(OBJECTIVES):
         close = nearest(name, OBJECTIVES) if isinstance(name, str) else None

@@ -181,6 +181,7 @@ def test_autocast() -> None:
             ValueError,
             "decoder_attention_mask must have the shape",
         ),
+        ((_tokens(), _tokens()), {"keep_logits": False}, ValueError, "needs targets"),
     ],
 )
 def test_bad_input(

@@ -12,11 +12,12 @@ config are those that a shell would take, from the current folder.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 
 from fastattn.chips import peak_flops
-from fastattn.cli.train.progress import Progress, Samples, duration
+from fastattn.cli.train.progress import CLEAR, Progress, Samples, duration, reading
 from fastattn.cli.train.reference import reference
 from fastattn.training import toml
 from fastattn.training.building import longest_sequence
@@ -48,8 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     for package in ("tokenizers", "safetensors", "matplotlib"):
         require(package, "train", "fastattn train")
     settings = Run.of(toml.overridden(toml.read(arguments.config), arguments.overrides))
+    if settings.model.library == "transformers":
+        require("transformers", "hf", "fastattn train").utils.logging.disable_progress_bar()
     with opened(settings) as checkpoints:
-        prepared = prepare(settings, checkpoints)
+        prepared = prepare(settings, checkpoints, reading)
         samples = Samples(
             prepared.model,
             prepared.objective.tokenizer,
@@ -57,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
             settings.output.sample_tokens,
             longest_sequence(prepared.model),
         )
+        if sys.stdout.isatty():
+            print(CLEAR, end="")
         _print_sizes(prepared)
         if arguments.dry_run:
             _print_estimate(prepared)

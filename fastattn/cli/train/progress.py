@@ -141,9 +141,16 @@ class Samples:
         out = self._model.generate(
             torch.tensor([ids], device=device), max_new_tokens=room, **SAMPLING
         )
-        text = self._tokenizer.decode(out[0, used:].tolist())
+        special = self._tokenizer.special_ids
+        text = self._tokenizer.decode([i for i in out[0, used:].tolist() if i not in special])
         # The last character may be cut in the middle of its bytes.
         return " / ".join(text.rstrip("\N{REPLACEMENT CHARACTER}").splitlines())
+
+
+def reading(records: int, values: int) -> None:
+    """A callback of `prepare`, which says on a terminal how far it has read."""
+    if sys.stdout.isatty():
+        print(f"{CLEAR}data      {records:,} records, {values:,} tokens so far", end="", flush=True)
 
 
 def duration(seconds: float) -> str:

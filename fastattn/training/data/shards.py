@@ -52,7 +52,7 @@ class Examples(Sequence[Example]):
         """
         self.folder = folder
         self._chosen = chosen
-        files = _read_index(folder)["files"]
+        files = _files_of(folder)
         arrays = {name: _Array(folder / f"{name}.bin", about) for name, about in files.items()}
         table = arrays.pop(TABLE)
         table.check(0, len(table.values))
@@ -107,10 +107,10 @@ class Examples(Sequence[Example]):
         chosen = numpy.arange(len(self._table)) if self._chosen is None else self._chosen
         _, record = numpy.unique(self._table[chosen, 0], return_inverse=True)
         held_out = numpy.floor((record + 1) * fraction) > numpy.floor(record * fraction)
-        if held_out.all() or not held_out.any():
+        if not held_out.any():
             raise ValueError(
-                f"of {record.max() + 1} records, {fraction:g} cannot be kept for validation: give "
-                "more records, or a file of its own to validate on"
+                f"{record.max() + 1} records are too few to keep {fraction:g} of them for "
+                "validation: give more, or other files to validate on"
             )
         return Examples(self.folder, chosen[~held_out]), Examples(self.folder, chosen[held_out])
 
@@ -156,13 +156,14 @@ def checksums(path: Path) -> list[int]:
         return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _files_of(folder: Path) -> dict[str, Any]:
+    """What the index says of each file: dtype, count, checksums."""
     path = folder / INDEX
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, f"it is no JSON ({error})") from error
-    return index
+        files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from error
+    return files
 
 
 def _damaged(path: Path, reason: str) -> ValueError:

@@ -44,6 +44,8 @@ def packed_batch(
         arguments |= {"labels": counting, "position_ids": torch.from_numpy(places).unsqueeze(0)}
         arguments |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
         arguments |= {"max_length_q": longest, "max_length_k": longest}
+        # With a cache transformers makes masks in which the sequences of a row see each other.
+        arguments["use_cache"] = False
     return Batch(arguments, int((counting != IGNORED).sum()), row.numel())
 
 

@@ -19,9 +19,8 @@ from fastattn.training.tokenizer import Tokenizer
 
 MASKED, REPLACED = 0.8, 0.1  # shares of the chosen positions
 
-# Scripts without spaces between words: kana, and Han with its extensions.
-_UNSPACED = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF),
-             (0x20000, 0x3FFFF))  # fmt: skip
+# Scripts without spaces between words, as ranges [begin, end): kana, and Han with its extensions.
+_UNSPACED = (0x3040, 0x3100, 0x3400, 0x4DC0, 0x4E00, 0xA000, 0xF900, 0xFB00, 0x20000, 0x40000)
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,12 @@ class Masked(Objective):
         """Raises ValueError: the tokenizer has no mask token."""
         super().__init__(tokenizer, settings or MaskedSettings(), interface)
         self._mask = tokenizer.token("mask")
-        self._special = numpy.array(sorted(tokenizer.special_ids))
-        self._ordinary = numpy.setdiff1d(numpy.arange(tokenizer.vocab_size), self._special)
+        ids = set(
+            tokenizer.vocabulary.values()
+        )  # of some tokenizers not all numbers up to the last
+        self._ordinary = numpy.array(sorted(ids - tokenizer.special_ids))
+        self._choosable: numpy.ndarray = numpy.zeros(max(ids) + 1, dtype=bool)
+        self._choosable[self._ordinary] = True
         self._before, self._after = (
             [tokenizer.token(role)] if role in tokenizer.roles else [] for role in ("cls", "sep")
         )
@@ -85,18 +88,17 @@ class Masked(Objective):
         if self.settings.whole_words:
             ids, starts = _words(self.tokenizer, text)
         else:
-            ids = numpy.array(self.tokenizer.encode(text), dtype=numpy.int64)
-            starts = numpy.ones_like(ids)
+            ids = self.tokenizer.encode(text)
+            starts = [1] * len(ids)
         room = self.settings.context - len(self._before) - len(self._after)
         for first in range(0, len(ids), room):
             block = ids[first : first + room]
-            if self._choosable(block).any():
-                begins = starts[first : first + room].copy()
-                begins[0] = 1
-                around = numpy.ones(len(self._before)), numpy.ones(len(self._after))
+            if self._choosable[block].any():
+                begins = [1, *starts[first + 1 : first + room]]
+                before, after = [1] * len(self._before), [1] * len(self._after)
                 yield {
                     "input_ids": numpy.array([*self._before, *block, *self._after]),
-                    "starts": numpy.concatenate([around[0], begins, around[1]]).astype(numpy.int64),
+                    "starts": numpy.array([*before, *begins, *after]),
                 }
 
     def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
@@ -107,7 +109,7 @@ class Masked(Objective):
         # An example begins with a word, so that words can be counted through the batch.
         starts = numpy.concatenate([example["starts"] for example in examples])
         word = starts.astype(numpy.int64).cumsum() - 1
-        choosable = self._choosable(ids)
+        choosable = self._choosable[ids]
         chosen = (random.random(word[-1] + 1) < self.settings.probability)[word] & choosable
         if not chosen.any():  # a mean over nothing would be NaN
             chosen = choosable & (word == random.choice(word[choosable]))
@@ -121,20 +123,16 @@ class Masked(Objective):
         arguments["labels"] = padded(numpy.split(labels, ends), IGNORED)
         return Batch(arguments, int(chosen.sum()), len(ids))
 
-    def _choosable(self, ids: numpy.ndarray) -> numpy.ndarray:
-        return ~numpy.isin(ids, self._special)
 
-
-def _words(tokenizer: Tokenizer, text: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The tokens (n,), and 1 for each that begins a word."""
+def _words(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The tokens, and 1 for each that begins a word."""
     ids, offsets, word = tokenizer.words(text)
     codes = numpy.frombuffer((text + " ").encode("utf-32-le"), dtype="<u4")
-    unspaced: numpy.ndarray = numpy.zeros(len(codes), dtype=bool)
-    for low, high in _UNSPACED:
-        unspaced |= (codes >= low) & (codes <= high)
-    first, last = offsets[1:, 0], offsets[:-1, 1] - 1  # characters around each cut between tokens
+    unspaced = numpy.searchsorted(_UNSPACED, codes, side="right") % 2 == 1
+    first = offsets[1:, 0]  # of each token but the first its first character
+    last: numpy.ndarray = offsets[:-1, 1] - 1  # of the token before its last one
     apart = first > last  # else both are parts of one character
     between = apart & (unspaced[first] | unspaced[last])
     starts: numpy.ndarray = numpy.ones(len(ids), dtype=numpy.int64)
     starts[1:] = between | (word[1:] != word[:-1]) | (word[1:] < 0)
-    return ids, starts
+    return ids.tolist(), starts.tolist()

@@ -117,18 +117,18 @@ class SpanCorruption(Objective):
         """The inputs and the targets: what stays and what is cut out, with sentinels between."""
         noise, spans = self.settings.counts(len(ids))
         kept, cut = _parts(len(ids) - noise, spans, random), _parts(noise, spans, random)
-        ends = numpy.stack([kept, cut], 1).ravel().cumsum()
-        pieces = numpy.split(ids.astype(numpy.int64), ends[:-1])  # one that stays, one cut out, ...
+        tokens = iter(ids.tolist())
         inputs: list[int] = []
         targets: list[int] = []
-        for sentinel, stays, leaves in zip(self._sentinels, pieces[::2], pieces[1::2]):
-            inputs += [*stays, sentinel]
-            targets += [sentinel, *leaves]
+        for sentinel, stay, leave in zip(self._sentinels, kept, cut):
+            inputs += [*itertools.islice(tokens, stay), sentinel]
+            targets += [sentinel, *itertools.islice(tokens, leave)]
         end = self.tokenizer.end_of_text
         return numpy.array([*inputs, end]), numpy.array([*targets, end])
 
 
-def _parts(total: int, count: int, random: numpy.random.Generator) -> numpy.ndarray:
-    """(count,) positive lengths whose sum is `total`; each such list is as probable as another."""
-    cuts = numpy.sort(random.choice(total - 1, count - 1, replace=False)) + 1
-    return numpy.diff(cuts, prepend=0, append=total)
+def _parts(total: int, count: int, random: numpy.random.Generator) -> list[int]:
+    """`count` positive lengths whose sum is `total`; each such list is as probable as another."""
+    cuts = sorted(random.permutation(total - 1)[: count - 1].tolist())
+    ends = [0, *(cut + 1 for cut in cuts), total]
+    return [end - begin for begin, end in itertools.pairwise(ends)]

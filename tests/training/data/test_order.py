@@ -29,15 +29,15 @@ def chunks(numbers: list[int], size: int) -> list[list[int]]:
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
-def naive_rows(
-    documents: list[list[int]], tokens: int, context: int
-) -> list[list[list[int]]]:
+def naive_rows(documents: list[list[int]], tokens: int, context: int) -> list[list[list[int]]]:
     """The documents joined, cut to rows, each row cut at its documents' ends and at the context."""
     stream = [(i, number) for i, document in enumerate(documents) for number in document]
     rows = []
     for start in range(0, len(stream), tokens):
         row = stream[start : start + tokens]
-        groups = ([n for _, n in group] for _, group in itertools.groupby(row, lambda pair: pair[0]))
+        groups = (
+            [n for _, n in group] for _, group in itertools.groupby(row, lambda pair: pair[0])
+        )
         rows.append([piece for group in groups for piece in chunks(group, context)])
     return rows
 
@@ -89,7 +89,9 @@ def test_shuffled_batches_have_each_example_once_an_epoch(
     read = [i for batch in batches for (i,) in batch]
     for epoch in chunks(read, count)[:3]:
         assert sorted(epoch) == list(range(count))
-    assert [pieces(batch) for batch in shuffled.once()] == chunks([[i] for i in range(count)], batch_size)
+    assert [pieces(batch) for batch in shuffled.once()] == chunks(
+        [[i] for i in range(count)], batch_size
+    )
     assert shuffled.per_epoch == count / batch_size
 
 

@@ -72,20 +72,28 @@ def test_parquet(tmp_path: Path) -> None:
     draw = random.Random(0)
     for cut in (0, 3, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="a.parquet: no whole Parquet file, or a damaged one"):
+        with pytest.raises(
+            ValueError, match=r"a\.parquet: no whole Parquet file, or a damaged one"
+        ):
             records(path)
     # The first page's head is overwritten.
     path.write_bytes(whole[:4] + draw.randbytes(60) + whole[64:])
-    with pytest.raises(ValueError, match="a.parquet: no whole Parquet file, or a damaged one"):
+    with pytest.raises(ValueError, match=r"a\.parquet: no whole Parquet file, or a damaged one"):
         records(path)
     parquet.write_table(pyarrow.Table.from_pylist(rows[:0]), path)
-    with pytest.raises(ValueError, match="a.parquet: is empty"):
+    with pytest.raises(ValueError, match=r"a\.parquet: is empty"):
         records(path)
 
 
 def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    class Absent:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.partition(".")[0] == "pyarrow":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     path = written(tmp_path / "a.parquet", b"")
     with pytest.raises(ImportError, match=r'pyarrow: pip install "fastattn\[parquet\]"'):
         records(path)
@@ -101,7 +109,11 @@ HOSTILE = {
     "utf-16 in json": ("a.jsonl", '{"a": 1}'.encode("utf-16-be"), "a.jsonl:1: holds a zero byte"),
     "picture": ("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.txt:1: is not in UTF-8"),
     "surrogate": ("a.txt", b"\xed\xa0\x80", "a.txt:1: is not in UTF-8"),
-    "cut object": ("a.jsonl", b'{"a": 1}\n{"a": "b', "a.jsonl:2: each line must be one whole object"),
+    "cut object": (
+        "a.jsonl",
+        b'{"a": 1}\n{"a": "b',
+        "a.jsonl:2: each line must be one whole object",
+    ),
     "several lines": ("a.json", b'{\n "a": 1}\n', "a.json:1: each line must be one whole object"),
     "list": ("a.json", b'[{"a": 1}]', "a.json:1: each line must be.* got list"),
     "number": ("a.jsonl", b'{"a": 1}\n3', "a.jsonl:2: each line must be.* got int"),
@@ -144,7 +156,12 @@ def test_folders_and_patterns(tmp_path: Path) -> None:
     assert found(".") == inside
     assert found("*.txt", "sub") == ["10.txt", "9.txt", "b.txt", "sub/c.txt", "sub/deep/d.txt.gz"]
     assert found("**/*.txt") == ["10.txt", "9.txt", "b.txt", "sub/c.txt"]
-    assert found("b.txt", "[0-9]*.txt", ".hidden.txt") == ["b.txt", "10.txt", "9.txt", ".hidden.txt"]
+    assert found("b.txt", "[0-9]*.txt", ".hidden.txt") == [
+        "b.txt",
+        "10.txt",
+        "9.txt",
+        ".hidden.txt",
+    ]
     assert find_files(str(tmp_path / "b.txt")) == [tmp_path / "b.txt"]
     written(tmp_path / "odd[1].txt", b"x")  # the file of that name, no pattern
     assert found("odd[1].txt") == ["odd[1].txt"]
@@ -191,6 +208,6 @@ def test_a_large_file_is_read_in_pieces(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": "x"}\n' * 20_000 + b"damaged")
     stream = read_records(path)
     assert next(stream).place == f"{path}:1"
-    with pytest.raises(ValueError, match="a.jsonl:20001: each line"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:20001: each line"):
         for _ in stream:
             pass
