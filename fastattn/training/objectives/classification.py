@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy
 import torch
+from torch import Tensor
 
+from fastattn.nn.checks import check_integer
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
 from fastattn.training.objectives import sequences
@@ -31,6 +33,9 @@ class ClassificationSettings:
     pair_field: str = ""
     label_field: str = "label"
     context: int = 512
+
+    def __post_init__(self) -> None:
+        check_integer("context", self.context, at_least=1)
 
 
 class Classification(Objective):
@@ -107,3 +112,25 @@ class Classification(Objective):
             "accuracy": metrics.accuracy(predictions, labels),
             "macro_f1": metrics.f1(predictions, labels),
         }
+
+    @torch.no_grad()
+    def probabilities(
+        self, model: torch.nn.Module, records: Sequence[Record], *, batch_size: int = 32
+    ) -> Tensor:
+        """(records, labels) float32: how probable each class is, for records without labels.
+
+        Args:
+            model: in eval mode, ours or transformers'.
+            records: at least one.
+            batch_size: how many the model reads at once.
+
+        Raises:
+            ValueError: a record does not fit.
+        """
+        device = next(model.parameters()).device
+        rows = []
+        for first in range(0, len(records), batch_size):
+            examples = [self.inputs(record) for record in records[first : first + batch_size]]
+            batch = sequences.batch_of(examples, self.tokenizer, {}, 0).to(device)
+            rows.append(model(**batch.arguments).logits.float().softmax(-1).cpu())
+        return torch.cat(rows)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
 
+from fastattn.nn.checks import check_integer
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
 from fastattn.training.objectives import sequences
-from fastattn.training.objectives.spans import best_spans
+from fastattn.training.objectives.spans import Answer, Reading, best_spans, ranked
 from fastattn.training.tokenizer import Tokenizer
 
 END = -1  # of a text among several; also the place of a token that is not of the passage
@@ -48,17 +49,10 @@ class QuestionAnsweringSettings:
     longest_answer: int = 30
     unanswerable: bool = False
 
-
-class Answer(NamedTuple):
-    """A text of the passage, its first character and the one after its last, and its score.
-
-    The score is the sum of the logits of both ends. "" is the answer that there is none.
-    """
-
-    text: str
-    start: int
-    end: int
-    score: float
+    def __post_init__(self) -> None:
+        for name, least in (("context", 1), ("overlap", 0), ("longest_question", 1)):
+            check_integer(name, getattr(self, name), at_least=least)
+        check_integer("longest_answer", self.longest_answer, at_least=1)
 
 
 class QuestionAnswering(Objective):
@@ -102,10 +96,10 @@ class QuestionAnswering(Objective):
         self._cls = before.index(tokenizer.token("cls"))
         self._room = sequences.room(self._layout, settings.context)
         room = self._room - settings.longest_question
-        if not 0 <= settings.overlap < room:
+        if settings.overlap >= room:
             raise ValueError(
-                f"overlap must be at least 0 and less than the {room} tokens of the passage for "
-                f"which a window has room (context {settings.context}, longest_question "
+                f"overlap must be less than the {room} tokens of a passage for which a window has "
+                f"room (context {settings.context}, longest_question "
                 f"{settings.longest_question}); got {settings.overlap}"
             )
 
@@ -161,7 +155,7 @@ class QuestionAnswering(Objective):
         Records that are equal in everything count once.
         """
         loss, windows = 0.0, 0
-        read: dict[tuple[int, ...], list[_Reading]] = {}  # by question
+        read: dict[tuple[int, ...], list[Reading]] = {}  # by question
         accepted: dict[tuple[int, ...], list[str]] = {}
         for batch in batches:
             output = model(**batch.arguments)
@@ -173,7 +167,7 @@ class QuestionAnswering(Objective):
                 accepted[key] = _texts(example["answers"])
         if not read:
             raise ValueError("the validation data have no question")
-        predictions = [self._ranked(read[key])[0].text for key in accepted]
+        predictions = [ranked(read[key], self.settings.unanswerable)[0].text for key in accepted]
         references = list(accepted.values())
         return {
             "loss": loss / windows,
@@ -202,14 +196,14 @@ class QuestionAnswering(Objective):
         """
         device = next(model.parameters()).device
         windows = list(self.windows(question, passage))
-        read: list[_Reading] = []
+        read: list[Reading] = []
         for first in range(0, len(windows), batch_size):
             part = windows[first : first + batch_size]
             batch = sequences.batch_of(part, self.tokenizer, {}, 0).to(device)
             read += self._readings(batch, model(**batch.arguments), count)
-        return self._ranked(read)[:count]
+        return ranked(read, self.settings.unanswerable)[:count]
 
-    def _readings(self, batch: Batch, output: Any, count: int) -> Iterable[_Reading]:
+    def _readings(self, batch: Batch, output: Any, count: int) -> Iterable[Reading]:
         """What the model finds in each window of a batch."""
         starts, ends = (
             logits.float().cpu().numpy() for logits in (output.start_logits, output.end_logits)
@@ -231,22 +225,7 @@ class QuestionAnswering(Objective):
                 a += len(piece) - len(piece.lstrip())  # a token may have the space before it
                 b -= len(piece) - len(piece.rstrip())
                 answers.append(Answer(piece.strip(), a, max(a, b), span.score))
-            yield _Reading(answers, float(start[self._cls] + end[self._cls]))
-
-    def _ranked(self, read: Sequence[_Reading]) -> list[Answer]:
-        """The answers of all windows of a question, best first, each once; at least one.
-
-        There is no answer only if every window says so.
-        """
-        nothing = Answer("", 0, 0, min(reading.nothing for reading in read))
-        answers = [answer for reading in read for answer in reading.answers if answer.text]
-        if self.settings.unanswerable or not answers:
-            answers.append(nothing)
-        answers.sort(key=lambda answer: -answer.score)
-        unique: dict[tuple[int, int], Answer] = {}
-        for answer in answers:
-            unique.setdefault((answer.start, answer.end), answer)
-        return list(unique.values())
+            yield Reading(answers, float(start[self._cls] + end[self._cls]))
 
     def _answers(self, record: Record, passage: str) -> tuple[list[str], int]:
         """The right texts, and where the first of them begins; 0 where there is none."""
@@ -272,13 +251,6 @@ class QuestionAnswering(Objective):
                     "answer_start"
                 )
         return texts, starts[0] if starts else 0
-
-
-class _Reading(NamedTuple):
-    """The answers that a model finds in a window, and the score of none being there."""
-
-    answers: list[Answer]
-    nothing: float
 
 
 def _held(window: Example, text: str, start: int) -> list[int] | None:

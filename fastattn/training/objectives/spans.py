@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy
@@ -13,6 +14,25 @@ class Span(NamedTuple):
     score: float
     first: int
     last: int
+
+
+class Answer(NamedTuple):
+    """A text of the passage, its first character and the one after its last, and its score.
+
+    The score is the sum of the logits of both ends. "" is the answer that there is none.
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+class Reading(NamedTuple):
+    """The answers that a model finds in a window, and the score of none being there."""
+
+    answers: Sequence[Answer]
+    nothing: float
 
 
 def best_spans(
@@ -49,3 +69,21 @@ def best_spans(
         for index in order
         if scores[index] > -numpy.inf
     ]
+
+
+def ranked(readings: Sequence[Reading], unanswerable: bool) -> list[Answer]:
+    """The answers of all windows of a question, best first, each once; at least one.
+
+    Args:
+        readings: of each window, at least one.
+        unanswerable: whether "" is among them: that there is no answer, with the score of the
+            window that says so with the smallest one.
+    """
+    answers = [answer for reading in readings for answer in reading.answers if answer.text]
+    if unanswerable or not answers:
+        answers.append(Answer("", 0, 0, min(reading.nothing for reading in readings)))
+    answers.sort(key=lambda answer: -answer.score)
+    unique: dict[tuple[int, int], Answer] = {}
+    for answer in answers:
+        unique.setdefault((answer.start, answer.end), answer)
+    return list(unique.values())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
+from fastattn.nn.checks import check_integer
 from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
@@ -33,6 +34,9 @@ class TokenClassificationSettings:
     tags_field: str = "tags"
     separator: str = " "
     context: int = 512
+
+    def __post_init__(self) -> None:
+        check_integer("context", self.context, at_least=1)
 
 
 class TokenClassification(Objective):

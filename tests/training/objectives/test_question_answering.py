@@ -256,6 +256,10 @@ def test_records_and_settings_that_do_not_fit_are_refused(byte_level: Tokenizer)
         list(objective.windows("", "A dog"))
     with pytest.raises(ValueError, match=r"less than the 31 tokens.*got 31"):
         _objective(byte_level, overlap=31)
+    with pytest.raises(ValueError, match="longest_answer must be at least 1, got 0"):
+        _objective(byte_level, longest_answer=0)
+    with pytest.raises(TypeError, match="context must be an integer, got '40'"):
+        _objective(byte_level, context="40")
     with pytest.raises(ValueError, match="no 'cls' token"):
         _objective(Tokenizer.train(["text"], 300))
     with pytest.raises(ValueError, match="no question"):
