@@ -69,9 +69,7 @@ class Masked(Objective):
         """Raises ValueError: the tokenizer has no mask token."""
         super().__init__(tokenizer, settings or MaskedSettings(), interface)
         self._mask = tokenizer.token("mask")
-        ids = set(
-            tokenizer.vocabulary.values()
-        )  # of some tokenizers not all numbers up to the last
+        ids = set(tokenizer.vocabulary.values())  # some tokenizers leave numbers out
         self._ordinary = numpy.array(sorted(ids - tokenizer.special_ids))
         self._choosable: numpy.ndarray = numpy.zeros(max(ids) + 1, dtype=bool)
         self._choosable[self._ordinary] = True
