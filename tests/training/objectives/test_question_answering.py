@@ -61,6 +61,30 @@ def test_windows_cover_the_passage_and_overlap(byte_level: Tokenizer) -> None:
         assert read == tokens
 
 
+@pytest.mark.parametrize("count", [1, 22, 23, 60])
+def test_windows_are_those_of_transformers(
+    word_pieces: Tokenizer, tmp_path: Any, count: int
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    word_pieces.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    question = "the fox?"
+    passage = " ".join(numpy.random.default_rng(count).choice(["fox", "北", "dog"], count))
+    objective = _objective(word_pieces, context=28, overlap=5)
+    got = list(objective.windows(question, passage))
+    expected = theirs(
+        question, passage, truncation="only_second", max_length=28, stride=5,
+        return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+    )  # fmt: skip
+    assert [window["input_ids"].tolist() for window in got] == expected["input_ids"]
+    assert [window["token_type_ids"].tolist() for window in got] == expected["token_type_ids"]
+    for index, window in enumerate(got):
+        inside = [number == 1 for number in expected.sequence_ids(index)]
+        places = numpy.array(expected["offset_mapping"][index])[inside]
+        assert window["first"][inside].tolist() == places[:, 0].tolist()
+        assert window["last"][inside].tolist() == places[:, 1].tolist()
+
+
 def test_a_window_has_the_whole_answer_or_points_at_cls(byte_level: Tokenizer) -> None:
     draw = numpy.random.default_rng(1)
     objective = _objective(byte_level)
