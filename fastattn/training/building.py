@@ -194,7 +194,7 @@ def _stop_at(model: Any, token: int) -> None:
     """Let generation end at a token, beside those at which it ends already."""
     former = model.config.eos_token_id
     ends = [former] if isinstance(former, int) else former or []
-    if dataclasses.is_dataclass(model.config):
+    if isinstance(model, models.GPT):
         ends = tuple(dict.fromkeys([*ends, token]))
         model.config = dataclasses.replace(model.config, eos_token_id=ends)
     else:

@@ -28,8 +28,9 @@ def flops_per_token(model: Any, context: int) -> float | None:
     """Operations of a step for a token (Chowdhery et al. 2022, appendix B): 6 N + 12 L W T.
 
     N is the number of weights in matrices (in an embedding's where a head shares it), L layers have
-    heads that are W wide together, and T is the context: a bound where a token attends to fewer. A frozen weight has no gradient: 4 in place of 6. None where the tokens do not all
-    pass through all layers, as in an encoder-decoder, and for configs without these sizes.
+    heads that are W wide together, and T is the context: a bound where a token attends to fewer. A
+    frozen weight has no gradient: 4 in place of 6. None where the tokens do not all pass through
+    all layers, as in an encoder-decoder, and for configs without these sizes.
     """
     config = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,14 +1,15 @@
 """A run from its settings to a model in a folder: data, tokenizer, model, training, the end.
 
-run = Run.of(toml.read("config.toml"))
-with opened(run) as checkpoints:
-    prepared = prepare(run, checkpoints)
-    history = fit(prepared)
+    run = Run.of(toml.read("config.toml"))
+    with opened(run) as checkpoints:
+        prepared = prepare(run, checkpoints)
+        history = fit(prepared)
 
-FOLDER/
+The output folder then has
+
     run.toml          the settings, all of them; `fastattn train` reads it too
     tokenizer/
-    data/             the examples
+    examples/         the data, tokenised
     checkpoints/      `fastattn.training.checkpoints`
     metrics.jsonl     a line for each step and each validation
     tensorboard/      if asked for
@@ -44,7 +45,7 @@ from fastattn.training.loop import train
 from fastattn.training.settings import LENGTHS, Run
 from fastattn.training.tokenizer import Tokenizer
 
-SETTINGS, TOKENIZER, DATA, CHECKPOINTS = "run.toml", "tokenizer", "data", "checkpoints"
+SETTINGS, TOKENIZER, CHECKPOINTS = "run.toml", "tokenizer", "checkpoints"
 METRICS, BOARD, CURVE, MODEL = "metrics.jsonl", "tensorboard", "loss.png", "model"
 OnProgress = Callable[[History], None]
 
@@ -120,7 +121,7 @@ def prepare(
 
     def examples_of(paths: str | tuple[str, ...]) -> Examples:
         return prepare_examples(
-            paths, objective, folder / DATA, documents=data.documents, on_progress=on_data
+            paths, objective, folder, documents=data.documents, on_progress=on_data
         )
 
     examples, held_out = examples_of(data.training), None
@@ -234,7 +235,7 @@ def _batches(
     if objective.packs:
         tokens = config.batch_size * config.context
         if smaller:
-            tokens = min(tokens, int(examples.lengths[:, 0].sum()))
+            tokens = min(tokens, int(examples.lengths.sum()))
         return Packed(examples, objective, tokens, config.context, config.seed)
     size = min(config.batch_size, len(examples)) if smaller else config.batch_size
     return Shuffled(examples, objective, size, config.seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,12 @@ import torch
 
 import fastattn
 from fastattn.cli import main
-from fastattn.training import Tokenizer, loop
+from fastattn.cli.train.progress import Progress, duration
+from fastattn.training import Tokenizer, loop, toml
+from fastattn.training.history import Evaluation, History, Step
+from fastattn.training.objectives import OBJECTIVES
+from fastattn.training.run import opened
+from fastattn.training.settings import Run
 
 CONFIG = """
 [model.config]
@@ -161,6 +168,9 @@ def test_a_changed_config_is_refused_with_its_key(train: Train) -> None:
         (["output.folder=."], "[output] folder . holds 'config.toml' and no run"),
         (["objective.name=masked", "tokenizer.vocab_size=none", "tokenizer.folder=plain"], "no 'mask' token"),
         (["model.device=tpu"], "device must be"),
+        (["output.folder=/proc/run"], "cannot be written to /proc/run/checkpoints"),
+        (["training.learning_rate=1e38"], "the last good checkpoint is out/checkpoints/step-000000"),
+        (["output.samples=['']"], "[output] samples: '' has 0 tokens"),
         (["model.folder=gpt", "model.config={}", "objective.name=masked"], "and gpt holds a GPT"),
         (["model.folder=gpt"], "[model] folder excludes preset and config"),
     ],
@@ -174,3 +184,78 @@ def test_errors_are_a_line(train: Train, overrides: list[str], message: str) -> 
     code, _, err = train(*overrides)
     assert code == 1 and err.count("\n") == 1
     assert message in err, err
+
+
+def test_one_run_at_a_time(train: Train) -> None:
+    with opened(Run.of(toml.read("config.toml"))):
+        code, _, err = train()
+    assert code == 1 and err.startswith("fastattn: another run is training in out/checkpoints")
+
+
+def test_help_has_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert "\n[training]\n" in out and "  learning_rate: a number; default 0.001\n" in out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", Terminal())
+    progress = Progress(40, lambda: ["    [a]b"], flops_per_token=3e9, peak_flops=6e12)
+    history = History(evaluations=[Evaluation(0, 7.0)])
+    progress(history)
+    for step in range(1, 11):
+        history.add(Step(step, 5.0, 1e-3, 1.0, tokens=500, seconds=0.5))
+        progress(history)
+    history.evaluations.append(Evaluation(10, 4.5, {"perplexity": 90.0}))
+    progress(history)
+    lines = sys.stdout.getvalue().replace("\n", "\r").split("\r")  # type: ignore[attr-defined]
+    lines = [line.removeprefix("\033[K") for line in lines]
+    assert "step 0/40" in lines and "step 0  validation: loss 7.0000" in lines
+    bar = "step 10/40 [#####---------------]  loss 5.0000  1,000 tokens/s  MFU 50.0%  15 s left"
+    assert bar in lines
+    assert lines[-3:] == ["step 10  validation: loss 4.5000  perplexity 90.0000", "    [a]b", ""]
+
+
+def test_progress_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    history = History(evaluations=[Evaluation(0, 7.0), Evaluation(2, 6.0)])
+    for step in (1, 2):
+        history.add(Step(step, 5.0, 1e-3, 1.0, tokens=500, seconds=0.5))
+    progress = Progress(40, list)
+    progress(history)
+    history.evaluations.append(Evaluation(3, 5.0))
+    progress(history)
+    assert capsys.readouterr().out == "going on after step 2\nstep 3  validation: loss 5.0000\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (18_120, "5 h 2 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+BLOCKS = [toml.parsed(block) for block in re.findall(r"^```toml\n(.*?)^```$", PAGE, re.M | re.S)]
+
+
+def test_the_configs_of_the_page(tmp_path: Path) -> None:
+    """The first is whole; the others are parts of one."""
+    whole, *parts = BLOCKS
+    assert PAGE.partition("```toml\n")[2].partition("```")[0].count("\n") <= 15
+    for part in parts:
+        run = Run.of(
+            {**{key: whole[key] for key in ("data", "training", "output", "objective")}, **part}
+        )
+        assert run != Run.of(whole)
+
+
+def test_the_page_names_every_objective() -> None:
+    for name, objective in OBJECTIVES.items():
+        assert re.search(rf"^\| `{name}` .* `{objective.model_class}` \|$", PAGE, re.M), name

@@ -124,14 +124,23 @@ def test_an_encoder_gets_another_head(tmp_path: Path) -> None:
         assert model.classifier.weight.shape == (len(labels), 16)
 
 
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+BERT = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+CAUSAL = {"name": "causal"}
+CLASSES = {"name": "classification", "labels": ["even", "odd"]}
+
+
 @pytest.mark.parametrize(
-    ("cls", "config", "objective"),
+    ("cls", "config", "objective", "rank"),
     [
-        ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}, {"name": "causal"}),
-        ("BertForMaskedLM", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}, {"name": "classification", "labels": ["even", "odd"]}),
+        ("GPT2LMHeadModel", GPT2, CAUSAL, 0),
+        ("GPT2LMHeadModel", GPT2, CAUSAL, 2),
+        pytest.param("BertForMaskedLM", BERT, CLASSES, 0, marks=pytest.mark.long),
+        pytest.param("BertForMaskedLM", BERT, CLASSES, 2, marks=pytest.mark.long),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("rank", [0, 2])
+)
 def test_transformers(
     tmp_path: Path, cls: str, config: dict[str, Any], objective: dict[str, Any], rank: int
 ) -> None:
@@ -171,6 +180,25 @@ def test_transformers(
         before, after = original.state_dict(), loaded.state_dict()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed and all(".h.0." in name for name in changed)
+
+
+def test_lora(tmp_path: Path) -> None:
+    """Only the linear layers of the blocks change; they are plain ones when they are saved."""
+    pytest.importorskip("peft")
+    before = trained(tables(tmp_path, CAUSAL, config=DECODER)).model.state_dict()
+    config = tables(tmp_path, CAUSAL, folder=str(tmp_path / "out" / "model"), lora_rank=3)
+    config["tokenizer"] = {}
+    config["output"]["folder"] = str(tmp_path / "adapted")
+    trained(config)
+    after = fastattn.models.load(tmp_path / "adapted" / "model").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    linear = ("in_proj.weight", "out_proj.weight", "linear1.weight", "linear2.weight")
+    assert changed == {name for name in after if name.endswith(linear)}
+    config["model"]["lora_targets"] = ["no_such_layer"]
+    config["output"]["folder"] = str(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"lora_targets \('no_such_layer',\): "):
+        trained(config)
 
 
 def test_dropout_that_a_family_lacks_is_not_saved(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ TABLES = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(TABLES)
 def test_what_is_written_is_read(table: dict[str, Any]) -> None:
     assert toml.parsed(toml.written({"name": table})) == {"name": table}

@@ -45,12 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, or print what training would take; 130 where Ctrl-C ended it."""
-    # Whatever is missing is said before the work, not after it.
-    for package in ("tokenizers", "safetensors", "matplotlib"):
-        require(package, "train", "fastattn train")
     settings = Run.of(toml.overridden(toml.read(arguments.config), arguments.overrides))
-    if settings.model.library == "transformers":
-        require("transformers", "hf", "fastattn train").utils.logging.disable_progress_bar()
+    _require(settings)
     with opened(settings) as checkpoints:
         prepared = prepare(settings, checkpoints, reading)
         samples = Samples(
@@ -67,6 +63,19 @@ def run(arguments: argparse.Namespace) -> int:
             _print_estimate(prepared)
             return 0
         return _fit(prepared, samples)
+
+
+def _require(settings: Run) -> None:
+    """Say whatever package is missing before the work, not after it."""
+    for package in ("tokenizers", "safetensors", "matplotlib"):
+        require(package, "train", "fastattn train")
+    if settings.output.tensorboard:
+        require("tensorboard", "tensorboard", "[output] tensorboard")
+    if settings.model.lora_rank:
+        require("peft", "lora", "[model] lora_rank")
+    if settings.model.library == "transformers":
+        transformers = require("transformers", "hf", '[model] library = "transformers"')
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _fit(prepared: Prepared, samples: Samples) -> int:
@@ -102,7 +111,7 @@ def _print_sizes(prepared: Prepared) -> None:
         f"model     {type(model).__name__}, {parameters:,} parameters, {trained:,} trained, "
         f"on {device}"
     )
-    tokens = int(prepared.examples.lengths[:, 0].sum())
+    tokens = int(prepared.examples.lengths.sum())
     held_out = 0 if prepared.validation is None else len(prepared.validation.examples)
     print(
         f"data      {len(prepared.examples):,} examples, {tokens:,} tokens; {held_out:,} examples "

@@ -95,13 +95,12 @@ class Packed(Batches):
                 f"the objective {objective.name!r} needs whole examples: take Shuffled, with a "
                 "number of examples a batch"
             )
-        lengths = examples.lengths
-        if (lengths != lengths[:, :1]).any():
+        if (examples.sizes != examples.sizes[:, :1]).any():
             raise ValueError(
                 f"the fields {', '.join(examples.fields)} of an example that is packed must have "
                 "the same length"
             )
-        self._lengths = lengths[:, 0]
+        self._lengths = examples.lengths
         self._total = int(self._lengths.sum())
         if self._total < tokens:
             raise ValueError(
@@ -185,7 +184,7 @@ def _random(seed: int, use: int, number: int) -> numpy.random.Generator:
 
 
 def _bits(seed: int, use: int, number: int) -> numpy.random.Philox:
-    """A stream of its own for each use and number (Salmon et al. 2011): 2**192 numbers of them."""
+    """Bits of their own for each use and number: Philox (Salmon et al. 2011), 2**192 steps apart."""
     words = numpy.array([seed, use, 0, 0, 0, number], dtype=numpy.uint64)
     return numpy.random.Philox(key=words[:2], counter=words[2:])
 

@@ -69,10 +69,11 @@ def prepare(
         "files": [_identity(file) for file in files],
     }
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    home = local_path("folder", folder)
+    place = local_path("folder", folder)
     for file in files:
-        if home.resolve() in file.resolve().parents:
-            raise ValueError(f"folder {home} holds data, {file}: give the examples another one")
+        if place.resolve() in file.resolve().parents:
+            raise ValueError(f"folder {place} holds data, {file}: give the examples another one")
+    home = place / "examples"  # nobody else writes here
     target = home / f"{objective.name}-{digest[:16]}"
     if not target.is_dir():
         sourced = read_records(files, documents)

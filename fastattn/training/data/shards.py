@@ -87,12 +87,17 @@ class Examples(Sequence[Example]):
             for name, array, begin, last in zip(self.fields, self._arrays, begins, ends)
         }
 
-    @functools.cached_property
+    @property
     def lengths(self) -> numpy.ndarray:
+        """(examples,) int64: how many values each example has in the first field."""
+        return self.sizes[:, 0]
+
+    @functools.cached_property
+    def sizes(self) -> numpy.ndarray:
         """(examples, fields) int64: how many values each example has in each field."""
         ends = self._table[:, 1:]
-        lengths = numpy.diff(ends, axis=0, prepend=numpy.zeros_like(ends[:1]))
-        return lengths if self._chosen is None else lengths[self._chosen]
+        sizes = numpy.diff(ends, axis=0, prepend=numpy.zeros_like(ends[:1]))
+        return sizes if self._chosen is None else sizes[self._chosen]
 
     def split(self, fraction: float) -> tuple[Examples, Examples]:
         """Those to train on, and those of `fraction` of the records, to validate.

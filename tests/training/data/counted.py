@@ -40,6 +40,17 @@ class Numbers(Objective):
         return Batch({"pieces": pieces, "drawn": random.integers(2**63)}, 1, sum(map(len, pieces)))
 
 
+class Pairs(Numbers):
+    """Two fields of lengths that differ."""
+
+    name = "pairs"
+    fields = ("source", "target")
+
+    def encode(self, record: Record) -> Iterable[Example]:
+        for source, target in record["pairs"]:
+            yield {"target": numpy.array(target), "source": numpy.array(source)}
+
+
 def write_records(path: Path, records: Iterable[Record]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

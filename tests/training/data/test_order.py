@@ -12,10 +12,10 @@ import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training.data.counted import Numbers, numbered
+from training.data.counted import Numbers, Pairs, numbered, write_records
 
 from fastattn.training.contract import Batch
-from fastattn.training.data import Packed, Shuffled
+from fastattn.training.data import Packed, Shuffled, prepare
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 few = settings(max_examples=30, deadline=None, derandomize=True)
@@ -153,6 +153,10 @@ def test_what_cannot_be_batched_is_refused(tmp_path: Path) -> None:
         Shuffled(examples, Numbers(), 0, 0)
     with pytest.raises(ValueError, match="context must be positive, got 0"):
         Packed(examples, Numbers(), 5, 0, 0)
+    uneven = Pairs()
+    path = write_records(tmp_path / "pairs.jsonl", [{"pairs": [([1, 2], [3])]}])
+    with pytest.raises(ValueError, match="the fields source, target of an example that is packed"):
+        Packed(prepare(path, uneven, tmp_path / "pairs"), uneven, 1, 1, 0)
     whole = Numbers()
     whole.packs = False
     with pytest.raises(ValueError, match="the objective 'numbers' needs whole examples"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from training.data.counted import Numbers, NumbersSettings, write_records
+from training.data.counted import Numbers, NumbersSettings, Pairs, write_records
 
 from fastattn.training import Tokenizer, load_corpus
 from fastattn.training.contract import Objective
@@ -31,17 +31,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder but the lock."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-class Pairs(Numbers):
-    """Two fields of lengths that differ."""
-
-    name = "pairs"
-    fields = ("source", "target")
-
-    def encode(self, record):
-        for source, target in record["pairs"]:
-            yield {"target": numpy.array(target), "source": numpy.array(source)}
 
 
 @pytest.mark.parametrize("pending", [1, 100, 1 << 20])
@@ -74,7 +63,8 @@ def test_examples_are_those_that_were_made(
     assert {array.dtype for example in examples for array in example.values()} == {
         numpy.dtype("int64")
     }
-    assert examples.lengths.tolist() == [[len(e["source"]), len(e["target"])] for e in expected]
+    assert examples.sizes.tolist() == [[len(e["source"]), len(e["target"])] for e in expected]
+    assert examples.lengths.tolist() == [len(e["source"]) for e in expected]
     assert as_lists(pickle.loads(pickle.dumps(examples))) == expected
     assert len(pickle.dumps(examples)) < 1000
     sizes = {name: len(data) for name, data in contents(examples.folder).items()}
@@ -112,7 +102,7 @@ def test_a_part_to_validate_is_of_whole_records_at_even_distances(tmp_path: Path
         assert len(training) + len(validation) == 60
         gaps = numpy.diff(sorted(sides[1]))
         assert gaps.max() - gaps.min() <= 1
-        assert training.lengths[:, 0].tolist() == [len(e["ids"]) for e in as_lists(training)]
+        assert training.lengths.tolist() == [len(e["ids"]) for e in as_lists(training)]
         assert as_lists(pickle.loads(pickle.dumps(validation))) == as_lists(validation)
         assert len({e.fingerprint for e in (examples, training, validation)}) == 3
     again = examples.split(0.5)[0].split(0.5)
@@ -153,7 +143,7 @@ def test_what_was_prepared_is_opened_and_another_is_made(tmp_path: Path) -> None
     os.utime(path, ns=(2, 2))
     assert prepared() == [1, [1, 7]]  # its time says that it may be another
     assert first[0]["ids"].tolist() == [1, 2]  # is still there
-    fingerprints = {Examples(folder).fingerprint for folder in home.glob("numbers-*")}
+    fingerprints = {Examples(folder).fingerprint for folder in home.glob("examples/numbers-*")}
     assert len(fingerprints) == 3  # [1, 2], [3], [1, 7]: of the data, not of their files' times
 
     moved = first.folder.rename(tmp_path / "moved")
@@ -216,8 +206,8 @@ def test_killed_before_any_file_operation_nothing_is_taken_for_whole(
         code = ended(forked(work))
         assert code in (0, -signal.SIGKILL)
         killed = code != 0
-        for folder in home.glob("numbers-*"):  # what has its name is whole
-            assert contents(folder) == contents(next(whole.glob("numbers-*")))
+        for folder in home.glob("examples/numbers-*"):  # what has its name is whole
+            assert contents(folder) == contents(next(whole.glob("examples/numbers-*")))
         prepare(path, Numbers(), home)
         assert contents(home) == expected  # and no rest of the killed one
     assert n > 20
