@@ -16,7 +16,20 @@ from fastattn.training import Tokenizer
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.long  # the harness takes 15 seconds to import
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "今天", "天气", "很好"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "今天",
+    "天气",
+    "很好",
+]
 CHOICES = """
 task: choose
 dataset_path: json
