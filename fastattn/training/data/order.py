@@ -184,7 +184,7 @@ def _random(seed: int, use: int, number: int) -> numpy.random.Generator:
 
 
 def _bits(seed: int, use: int, number: int) -> numpy.random.Philox:
-    """Bits of their own for each use and number: Philox (Salmon et al. 2011), 2**192 steps apart."""
+    """Bits of their own for each use and number: Philox (Salmon et al. 2011), 2**192 steps each."""
     words = numpy.array([seed, use, 0, 0, 0, number], dtype=numpy.uint64)
     return numpy.random.Philox(key=words[:2], counter=words[2:])
 
