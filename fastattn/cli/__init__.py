@@ -16,6 +16,7 @@ from fastattn.cli import (
     classify,
     demo,
     doctor,
+    evaluate,
     generate,
     serve,
     train,
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
     for module in (
         train,
+        evaluate,
         generate,
         chat,
         serve,
