@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 
 import fastattn
-from fastattn.cli import accelerate, bench, chat, demo, doctor, generate, serve, tune
+from fastattn.cli import (
+    accelerate,
+    answer,
+    bench,
+    chat,
+    classify,
+    demo,
+    doctor,
+    generate,
+    serve,
+    train,
+    tune,
+)
 from fastattn.cli.pipe import quietly
 
 
@@ -51,7 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
     _add_debug(parser, default=False)
     commands = parser.add_subparsers(metavar="command", required=True)
-    for module in (generate, chat, serve, accelerate, demo, doctor, tune, bench):
+    for module in (
+        train,
+        generate,
+        chat,
+        serve,
+        classify,
+        answer,
+        accelerate,
+        demo,
+        doctor,
+        tune,
+        bench,
+    ):
         name = module.__name__.rpartition(".")[2]
         description = (module.__doc__ or "").strip()
         command = commands.add_parser(

@@ -1,4 +1,4 @@
-"""Shared by `generate`, `chat` and `serve`: a model from a folder, settings, tokens as text."""
+"""Shared by the commands that use a model: it from its folder, settings, tokens as text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastattn import models
 from fastattn.cli.demo import pretrained
 from fastattn.generation import Engine, Request, Sampling
 from fastattn.training.optional import require
+from fastattn.training.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Tokens that are decoded again with each new one, for the spaces and characters that they share.
@@ -67,6 +68,24 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
     if not isinstance(model, models.GPT):
         raise ValueError(f"{purpose} takes decoders, and {path} has a {type(model).__name__}")
     return model, transformers.AutoTokenizer.from_pretrained(path, **gguf)
+
+
+def load_encoder(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[Any, Tokenizer]:
+    """The model of a class and the tokenizer in `arguments.folder`.
+
+    Raises:
+        ImportError: safetensors or tokenizers is not installed.
+        OSError, ValueError: the folder holds no such model, or no tokenizer.
+    """
+    path = Path(arguments.folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
+    model = models.load(path, dtype=getattr(torch, arguments.dtype), device=arguments.device)
+    if not isinstance(model, cls):
+        raise ValueError(
+            f"{purpose} takes the class {cls.__name__}; {path} has one of {type(model).__name__}"
+        )
+    return model, Tokenizer.load(path)
 
 
 def _smollm2(purpose: str) -> Path:

@@ -27,9 +27,11 @@ from fastattn.models.cache import EncoderDecoderCache
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.ids import check_ids, padding_mask
+from fastattn.nn.plain import is_plain
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class EncoderDecoder(folder.Pretrained):
@@ -121,7 +123,8 @@ class EncoderDecoder(folder.Pretrained):
         *,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        keep_logits: bool = True,
+    ) -> Tensor | tuple[Tensor | None, Tensor]:
         """Predict the token after each position of ``decoder_input_ids``.
 
         Args:
@@ -132,6 +135,7 @@ class EncoderDecoder(folder.Pretrained):
             attention_mask, decoder_attention_mask: (B, S) and (B, T), True or not 0 for tokens,
                 False or 0 for padding, which may be anywhere; None: all are tokens. Padding counts
                 as a position.
+            keep_logits: False, with targets: the pair is (None, loss), as `GPT.forward` has it.
 
         Returns:
             Logits (B, T, V) in the parameters' dtype; with ``targets`` the pair (logits, loss),
@@ -142,6 +146,8 @@ class EncoderDecoder(folder.Pretrained):
         """
         vocab_size = self.config.vocab_size
         check_ids("input_ids", input_ids, vocab_size)
+        if targets is None and not keep_logits:
+            raise ValueError("keep_logits=False needs targets: there would be no result")
         if targets is not None:
             check_ids("targets", targets, vocab_size, ignored=IGNORED)
             if decoder_input_ids is None:
@@ -165,10 +171,13 @@ class EncoderDecoder(folder.Pretrained):
             attention_mask=attention_mask,
             decoder_attention_mask=decoder_attention_mask,
         )
+        if targets is not None and not keep_logits and is_plain(self.lm_head, Head):
+            return None, self.lm_head.loss(hidden, targets)
         logits = self.lm_head(hidden)
         if targets is None:
             return logits
-        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+        return (logits if keep_logits else None), loss
 
     def shift_right(self, targets: Tensor) -> Tensor:
         """The decoder's input for ``targets`` (B, T): one position later, after the start token.
@@ -417,6 +426,12 @@ class Head(nn.Linear):
         """(..., d_model) -> (..., vocab_size)."""
         logits = super().forward(input if self.scale == 1.0 else input * self.scale)
         return logits if self.logits_bias is None else logits + self.logits_bias
+
+    def loss(self, input: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy of (..., d_model) and targets (...), without the logits."""
+        input = input if self.scale == 1.0 else input * self.scale
+        bias = None if self.logits_bias is None else self.logits_bias.squeeze(0)
+        return linear_cross_entropy(input, self.weight, targets, bias)
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:

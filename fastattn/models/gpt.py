@@ -23,10 +23,13 @@ from fastattn.models import folder, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.ids import check_ids
+from fastattn.models.packing import check_packed, packed_positions
 from fastattn.models.rotary import rotary_embeddings
+from fastattn.nn.plain import is_plain
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class GPT(folder.Pretrained):
@@ -137,8 +140,10 @@ class GPT(folder.Pretrained):
         targets: Tensor | None = None,
         *,
         cache: KVCache | None = None,
+        packed: nn.PackedSequences | None = None,
+        keep_logits: bool = True,
         logits_to_keep: int = 0,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor | None, Tensor]:
         """Predict the token after each position.
 
         Args:
@@ -149,6 +154,12 @@ class GPT(folder.Pretrained):
                 here: ``targets[:, t]`` is what comes after ``input_ids[:, t]``.
             cache: keys and values of the tokens before; those of ``input_ids`` are appended. The
                 result then has no gradient.
+            packed: ``input_ids`` (1, N) is one row of these sequences, which together are the whole
+                row. Each attends to itself, and its positions begin at 0; n_positions limits a
+                sequence, not the row. Checked on a CPU only. Excludes a cache.
+            keep_logits: False, with targets: the pair is (None, loss). The loss is the same, but
+                the logits are never there as a whole (`fastattn.linear_cross_entropy`), which in
+                training take more memory than anything else where the vocabulary is large.
             logits_to_keep: compute the logits only of the last so many positions; 0 means all.
 
         Returns:
@@ -161,8 +172,21 @@ class GPT(folder.Pretrained):
         """
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                return self.forward(input_ids, targets, cache=cache, logits_to_keep=logits_to_keep)
+                return self.forward(
+                    input_ids,
+                    targets,
+                    cache=cache,
+                    packed=packed,
+                    keep_logits=keep_logits,
+                    logits_to_keep=logits_to_keep,
+                )
         check_ids("input_ids", input_ids, self.config.vocab_size)
+        if packed is not None:
+            if cache is not None:
+                raise ValueError("packed and cache exclude each other: a cache has rows of its own")
+            check_packed(packed, input_ids, self.config.n_positions)
+        if targets is None and not keep_logits:
+            raise ValueError("keep_logits=False needs targets: there would be no result")
         if targets is not None:
             if logits_to_keep:
                 raise ValueError("logits_to_keep and targets exclude each other: a loss needs all")
@@ -179,11 +203,14 @@ class GPT(folder.Pretrained):
                 f"logits_to_keep must be from 0 to the {input_ids.shape[1]} positions of "
                 f"input_ids, got {logits_to_keep}"
             )
-        hidden = self.features(input_ids, cache)
+        hidden = self.features(input_ids, cache, packed)
+        if targets is not None and not keep_logits and is_plain(self.lm_head, Head):
+            return None, self.lm_head.loss(hidden, targets)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         if targets is None:
             return logits
-        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+        return (logits if keep_logits else None), loss
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache where the parameters are, in the dtype of the layers' keys and values:
@@ -194,19 +221,26 @@ class GPT(folder.Pretrained):
             dtype = autocast
         return KVCache(self.config, batch_size, capacity, device=self.device, dtype=dtype)
 
-    def features(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        packed: nn.PackedSequences | None = None,
+    ) -> Tensor:
         """The hidden states before the head: (B, T) token ids, unchecked -> (B, T, C).
 
         Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``.
         """
         seqlen = input_ids.shape[1]
         before = 0 if cache is None else cache.longest
-        if before + seqlen > self.config.n_positions:
+        if packed is None and before + seqlen > self.config.n_positions:
             raise ValueError(
                 f"input_ids must have at most n_positions = {self.config.n_positions} tokens a "
                 f"sequence, got {seqlen}{f' after {before} in the cache' if before else ''}"
             )
-        if cache is None:
+        if packed is not None:
+            positions = packed_positions(packed.cu_seqlens, seqlen)
+        elif cache is None:
             positions = torch.arange(seqlen, device=input_ids.device)
         else:
             positions = cache.begin(seqlen)
@@ -226,6 +260,7 @@ class GPT(folder.Pretrained):
                 residual,
                 rotary=rotary.get(self.config.layer_type(layer)),
                 cache=None if cache is None else cache.layers[layer],
+                packed=packed,
             )
         hidden = self.norm_f(branch) if residual is None else self.norm_f(branch, residual)[0]
         if cache is not None:
@@ -247,3 +282,7 @@ class Head(nn.Linear):
         """(..., n_embd) -> (..., vocab_size)."""
         logits = super().forward(input)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def loss(self, input: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy of (..., n_embd) and targets (...), without the logits."""
+        return linear_cross_entropy(input, self.weight, targets, self.bias, softcap=self.softcap)

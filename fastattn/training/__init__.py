@@ -1,23 +1,30 @@
-"""Training: text, tokenizer, batches, the loop and its record."""
+"""Training: text, tokenizer, objectives, batches, the loop, its checkpoints and its record."""
 
 from __future__ import annotations
 
-from fastattn.training.data import TokenSplit, load_corpus, sample_batch, split_text, tokenize
-from fastattn.training.history import Evaluation, History, Step
-from fastattn.training.loop import TrainingConfig, bits_per_byte, evaluate, train
+from fastattn.training.checkpoints import Checkpoints
+from fastattn.training.config import TrainingConfig
+from fastattn.training.data import TokenSplit, Windows, load_corpus, split_text, tokenize
+from fastattn.training.history import Evaluation, History, JsonLines, Step, TensorBoard
+from fastattn.training.loop import bits_per_byte, evaluate, train
+from fastattn.training.objectives import Causal
 from fastattn.training.tokenizer import Tokenizer
 
 __all__ = [
+    "Causal",
+    "Checkpoints",
     "Evaluation",
     "History",
+    "JsonLines",
     "Step",
+    "TensorBoard",
     "TokenSplit",
     "Tokenizer",
     "TrainingConfig",
+    "Windows",
     "bits_per_byte",
     "evaluate",
     "load_corpus",
-    "sample_batch",
     "split_text",
     "tokenize",
     "train",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -35,16 +36,18 @@ class Batch:
         arguments: of the model's forward, by name: tensors on the CPU, tuples of them, numbers.
         counted: how many targets count in the loss, which is their mean.
         tokens: how many tokens the model reads, padding not counted.
+        examples: of which it is made, where `Objective.measure` wants what the model is not given.
     """
 
     arguments: Mapping[str, Any]
     counted: int
     tokens: int
+    examples: Sequence[Example] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
         moved = {name: _moved(value, device) for name, value in self.arguments.items()}
-        return Batch(moved, self.counted, self.tokens)
+        return dataclasses.replace(self, arguments=moved)
 
 
 class Objective(abc.ABC):
@@ -57,17 +60,27 @@ class Objective(abc.ABC):
         fields: the arrays that an example has. The first one's length is the example's.
         packs: whether examples may be cut and joined to rows of a given number of tokens
             (`data.Packed`); else a batch is of whole examples (`data.Shuffled`).
+        model_class, auto_class: the class of `fastattn.models` that it trains, and the one of
+            transformers by which it reads a model of theirs.
+        roles, extra_tokens: the special tokens that a tokenizer needs beside the end of text, by
+            role, and others that are never cut: one that is trained for the objective has them.
+        truncated: how many texts `encode` has cut so far, to a length that a setting gives.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type]
     fields: ClassVar[tuple[str, ...]]
     packs: ClassVar[bool] = False
+    model_class: ClassVar[str] = "GPT"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    roles: ClassVar[tuple[str, ...]] = ()
+    extra_tokens: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tokenizer: Tokenizer, settings: Any, interface: Interface) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
         self.interface = interface
+        self.truncated = 0
 
     @abc.abstractmethod
     def encode(self, record: Record) -> Iterable[Example]:
@@ -99,6 +112,18 @@ class Objective(abc.ABC):
                 f"fields: {', '.join(map(str, record)) or 'none'}"
             )
         return text
+
+    def cut(self, ids: Sequence[int], length: int, setting: str) -> list[int]:
+        """The first `length` of `ids`; what is lost is counted, and a warning says it once."""
+        if len(ids) > length:
+            if not self.truncated:
+                warnings.warn(
+                    f"a text of {len(ids)} tokens is cut to {length}, for which the setting "
+                    f"{setting} has room; others after it are cut without a warning, but counted",
+                    stacklevel=2,
+                )
+            self.truncated += 1
+        return list(ids[:length])
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The mean over the targets that count, with a gradient."""

@@ -7,6 +7,8 @@ text back exactly. The training and the encoding are done by the package `tokeni
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +39,20 @@ class Words(NamedTuple):
     word: numpy.ndarray
 
 
+class Layout(NamedTuple):
+    """The special tokens around a text, or around two: rows of (id, type of segment).
+
+    Attributes:
+        before, between, after: (n, 2) before the first text, between both, after the last.
+        types: the segments' types of the first text's tokens and of the second's.
+    """
+
+    before: numpy.ndarray
+    between: numpy.ndarray
+    after: numpy.ndarray
+    types: tuple[int, int]
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -44,7 +60,8 @@ class Tokenizer:
         tokenizer.decode(tokenizer.encode("天气 ok")) == "天气 ok"
         tokenizer.save("folder")  # transformers' AutoTokenizer.from_pretrained("folder") reads it
 
-    The literal text "<|endoftext|>" of a trained one encodes to the one token `end_of_text`.
+    The literal text "<|endoftext|>" of a trained one encodes to the one token `end_of_text`, unless
+    it is encoded with literal=True, as texts of strangers are.
 
     Attributes:
         roles: the special tokens, by what they are for: "bos", "eos", "pad", "mask", "cls", "sep",
@@ -58,6 +75,8 @@ class Tokenizer:
     ) -> None:
         """Args: backend: a `tokenizers.Tokenizer`; `train` and `load` make one."""
         self._backend = backend
+        backend.no_truncation()  # files of transformers may have both switched on
+        backend.no_padding()
         self.roles = dict(roles)
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder().items()
@@ -67,6 +86,8 @@ class Tokenizer:
                 raise ValueError(f"a special token is one of {', '.join(ROLES)}; got {role!r}")
             if backend.token_to_id(token) is None:
                 raise ValueError(f"backend has no token {token!r}, which is said to be {role!r}")
+        if backend.post_processor is None and {"cls", "sep"} <= self.roles.keys():
+            backend.post_processor = self._cls_and_sep()
 
     @classmethod
     def train(
@@ -172,9 +193,20 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens and their ids."""
+        return dict(self._backend.get_vocab())
+
+    @property
     def end_of_text(self) -> int:
         """The token after a document: that of the role "eos", or "sep" where there is none."""
         return self.token("sep" if "eos" not in self.roles and "sep" in self.roles else "eos")
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that it is; equal tokenizers have the same."""
+        parts = (self._backend.to_str(), self.roles, self.chat_template)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def token(self, role: str) -> int:
         """The id of a special token, by what it is for ("mask").
@@ -195,37 +227,57 @@ class Tokenizer:
         i: int | None = self._backend.token_to_id(token)
         return i
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, literal: bool = False) -> list[int]:
         """Token ids of `text`; [] for the empty text.
+
+        Args:
+            literal: whether the name of a special token in `text` is a text like any other.
 
         Raises:
             ValueError: `text` holds half of a surrogate pair, which UTF-8 cannot write.
         """
-        return self.encode_many([text])[0]
+        return self.encode_many([text], literal=literal)[0]
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_many(self, texts: Sequence[str], *, literal: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         for text in texts:
             text.encode()  # UnicodeEncodeError is a ValueError; tokenizers would raise a TypeError
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self._literal if literal else self._backend
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
-    def words(self, text: str) -> Words:
+    def words(self, text: str, *, literal: bool = False) -> Words:
         """The tokens of `text` with their places, and the words that they are parts of.
 
         Words are what the tokenizer first cuts a text into: with a byte-level one a run of letters
         with the space before it, so that Chinese sentences are not cut.
 
-        Raises:
-            ValueError: as `encode`.
+        Args and errors are those of `encode`.
         """
         text.encode()
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        backend = self._literal if literal else self._backend
+        encoding = backend.encode(text, add_special_tokens=False)
         word = [-1 if i in self.special_ids else w for i, w in zip(encoding.ids, encoding.word_ids)]
         return Words(
             numpy.array(encoding.ids, dtype=numpy.int64),
             numpy.array(encoding.offsets, dtype=numpy.int64).reshape(-1, 2),
             numpy.array(word, dtype=numpy.int64),
+        )
+
+    def layout(self, pair: bool = False) -> Layout:
+        """The special tokens that a model of this tokenizer expects around a text, or around two.
+
+        They are those of the tokenizer's file, or "cls" and "sep" where it has such tokens and
+        says no more, as a trained one: cls text sep, cls text sep text sep.
+        """
+        encoding = self._backend.encode("a", "a" if pair else None)
+        place = [-1 if number is None else number for number in encoding.sequence_ids]
+        rows = numpy.array([encoding.ids, encoding.type_ids], dtype=numpy.int64).T
+        first, last = place.index(0), len(place) - place[::-1].index(int(pair))
+        end = len(place) - place[::-1].index(0)
+        between = rows[end : place.index(1)] if pair else rows[:0]
+        return Layout(
+            rows[:first], between, rows[last:], (int(rows[first, 1]), int(rows[last - 1, 1]))
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -240,6 +292,21 @@ class Tokenizer:
                     f"ids holds {i}; this tokenizer has ids 0 to {self.vocab_size - 1}"
                 )
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    @functools.cached_property
+    def _literal(self) -> Any:
+        """The same backend, to which special tokens in a text are nothing special."""
+        backend = _tokenizers().Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    def _cls_and_sep(self) -> Any:
+        cls, sep = self.roles["cls"], self.roles["sep"]
+        return _tokenizers().processors.TemplateProcessing(
+            single=[cls, "$A:0", sep],
+            pair=[cls, "$A:0", sep, "$B:0", sep],
+            special_tokens=[(cls, self.token("cls")), (sep, self.token("sep"))],
+        )
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -170,15 +170,13 @@ def test_ctrl_c_saves_what_is_trained(
 ) -> None:
     original = trained.train
 
-    def interrupted(*args: Any) -> History:
-        *rest, on_progress = args
-
+    def interrupted(*args: Any, on_progress: Any, **options: Any) -> History:
         def stop(history: History) -> None:
             on_progress(history)
             if len(history.steps) == 2:
                 raise KeyboardInterrupt
 
-        return original(*rest, stop)
+        return original(*args, on_progress=stop, **options)
 
     monkeypatch.setattr(trained, "train", interrupted)
     command = ["demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]

@@ -158,3 +158,68 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match="is not a tokenizer that fastattn can read"):
             Tokenizer.load(tmp_path)
+
+
+def test_literal_texts_have_no_special_token() -> None:
+    text = f"a{END_OF_TEXT} b"
+    assert TRAINED.end_of_text in TRAINED.encode(text)
+    ids = TRAINED.encode(text, literal=True)
+    assert not TRAINED.special_ids & set(ids) and TRAINED.decode(ids) == text
+    words = TRAINED.words(text, literal=True)
+    assert words.ids.tolist() == ids and (words.word >= 0).all()
+    assert TRAINED.encode("no such name", literal=True) == TRAINED.encode("no such name")
+
+
+def test_the_layout_is_cls_and_sep_where_a_tokenizer_has_them(tmp_path: Path) -> None:
+    special = {"cls": "<|cls|>", "sep": "<|sep|>"}
+    tokenizer = Tokenizer.train(TEXTS, 300, special_tokens=special)
+    cls, sep = tokenizer.token("cls"), tokenizer.token("sep")
+    before, between, after, types = tokenizer.layout(pair=True)
+    assert (before.tolist(), between.tolist(), after.tolist()) == (
+        [[cls, 0]],
+        [[sep, 0]],
+        [[sep, 0]],
+    )
+    assert types == (0, 0)
+    single = tokenizer.layout()
+    assert (single.before.tolist(), len(single.between), single.after.tolist()) == (
+        [[cls, 0]],
+        0,
+        [[sep, 0]],
+    )
+    assert all(len(part) == 0 for part in TRAINED.layout()[:3])
+    # transformers puts the same tokens there.
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    a, b = tokenizer.encode("fox"), tokenizer.encode("天气")
+    assert theirs("fox", "天气")["input_ids"] == [cls, *a, sep, *b, sep]
+
+
+def test_a_file_that_cuts_and_pads_texts_does_neither_here(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    contents["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    contents["padding"] = {
+        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": END_OF_TEXT,
+    }  # fmt: skip
+    path.write_text(json.dumps(contents), encoding="utf-8")
+    read = Tokenizer.load(tmp_path)
+    for text in ("天", TEXTS[0]):
+        assert read.encode(text) == TRAINED.encode(text)
+
+
+def test_equal_tokenizers_have_the_same_fingerprint(tmp_path: Path) -> None:
+    def trained(text: str = "some text", **arguments: object) -> Tokenizer:
+        return Tokenizer.train([text], vocab_size=300, **arguments)
+
+    tokenizer = trained()
+    tokenizer.save(tmp_path)
+    assert tokenizer.fingerprint == trained().fingerprint == Tokenizer.load(tmp_path).fingerprint
+    others = [trained("other text"), trained(special_tokens={"mask": "<|mask|>"}), trained()]
+    others[-1].chat_template = "{{ messages }}"
+    assert len({tokenizer.fingerprint, *(other.fingerprint for other in others)}) == 4

@@ -20,17 +20,19 @@ import torch
 from fastattn.cli.demo.comparison import line
 from fastattn.models import GPT, GPTConfig
 from fastattn.training import (
+    Causal,
     History,
     Tokenizer,
     TrainingConfig,
+    Windows,
     bits_per_byte,
     load_corpus,
-    sample_batch,
     split_text,
     tokenize,
     train,
 )
-from fastattn.training.loop import bfloat16_is_fast, muon_is_fast
+from fastattn.training.optimizers import muon_is_fast
+from fastattn.training.precision import bfloat16_is_fast
 
 PROMPTS = ("And God said unto", "And it came to pass", "酒店的房间", "这本书")
 DROPOUT = 0.1  # the text is read eight times
@@ -84,6 +86,7 @@ def configuration(size: Size, steps: int | None, seed: int, device: torch.device
         final_learning_rate=0.0,
         warmup_steps=min(20, steps // 2),
         evaluation_interval=max(1, steps // 5),
+        evaluation_tokens=16384,
         seed=seed,
     )
 
@@ -130,8 +133,19 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     line("model", f"{size.layers} layers, {size.width} wide, {parameters:,} parameters")
 
+    windows, held_out_windows = (
+        Windows(stream, size.batch_size, size.context, config.seed)
+        for stream in (split.training, split.validation)
+    )
     with _progress(config) as on_progress:
-        history = train(model, split.training, split.validation, config, on_progress)
+        history = train(
+            model,
+            Causal(tokenizer),
+            windows,
+            config,
+            validation=held_out_windows,
+            on_progress=on_progress,
+        )
     # Dropout has done its work, and a Qwen 3's config has no place for it.
     model.config = dataclasses.replace(model.config, embd_pdrop=0.0, resid_pdrop=0.0)
     model.save_pretrained(folder)
@@ -148,10 +162,8 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
     )
 
     gpt = GPT.from_pretrained(folder, device=device).eval()
-    inputs, targets = sample_batch(
-        split.validation, 4, size.context, torch.Generator().manual_seed(1)
-    )
-    batch = inputs.to(device), targets.to(device)
+    arguments = Windows(split.validation, 4, size.context, seed=1).batch(0).to(device).arguments
+    batch = arguments["input_ids"], arguments["targets"]
     with torch.no_grad():
         if not torch.equal(model.eval()(batch[0]), gpt(batch[0])):
             raise RuntimeError("the saved model gives other logits when it is read back")

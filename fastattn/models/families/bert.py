@@ -15,7 +15,7 @@ from fastattn.models.families.encoder import (
     post_norm_names,
     read_labels,
     with_heads,
-    write_labels,
+    write_more,
 )
 from fastattn.models.families.family import Family
 
@@ -28,7 +28,7 @@ FAMILY = Family(
     defaults=POST_NORM_DEFAULTS,
     fixed=POST_NORM_FIXED,
     read_more=read_labels,
-    write_more=write_labels,
+    write_more=write_more,
     prefix="bert.",
     depths=POST_NORM_DEPTHS,
     # Positions that older versions of transformers saved as a buffer.

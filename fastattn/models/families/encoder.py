@@ -106,10 +106,11 @@ def read_labels(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"n_labels": len(ordered), "label_names": None if numbered else ordered}
 
 
-def write_labels(config: EncoderConfig) -> dict[str, Any]:
-    """The reverse of `read_labels`."""
+def write_more(config: EncoderConfig) -> dict[str, Any]:
+    """What all encoders' config.json has in other words than ours: the reverse of `read_labels`."""
     names = config.label_names or _numbered(config.n_labels)
     return {
+        "intermediate_size": config.feedforward_dim,
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
     }

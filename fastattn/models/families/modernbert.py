@@ -7,7 +7,7 @@ from typing import Any
 
 from fastattn.models.encoder_config import EncoderConfig
 from fastattn.models.families.decoder import rope_of, rope_parameters
-from fastattn.models.families.encoder import FIELDS, classes, read_labels, with_heads, write_labels
+from fastattn.models.families.encoder import FIELDS, classes, read_labels, with_heads, write_more
 from fastattn.models.families.family import Family
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -41,7 +41,7 @@ def _read(data: Mapping[str, Any]) -> dict[str, Any]:
 def _write(config: EncoderConfig) -> dict[str, Any]:
     local = config.rope_local_theta
     return {
-        **write_labels(config),
+        **write_more(config),
         "layer_types": [config.layer_type(layer) for layer in range(config.n_layer)],
         "rope_parameters": {
             GLOBAL: rope_parameters(config.rope_theta, config.rope_scaling),

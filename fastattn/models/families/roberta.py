@@ -16,7 +16,7 @@ from fastattn.models.families.encoder import (
     post_norm_names,
     read_labels,
     with_heads,
-    write_labels,
+    write_more,
 )
 from fastattn.models.families.family import Family
 
@@ -30,7 +30,7 @@ def _read(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(config: EncoderConfig) -> dict[str, Any]:
     rows = config.n_positions + config.first_position
-    return {**write_labels(config), "max_position_embeddings": rows}
+    return {**write_more(config), "max_position_embeddings": rows}
 
 
 FAMILY = Family(

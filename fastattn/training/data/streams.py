@@ -1,15 +1,18 @@
-"""A stream of tokens to batches: random windows of it, or windows side by side.
+"""A stream of tokens as batches: random windows of it, and for an evaluation windows side by side.
 
 Letters of the shapes: B sequences a batch, T tokens a sequence (the context), N tokens in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy
 import torch
 
+from fastattn.nn.checks import check_integer, check_seed
+from fastattn.training.contract import Batch
 from fastattn.training.tokenizer import Tokenizer
 
 
@@ -39,53 +42,59 @@ def tokenize(tokenizer: Tokenizer, parts: Mapping[str, tuple[str, str]]) -> Toke
     return TokenSplit(stream(0), stream(1))
 
 
-def check_stream(tokens: torch.Tensor, context: int, name: str) -> None:
-    """Raise ValueError unless `tokens` is a stream with at least one window of context + 1."""
-    if tokens.dim() != 1 or tokens.dtype != torch.int64:
-        raise ValueError(
-            f"{name} must be a stream of tokens, (N,) int64; got {tuple(tokens.shape)} "
-            f"{tokens.dtype}"
-        )
-    if len(tokens) < context + 1:
-        raise ValueError(
-            f"{name} has {len(tokens)} tokens; a context of {context} needs at least "
-            f"{context + 1}: give more text or a shorter context"
-        )
+class Windows:
+    """Batches of windows of one stream, for a causal model of ours: the tokens, and the next ones.
 
+        windows = Windows(split.training, batch_size=8, context=128, seed=0)
+        train(model, Causal(tokenizer), windows, config)
 
-def sample_batch(
-    tokens: torch.Tensor, batch_size: int, context: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random windows of the stream: inputs (B, T) and targets (B, T), the inputs' next tokens.
+    Batch k holds windows at random places, which follow from the seed and k. A window may cross the
+    end of a text, which the model sees as the end-of-text token.
 
     Args:
-        tokens: (N,) int64 on any device; the batch is on the same.
-        generator: a CPU generator; the windows depend on it, not on the device.
+        tokens: (N,) int64 on the CPU, at least context + 1.
+        batch_size: windows a batch.
+        context: tokens a window.
 
     Raises:
-        ValueError: the stream is shorter than context + 1.
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
-    check_stream(tokens, context, "tokens")
-    where = generator.device
-    choices = len(tokens) - context
-    starts = torch.randint(choices, (batch_size, 1), generator=generator, device=where)
-    places = starts + torch.arange(context + 1, device=where)
-    windows = tokens[places.to(tokens.device)]  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
+
+    def __init__(self, tokens: torch.Tensor, batch_size: int, context: int, seed: int = 0) -> None:
+        self.batch_size = check_integer("batch_size", batch_size, at_least=1)
+        self.context = check_integer("context", context, at_least=1)
+        check_seed("seed", check_integer("seed", seed))
+        if tokens.dim() != 1 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens must be a stream of tokens, (N,) int64; got {tuple(tokens.shape)} "
+                f"{tokens.dtype}"
+            )
+        if len(tokens) < context + 1:
+            raise ValueError(
+                f"tokens has {len(tokens)} tokens; a context of {context} needs at least "
+                f"{context + 1}: give more text or a shorter context"
+            )
+        self.tokens = tokens
+        self.seed = seed % 2**64
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`, counted from 0."""
+        random = numpy.random.default_rng((self.seed, index))
+        starts = random.integers(len(self.tokens) - self.context, size=(self.batch_size, 1))
+        places = torch.from_numpy(starts + numpy.arange(self.context + 1))
+        return _batch(self.tokens[places])
+
+    def once(self) -> Iterable[Batch]:
+        """The stream as windows side by side: every token but the first is a target once.
+
+        The rest at the end that fills no window is left out; the last batch may be smaller.
+        """
+        windows = self.tokens.unfold(0, self.context + 1, self.context)  # they overlap by one token
+        return map(_batch, windows.split(self.batch_size))
 
 
-def consecutive_batches(
-    tokens: torch.Tensor, batch_size: int, context: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The stream as windows side by side, in order: every token but the first is a target once.
-
-    The rest at the end that fills no window of `context` is left out; the last batch may be
-    smaller.
-
-    Raises:
-        ValueError: the stream is shorter than context + 1.
-    """
-    check_stream(tokens, context, "tokens")
-    windows = tokens.unfold(0, context + 1, context)  # (windows, T + 1), overlapping by one token
-    for batch in windows.split(batch_size):
-        yield batch[:, :-1], batch[:, 1:]
+def _batch(windows: torch.Tensor) -> Batch:
+    """Of windows (B, T + 1)."""
+    arguments = {"input_ids": windows[:, :-1], "targets": windows[:, 1:]}
+    count = arguments["targets"].numel()
+    return Batch(arguments, counted=count, tokens=count)

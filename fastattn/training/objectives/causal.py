@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from fastattn.nn import PackedSequences
-from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record
+from fastattn.training.evaluation.metrics import perplexity
+from fastattn.training.objectives.collation import packed_batch
 from fastattn.training.tokenizer import Tokenizer
 
 
@@ -36,6 +36,8 @@ class Causal(Objective):
     settings_class = CausalSettings
     fields = ("input_ids",)
     packs = True
+    model_class = "GPT"
+    auto_class = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -51,17 +53,10 @@ class Causal(Objective):
         yield {"input_ids": numpy.array(ids)}
 
     def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
-        rows: list[numpy.ndarray] = [
-            example["input_ids"].astype(numpy.int64) for example in examples
-        ]
-        ids = torch.from_numpy(numpy.concatenate(rows)).unsqueeze(0)  # (1, tokens)
-        targets = torch.full_like(ids, IGNORED)
-        targets[:, :-1] = ids[:, 1:]
-        lengths = torch.tensor([len(row) for row in rows])
-        ends = lengths.cumsum(0)
-        targets[:, ends - 1] = IGNORED  # the next token is another document's
-        starts = torch.nn.functional.pad(ends, (1, 0)).int()
-        packed = PackedSequences(starts, int(lengths.max()))
-        counted = ids.numel() - len(rows)
-        arguments = {"input_ids": ids, "targets": targets, "packed": packed}
-        return Batch(arguments, counted, ids.numel())
+        ids = [example["input_ids"] for example in examples]
+        return packed_batch(ids, ids, self.interface)
+
+    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """The loss, and the perplexity: its exponential."""
+        measured = super().measure(model, batches)
+        return {**measured, "perplexity": perplexity(measured["loss"], 1)}

@@ -1,0 +1,121 @@
+"""How to train: all numbers of the loop in one place, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastattn.nn.checks import check_integer, check_number, check_seed
+from fastattn.training.schedules import SCHEDULES
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples a batch; where examples are joined to rows, `context` tokens for each.
+        context: tokens of the longest example, or piece of one.
+        accumulation: batches a step, one after the other; their targets count alike, so that the
+            step is that of one large batch.
+        learning_rate: the peak, reached after the warm-up.
+        final_learning_rate: where the schedule ends.
+        schedule: "cosine", "linear", "constant" (at the peak), or "wsd": at the peak until the
+            decay, then linear.
+        warmup_steps: steps over which the rate rises linearly from 0.
+        decay_share: of "wsd": the share of the steps after the warm-up that the decay takes.
+        optimizer: "adamw", or "muon": Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon)
+            for the matrices of the blocks and AdamW for the rest. Muon's updates are scaled to the
+            size of AdamW's, so that both take the same learning rate.
+        betas: AdamW's.
+        weight_decay: of matrices and embeddings; biases and norms have none.
+        max_gradient_norm: gradients are scaled down to this norm; infinity never scales.
+        ema_decay: of a moving average of the weights, which is evaluated and saved in their place;
+            0 for none. The first steps weigh more: the decay of step t is at most (1 + t)/(10 + t).
+        activation_checkpointing: keep only the input of each block for the backward, and compute
+            the block again there: less memory, a third more work, the same results.
+        evaluation_interval: steps between two validations.
+        evaluation_tokens: how many tokens of the validation data to use at most, from the start, in
+            whole batches; 0 for all.
+        precision: "bfloat16" and "float16" run under autocast, the latter with a scaled loss;
+            "auto" is "bfloat16" on CUDA and "float32" elsewhere.
+        seed: of the order of the examples and of dropout.
+
+    Raises:
+        TypeError: a value has another type; the message names it.
+        ValueError: a value is out of range; the message names it.
+    """
+
+    steps: int
+    batch_size: int = 8
+    context: int = 128
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 20
+    decay_share: float = 0.1
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    max_gradient_norm: float = 1.0
+    ema_decay: float = 0.0
+    activation_checkpointing: bool = False
+    evaluation_interval: int = 50
+    evaluation_tokens: int = 0
+    precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "context", "accumulation", "evaluation_interval"):
+            check_integer(name, getattr(self, name), at_least=1)
+        for name in ("warmup_steps", "evaluation_tokens"):
+            check_integer(name, getattr(self, name), at_least=0)
+        check_seed("seed", check_integer("seed", self.seed))
+        for name in (
+            "learning_rate", "final_learning_rate", "decay_share", "weight_decay",
+            "max_gradient_norm", "ema_decay",
+        ):  # fmt: skip
+            check_number(name, getattr(self, name))
+        rate, final = self.learning_rate, self.final_learning_rate
+        _check("learning_rate", rate, 0 < rate < math.inf, "positive and finite")
+        _check("final_learning_rate", final, 0 <= final <= rate, f"in [0, learning_rate={rate:g}]")
+        _check("decay_share", self.decay_share, 0 < self.decay_share <= 1, "in (0, 1]")
+        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+        _check("max_gradient_norm", self.max_gradient_norm, self.max_gradient_norm > 0, "positive")
+        _check("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+        if not isinstance(self.activation_checkpointing, bool):
+            raise TypeError(
+                "activation_checkpointing must be True or False, "
+                f"got {self.activation_checkpointing!r}"
+            )
+        if not isinstance(self.betas, (tuple, list)):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        for beta in self.betas:
+            check_number("each of betas", beta)
+        valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _check("betas", self.betas, valid, "two numbers in [0, 1)")
+        for name, known in (
+            ("schedule", tuple(SCHEDULES)),
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+        ):
+            value = getattr(self, name)
+            _check(name, value, value in known, f"one of {', '.join(map(repr, known))}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of optimiser step `step`, counted from 1 to `steps`."""
+        if step <= self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        left = SCHEDULES[self.schedule](min(1.0, done), self.decay_share)
+        return self.final_learning_rate + left * (self.learning_rate - self.final_learning_rate)
+
+
+def _check(name: str, value: object, valid: bool, accepted: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {accepted}; got {value!r}")

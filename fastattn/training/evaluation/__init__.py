@@ -1,0 +1,1 @@
+"""What a trained model is worth: figures on data that it has not seen."""

@@ -1,0 +1,85 @@
+"""Sequence to sequence: a text to another (Sutskever et al. 2014): translation, summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+from fastattn.nn.checks import check_integer
+from fastattn.training.contract import Batch, Example, Interface, Objective, Record
+from fastattn.training.evaluation.metrics import perplexity
+from fastattn.training.objectives.collation import encoder_decoder_batch
+from fastattn.training.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SequenceToSequenceSettings:
+    """How a model learns to turn a text into another.
+
+    Attributes:
+        source: of a record, the text that is read.
+        target: of a record, the text that is written.
+        prefix: a text before each source, as T5's "translate English to German: ".
+        max_source_length: tokens of a source, special ones included; a longer one is cut.
+        max_target_length: tokens of a target, special ones included; a longer one is cut.
+    """
+
+    source: str = "source"
+    target: str = "target"
+    prefix: str = ""
+    max_source_length: int = 512
+    max_target_length: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_source_length", "max_target_length"):
+            check_integer(name, getattr(self, name), at_least=3)  # a token between the special ones
+
+
+class SequenceToSequence(Objective):
+    """The text that belongs to another.
+
+    Both begin with the token "cls" where the tokenizer has one (BART's), and end with the end of
+    text.
+    """
+
+    name = "sequence_to_sequence"
+    settings_class = SequenceToSequenceSettings
+    fields = ("input_ids", "targets")
+    model_class = "EncoderDecoder"
+    auto_class = "AutoModelForSeq2SeqLM"
+    roles = ("pad",)
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: SequenceToSequenceSettings | None = None,
+        interface: Interface = "fastattn",
+    ) -> None:
+        super().__init__(tokenizer, settings or SequenceToSequenceSettings(), interface)
+        self._before = [tokenizer.token("cls")] if "cls" in tokenizer.roles else []
+
+    def encode(self, record: Record) -> Iterable[Example]:
+        settings = self.settings
+        source = settings.prefix + self.text(record, settings.source)
+        target = self.text(record, settings.target)
+        yield {
+            "input_ids": self._encoded(source, "max_source_length"),
+            "targets": self._encoded(target, "max_target_length"),
+        }
+
+    def _encoded(self, text: str, limit: str) -> numpy.ndarray:
+        room = getattr(self.settings, limit) - len(self._before) - 1
+        ids = self.cut(self.tokenizer.encode(text), room, limit)
+        return numpy.array([*self._before, *ids, self.tokenizer.end_of_text])
+
+    def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
+        sources, targets = ([example[name] for example in examples] for name in self.fields)
+        return encoder_decoder_batch(sources, targets, self.tokenizer, self.interface)
+
+    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """The loss, and the perplexity: its exponential."""
+        measured = super().measure(model, batches)
+        return {**measured, "perplexity": perplexity(measured["loss"], 1)}

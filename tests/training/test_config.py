@@ -1,0 +1,95 @@
+"""The settings of a run, and the learning rates that follow from them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fastattn.training import TrainingConfig
+
+
+def test_the_rate_rises_then_falls_as_a_cosine() -> None:
+    config = TrainingConfig(steps=110, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.5)
+    rates = [config.learning_rate_at(step) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert rates[59] == pytest.approx(1.25)  # half way down
+    assert rates[-1] == pytest.approx(0.5)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    short = TrainingConfig(steps=2, warmup_steps=2)
+    assert short.learning_rate_at(2) == short.learning_rate
+
+
+def _rates(schedule: str, **changes: float) -> list[float]:
+    config = TrainingConfig(
+        steps=110, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.5, schedule=schedule,
+        **changes,
+    )  # fmt: skip
+    return [config.learning_rate_at(step) for step in range(1, 111)]
+
+
+def test_the_other_schedules_are_their_formulas() -> None:
+    warmup = [0.2 * i for i in range(1, 11)]
+    assert _rates("constant") == pytest.approx([*warmup, *[2.0] * 100])
+    assert _rates("linear") == pytest.approx([*warmup, *[2 - 0.015 * i for i in range(1, 101)]])
+    falling = [2 - 1.5 * i / 25 for i in range(1, 26)]
+    assert _rates("wsd", decay_share=0.25) == pytest.approx([*warmup, *[2.0] * 75, *falling])
+    assert _rates("wsd", decay_share=1.0) == pytest.approx(_rates("linear"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("batch_size", 0, "batch_size must be at least 1"),
+        ("context", -1, "context must be at least 1"),
+        ("evaluation_interval", 0, "evaluation_interval must be at least 1"),
+        ("evaluation_tokens", -1, "evaluation_tokens must be at least 0"),
+        ("accumulation", 0, "accumulation must be at least 1"),
+        ("warmup_steps", -1, "warmup_steps must be at least 0"),
+        ("learning_rate", 0.0, "learning_rate must be positive and finite"),
+        ("learning_rate", float("nan"), "learning_rate must be positive"),
+        ("final_learning_rate", 1.0, r"final_learning_rate must be in \[0, learning_rate=0.001\]"),
+        ("weight_decay", -0.1, "weight_decay must be at least 0"),
+        ("decay_share", 0.0, r"decay_share must be in \(0, 1\]"),
+        ("ema_decay", 1.0, r"ema_decay must be in \[0, 1\)"),
+        ("schedule", "step", "schedule must be one of 'cosine', 'linear', .*got 'step'"),
+        ("optimizer", "sgd", "optimizer must be one of .*got 'sgd'"),
+        ("betas", (0.9, 1.0), r"betas must be two numbers in \[0, 1\)"),
+        ("betas", (0.9,), "betas must be two numbers"),
+        ("max_gradient_norm", 0.0, "max_gradient_norm must be positive"),
+        ("precision", "fp8", "precision must be one of .*got 'fp8'"),
+    ],
+)
+def test_bad_settings_are_refused(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**{"steps": 10, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", "10", "steps must be an integer, got '10'"),
+        ("steps", True, "steps must be an integer, got True"),
+        ("batch_size", 2.0, "batch_size must be an integer, got 2.0"),
+        ("learning_rate", "1e-3", "learning_rate must be a number, got '1e-3'"),
+        ("weight_decay", None, "weight_decay must be a number, got None"),
+        ("betas", 0.9, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ("betas", ("a", 0.9), "each of betas must be a number, got 'a'"),
+        ("activation_checkpointing", 1, "activation_checkpointing must be True or False, got 1"),
+        ("ema_decay", None, "ema_decay must be a number"),
+        ("seed", 1.5, "seed must be an integer, got 1.5"),
+    ],
+)
+def test_settings_of_another_type_are_refused(name: str, value: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        TrainingConfig(**{"steps": 10, name: value})
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_beyond_64_bits_are_refused(seed: int) -> None:
+    with pytest.raises(
+        ValueError, match=r"seed must be from -2\*\*63 to 2\*\*64 - 1, got .*modulo"
+    ):
+        TrainingConfig(steps=1, seed=seed)
+    TrainingConfig(steps=1, seed=min(max(seed, -(2**63)), 2**64 - 1))
