@@ -16,9 +16,11 @@ from fastattn.cli import (
     classify,
     demo,
     doctor,
+    evaluate,
     generate,
     serve,
     train,
+    translate,
     tune,
 )
 from fastattn.cli.pipe import quietly
@@ -65,11 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
     for module in (
         train,
+        evaluate,
         generate,
         chat,
         serve,
         classify,
         answer,
+        translate,
         accelerate,
         demo,
         doctor,

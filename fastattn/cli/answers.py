@@ -70,7 +70,7 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
     return model, transformers.AutoTokenizer.from_pretrained(path, **gguf)
 
 
-def load_encoder(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[Any, Tokenizer]:
+def load_for(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[Any, Tokenizer]:
     """The model of a class and the tokenizer in `arguments.folder`.
 
     Raises:
