@@ -47,9 +47,7 @@ def fastattn(*words: object, lines: Sequence[str] = ()) -> str:
     return text
 
 
-def scores(folder: Path, data: str, *words: object) -> dict[str, Any]:
+def scores(folder: Path, data: str, *words: object) -> dict[str, float]:
     """What `fastattn evaluate` measures of a folder's model."""
-    measured: dict[str, Any] = json.loads(
-        fastattn("evaluate", folder, "--data", data, "--json", *words)
-    )
-    return measured
+    measured = json.loads(fastattn("evaluate", folder, *words, "--data", data, "--json"))
+    return measured["scores"]
