@@ -9,7 +9,6 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from fastattn.cli import main
