@@ -20,6 +20,7 @@ from fastattn.cli import (
     generate,
     serve,
     train,
+    translate,
     tune,
 )
 from fastattn.cli.pipe import quietly
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         serve,
         classify,
         answer,
+        translate,
         accelerate,
         demo,
         doctor,

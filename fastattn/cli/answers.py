@@ -80,7 +80,7 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
     return model, tokenizer
 
 
-def load_encoder(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[Any, Tokenizer]:
+def load_for(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[Any, Tokenizer]:
     """The model of a class and the tokenizer in `arguments.folder`.
 
     Raises:
