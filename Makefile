@@ -23,7 +23,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-b
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-ir test-oldest headers lint format wheel gpu-check gpu-right gpu-fast \
+.PHONY: help demo test test-all test-ir test-oldest examples headers lint format wheel gpu-check gpu-right gpu-fast \
     gpu-sanitize gpu-bench gpu-tune clean FORCE
 
 help: ## this list
@@ -60,6 +60,11 @@ test-ir: $(READY) ## run the ops' Triton kernels as compiled: their IR, executed
 # Triton 3.6, which torch 2.11 brings, interprets with a NumPy before 2.4.
 test-oldest: ## the tests with torch 2.11 and Triton 3.6, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV='$(VENV)-oldest' TORCH='torch==2.11.0 numpy<2.4'
+
+EXAMPLES = classify translate answer chat
+examples: $(MODEL) ## the applications in examples/ on small data, a few steps each
+	@out=$$(mktemp -d) && for name in $(EXAMPLES); do echo "== examples/$$name.py --small"; \
+	    $(BIN)/python examples/$$name.py "$$out/$$name" --small || exit 1; done && rm -r "$$out"
 
 headers: $(READY) ## compile csrc/ against the headers of torch 2.10, of the installed and of the newest one
 	@$(BIN)/python tests/compile/headers.py

@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "fastattn.integrations.lm_eval needs the packages lm-eval and transformers: "
-        'pip install "fastattn[evaluate]"'
+        'pip install "fastattn[lm-eval]"'
     ) from error
 
 from fastattn import models
