@@ -25,12 +25,13 @@ SUBJECTS = {
     "layer_norm": 26,
     "ffn": 24,
     "cross_entropy": 16,
-    "gpt_train": 46,
-    "gpt_generate": 37,
+    "gpt_train": 40,
+    "gpt_generate": 31,
     "never_slower": 20,
     "memory": 14,
     "rotary": 12,
     "overhead": 12,
+    "train": 12,
 }
 
 

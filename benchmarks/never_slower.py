@@ -5,8 +5,9 @@ user of PyTorch writes without us, F.scaled_dot_product_attention for attention.
 is measured again, up to four times, each longer, before it counts as missed. The `note` of ours is
 the backend that it ran on.
 
-A shape is rows x hidden of a norm, rows x hidden x inner of ffn, batch x seqlen x heads x head_dim
-of attention, where seqlen_q:seqlen_k and heads:kv_heads may differ.
+A shape is rows x hidden of a norm, rows x hidden x inner of ffn, rows x in x out of linear,
+batch x seqlen x heads x head_dim of attention, where seqlen_q:seqlen_k and heads:kv_heads may
+differ.
 
     python benchmarks/never_slower.py --preset full --backend triton --json F
     python benchmarks/never_slower.py --table F
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ import checkout  # noqa: F401
 import decode
 import ffn
 import layer_norm
+import torch
 from harness import BOTH, FORWARD, OURS, Cell
 from never_slower_table import NEXT, RAN_ON, faster, print_table, table
 from peer import Outputs, Peer
@@ -140,6 +143,47 @@ class FeedForward(Judged, ffn.FeedForwardCell):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearCell(Cell):
+    """linear, with a bias and an activation."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    activation: str
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        names = ("rows", "in_features", "out_features", "activation")
+        return {name: getattr(self, name) for name in names}
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
+        x = torch.randn(self.rows, self.in_features, **options)
+        weight = torch.randn(self.out_features, self.in_features, **options)
+        return x, weight / math.sqrt(self.in_features), torch.randn(self.out_features, **options)
+
+    def gradients(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (inputs[0].new_empty(self.rows, self.out_features).normal_(),)
+
+    def definition(self, *inputs: Tensor) -> Outputs:
+        return linear_eager(self).function(*inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Judged, LinearCell):
+    """linear."""
+
+
+def linear_ours(cell: LinearCell) -> Peer:
+    return Peer(lambda *inputs: fastattn.linear(*inputs, cell.activation))
+
+
+def linear_eager(cell: LinearCell) -> Peer:
+    activation = ffn.ACTIVATIONS[cell.activation]
+    return Peer(lambda x, weight, bias: activation(F.linear(x, weight, bias)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfAttention(Judged, attention.AttentionCell):
     """As many queries as keys."""
 
@@ -173,12 +217,13 @@ def attention_eager(cell: Attention) -> Peer:
 
 # --- the grid -------------------------------------------------------------------------------------
 
+OPS = ("attention", "layer_norm", "rms_norm", "ffn", "linear")
 AXES: Mapping[str, Axis] = {
-    "op": Axis("the op", kind=str, choices=("attention", "layer_norm", "rms_norm", "ffn")),
+    "op": Axis("the op", kind=str, choices=OPS),
     "shape": Axis("e.g. 33x1023, 64x256x1024 or 1x1:257x8:2x64; of the ops that it fits", kind=str),
     "residual": Axis("a norm adds one first", kind=boolean),
     "causal": Axis("attention", kind=boolean),
-    "activation": Axis("of ffn", kind=str, choices=tuple(ffn.ACTIVATIONS)),
+    "activation": Axis("of ffn and linear", kind=str, choices=tuple(ffn.ACTIVATIONS)),
     "layout": Axis("of ffn's weights", kind=str, choices=("linear", "conv1d")),
     "direction": Axis("what is timed", kind=str, choices=(FORWARD, BOTH)),
     "dtype": Axis("of the tensors", kind=str, choices=("bfloat16", "float16", "float32")),
@@ -203,7 +248,7 @@ def make(
 ) -> Judged | None:
     """The cell of one value for each axis; None for a shape of another op."""
     sizes = [tuple(map(int, part.split(":"))) for part in shape.split("x")]
-    if len(sizes) != {"ffn": 3, "attention": 4}.get(op, 2):
+    if len(sizes) != {"ffn": 3, "linear": 3, "attention": 4}.get(op, 2):
         return None
     kind: type[Judged]
     if op == "attention":
@@ -218,6 +263,10 @@ def make(
         own = dict(zip(("rows", "hidden", "inner"), (size for (size,) in sizes)))
         own |= {"activation": activation, "layout": layout}
         kind, ours, eager = FeedForward, ffn.ours, ffn.eager
+    elif op == "linear":
+        own = dict(zip(("rows", "in_features", "out_features"), (size for (size,) in sizes)))
+        own |= {"activation": activation}
+        kind, ours, eager = Linear, linear_ours, linear_eager
     else:
         own = dict(zip(("rows", "hidden"), (size for (size,) in sizes))) | {"residual": residual}
         kind, ours, eager = Norm, layer_norm.ours, layer_norm.eager
@@ -265,6 +314,7 @@ def quick(**axes: Sequence[Any]) -> list[Grid]:
         grid("attention", "2x17x3x59", causal=[False], **axes),
         grid("attention", "1x128x8:2x64", causal=[True], **axes),
         grid("ffn", "256x256x1024", **axes),
+        grid("linear", "1x768x3072", "33x100x401", activation=["gelu"], **axes),
         *norms("512x768", residual=[False], **axes),
     ]
 
@@ -277,7 +327,7 @@ def full(
     causal: Sequence[str],
     **axes: Sequence[Any],
 ) -> list[Grid]:
-    """Shapes of the norms, with a residual, of ffn, of attention and of causal attention."""
+    """Shapes of the norms, with a residual, of ffn and linear, of attention, causal and not."""
     return [
         *norms(*normal, residual=[False], **axes),
         *norms(*added, residual=[True], **axes),
@@ -286,6 +336,8 @@ def full(
         grid("ffn", "33x100x401", activation=["gelu"], **axes),
         grid("ffn", "64x256x1024", activation=["relu", "silu"], layout=["linear", "conv1d"],
              **axes),
+        grid("linear", *fed, activation=["gelu_tanh", "relu"], **axes),
+        grid("linear", "33x100x401", activation=["gelu", "silu"], **axes),
         # Its gradients are 0 but for v's, and errors of a zero have no scale: only forward.
         grid("attention", "1x1x1x16", causal=[False], direction=[FORWARD], **axes),
         grid("attention", *whole, causal=[False], **axes),
@@ -300,6 +352,7 @@ def compiled(**axes: Sequence[Any]) -> list[Grid]:
         *norms("512x768", residual=[False], **axes),
         *norms("64x768", residual=[True], **axes),
         grid("ffn", "256x256x1024", **axes),
+        grid("linear", "256x256x1024", **axes),
         grid("attention", "2x256x12x64", causal=[True], **axes),
     ]
 

@@ -105,6 +105,8 @@ def key_of(row: Row, device: str) -> Key | None:
 def elements(row: Row) -> int:
     """The size of a row's call, as the op's problem has it."""
     axes = row["axes"]
+    if row["op"] == "linear":
+        return axes["rows"] * axes["in_features"] * axes["out_features"]
     if row["op"] != "attention":
         return axes["rows"] * axes["hidden"] * axes.get("inner", 1)
     queries = axes["batch"] * axes.get("seqlen_q", axes["seqlen"])

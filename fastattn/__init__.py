@@ -21,6 +21,7 @@ from fastattn.ops.attention import (
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.ffn import ffn
 from fastattn.ops.layer_norm import layer_norm, rms_norm
+from fastattn.ops.linear import linear
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.rotary import rotary
 
@@ -47,6 +48,7 @@ __all__ = [
     "ffn",
     "flash_attn",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "merge_attention_states",
     "models",

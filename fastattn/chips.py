@@ -5,6 +5,8 @@ Source: CUDA C++ Programming Guide, "Compute Capabilities".
 
 from __future__ import annotations
 
+import re
+
 REGISTERS = 65536  # of a multiprocessor, 32 bits each
 MOST_REGISTERS = 255  # of a thread
 
@@ -31,3 +33,25 @@ def all_registers(num_warps: int) -> int:
     run at a time.
     """
     return min(MOST_REGISTERS, REGISTERS // (32 * num_warps))
+
+
+# Dense products in bfloat16, accumulated in float32, in 10^12 operations a second, by the words of
+# the device's name in CUDA; the first that it has. Sources: NVIDIA's data sheets (halved where they
+# count sparse products), for the RTX the white papers of their architectures.
+_PEAK_TERAFLOPS = {
+    "GB200": 2500, "B200": 2250, "B100": 1750, "GH200": 989.4, "H200": 989.4, "H100 PCIe": 756.5,
+    "H100 NVL": 835.5, "H100": 989.4, "A100": 312, "A800": 312, "A30": 165, "A10": 125, "A10G": 70,
+    "L40S": 362.05, "L40": 181.05, "L4": 121, "RTX 4090": 165.2, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_flops(name: str) -> float | None:
+    """Operations a second of dense bfloat16 products; None for a chip that is not in the table.
+
+    Args:
+        name: `torch.cuda.get_device_name`'s.
+    """
+    for known, teraflops in _PEAK_TERAFLOPS.items():
+        if re.search(rf"\b{known}\b", name):
+            return teraflops * 1e12
+    return None

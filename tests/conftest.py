@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import interpreter
 import ir
 import pytest
 import torch
@@ -40,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = config.getoption("--triton") or ("interpreter" if reason else "ir")
     if chosen == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.hasten()
     elif reason is not None:
         raise pytest.UsageError(f"--triton ir: {reason}")
     else:

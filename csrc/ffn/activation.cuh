@@ -20,7 +20,16 @@ struct Activated {
   float value, derivative;
 };
 
-FA_DEVICE float logistic(float x) { return reciprocal_fast(1.0f + exp2_fast(x * -log2_e)); }
+struct Logistic {
+  float s, rest;  // s and 1 - s, the latter without the cancellation of a subtraction near s = 1
+};
+
+FA_DEVICE Logistic logistic(float x) {
+  constexpr float finite = 3e38f;  // times the s of where exp(-x) is infinite it is 0
+  const float e = exp2_fast(x * -log2_e);
+  const float s = reciprocal_fast(1.0f + e);
+  return {s, min(e, finite) * s};
+}
 
 struct None {
   FA_DEVICE static Activated at(float x) { return {x, 1.0f}; }
@@ -33,8 +42,8 @@ struct GeluTanh {
     // Beyond it s is 0 or 1 in float32; the cube is kept finite.
     constexpr float saturated = 16.0f;
     const float c = x > saturated ? saturated : x < -saturated ? -saturated : x;  // NaN stays NaN
-    const float s = logistic(c * fma(c * c, cubic, linear));
-    return {x * s, s + x * s * (1.0f - s) * fma(c * c, 3.0f * cubic, linear)};
+    const auto [s, rest] = logistic(c * fma(c * c, cubic, linear));
+    return {x * s, s + x * s * rest * fma(c * c, 3.0f * cubic, linear)};
   }
 };
 
@@ -55,8 +64,8 @@ struct Relu {
 
 struct Silu {
   FA_DEVICE static Activated at(float x) {
-    const float s = logistic(x);
-    return {x * s, s + x * s * (1.0f - s)};
+    const auto [s, rest] = logistic(x);
+    return {x * s, s + x * s * rest};
   }
 };
 

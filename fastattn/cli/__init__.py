@@ -16,8 +16,11 @@ from fastattn.cli import (
     classify,
     demo,
     doctor,
+    evaluate,
     generate,
     serve,
+    train,
+    translate,
     tune,
 )
 from fastattn.cli.pipe import quietly
@@ -63,11 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_debug(parser, default=False)
     commands = parser.add_subparsers(metavar="command", required=True)
     for module in (
+        train,
+        evaluate,
         generate,
         chat,
         serve,
         classify,
         answer,
+        translate,
         accelerate,
         demo,
         doctor,

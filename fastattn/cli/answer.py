@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1; got {getattr(arguments, name)}")
     passage = _read(arguments.context)
-    model, tokenizer = answers.load_encoder(
+    model, tokenizer = answers.load_for(
         arguments, models.EncoderForQuestionAnswering, "fastattn answer"
     )
     context = min(384, model.config.n_positions)

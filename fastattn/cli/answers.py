@@ -55,7 +55,8 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
 
     Raises:
         ImportError: transformers is not installed, or there is no folder and no package.
-        OSError, ValueError: the folder holds no model of this package.
+        OSError, ValueError: the folder holds no model of this package, or a tokenizer that is
+            not this model's: it has ids that the model lacks.
     """
     transformers = require("transformers", "hf", purpose)
     path = _smollm2(purpose) if folder is None else Path(folder).expanduser()
@@ -67,10 +68,19 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
     model = models.load(path, dtype=dtype, device=arguments.device, **gguf)
     if not isinstance(model, models.GPT):
         raise ValueError(f"{purpose} takes decoders, and {path} has a {type(model).__name__}")
-    return model, transformers.AutoTokenizer.from_pretrained(path, **gguf)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **gguf)
+    # A vocabulary that is larger than the tokenizer's is common: it is rounded up.
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= model.config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has the token {token!r} with the id {last}, and the model a "
+            f"vocabulary of {model.config.vocab_size}: give it the tokenizer that it was trained "
+            f"with, or call model.resize_token_embeddings({last + 1}) and save it"
+        )
+    return model, tokenizer
 
 
-def load_encoder(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[Any, Tokenizer]:
+def load_for(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[Any, Tokenizer]:
     """The model of a class and the tokenizer in `arguments.folder`.
 
     Raises:

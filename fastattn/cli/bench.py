@@ -23,6 +23,7 @@ SUBJECTS = {
     "cross_entropy": "cross_entropy and linear_cross_entropy against eager PyTorch and Liger",
     "rotary": "rotary against the formula in eager PyTorch and Liger",
     "gpt_train": "a training step of GPT-2 against transformers and nanoGPT's recipe",
+    "train": "the parts of a training run: steps, packing, shards, checkpoints",
     "gpt_generate": "generation of GPT-2 against transformers and gpt-fast's recipe",
     "memory": "peak memory and what is kept for the backward",
     "never_slower": "every op over a grid of shapes: is any slower than eager PyTorch?",

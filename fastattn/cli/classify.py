@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = arguments.texts
     if texts == ["-"]:
         texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
-    model, tokenizer = answers.load_encoder(
+    model, tokenizer = answers.load_for(
         arguments, models.EncoderForSequenceClassification, "fastattn classify"
     )
     config = model.config

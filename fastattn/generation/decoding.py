@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastattn.generation import graphs, processors, sampling
-from fastattn.generation.contract import LanguageModel
+from fastattn.generation.contract import LanguageModel, is_encoder_decoder
 from fastattn.generation.sampling import Sampling
 from fastattn.generation.stopping import StopStrings
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 # On a GPU the host asks only every so many steps whether all sequences have ended, since it has to
 # wait for the answer. The steps in between cost time and leave no trace.
 STEPS_BETWEEN_CHECKS = 16
+
+# On a CPU, tokens of padding that another pass over the prompts has to spare: it reads all weights
+# again, which takes as long as 16 to 32 tokens more in a pass.
+LEAST_SPARED = 64
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,40 @@ def _prefill(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> 
 
 
 def read_prompts(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> Tensor:
-    """Read the prompts into the empty cache; (B, T, C) their hidden states, padded on the right."""
+    """Read the prompts into the empty cache; (B, T, C) their hidden states, padded on the right.
+
+    On a CPU a decoder reads prompts of very unequal lengths in several passes, with less padding.
+    """
+    lengths = list(map(len, prompts))
+    batches = _batches(lengths)
+    if len(batches) == 1 or model.device.type != "cpu" or is_encoder_decoder(model):
+        return _read_padded(model, prompts, cache)
+    hidden = None
+    for rows in batches:
+        some = [prompts[row] for row in rows]
+        own = model.new_cache(len(rows), len(some[0]))
+        states = _read_padded(model, some, own)
+        cache.place(own, torch.tensor(rows))
+        if hidden is None:  # of the longest prompt
+            hidden = states.new_zeros(len(prompts), *states.shape[1:])
+        hidden[rows, : states.shape[1]] = states
+    assert hidden is not None
+    return hidden
+
+
+def _batches(lengths: list[int]) -> list[list[int]]:
+    """The prompts that are read together, the longest first; each further pass is worth it."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    batches: list[list[int]] = [[]]
+    for place, row in enumerate(order):
+        longest = lengths[batches[-1][0]] if batches[-1] else lengths[row]
+        if (longest - lengths[row]) * (len(order) - place) >= LEAST_SPARED:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def _read_padded(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> Tensor:
     lengths = list(map(len, prompts))
     longest = max(lengths)
     # Any id does as padding on the right: nothing that counts sees it.

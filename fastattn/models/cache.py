@@ -115,6 +115,14 @@ class KVCache:
         self.lengths.copy_(source.lengths[rows])
         self.longest = source.longest
 
+    def place(self, source: KVCache, rows: Tensor) -> None:
+        """Sequence ``rows[b]`` becomes ``source``'s sequence b; the others stay."""
+        for layer, given in zip(self.layers, source.layers, strict=True):
+            layer.keys[rows, : source.longest] = given.keys[:, : source.longest]
+            layer.values[rows, : source.longest] = given.values[:, : source.longest]
+        self.lengths[rows] = source.lengths
+        self.longest = max(self.longest, source.longest)
+
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.lengths.zero_()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastattn import generation, nn
-from fastattn.models import folder
+from fastattn.models import folder, resizing
 from fastattn.models.cache import EncoderDecoderCache
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
@@ -283,6 +283,7 @@ class EncoderDecoder(folder.Pretrained):
         return embedded if scale == 1.0 else embedded * scale
 
     generate = generation.generate
+    resize_token_embeddings = resizing.resize_token_embeddings
 
 
 class Stack(torch.nn.Module):

@@ -29,7 +29,6 @@ from fastattn.training.precision import autocast, loss_scaler
 from fastattn.training.randomness import generators_kept, seed_step
 from fastattn.training.recomputation import recomputed_blocks
 from fastattn.training.state import TrainingState
-from fastattn.training.tokenizer import Tokenizer
 
 
 @torch.inference_mode(False)
@@ -93,8 +92,8 @@ def train(
         "model": model_fingerprint(model, state.weights()),
         "objective": objective.fingerprint(),
         "training": vars(config),
-        "first batch": batches_digest([training.batch(0)]),
         **(checkpoints.fingerprint if checkpoints is not None else {}),
+        "first batch": batches_digest([training.batch(0)]),
     }
 
     def progress() -> None:
@@ -240,27 +239,6 @@ def _first(batches: Iterable[Batch], tokens: int, device: torch.device) -> Itera
         seen += batch.tokens
         if tokens and seen >= tokens:
             return
-
-
-@torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, tokenizer: Tokenizer, text: str, context: int) -> float:
-    """How many bits `model` needs for a byte of `text`, a measure that no tokenizer changes.
-
-    The text is read in windows of `context` tokens, side by side; a token is predicted from those
-    before it in its window, the first one of the text from the end-of-text token.
-
-    Args:
-        model: in eval mode, called as `model(inputs (1, T), targets (1, T)) -> (logits, loss)`.
-        text: not empty.
-    """
-    device = next(model.parameters()).device
-    ids = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(text)]], device=device)
-    nats = 0.0
-    for start in range(0, ids.shape[1] - 1, context):
-        window = ids[:, start : start + context + 1]
-        _, loss = model(window[:, :-1], window[:, 1:])
-        nats += loss.item() * (window.shape[1] - 1)
-    return nats / math.log(2) / len(text.encode())
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ text back exactly. The training and the encoding are done by the package `tokeni
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -200,6 +201,12 @@ class Tokenizer:
     def end_of_text(self) -> int:
         """The token after a document: that of the role "eos", or "sep" where there is none."""
         return self.token("sep" if "eos" not in self.roles and "sep" in self.roles else "eos")
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that it is; equal tokenizers have the same."""
+        parts = (self._backend.to_str(), self.roles, self.chat_template)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def token(self, role: str) -> int:
         """The id of a special token, by what it is for ("mask").

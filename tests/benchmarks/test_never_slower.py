@@ -29,13 +29,15 @@ from fastattn.measured import Faster, Key
 from fastattn.ops.attention.problem import describe as describe_attention
 from fastattn.ops.ffn.problem import describe as describe_ffn
 from fastattn.ops.layer_norm.problem import describe_layer_norm, describe_rms_norm
+from fastattn.ops.linear.problem import describe as describe_linear
 from fastattn.timing import Sample
 
-OPS = {"attention", "layer_norm", "rms_norm", "ffn"}
+OPS = set(never_slower.OPS)
 TINY = {
     "layer_norm": {"shape": "3x7"},
     "rms_norm": {"shape": "3x7"},
     "ffn": {"shape": "3x4x8"},
+    "linear": {"shape": "3x4x7"},
     "attention": {"shape": "2x5:7x6:3x8", "causal": True},
 }
 
@@ -73,6 +75,7 @@ def test_both_sides_of_a_cell_do_the_same(op: str) -> None:
         tiny("layer_norm", residual=True),
         tiny("rms_norm", residual=True, direction="forward+backward"),
         tiny("ffn", layout="conv1d", direction="forward+backward"),
+        tiny("linear", direction="forward+backward"),
         tiny("attention"),
         tiny("attention", shape="2x5x6:3x8", causal=False, dtype="bfloat16"),
     ],
@@ -130,6 +133,7 @@ def test_a_backend_can_be_forced() -> None:
         (tiny("layer_norm"), lambda x, w, b: describe_layer_norm(x, w, b)),
         (tiny("rms_norm", residual=True), lambda x, w, r: describe_rms_norm(x, w, None, r)),
         (tiny("ffn", layout="conv1d"), lambda *inputs: describe_ffn(*inputs, layout="conv1d")),
+        (tiny("linear"), lambda *inputs: describe_linear(*inputs, "gelu_tanh")),
         (tiny("attention"), lambda q, k, v: describe_attention(q, k, v, causal=True)),
         (tiny("attention", shape="2x5x6:3x8"), lambda q, k, v: describe_attention(q, k, v)),
     ],

@@ -209,6 +209,26 @@ def test_an_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "fastattn generate takes decoders, and" in capsys.readouterr().err
 
 
+def test_a_tokenizer_of_another_model_is_refused(
+    chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with more tokens; a vocabulary beyond the tokenizer's does no harm."""
+    model = GPT.from_pretrained(chat_folder)
+    size = model.config.vocab_size
+    for path in chat_folder.glob("*token*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model.resize_token_embeddings(size + 5)
+    model.save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "fox", "--max-new-tokens", "1"]) == 0
+    model.resize_token_embeddings(size - 1)
+    model.save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path), "fox"]) == 1
+    err = capsys.readouterr().err
+    assert f"with the id {size - 1}, and the model a vocabulary of {size - 1}" in err
+    assert f"resize_token_embeddings({size})" in err and err.count("\n") == 1
+
+
 def test_without_a_folder_it_names_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -163,6 +163,28 @@ def test_a_batch_equals_each_prompt_alone(pair: Pair, settings: dict[str, Any]) 
         assert torch.equal(row[-len(alone[0]) :], alone[0])
 
 
+def test_very_unequal_prompts_are_read_in_passes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU; each with its like, and each gets the tokens that it gets alone."""
+    model, read = pair[0], []
+    draw = torch.Generator().manual_seed(0)
+    lengths = (3, 50, 20, 2, 48, 50)
+    prompts = [torch.randint(97, (n,), generator=draw).tolist() for n in lengths]
+    alone = [model.generate([p], max_new_tokens=6, do_sample=False)[0, -6:] for p in prompts]
+    features = type(model).features
+
+    def count(self: Any, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        read.append(tuple(ids.shape))
+        return features(self, ids, cache)
+
+    monkeypatch.setattr(type(model), "features", count)
+    out = model.generate(prompts, max_new_tokens=6, do_sample=False)
+    assert torch.equal(out[:, -6:], torch.stack(alone))
+    passes = [(3, 50), (3, 20)] if model.device.type == "cpu" else [(6, 50)]
+    assert read[: len(passes)] == passes
+
+
 @either_cache
 def test_seed_decides_the_draws(pair: Pair) -> None:
     ours, _ = pair

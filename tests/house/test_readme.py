@@ -17,6 +17,7 @@ PAGES = {
     "docs/losses.md": (ROOT / "docs" / "losses.md").read_text("utf-8"),
     "docs/serving.md": (ROOT / "docs" / "serving.md").read_text("utf-8"),
     "docs/tools.md": (ROOT / "docs" / "tools.md").read_text("utf-8"),
+    "docs/training.md": (ROOT / "docs" / "training.md").read_text("utf-8"),
 }
 BLOCKS = [
     pytest.param(page, block, id=f"{page}-{number}")

@@ -17,6 +17,7 @@ from integrations import tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
+from fastattn.ops.linear.few_rows import mkl_is_slow
 from oracle import assert_close_to_reference
 
 pytest.importorskip("transformers")
@@ -55,7 +56,13 @@ def assert_as_original(run: Any, original: torch.nn.Module, shapes: Any = SHAPES
             assert_close_to_reference(run(ids), eager(ids), exact(ids), name=str(shape))
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("plain", "llama") else pytest.mark.long)
+        for name in tiny.MODELS
+    ],
+)
 def test_torch_export(name: str, tmp_path: Path) -> None:
     """With sizes that stay open, and of ATen's operators only: it runs where fastattn is not."""
     original = tiny.make(name)
@@ -73,10 +80,9 @@ def test_torch_export_of_one_shape() -> None:
     assert_as_original(program.module(), original, SHAPES[:1])
 
 
-def test_torch_export_of_large_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not mkl_is_slow(), reason="F.linear is not slow on this processor")
+def test_torch_export_of_large_linear_layers() -> None:
     """Ours choose a path by the number of rows, which an exported program leaves open."""
-    monkeypatch.setattr("fastattn.integrations.torch_nn.mkl_is_slow", lambda: True)
-    monkeypatch.setattr("fastattn.ops.linear.few_rows.mkl_is_slow", lambda: True)
     original = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 256)).eval()
     model = copy.deepcopy(original)
     assert len(fastattn.accelerate(model).swapped) == 2

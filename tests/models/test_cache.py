@@ -103,6 +103,16 @@ def test_fill(config: GPTConfig) -> None:
     assert _held(source) == [[0, 1, 2], [100, 101]]
 
 
+def test_place(config: GPTConfig) -> None:
+    cache, source = KVCache(config, 3, 8), KVCache(config, 2, 4)
+    _append(source, _new(2, 3, 0))
+    source.set_lengths([3, 1])
+    cache.place(source, torch.tensor([2, 0]))
+    assert (_held(cache), cache.longest) == ([[100], [], [0, 1, 2]], 3)
+    _append(cache, _new(3, 1, 50))
+    assert _held(cache) == [[100, 50], [150], [0, 1, 2, 250]]
+
+
 def test_errors(config: GPTConfig) -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         KVCache(config, 1, 0)

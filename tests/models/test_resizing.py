@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from fastattn import GPT
+from fastattn import GPT, GPTConfig
+from fastattn.models import EncoderDecoder
 
 Pair = tuple[GPT, transformers.GPT2LMHeadModel]
 
@@ -42,6 +44,36 @@ def test_old_rows_stay_and_new_ones_are_their_mean(make_pair: Callable[..., Pair
     loss.backward()
     assert ours.wte.weight.grad.shape == (99, 48)
     assert ours.generate([[98, 1]], max_new_tokens=3).shape == (1, 5)
+
+
+def test_the_bias_of_a_head_too(small: dict[str, Any]) -> None:
+    model = GPT(GPTConfig(**{**small, "head_bias": True, "tie_word_embeddings": False}))
+    bias = torch.nn.init.normal_(model.lm_head.bias).detach().clone()
+    model.resize_token_embeddings(99)
+    torch.testing.assert_close(model.lm_head.bias[97:], bias.mean().expand(2))
+    assert model(torch.tensor([[98, 3]])).shape == (1, 2, 99)
+
+
+@pytest.mark.parametrize("count", [70, 50])
+def test_an_encoder_decoder_equals_transformers(count: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=61, d_model=32, max_position_embeddings=20, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, init_std=0.3,
+    )  # fmt: skip
+    theirs = transformers.BartForConditionalGeneration(config).eval()
+    theirs.final_logits_bias.normal_()
+    theirs.save_pretrained(tmp_path)
+    ours = EncoderDecoder.from_pretrained(tmp_path)
+    assert ours.resize_token_embeddings(count) is ours.embedding
+    theirs.resize_token_embeddings(count)
+    assert ours.lm_head.weight is ours.embedding.weight and ours.config.vocab_size == count
+    source, target = torch.randint(3, 50, (2, 2, 9))
+    with torch.no_grad():
+        expected = theirs(source, decoder_input_ids=target).logits
+        torch.testing.assert_close(ours(source, target), expected, atol=1e-2, rtol=1e-3)
+    assert ours.lm_head.logits_bias.shape == (1, count)
 
 
 def test_without_a_number(make_pair: Callable[..., Pair]) -> None:

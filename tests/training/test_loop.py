@@ -30,10 +30,8 @@ from fastattn.training import (
     Causal,
     Checkpoints,
     History,
-    Tokenizer,
     TrainingConfig,
     Windows,
-    bits_per_byte,
     evaluate,
     train,
 )
@@ -188,27 +186,6 @@ def test_batches_without_a_target_are_left_out_and_a_step_of_them_is_refused() -
     assert same(weights(subjects[0]), weights(subjects[1]))
     with pytest.raises(ValueError, match="step 1: none of its targets counts in the loss"):
         train(model(), OBJECTIVE, Masked(False, False), config)
-
-
-def test_bits_per_byte_is_that_of_the_formula() -> None:
-    """Windows side by side, the last one shorter, each byte counted once."""
-    tokenizer = Tokenizer.train(["hello hello"], 257 + 2)
-    torch.manual_seed(0)
-    config = fastattn.GPTConfig(
-        vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=16, n_layer=1, n_head=2,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    subject = fastattn.GPT(config).eval()
-    text = "hello 天气, hello hello"
-    ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
-    nats = 0.0
-    for i in range(1, len(ids)):
-        first = (i - 1) // 8 * 8
-        logits = subject(torch.tensor([ids[first:i]]))[0, -1]
-        nats -= logits.log_softmax(-1)[ids[i]].item()
-    assert (len(ids) - 1) % 8
-    found = bits_per_byte(subject, tokenizer, text, 8)
-    assert found == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 def test_gradients_are_clipped() -> None:

@@ -160,6 +160,18 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
             Tokenizer.load(tmp_path)
 
 
+def test_equal_tokenizers_have_the_same_fingerprint(tmp_path: Path) -> None:
+    def trained(text: str = "some text", **arguments: object) -> Tokenizer:
+        return Tokenizer.train([text], vocab_size=300, **arguments)
+
+    tokenizer = trained()
+    tokenizer.save(tmp_path)
+    assert tokenizer.fingerprint == trained().fingerprint == Tokenizer.load(tmp_path).fingerprint
+    others = [trained("other text"), trained(special_tokens={"mask": "<|mask|>"}), trained()]
+    others[-1].chat_template = "{{ messages }}"
+    assert len({tokenizer.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
 def test_literal_texts_have_no_special_token() -> None:
     text = f"a{END_OF_TEXT} b"
     assert TRAINED.end_of_text in TRAINED.encode(text)

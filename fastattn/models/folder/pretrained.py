@@ -8,7 +8,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from fastattn.generation import GenerationConfig
-from fastattn.models.folder.layout import skeleton
 from fastattn.models.folder.reading import read
 from fastattn.models.folder.writing import save_pretrained
 from fastattn.models.sharing import SharedParameters
@@ -64,10 +63,9 @@ class Pretrained(SharedParameters):
                 convert them).
             ImportError: safetensors, gguf, or for a download huggingface_hub, is not installed.
         """
-        family, config, weights, settings = read(
+        family, model, weights, settings = read(
             cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device
         )
-        model = skeleton(cls, config)
         model.load_state_dict(weights, assign=True)
         where = next(iter(weights.values())).device
         for module in model.modules():

@@ -5,7 +5,6 @@ Nothing is made before all is checked, from the names and shapes in the files' h
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import os
@@ -55,7 +54,8 @@ def read(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Family, Any, dict[str, Tensor], GenerationConfig | None]:
-    """The family, the config, the ``state_dict`` and how the folder would have it generate.
+    """The family, the model on the meta device, its ``state_dict``, and how the folder would have
+    it generate.
 
     ``cls`` is the class of the model; other arguments and errors are those of
     `Pretrained.from_pretrained`.
@@ -64,27 +64,26 @@ def read(
         raise ValueError(
             f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}"
         )
-    with contextlib.ExitStack() as stack:
-        where = gguf_path(path, gguf_file, revision)
-        if where is not None:
-            family, config, sources = read_gguf(where)
-        else:
-            where = local_folder(path, revision, DOWNLOADED)
-            family, config = read_config(where / CONFIG)
-        if not issubclass(cls.config_class, family.config_class):
-            raise ValueError(
-                f"{where}: {family.title} is no {cls.__name__}: fastattn.models.load reads it"
-            )
-        settings = None
-        if where.is_dir():
-            if (where / GENERATION).exists() and "eos_token_id" in family.fields:
-                settings = GenerationConfig.from_folder(where)
-            sources = safetensors_sources(where, family, weight_files(where), stack)
-        config = _with_head(family, config, sources)
-        family = family.of(config)
-        _check_layers(where, family, config, sources)
-        weights = _weights(where, family, skeleton(cls, config), sources, dtype, device)
-    return family, config, weights, settings
+    where = gguf_path(path, gguf_file, revision)
+    if where is not None:
+        family, config, sources = read_gguf(where)
+    else:
+        where = local_folder(path, revision, DOWNLOADED)
+        family, config = read_config(where / CONFIG)
+    if not issubclass(cls.config_class, family.config_class):
+        raise ValueError(
+            f"{where}: {family.title} is no {cls.__name__}: fastattn.models.load reads it"
+        )
+    settings = None
+    if where.is_dir():
+        if (where / GENERATION).exists() and "eos_token_id" in family.fields:
+            settings = GenerationConfig.from_folder(where)
+        sources = safetensors_sources(where, family, weight_files(where))
+    config = _with_head(family, config, sources)
+    family = family.of(config)
+    _check_layers(where, family, config, sources)
+    model = skeleton(cls, config)
+    return family, model, _weights(where, family, model, sources, dtype, device), settings
 
 
 def gguf_path(

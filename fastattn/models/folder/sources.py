@@ -1,17 +1,24 @@
-"""The tensors in the safetensors files of a folder, known by their headers and not yet read."""
+"""The tensors in the safetensors files of a folder, known by their headers and not yet read.
+
+A file is mapped into memory, privately: a weight that is used as it is stored is read from the disk
+when it is first used and never copied, and a write to it changes no file. The file may be replaced
+(by a rename, as `save_pretrained` does it) but must not be written over in place while a model that
+was read from it lives; it is as with transformers.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import functools
 import json
+import math
+import mmap
 import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +42,12 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A tensor in an open file, not yet read."""
+    """A tensor in a file, not yet read."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-    tensor: Callable[[], Tensor]  # in memory of its own, on the CPU
+    tensor: Callable[[], Tensor]  # on the CPU; writable, and nobody else writes to it
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,7 +102,6 @@ def safetensors_sources(
     folder: Path,
     family: Family,
     files: dict[str, set[str] | None],
-    stack: contextlib.ExitStack,
 ) -> dict[str, Source]:
     """All tensors of the files by their names without the family's prefix; no masks."""
     try:
@@ -111,10 +117,11 @@ def safetensors_sources(
             # Checks the header: its length, JSON, dtypes, and that the tensors tile the file.
             with safe_open(path, framework="pt"):
                 pass
-            opened = stack.enter_context(path.open("rb"))
+            with path.open("rb") as opened:
+                memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
-        header, begin = _header(opened)
+        header, begin = _header(memory)
         if promised is not None and (lacking := promised - header.keys()):
             raise ValueError(
                 f"{path}: lacks tensors that {INDEX} says it has: {', '.join(sorted(lacking))}"
@@ -132,28 +139,27 @@ def safetensors_sources(
             entry = header[name]
             shape, dtype = tuple(entry["shape"]), entry["dtype"]
             read = functools.partial(
-                _read_tensor, opened, begin + entry["data_offsets"][0], dtype, shape
+                _mapped, path, memory, begin + entry["data_offsets"][0], dtype, shape
             )
             sources[short] = Source(path, shape, dtype, read)
     return sources
 
 
-def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+def _header(memory: mmap.mmap) -> tuple[dict[str, Any], int]:
     """The entries of a file that safetensors has checked, and where its data begins."""
-    (size,) = struct.unpack("<Q", file.read(8))
-    header: dict[str, Any] = json.loads(file.read(size))
+    (size,) = struct.unpack("<Q", memory[:8])
+    header: dict[str, Any] = json.loads(memory[8 : 8 + size])
     header.pop("__metadata__", None)
     return header, 8 + size
 
 
-def _read_tensor(file: BinaryIO, begin: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor in memory of its own, by one copy: a mapped file would count twice until it is
-    closed, and could change under the model.
-    """
-    tensor = torch.empty(shape, dtype=DTYPES[dtype])
-    file.seek(begin)
-    if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
-        raise ValueError(
-            f"{file.name}: ends before its tensors do; it has changed while it was read"
-        )
-    return tensor
+def _mapped(
+    path: Path, memory: mmap.mmap, begin: int, dtype: str, shape: tuple[int, ...]
+) -> Tensor:
+    """A tensor in a mapped file, which stays mapped as long as the tensor lives."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    if begin + count * DTYPES[dtype].itemsize > len(memory):
+        raise ValueError(f"{path}: ends before its tensors do; it has changed while it was read")
+    return torch.frombuffer(memory, dtype=DTYPES[dtype], count=count, offset=begin).view(shape)

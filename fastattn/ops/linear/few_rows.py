@@ -7,8 +7,13 @@ features, reads 40-55 GB/s (AMD EPYC 9005, 2 cores, torch 2.13, float32, 768 -> 
 50257, 3072 -> 768). For 2 to 4 rows it is the order of the operands that matters: weight @ x^T is
 3 to 4 times as fast as x @ weight^T. Both are plain PyTorch, on the weights as they lie. On an
 Intel Xeon (2.1 GHz, 1 and 2 threads, torch 2.13, 2026-11-26) F.linear is the faster one, 2 to 2.5
-times for 1 and 2 rows, and for 4 rows there is little in it: there it stays, as on all processors
-but AMD's.
+times for 1 and 2 rows.
+
+For 8 to 15 rows, as when several sequences are decoded at once, MKL is slow on that Xeon: 12 rows
+take longer than 16. There weight @ x^T takes 0.45 to 0.99 of F.linear's time from 786,432 weights
+on (AVX-512, 1 thread, torch 2.13, weights beyond the caches, 2026-11-29; 576 -> 49152: 0.76 for 8
+rows, 0.55 for 12). oneDNN takes less still, but makes six times the errors of F.linear, more than
+the numeric rule allows.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from torch import Tensor
 from fastattn.ops.common import modes
 
 PLAIN = (Tensor, torch.nn.Parameter)
-MAX_ROWS = 4
+MAX_ROWS = 15
 # Below, the views cost as much as they save.
 MIN_WEIGHTS = 1 << 16
 # Above, F.linear is the faster one: with one row if there is one thread, with more by their number
@@ -31,6 +36,9 @@ MIN_WEIGHTS = 1 << 16
 # time for 2 rows, 1.6 for 4).
 MAX_IN_FEATURES_OF_ONE_THREAD = 3072
 MAX_IN_FEATURES = {2: 2048, 3: 1024, 4: 768}
+# Of an Intel processor, to MAX_ROWS.
+INTEL_MIN_ROWS = 8
+INTEL_MIN_WEIGHTS = 3 << 18
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,26 +52,42 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or not _eligible(x, weight)
     ):
         return F.linear(x, weight, bias)
-    rows, out_features = x.numel() // in_features, weight.shape[0]
-    shape = (*x.shape[:-1], out_features)
+    rows = x.numel() // in_features
     if rows == 1:
-        groups = _groups(in_features, out_features, torch.get_num_threads())
-        if groups:
-            # As a column with the stride of a transposed row: with any other, MKL's batched
-            # product takes a path that is ten times slower.
-            column = x.contiguous().as_strided((groups, in_features, 1), (0, 1, in_features))
-            weight = weight.view(groups, -1, in_features)
-            if bias is None:
-                return torch.bmm(weight, column).view(shape)
-            return torch.baddbmm(bias.view(groups, -1, 1), weight, column).view(shape)
-    elif in_features <= MAX_IN_FEATURES[rows]:
-        columns = x.reshape(rows, in_features).t()
-        if bias is None:
-            product = torch.mm(weight, columns)
-        else:
-            product = torch.addmm(bias.unsqueeze(1), weight, columns)
-        return product.t().contiguous().view(shape)
-    return F.linear(x, weight, bias)
+        out = _row_by_groups(x, weight, bias) if mkl_is_slow() else None
+    elif mkl_is_slow():
+        out = _columns(x, weight, bias) if in_features <= MAX_IN_FEATURES.get(rows, 0) else None
+    else:
+        several = rows >= INTEL_MIN_ROWS and weight.numel() >= INTEL_MIN_WEIGHTS
+        out = _columns(x, weight, bias) if several and is_intel() else None
+    return F.linear(x, weight, bias) if out is None else out
+
+
+def _row_by_groups(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The product of one row as a batch of products; None where F.linear is faster."""
+    out_features, in_features = weight.shape
+    groups = _groups(in_features, out_features, torch.get_num_threads())
+    if not groups:
+        return None
+    # As a column with the stride of a transposed row: with any other, MKL's batched product takes
+    # a path that is ten times slower.
+    column = x.contiguous().as_strided((groups, in_features, 1), (0, 1, in_features))
+    weight = weight.view(groups, -1, in_features)
+    if bias is None:
+        product = torch.bmm(weight, column)
+    else:
+        product = torch.baddbmm(bias.view(groups, -1, 1), weight, column)
+    return product.view(*x.shape[:-1], out_features)
+
+
+def _columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product as weight @ x^T."""
+    columns = x.reshape(-1, x.shape[-1]).t()
+    if bias is None:
+        product = torch.mm(weight, columns)
+    else:
+        product = torch.addmm(bias.unsqueeze(1), weight, columns)
+    return product.t().contiguous().view(*x.shape[:-1], len(weight))
 
 
 def _eligible(x: Tensor, weight: Tensor) -> bool:
@@ -78,17 +102,25 @@ def _eligible(x: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and mkl_is_slow()
     )
 
 
 @functools.cache
 def mkl_is_slow() -> bool:
     """Whether this is a processor on which MKL's matrix-vector routine was measured to be slow."""
-    if not torch.backends.mkl.is_available():
-        return False
+    return torch.backends.mkl.is_available() and _made_by("AuthenticAMD")
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether this is a processor like the one on which several rows were measured to be slow."""
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return avx512 and torch.backends.mkl.is_available() and _made_by("GenuineIntel")
+
+
+def _made_by(vendor: str) -> bool:
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        return vendor in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return False
 

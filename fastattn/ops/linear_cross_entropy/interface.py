@@ -8,9 +8,11 @@ from fastattn import backends
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.cross_entropy.problem import IGNORED, Options
 from fastattn.ops.linear_cross_entropy import problem as _problem
-from fastattn.ops.linear_cross_entropy import registration
+from fastattn.ops.linear_cross_entropy import registration, straight
 
 BACKENDS = registration.BACKENDS
+
+NO_OPTION = (None, None, 0.0, 0.0, 1.0, 0.0)
 
 _dispatch: Dispatch[_problem.LinearLossProblem] = Dispatch(BACKENDS, registration.run_kernel)
 
@@ -68,6 +70,11 @@ def linear_cross_entropy(
         IndexError: a target on a CPU is no class; on a GPU the loss of such a row is NaN.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
+    others = class_weight, backend, label_smoothing, z_loss, logit_scale, softcap
+    if others == NO_OPTION:
+        out = straight.run(x, weight, targets, bias, ignore_index, reduction)
+        if out is not None:
+            return out
     tensors = x, weight, targets, bias, class_weight
     options = ignore_index, label_smoothing, z_loss, logit_scale, softcap, reduction
     key, plan = _dispatch.find(tensors, *options, backend)

@@ -62,13 +62,15 @@ class SequenceToSequence(Objective):
         self._before = [tokenizer.token("cls")] if "cls" in tokenizer.roles else []
 
     def encode(self, record: Record) -> Iterable[Example]:
-        settings = self.settings
-        source = settings.prefix + self.text(record, settings.source)
-        target = self.text(record, settings.target)
+        target = self.text(record, self.settings.target)
         yield {
-            "input_ids": self._encoded(source, "max_source_length"),
+            "input_ids": self.source_ids(self.text(record, self.settings.source)),
             "targets": self._encoded(target, "max_target_length"),
         }
+
+    def source_ids(self, text: str) -> numpy.ndarray:
+        """What the model reads of a text that it is to turn into another, (n,)."""
+        return self._encoded(self.settings.prefix + text, "max_source_length")
 
     def _encoded(self, text: str, limit: str) -> numpy.ndarray:
         room = getattr(self.settings, limit) - len(self._before) - 1

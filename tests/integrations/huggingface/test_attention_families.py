@@ -293,7 +293,10 @@ def test_gemma4_that_keeps_few_logits(tokens: torch.Tensor, device: str) -> None
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "t5"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt_oss", "t5"))],
+)
 def test_compiles_in_one_graph(family: str, tokens: torch.Tensor, device: str) -> None:
     given, _ = inputs_of(FAMILIES[family][3], tokens)
     model = make(family, NAME, device)

@@ -463,7 +463,9 @@ class TestWhatIsPutInside:
 
 
 class TestTorchFeatures:
-    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize(
+        "training", [pytest.param(False, marks=pytest.mark.long), True], ids=["eval", "train"]
+    )
     def test_compiles_in_one_graph(
         self, make_gpt2: Any, tokens: torch.Tensor, training: bool
     ) -> None:
@@ -480,6 +482,7 @@ class TestTorchFeatures:
 
         torch.testing.assert_close(run(compiled), run(model), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.long  # test_transformer_block.py has one of ours, test_rotary.py an attention
     def test_a_block_alone_compiles_in_one_graph(
         self, make_gpt2: Any, tokens: torch.Tensor
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import struct
@@ -113,13 +114,33 @@ def test_the_model_is_ready_and_trainable(folder: Path) -> None:
     assert model.lm_head.weight is model.wte.weight
 
 
-def test_weights_do_not_hang_on_the_file(folder: Path) -> None:
-    model = GPT.from_pretrained(folder)
-    before = _logits(model)
-    (folder / "model.safetensors").write_bytes(
-        b"\0" * (folder / "model.safetensors").stat().st_size
-    )
-    assert torch.equal(_logits(model), before)
+def test_weights_as_stored_are_the_mapped_file(folder: Path) -> None:
+    """Nothing is copied, and nothing that is done to the model changes the file, or the reverse."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    model, other = GPT.from_pretrained(folder), GPT.from_pretrained(folder)
+    assert _mappings(folder) == 2
+    before = _logits(other)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    assert torch.equal(_logits(other), before)
+    assert file.read_bytes() == content
+    model.save_pretrained(folder)
+    assert file.read_bytes() != content
+    assert torch.equal(_logits(other), before)
+
+
+def test_a_copy_in_another_dtype_lets_go_of_the_file(folder: Path) -> None:
+    model = GPT.from_pretrained(folder, dtype=torch.float64)
+    gc.collect()
+    assert _mappings(folder) == 0
+    assert _logits(model).dtype == torch.float64
+
+
+def _mappings(folder: Path) -> int:
+    """How many times this process has a file of the folder mapped."""
+    return Path("/proc/self/maps").read_text().count(f"{folder.resolve()}/")
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [

@@ -363,7 +363,7 @@ def test_activations_everywhere(activation: str, backend: str, device: str) -> N
     expected = value_and_slope(ACTIVATIONS[activation], x.double())
     # 1 + erf(x) cancels on the left, in ATen too.
     absolute = 1e-6 if activation == "gelu" else 1e-7
-    relative, absolute = (1e-5, absolute) if dtype == FLOAT else (1e-3, 2e-6)
+    relative, absolute = (1e-6, absolute) if dtype == FLOAT else (1e-3, 2e-6)
     for value, exact in zip(ours, expected, strict=True):
         torch.testing.assert_close(value.double(), exact, rtol=relative, atol=absolute)
 

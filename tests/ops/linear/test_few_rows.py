@@ -82,10 +82,34 @@ def test_the_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls
 
 
+@pytest.mark.parametrize("shape", [(8,), (2, 7), (15,)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_rows_on_intel(
+    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by F.linear, but for fewer rows, more, and small weights."""
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(module, "is_intel", lambda: True)
+    x, weight = torch.randn(*shape, 516)[..., 2:514], torch.randn(1601, 512)
+    b = torch.randn(1601) if bias else None
+    reference = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    eager, linear, calls = F.linear(x, weight, b), F.linear, []
+    monkeypatch.setattr(module.F, "linear", lambda *args: calls.append(1) or linear(*args))
+    with torch.no_grad():
+        out = product(x, weight, b)
+        assert not calls
+        assert_close_to_reference(out, eager, reference)
+        assert out.is_contiguous()
+        for rows, weights in ((1, weight), (7, weight), (16, weight), (8, weight[:512])):
+            product(torch.randn(rows, 512), weights)
+        assert len(calls) == 4
+
+
 def test_elsewhere_it_is_f_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor whose own routine is fast."""
     calls = []
     monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(module, "is_intel", lambda: False)
     monkeypatch.setattr(module.F, "linear", lambda *args: calls.append(1))
     with torch.no_grad():
         product(torch.randn(1, 256), torch.randn(512, 256))

@@ -1,0 +1,229 @@
+"""Measure a model on data that it has not seen.
+
+    fastattn evaluate FOLDER --data held_out.txt                perplexity, bits per byte
+    fastattn evaluate FOLDER --data reviews.jsonl               accuracy, F1, of a classifier
+    fastattn evaluate FOLDER --data squad.jsonl                 exact match, F1, of answers
+    fastattn evaluate FOLDER --data pairs.jsonl source=en target=zh --beams 4
+                                                                BLEU, chrF, of translations
+
+The model's class decides what is measured. Data is text, JSON lines or Parquet, files, folders or
+patterns; key=value says which fields of a record are read, as a config of `fastattn train` does in
+[objective]. The scores are the same at any batch size, but for the last digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from fastattn import models
+from fastattn.cli.answers import add_model
+from fastattn.nn.mode import in_mode
+from fastattn.training import toml
+from fastattn.training.contract import Batch, Example, Objective
+from fastattn.training.data.formats import Documents, Sourced
+from fastattn.training.data.order import Shuffled
+from fastattn.training.data.sources import read_records
+from fastattn.training.evaluation import metrics
+from fastattn.training.evaluation.perplexity import perplexity
+from fastattn.training.evaluation.translation import translations
+from fastattn.training.fields import filled
+from fastattn.training.objectives.causal import Causal
+from fastattn.training.objectives.classification import Classification
+from fastattn.training.objectives.question_answering import QuestionAnswering
+from fastattn.training.objectives.sequence_to_sequence import SequenceToSequence
+from fastattn.training.objectives.token_classification import TokenClassification
+from fastattn.training.tokenizer import Tokenizer
+
+Scores = Mapping[str, float]
+OBJECTIVES: Mapping[type, type[Objective]] = {
+    models.GPT: Causal,
+    models.EncoderDecoder: SequenceToSequence,
+    models.EncoderForSequenceClassification: Classification,
+    models.EncoderForTokenClassification: TokenClassification,
+    models.EncoderForQuestionAnswering: QuestionAnswering,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="with the model and its tokenizer")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the objective")
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="to measure on")
+    parser.add_argument("--metric", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument(
+        "--documents",
+        choices=get_args(Documents),
+        default="file",
+        help="what of a text file is read by itself (default: file, all of it)",
+    )
+    text = parser.add_argument_group("language models")
+    text.add_argument("--context", type=int, help="tokens that are read (default: all positions)")
+    text.add_argument("--stride", type=int, help="of the sliding window (default: half of it)")
+    translation = parser.add_argument_group("translation")
+    translation.add_argument("--beams", type=int, default=4, help="1 is greedy (default: 4)")
+    translation.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1; got {arguments.batch_size}")
+    folder = Path(arguments.folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    dtype = getattr(torch, arguments.dtype)
+    model = models.load(folder, dtype=dtype, device=arguments.device)
+    if type(model) not in OBJECTIVES:
+        raise ValueError(
+            f"fastattn evaluate has no measure for a {type(model).__name__}; it has some for "
+            f"{', '.join(cls.__name__ for cls in OBJECTIVES)}"
+        )
+    objective = _objective(model, Tokenizer.load(folder), arguments.settings)
+    records = list(read_records(arguments.data, arguments.documents))
+    if isinstance(objective, Causal):
+        scores = _of_texts(model, objective, records, arguments)
+    elif isinstance(objective, SequenceToSequence):
+        scores = _of_translations(model, objective, records, arguments)
+    else:
+        scores = _of_answers(model, objective, records, arguments)
+    if objective.truncated:
+        print(f"fastattn: {objective.truncated} texts were cut to the context", file=sys.stderr)
+    _show(_chosen(scores, arguments.metric), len(records), arguments)
+    return 0
+
+
+def _objective(model: Any, tokenizer: Tokenizer, overrides: Sequence[str]) -> Objective:
+    """What the model was trained for; labels and context are the model's unless they are given."""
+    cls = OBJECTIVES[type(model)]
+    table = toml.overridden({}, overrides)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls.settings_class)}
+    if "labels" in defaults:
+        count = model.config.n_labels
+        table.setdefault("labels", model.config.label_names or [f"LABEL_{i}" for i in range(count)])
+    if "context" in defaults:
+        table.setdefault("context", min(defaults["context"], model.config.n_positions))
+    return cls(tokenizer, filled(cls.settings_class, table, "objective"), "fastattn")
+
+
+def _of_texts(
+    model: Any, objective: Causal, records: Sequence[Sourced], arguments: argparse.Namespace
+) -> Scores:
+    field = objective.settings.field
+    texts = list(_placed(records, lambda record: [objective.text(record, field)]))
+    with _Counter("windows") as counter:
+        found = perplexity(
+            model,
+            objective.tokenizer,
+            texts,
+            context=arguments.context,
+            stride=arguments.stride,
+            batch_size=arguments.batch_size,
+            on_progress=counter.add,
+        )
+    names = ("perplexity", "bits_per_byte", "nats_per_token")
+    return {**{name: getattr(found, name) for name in names}, "tokens": found.tokens}
+
+
+def _of_translations(
+    model: Any,
+    objective: SequenceToSequence,
+    records: Sequence[Sourced],
+    arguments: argparse.Namespace,
+) -> Scores:
+    examples = list(_placed(records, objective.encode))
+    references = [[objective.text(record, objective.settings.target)] for _, record in records]
+    with _Counter("sentences") as counter:
+        written = translations(
+            model,
+            objective.tokenizer,
+            [example["input_ids"].tolist() for example in examples],
+            num_beams=arguments.beams,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            on_progress=counter.add,
+        )
+    # Chinese has no spaces between words: sacrebleu then counts n-grams of characters.
+    chinese = any("\u4e00" <= character <= "\u9fff" for (text,) in references for character in text)
+    name, tokenize = ("bleu_zh", "zh") if chinese else ("bleu", "13a")
+    return {
+        name: metrics.bleu(written, references, tokenize),
+        "chrf": metrics.chrf(written, references),
+    }
+
+
+def _of_answers(
+    model: torch.nn.Module,
+    objective: Objective,
+    records: Sequence[Sourced],
+    arguments: argparse.Namespace,
+) -> Scores:
+    """What the objective measures: of classes, of words, of answers in passages."""
+    examples: list[Example] = list(_placed(records, objective.encode))
+    batches = Shuffled(examples, objective, min(arguments.batch_size, len(examples)), seed=0)
+    device = next(model.parameters()).device
+    with _Counter("examples") as counter, torch.inference_mode(), in_mode(model, training=False):
+
+        def moved() -> Iterator[Batch]:
+            for batch in batches.once():
+                yield batch.to(device)
+                counter.add(batch.counted)
+
+        measured = objective.measure(model, moved())
+    # The loss of answers depends on a batch's padding, among whose places it finds the right ones.
+    return {name: value for name, value in measured.items() if name != "loss"}
+
+
+def _placed(records: Iterable[Sourced], made: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+    """What is made of each record; an error begins with the record's place."""
+    for place, record in records:
+        try:
+            yield from made(record)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+
+def _chosen(scores: Scores, names: Sequence[str] | None) -> Scores:
+    if unknown := set(names or ()) - scores.keys():
+        raise ValueError(
+            f"--metric {sorted(unknown)[0]!r} is none of this model's: {', '.join(scores)}"
+        )
+    return {name: scores[name] for name in names or scores}
+
+
+def _show(scores: Scores, records: int, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        result = {"model": arguments.folder, "data": arguments.data, "records": records}
+        print(json.dumps({**result, "scores": scores}, ensure_ascii=False))
+        return
+    print(f"{records} records")
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        print(f"{name:<{width}}  {value:{',' if isinstance(value, int) else '.4f'}}")
+
+
+class _Counter:
+    """A line on stderr that counts, where that is a terminal."""
+
+    def __init__(self, of: str) -> None:
+        self._of, self._count, self._live = of, 0, sys.stderr.isatty()
+
+    def __enter__(self) -> _Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def add(self, count: int) -> None:
+        self._count += count
+        if self._live:
+            print(f"\r{self._count} {self._of}", end="", file=sys.stderr, flush=True)

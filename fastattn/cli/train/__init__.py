@@ -1,0 +1,156 @@
+"""Train a model as a config in TOML says; the same command goes on with a run that was ended.
+
+    fastattn train config.toml
+    fastattn train config.toml training.steps=2000 output.folder=runs/long
+    fastattn train config.toml --dry-run        sizes, memory and time, without training
+
+The output folder gets checkpoints, metrics.jsonl, loss.png, and in the end the folder "model", with
+the tokenizer, which `fastattn generate`, `fastattn.models.load` and transformers read. Paths in a
+config are those that a shell would take, from the current folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from fastattn.chips import peak_flops
+from fastattn.cli.train.progress import CLEAR, Progress, Samples, duration, reading
+from fastattn.cli.train.reference import reference
+from fastattn.training import toml
+from fastattn.training.building import longest_sequence
+from fastattn.training.estimate import estimated, flops_per_token
+from fastattn.training.optional import require
+from fastattn.training.run import MODEL, Prepared, fit, opened, prepare
+from fastattn.training.settings import Run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a file in TOML")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="table.key=value",
+        help="in place of what the file says: training.steps=100",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="prepare tokenizer and data, make two steps, print sizes, memory and time",
+    )
+    parser.epilog = f"The tables and keys of a config:\n\n{reference()}"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or print what training would take; 130 where Ctrl-C ended it."""
+    settings = Run.of(toml.overridden(toml.read(arguments.config), arguments.overrides))
+    _require(settings)
+    with opened(settings) as checkpoints:
+        prepared = prepare(settings, checkpoints, reading)
+        samples = Samples(
+            prepared.model,
+            prepared.objective.tokenizer,
+            settings.output.samples,
+            settings.output.sample_tokens,
+            longest_sequence(prepared.model),
+        )
+        if sys.stdout.isatty():
+            print(CLEAR, end="")
+        _print_sizes(prepared)
+        if arguments.dry_run:
+            _print_estimate(prepared)
+            return 0
+        return _fit(prepared, samples)
+
+
+def _require(settings: Run) -> None:
+    """Say whatever package is missing before the work, not after it."""
+    for package in ("tokenizers", "safetensors", "matplotlib"):
+        require(package, "train", "fastattn train")
+    if settings.output.tensorboard:
+        require("tensorboard", "tensorboard", "[output] tensorboard")
+    if settings.model.lora_rank:
+        require("peft", "lora", "[model] lora_rank")
+    if settings.model.library == "transformers":
+        transformers = require("transformers", "hf", '[model] library = "transformers"')
+        transformers.utils.logging.disable_progress_bar()
+
+
+def _fit(prepared: Prepared, samples: Samples) -> int:
+    config, folder = prepared.run.training, prepared.checkpoints.folder.parent
+    progress = Progress(
+        config.steps, samples, flops_per_token(prepared.model, config.context), _peak(prepared)
+    )
+    try:
+        history = fit(prepared, [progress])
+    finally:
+        progress.close()
+    if history.interrupted:
+        print(f"interrupted after {len(history.steps)} steps; the same command goes on from there")
+        return 130
+    best = history.best if prepared.run.output.best else None
+    of = f"after step {history.steps[-1].step}" if best is None else (
+        f"after step {best.step}, whose validation loss was the lowest: {best.loss:.4f}"
+    )  # fmt: skip
+    print(
+        f"{history.training_tokens:,} tokens in {duration(history.training_seconds)}, "
+        f"{history.tokens_per_second:,.0f} tokens/s"
+    )
+    print(f"{folder / MODEL}: the model {of}")
+    return 0
+
+
+def _print_sizes(prepared: Prepared) -> None:
+    model, config, training = prepared.model, prepared.run.training, prepared.training
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    device = next(model.parameters()).device
+    print(
+        f"model     {type(model).__name__}, {parameters:,} parameters, {trained:,} trained, "
+        f"on {device}"
+    )
+    tokens = int(prepared.examples.lengths.sum())
+    held_out = 0 if prepared.validation is None else len(prepared.validation.examples)
+    print(
+        f"data      {len(prepared.examples):,} examples, {tokens:,} tokens; {held_out:,} examples "
+        "to validate"
+    )
+    epochs = config.steps * config.accumulation / training.per_epoch
+    print(f"training  {prepared.objective.name}, {config.steps:,} steps, {epochs:.2f} epochs")
+
+
+def _print_estimate(prepared: Prepared) -> None:
+    config = prepared.run.training
+    e = estimated(prepared.model, prepared.objective, prepared.training, config)
+    total = e.weights + e.optimizer + e.working
+    print(
+        f"memory    {_size(total)}: weights {_size(e.weights)}, optimiser {_size(e.optimizer)}, "
+        f"activations and gradients {_size(e.working)} at the peak of a batch, measured"
+    )
+    speed = e.tokens / e.seconds
+    print(
+        f"time      {duration(e.seconds * config.steps)}: {e.seconds:.3g} s a step of {e.tokens:,} "
+        f"tokens, {speed:,.0f} tokens/s, by one timed step; validations and checkpoints not counted"
+    )
+    flops = flops_per_token(prepared.model, config.context)
+    if flops is not None:
+        peak = _peak(prepared)
+        used = "" if peak is None else f", MFU {speed * flops / peak:.1%}"
+        print(f"compute   {flops:.3g} FLOPs a token, {flops * speed:.3g} FLOP/s{used}")
+
+
+def _peak(prepared: Prepared) -> float | None:
+    """The operations a second of the chip that the model is on, if it is known."""
+    device = next(prepared.model.parameters()).device
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _size(count: float) -> str:
+    """Bytes for a reader: "512 B", "3.4 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,233 @@
+"""A run's model and tokenizer, as its settings ask for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fastattn import models
+from fastattn.integrations.swap import accelerate
+from fastattn.training import adapters
+from fastattn.training.contract import Objective, Record
+from fastattn.training.optional import require
+from fastattn.training.settings import ModelSettings, TokenizerSettings
+from fastattn.training.tokenizer import Tokenizer
+
+
+def device_named(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: another kind of device, or one that torch does not see here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
+            "fastattn doctor says more"
+        )
+    return device
+
+
+def trained_tokenizer(
+    records: Iterable[Record], settings: TokenizerSettings, objective: type[Objective]
+) -> Tokenizer:
+    """A tokenizer trained on all texts of the records, with the objective's special tokens."""
+    assert settings.vocab_size is not None
+    return Tokenizer.train(
+        _first_characters(records, settings.characters),
+        settings.vocab_size,
+        special_tokens={role: f"<|{role}|>" for role in objective.roles},
+        extra_tokens=objective.extra_tokens,
+    )
+
+
+def model(settings: ModelSettings, objective: Objective, device: torch.device) -> torch.nn.Module:
+    """The model to train, on the device.
+
+    New weights are drawn from torch's global generator.
+
+    Raises:
+        ValueError: a folder with a model of another class than the objective trains, a vocabulary
+            smaller than the tokenizer's, or sequences longer than the model's positions.
+    """
+    dtype = getattr(torch, settings.dtype)
+    fresh: set[str] = set()
+    if settings.folder is None:
+        made = _new(settings, objective).to(device, dtype)
+    elif settings.library == "transformers":
+        made, fresh = _of_transformers(settings, objective, dtype)
+        made.to(device)
+        if settings.accelerate:
+            accelerate(made)
+    else:
+        made, fresh = _of_folder(settings.folder, objective, dtype, device)
+    _check_vocabulary(made, objective)
+    if (end := getattr(objective, "end_of_turn", None)) is not None:
+        _stop_at(made, end)
+    if settings.lora_rank:
+        adapters.add(made, settings)
+        for name, parameter in made.named_parameters():
+            if name in fresh:
+                parameter.requires_grad_(True)
+    return made
+
+
+def _new(settings: ModelSettings, objective: Objective) -> Any:
+    cls = getattr(models, objective.model_class)
+    values = {**_tokens(objective, cls.config_class), **settings.config}
+    if settings.preset is None:
+        return cls(cls.config_class(**values))
+    if not hasattr(cls.config_class, "preset"):
+        raise ValueError(f"preset: {cls.config_class.__name__} has none; give its fields in config")
+    return cls(cls.config_class.preset(settings.preset, **values))
+
+
+def _tokens(objective: Objective, config_class: Any) -> dict[str, Any]:
+    """The fields of a new model's config that the tokenizer and the objective's labels decide."""
+    tokenizer = objective.tokenizer
+    roles = {role: tokenizer.token(role) for role in tokenizer.roles}
+    values = {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": roles.get("bos"),
+        "eos_token_id": roles.get("eos", roles.get("sep")),
+        "pad_token_id": roles.get("pad"),
+        "decoder_start_token_id": roles.get("pad"),
+        **_labels(objective),
+    }
+    known = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _labels(objective: Objective) -> dict[str, Any]:
+    """The fields of an `EncoderConfig` for an objective that has labels, in their ids' order."""
+    names = getattr(objective, "labels", ())
+    return {"n_labels": len(names), "label_names": tuple(names)} if names else {}
+
+
+def _of_folder(
+    folder: str, objective: Objective, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.nn.Module, set[str]]:
+    """The model of a folder, and the names of its parameters that are new: of another head."""
+    cls = getattr(models, objective.model_class)
+    loaded = models.load(folder, dtype=dtype, device=device)
+    labels = _labels(objective)
+    if type(loaded) is cls and all(
+        getattr(loaded.config, name) == value for name, value in labels.items()
+    ):
+        return loaded, set()
+    encoder = loaded if isinstance(loaded, models.Encoder) else getattr(loaded, "encoder", None)
+    if not (isinstance(encoder, models.Encoder) and cls.config_class is models.EncoderConfig):
+        raise ValueError(
+            f"the objective {objective.name!r} trains a model of class {cls.__name__}, and "
+            f"{folder} holds a {type(loaded).__name__}"
+        )
+    made = cls(dataclasses.replace(loaded.config, **labels), device=device, dtype=dtype)
+    known = encoder.state_dict()
+    made.encoder.load_state_dict(known, strict=False)
+    made.family = loaded.family
+    fresh = {
+        name
+        for name, _ in made.named_parameters()
+        if not (name.startswith("encoder.") and name.removeprefix("encoder.") in known)
+    }
+    return made, fresh
+
+
+def _of_transformers(
+    settings: ModelSettings, objective: Objective, dtype: torch.dtype
+) -> tuple[Any, set[str]]:
+    transformers = require("transformers", "hf", 'library = "transformers"')
+    names = getattr(objective, "labels", ())
+    labels: dict[str, Any] = {}
+    if names:
+        labels = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "ignore_mismatched_sizes": True,
+        }
+    cls = getattr(transformers, objective.auto_class)
+    made, info = cls.from_pretrained(
+        settings.folder, dtype=dtype, output_loading_info=True, **labels
+    )
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    return made, missing
+
+
+def longest_sequence(model: Any) -> int | None:
+    """How many tokens a sequence of the model may have; None for no limit."""
+    config = _text_config(model)
+    longest: int | None = getattr(
+        config, "n_positions", getattr(config, "max_position_embeddings", None)
+    )
+    return longest
+
+
+def _text_config(model: Any) -> Any:
+    """A config of transformers may hold one for each kind of input."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def check_length(model: Any, name: str, length: int) -> None:
+    """Raise ValueError where the setting `name` allows sequences longer than the model's."""
+    longest = longest_sequence(model)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"{name} is {length}, and the model has {longest} positions (n_positions): give a "
+            "shorter one, or a new model more positions"
+        )
+
+
+def _stop_at(model: Any, token: int) -> None:
+    """Let generation end at a token, beside those at which it ends already."""
+    former = model.config.eos_token_id
+    ends = [former] if isinstance(former, int) else former or []
+    if isinstance(model, models.GPT):
+        ends = tuple(dict.fromkeys([*ends, token]))
+        model.config = dataclasses.replace(model.config, eos_token_id=ends)
+    else:
+        ends = list(dict.fromkeys([*ends, token]))
+        model.config.eos_token_id = model.generation_config.eos_token_id = ends
+
+
+def _check_vocabulary(model: Any, objective: Objective) -> None:
+    size = _text_config(model).vocab_size
+    if size < objective.tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {objective.tokenizer.vocab_size} tokens, and the model's "
+            f"vocab_size is {size}: give the tokenizer of the model, or a larger one"
+        )
+
+
+def _first_characters(records: Iterable[Record], count: int) -> Iterator[str]:
+    """The texts of the records, as far as they have so many characters."""
+    for record in records:
+        for text in _texts(record):
+            yield text[:count]
+            count -= len(text)
+            if count <= 0:
+                return
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a record's fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)

@@ -1,0 +1,282 @@
+"""A run from its settings to a model in a folder: data, tokenizer, model, training, the end.
+
+    run = Run.of(toml.read("config.toml"))
+    with opened(run) as checkpoints:
+        prepared = prepare(run, checkpoints)
+        history = fit(prepared)
+
+The output folder then has
+
+    run.toml          the settings, all of them; `fastattn train` reads it too
+    tokenizer/
+    examples/         the data, tokenised
+    checkpoints/      `fastattn.training.checkpoints`
+    metrics.jsonl     a line for each step and each validation
+    tensorboard/      if asked for
+    loss.png
+    model/            the end: model and tokenizer, for `fastattn.models.load` or transformers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.files import folder_written_beside, local_path, write_text
+from fastattn.models import GPTConfig
+from fastattn.training import adapters, building, toml
+from fastattn.training.checkpoints import Checkpoints, save_model
+from fastattn.training.contract import Objective
+from fastattn.training.data.order import Packed, Shuffled
+from fastattn.training.data.preparation import prepare as prepare_examples
+from fastattn.training.data.shards import Examples
+from fastattn.training.data.sources import read_records
+from fastattn.training.fingerprints import difference
+from fastattn.training.history import History, JsonLines, TensorBoard
+from fastattn.training.loop import train
+from fastattn.training.settings import LENGTHS, Run
+from fastattn.training.tokenizer import Tokenizer
+
+SETTINGS, TOKENIZER, CHECKPOINTS = "run.toml", "tokenizer", "checkpoints"
+METRICS, BOARD, CURVE, MODEL = "metrics.jsonl", "tensorboard", "loss.png", "model"
+OnProgress = Callable[[History], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that `train` takes, made of a run's settings.
+
+    Attributes:
+        examples: to train on.
+        training, validation: batches of them, and of those to validate, if there are any.
+        checkpoints: of the output folder.
+    """
+
+    run: Run
+    objective: Objective
+    model: torch.nn.Module
+    examples: Examples
+    training: Packed | Shuffled
+    validation: Packed | Shuffled | None
+    checkpoints: Checkpoints
+
+
+@contextlib.contextmanager
+def opened(run: Run) -> Iterator[Checkpoints]:
+    """The output folder, this process's for the block, with the run's settings in it.
+
+    Raises:
+        ValueError: it holds checkpoints of another run, and the message names the setting; or
+            files, but no run.
+        OSError: it cannot be made or written to.
+        RuntimeError: another process trains in it.
+    """
+    folder = local_path("folder", run.output.folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "[output] folder is a file", str(folder))
+    known = (CHECKPOINTS, SETTINGS)
+    if folder.is_dir() and not (folder / SETTINGS).is_file():
+        others = sorted(path.name for path in folder.iterdir() if path.name not in known)
+        if others:
+            raise ValueError(
+                f"[output] folder {folder} holds {others[0]!r} and no run: give a new one"
+            )
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS,
+        every_steps=run.output.checkpoint_steps,
+        every_minutes=run.output.checkpoint_minutes,
+        keep=run.output.keep,
+        save_model=_saver(run, folder),
+    )
+    with checkpoints:
+        _settle(run, folder, checkpoints)
+        yield checkpoints
+
+
+def prepare(
+    run: Run, checkpoints: Checkpoints, on_data: Callable[[int, int], None] | None = None
+) -> Prepared:
+    """Tokenizer, examples, batches and model: what is in the folder already is not made again.
+
+    Args:
+        on_data: called now and then while data are tokenised, as `data.prepare`'s on_progress.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, ImportError: whatever the parts raise.
+    """
+    folder, data = checkpoints.folder.parent, run.data
+    tokenizer = _tokenizer(run, folder / TOKENIZER)
+    objective = run.objective.cls(tokenizer, run.objective.settings, run.model.library)
+    if not (folder / TOKENIZER).is_dir():
+        with folder_written_beside(folder / TOKENIZER, "tokenizer.json", bool) as beside:
+            tokenizer.save(beside)  # with what the objective has added, as a chat template
+
+    def examples_of(paths: str | tuple[str, ...]) -> Examples:
+        return prepare_examples(
+            paths, objective, folder, documents=data.documents, on_progress=on_data
+        )
+
+    examples, held_out = examples_of(data.training), None
+    if data.validation is not None:
+        held_out = examples_of(data.validation)
+    elif data.validation_fraction:
+        examples, held_out = examples.split(data.validation_fraction)
+    checkpoints.fingerprint |= {
+        "tokenizer": tokenizer.fingerprint,
+        "data": {
+            "training": examples.fingerprint,
+            "validation": None if held_out is None else held_out.fingerprint,
+        },
+    }
+    training = _batches(run, objective, examples)
+    validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
+    torch.manual_seed(run.training.seed)
+    device = building.device_named(run.model.device)
+    model = building.model(run.model, objective, device)
+    if objective.packs:
+        building.check_length(model, "[training] context", run.training.context)
+    for name in LENGTHS:
+        if (length := getattr(objective.settings, name, None)) is not None:
+            building.check_length(model, f"[objective] {name}", length)
+    return Prepared(run, objective, model, examples, training, validation, checkpoints)
+
+
+def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
+    """Train, from the last checkpoint on if there is one, and write the folder "model".
+
+    Raises:
+        FloatingPointError, OSError, ValueError: as `train`.
+    """
+    run, checkpoints = prepared.run, prepared.checkpoints
+    folder = checkpoints.folder.parent
+    callbacks: list[OnProgress] = [JsonLines(folder / METRICS), *on_progress]
+    if run.output.tensorboard:
+        callbacks.insert(0, TensorBoard(folder / BOARD))
+
+    def progress(history: History) -> None:
+        for callback in callbacks:
+            callback(history)
+
+    history = train(
+        prepared.model,
+        prepared.objective,
+        prepared.training,
+        run.training,
+        validation=prepared.validation,
+        checkpoints=checkpoints,
+        on_progress=progress,
+    )
+    history.plot(folder / CURVE)
+    if not history.interrupted:
+        best = history.best if run.output.best else None
+        step = history.steps[-1].step if best is None else best.step
+        _copy(checkpoints.path(step) / MODEL, folder / MODEL)
+    return history
+
+
+def _settle(run: Run, folder: Path, checkpoints: Checkpoints) -> None:
+    """Write the run's settings, unless the folder's checkpoints are of other ones."""
+    file = folder / SETTINGS
+    if file.is_file():
+        former = toml.read(file)
+        if (differs := _differs(former, run.tables())) is None:
+            return
+        if checkpoints.steps():
+            raise ValueError(
+                f"[output] folder {folder} has checkpoints of another run: {differs}. Set it back "
+                "to go on, or give this run a folder of its own"
+            )
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    write_text(file, toml.written(run.tables()))
+
+
+def _differs(former: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first setting that makes another run of it, with both values."""
+
+    def deciding(tables: dict[str, Any]) -> dict[str, Any]:
+        # As TOML has them; where a run writes to and runs on makes no other run of it.
+        plain = toml.parsed(toml.written(tables))
+        model = {key: value for key, value in plain["model"].items() if key != "device"}
+        return {**plain, "model": model, "output": {}}
+
+    return difference(deciding(former), deciding(now))
+
+
+def _tokenizer(run: Run, folder: Path) -> Tokenizer:
+    """The run's tokenizer: the one in `folder` if it is there, a trained one, or another's."""
+    if folder.is_dir():
+        return Tokenizer.load(folder)
+    settings = run.tokenizer
+    if settings.vocab_size is not None:
+        records = read_records(run.data.training, run.data.documents)
+        return building.trained_tokenizer(
+            (sourced.record for sourced in records), settings, run.objective.cls
+        )
+    if (source := settings.folder or run.model.folder) is not None:
+        return Tokenizer.load(source)
+    raise ValueError(
+        "[tokenizer] needs a folder, or a vocab_size to train one: the model is new and has none"
+    )
+
+
+def _batches(
+    run: Run, objective: Objective, examples: Examples, smaller: bool = False
+) -> Packed | Shuffled:
+    """Batches of the run's size; `smaller` ones where there are fewer examples."""
+    config = run.training
+    if objective.packs:
+        tokens = config.batch_size * config.context
+        if smaller:
+            tokens = min(tokens, int(examples.lengths.sum()))
+        return Packed(examples, objective, tokens, config.context, config.seed)
+    size = min(config.batch_size, len(examples)) if smaller else config.batch_size
+    return Shuffled(examples, objective, size, config.seed)
+
+
+def _saver(run: Run, folder: Path) -> Callable[[torch.nn.Module, Path], None]:
+    """How a checkpoint's model is written: without adapters, with the tokenizer."""
+
+    def save(model: torch.nn.Module, target: Path) -> None:
+        plain = adapters.merged(model) if run.model.lora_rank else model
+        try:
+            save_model(plain, target)
+        except ValueError:
+            # Dropout is no part of the trained model, and not all families' configs have it.
+            config = getattr(plain, "config", None)
+            if not isinstance(config, GPTConfig):
+                raise
+            without: Any = _view(plain)
+            without.config = dataclasses.replace(
+                config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+            )
+            save_model(without, target)
+        for file in (folder / TOKENIZER).iterdir():
+            shutil.copyfile(file, target / file.name)
+
+    return save
+
+
+def _view(module: torch.nn.Module) -> torch.nn.Module:
+    """The same parameters and modules in another module of its class."""
+    view = type(module).__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    return view
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Put the files of `source` in the place of those of `target`."""
+
+    def former(name: str) -> bool:
+        return not name.startswith(".")  # the folder that is written beside begins so
+
+    with folder_written_beside(target, "config.json", former) as beside:
+        for file in source.iterdir():
+            shutil.copyfile(file, beside / file.name)
