@@ -194,9 +194,9 @@ class JsonLines:
             for entry in self._news.of(history)
         )
         if first:
-            write_text(self.path, text)
-        elif text:
-            with open(self.path, "a", encoding="utf-8") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if first or text:
+            with open(self.path, "w" if first else "a", encoding="utf-8") as file:
                 file.write(text)
 
 
