@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+import fastattn
 from fastattn import models
-from fastattn.integrations.swap import accelerate
 from fastattn.training import adapters
 from fastattn.training.contract import Objective, Record
 from fastattn.training.optional import require
@@ -69,7 +69,7 @@ def model(settings: ModelSettings, objective: Objective, device: torch.device) -
         made, fresh = _of_transformers(settings, objective, dtype)
         made.to(device)
         if settings.accelerate:
-            accelerate(made)
+            fastattn.accelerate(made)
     else:
         made, fresh = _of_folder(settings.folder, objective, dtype, device)
     _check_vocabulary(made, objective)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.integrations.swap import accelerate
+import fastattn
 from fastattn.models import load
 from fastattn.nn.checks import check_number
 from fastattn.ops.common import modes
@@ -147,7 +147,7 @@ def _frozen(folder: str, interface: Interface) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder)
-        accelerate(model)
+        fastattn.accelerate(model)
     model.requires_grad_(False)
     frozen: torch.nn.Module = model.eval()
     return frozen
