@@ -26,7 +26,6 @@ import torch
 from fastattn import models
 from fastattn.cli.answers import add_model
 from fastattn.nn.mode import in_mode
-from fastattn.training import toml
 from fastattn.training.contract import Batch, Example, Objective
 from fastattn.training.data.formats import Documents, Sourced
 from fastattn.training.data.order import Shuffled
@@ -34,12 +33,13 @@ from fastattn.training.data.sources import read_records
 from fastattn.training.evaluation import metrics
 from fastattn.training.evaluation.perplexity import perplexity
 from fastattn.training.evaluation.translation import translations
-from fastattn.training.fields import filled
 from fastattn.training.objectives.causal import Causal
 from fastattn.training.objectives.classification import Classification
 from fastattn.training.objectives.question_answering import QuestionAnswering
 from fastattn.training.objectives.sequence_to_sequence import SequenceToSequence
 from fastattn.training.objectives.token_classification import TokenClassification
+from fastattn.training.runs import toml
+from fastattn.training.runs.fields import filled
 from fastattn.training.tokenizer import Tokenizer
 
 Scores = Mapping[str, float]

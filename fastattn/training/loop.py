@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from fastattn.nn.mode import in_mode
-from fastattn.training.average import Average
 from fastattn.training.checkpoints import Checkpoints
-from fastattn.training.config import TrainingConfig
+from fastattn.training.checkpoints.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.contract import Batch, Batches, Objective
-from fastattn.training.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.history import Evaluation, History, Step
-from fastattn.training.optimizers import optimizers_of
-from fastattn.training.precision import autocast, loss_scaler
-from fastattn.training.randomness import generators_kept, seed_step
-from fastattn.training.recomputation import recomputed_blocks
-from fastattn.training.state import TrainingState
+from fastattn.training.steps.average import Average
+from fastattn.training.steps.config import TrainingConfig
+from fastattn.training.steps.optimizers import optimizers_of
+from fastattn.training.steps.precision import autocast, loss_scaler
+from fastattn.training.steps.randomness import generators_kept, seed_step
+from fastattn.training.steps.recomputation import recomputed_blocks
+from fastattn.training.steps.state import TrainingState
 
 
 @torch.inference_mode(False)

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from fastattn.files import local_path
 from fastattn.nn.checks import check_integer, check_number
-from fastattn.training import durable
-from fastattn.training.fingerprints import as_json, difference
+from fastattn.training.checkpoints import durable
+from fastattn.training.checkpoints.fingerprints import as_json, difference
 from fastattn.training.optional import require
-from fastattn.training.state import TrainingState
+from fastattn.training.steps.state import TrainingState
 
 NAME = re.compile(r"step-(\d{6,})")
 UNFINISHED = ".unfinished-"  # being written, or being removed

@@ -10,10 +10,10 @@ import torch
 
 import fastattn
 from fastattn import models
-from fastattn.training import adapters
 from fastattn.training.contract import Objective, Record
 from fastattn.training.optional import require
-from fastattn.training.settings import ModelSettings, TokenizerSettings
+from fastattn.training.runs import adapters
+from fastattn.training.runs.settings import ModelSettings, TokenizerSettings
 from fastattn.training.tokenizer import Tokenizer
 
 

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from fastattn import models
 from fastattn.nn.mode import in_mode
-from fastattn.training.config import TrainingConfig
 from fastattn.training.contract import Batches, Objective
 from fastattn.training.loop import train
-from fastattn.training.optimizers import optimizers_of
-from fastattn.training.precision import autocast
-from fastattn.training.recomputation import recomputed_blocks
+from fastattn.training.steps.config import TrainingConfig
+from fastattn.training.steps.optimizers import optimizers_of
+from fastattn.training.steps.precision import autocast
+from fastattn.training.steps.recomputation import recomputed_blocks
 
 
 def flops_per_token(model: Any, context: int) -> float | None:

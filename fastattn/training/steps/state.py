@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.training.average import Average
 from fastattn.training.history import History
+from fastattn.training.steps.average import Average
 
 
 @dataclass

@@ -29,7 +29,8 @@ from training.small import (
 )
 
 import fastattn
-from fastattn.training import Checkpoints, History, Windows, durable, train
+from fastattn.training import Checkpoints, History, Windows, train
+from fastattn.training.checkpoints import durable
 
 pytest.importorskip("safetensors")
 Whole = tuple[History, dict[str, torch.Tensor]]
