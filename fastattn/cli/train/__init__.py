@@ -21,10 +21,10 @@ from fastattn.cli.train.progress import CLEAR, Progress, Samples, duration, read
 from fastattn.cli.train.reference import reference
 from fastattn.training.optional import require
 from fastattn.training.runs import toml
-from fastattn.training.runs.building import longest_sequence
 from fastattn.training.runs.estimate import estimated, flops_per_token
 from fastattn.training.runs.run import MODEL, Prepared, fit, opened, prepare
 from fastattn.training.runs.settings import Run
+from fastattn.training.sizes import longest_sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

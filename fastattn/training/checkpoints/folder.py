@@ -181,8 +181,8 @@ class Checkpoints:
     def restore(self, state: TrainingState, fingerprint: Mapping[str, Any]) -> bool:
         """Go on from the last good checkpoint; False if there is none.
 
-        What a killed save left is removed. A damaged checkpoint is passed over with a warning, and
-        renamed.
+        Whatever a killed save left is removed. A damaged checkpoint is passed over with a warning,
+        and renamed.
 
         Raises:
             ValueError: the last good one is of another run; the message names the key.

@@ -37,8 +37,8 @@ from fastattn.training.checkpoints.fingerprints import difference
 from fastattn.training.contract import Objective
 from fastattn.training.data.order import Packed, Shuffled
 from fastattn.training.data.preparation import prepare as prepare_examples
-from fastattn.training.data.shards import Examples
 from fastattn.training.data.sources import read_records
+from fastattn.training.data.storage import Examples
 from fastattn.training.history import History, JsonLines, TensorBoard
 from fastattn.training.loop import train
 from fastattn.training.runs import adapters, building, toml

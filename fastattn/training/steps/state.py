@@ -16,7 +16,7 @@ from fastattn.training.steps.average import Average
 
 @dataclass
 class TrainingState:
-    """What a step changes. The generators are not in it: each step seeds them.
+    """All that a step changes. The generators are not in it: each step seeds them.
 
     Attributes:
         average: of the weights; None without one.

@@ -1,4 +1,4 @@
-"""What tells runs and batches apart."""
+"""Fingerprints tell runs and batches apart."""
 
 from __future__ import annotations
 

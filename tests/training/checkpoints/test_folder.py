@@ -308,7 +308,7 @@ def test_a_full_disk_loses_nothing(
 
 
 def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path: Path) -> None:
-    """What safetensors raises is no OSError by itself."""
+    """The error that safetensors raises is no OSError by itself."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
