@@ -321,7 +321,7 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(
     causal = Causal(Tokenizer.train(["some text"], vocab_size=300))
     path = tmp_path / "data.jsonl"
     for line, message in [
-        ('{"txt": "a"}', "data.jsonl:2: the field 'text' of a record must be a text, got no such"),
+        ('{"txt": "a"}', "data.jsonl:2: a record has no field 'text'; fields: txt"),
         (
             '{"text": null}',
             "data.jsonl:2: the field 'text' of a record must be a text, got NoneType",
