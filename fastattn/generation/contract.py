@@ -41,5 +41,18 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
+def batch_context(config: Any) -> tuple[str, int | None]:
+    """The most tokens of a sequence that others of any length may join, None for no limit, and the
+    field that says so.
+
+    It is n_positions; or short_positions, where longer sequences have other rotary frequencies
+    (`GPTConfig.short_positions`), which the padding of a batch must not bring in.
+    """
+    short = getattr(config, "short_positions", None)
+    if short is not None and short < config.n_positions:
+        return "short_positions", short
+    return "n_positions", config.n_positions
+
+
 def is_encoder_decoder(model: LanguageModel) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
