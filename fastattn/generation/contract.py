@@ -49,9 +49,7 @@ def batch_context(config: Any) -> tuple[str, int | None]:
     (`GPTConfig.short_positions`), which the padding of a batch must not bring in.
     """
     short = getattr(config, "short_positions", None)
-    if short is not None and short < config.n_positions:
-        return "short_positions", short
-    return "n_positions", config.n_positions
+    return ("n_positions", config.n_positions) if short is None else ("short_positions", short)
 
 
 def is_encoder_decoder(model: LanguageModel) -> bool:

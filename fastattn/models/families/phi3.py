@@ -34,8 +34,10 @@ def read_more(data: Mapping[str, Any]) -> dict[str, Any]:
 def write_more(config: GPTConfig) -> dict[str, Any]:
     data = decoder.write_more(config)
     data["rope_parameters"]["partial_rotary_factor"] = config.partial_rotary_factor
-    if config.short_positions is not None:
-        data[FIRST] = config.short_positions  # transformers reads it here, not beside the factors
+    if FIRST in data["rope_parameters"]:
+        data[FIRST] = data["rope_parameters"][
+            FIRST
+        ]  # transformers reads it here, not beside the factors
     return data
 
 

@@ -117,7 +117,7 @@ def bits_per_byte(
 def _context(model: Any, context: int | None) -> int:
     """The given one, else all positions of the model."""
     config = model.config
-    names = ("n_positions", "max_position_embeddings")
+    names = ("short_positions", "n_positions", "max_position_embeddings")
     most = next((value for name in names if (value := getattr(config, name, None))), None)
     if context is None and most is None:
         raise ValueError(

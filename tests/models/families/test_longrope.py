@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def test_what_would_pass_is_refused(ours: GPT) -> None:
         Engine(ours, pages=16).submit(within, max_new_tokens=5)
     with pytest.raises(ValueError, match="must fit into the model's short_positions = 24"):
         scoring.score(ours, [scoring.Row(within, beyond)])
+    shorter = dataclasses.replace(ours.config, n_positions=SHORT)
+    assert shorter.short_positions is None  # no sequence passes it
     with pytest.raises(ValueError, match="rope_scaling of an encoder"):
         EncoderConfig(positions="rotary", rope_scaling={**LONGROPE, "factor": 2.0})
 
