@@ -117,7 +117,7 @@ def bits_per_byte(
 
 def _context(model: Any, context: int | None) -> int:
     """The given one, else all positions of the model."""
-    most = longest_sequence(model)
+    most = getattr(model.config, "short_positions", None) or longest_sequence(model)
     if context is None and most is None:
         raise ValueError(
             f"context must be given: {type(model).__name__} has no limit of its own that its "
