@@ -46,7 +46,7 @@ from fastattn.training.data.order import Packed
 from fastattn.training.data.preparation import prepare
 from fastattn.training.history import History, Step
 from fastattn.training.objectives.causal import Causal
-from fastattn.training.state import TrainingState
+from fastattn.training.steps.state import TrainingState
 
 STEP, PACKING, SHARDS, CHECKPOINT = PARTS = ("step", "packing", "shards", "checkpoint")
 FASTER_STEP, FASTER_PACKED = 1.2, 1.5

@@ -17,7 +17,7 @@ import corpora
 from steps import CONFIGS, arguments, fastattn, scores
 
 from fastattn.files import write_text
-from fastattn.training import toml
+from fastattn.training.runs import toml
 
 SEEDS = 0, 1, 2
 TEXT = "我喜欢编程"

@@ -114,7 +114,7 @@ def _messages(polib: Any, name: str, content: bytes) -> Iterator[tuple[str, str]
 
 
 def _files(package: str, version: str) -> dict[str, bytes]:
-    """What a release on PyPI holds: its wheel, or its source archive where there is none.
+    """The files of a release on PyPI: its wheel, or its source archive where there is none.
 
     Raises:
         subprocess.CalledProcessError: pip cannot fetch it.

@@ -47,6 +47,6 @@ def fastattn(*words: object, lines: Sequence[str] = ()) -> str:
 
 
 def scores(folder: Path, data: str, *words: object) -> dict[str, float]:
-    """What `fastattn evaluate` measures of a folder's model."""
+    """The measures by `fastattn evaluate` of a folder's model."""
     measured = json.loads(fastattn("evaluate", folder, *words, "--data", data, "--json"))
     return measured["scores"]

@@ -110,7 +110,7 @@ class TextStream:
 
     Args:
         tokenizer: transformers'.
-        stops: texts that end it. What may be the beginning of one is held back.
+        stops: texts that end it. Whatever may begin one is held back.
 
     Attributes:
         stopped: whether a stop string has come.
@@ -138,7 +138,7 @@ class TextStream:
         return self._certain(self._held + new)
 
     def end(self) -> str:
-        """What was held back, and half a character as it is."""
+        """The text that was held back, and half a character as it is."""
         if self.stopped:
             return ""
         text = self._certain(self._held + self._decode()[len(self._decoded) :])

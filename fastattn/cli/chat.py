@@ -17,6 +17,7 @@ from typing import Any
 
 from fastattn.cli import answers
 from fastattn.generation import Engine
+from fastattn.generation.contract import batch_context
 
 Messages = list[dict[str, str]]
 
@@ -34,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = {**answers.sampling(arguments), "max_new_tokens": arguments.max_new_tokens}
     model, tokenizer = answers.load(arguments.folder, arguments, "fastattn chat")
-    context = model.config.n_positions
+    _, context = batch_context(model.config)
+    assert context is not None  # a decoder's
     if not 1 <= arguments.max_new_tokens < context:
         raise ValueError(
             f"--max-new-tokens must be from 1 to {context - 1}, for the model's context has "

@@ -26,7 +26,6 @@ import torch
 from fastattn import models
 from fastattn.cli.answers import add_model
 from fastattn.nn.mode import in_mode
-from fastattn.training import toml
 from fastattn.training.contract import Batch, Example, Objective
 from fastattn.training.data.formats import Documents, Sourced
 from fastattn.training.data.order import Shuffled
@@ -34,12 +33,13 @@ from fastattn.training.data.sources import read_records
 from fastattn.training.evaluation import metrics
 from fastattn.training.evaluation.perplexity import perplexity
 from fastattn.training.evaluation.translation import translations
-from fastattn.training.fields import filled
 from fastattn.training.objectives.causal import Causal
 from fastattn.training.objectives.classification import Classification
 from fastattn.training.objectives.question_answering import QuestionAnswering
 from fastattn.training.objectives.sequence_to_sequence import SequenceToSequence
 from fastattn.training.objectives.token_classification import TokenClassification
+from fastattn.training.runs import toml
+from fastattn.training.runs.fields import filled
 from fastattn.training.tokenizer import Tokenizer
 
 Scores = Mapping[str, float]
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _objective(model: Any, tokenizer: Tokenizer, overrides: Sequence[str]) -> Objective:
-    """What the model was trained for; labels and context are the model's unless they are given."""
+    """The objective of the model's class; labels and context are the model's unless given."""
     cls = OBJECTIVES[type(model)]
     table = toml.overridden({}, overrides)
     defaults = {field.name: field.default for field in dataclasses.fields(cls.settings_class)}
@@ -166,7 +166,7 @@ def _of_answers(
     records: Sequence[Sourced],
     arguments: argparse.Namespace,
 ) -> Scores:
-    """What the objective measures: of classes, of words, of answers in passages."""
+    """The objective's measures: of classes, of words, of answers in passages."""
     examples: list[Example] = list(_placed(records, objective.encode))
     batches = Shuffled(examples, objective, min(arguments.batch_size, len(examples)), seed=0)
     device = next(model.parameters()).device
@@ -183,7 +183,7 @@ def _of_answers(
 
 
 def _placed(records: Iterable[Sourced], made: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
-    """What is made of each record; an error begins with the record's place."""
+    """Whatever is made of each record; an error begins with the record's place."""
     for place, record in records:
         try:
             yield from made(record)

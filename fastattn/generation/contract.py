@@ -41,5 +41,16 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
+def batch_context(config: Any) -> tuple[str, int | None]:
+    """The most tokens of a sequence that others of any length may join, None for no limit, and the
+    field that says so.
+
+    It is n_positions; or short_positions, where longer sequences have other rotary frequencies
+    (`GPTConfig.short_positions`), which the padding of a batch must not bring in.
+    """
+    short = getattr(config, "short_positions", None)
+    return ("n_positions", config.n_positions) if short is None else ("short_positions", short)
+
+
 def is_encoder_decoder(model: LanguageModel) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))

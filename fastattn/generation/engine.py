@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastattn.generation import graphs, processors, sampling
-from fastattn.generation.contract import LanguageModel, is_encoder_decoder
+from fastattn.generation.contract import LanguageModel, batch_context, is_encoder_decoder
 from fastattn.generation.decoding import decode, no_token
 from fastattn.generation.paging import PagedMemory
 from fastattn.generation.prompts import read_prompts, special_tokens
@@ -88,7 +88,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.pages, self.page_size = pages, page_size
         # The padding of a chunk may reach further than the pages.
-        self._context: int | None = model.config.n_positions
+        self._limit, self._context = batch_context(model.config)
         longest = min(self._context or sys.maxsize, pages * page_size + prefill_chunk)
         width = -(-longest // page_size)
         self._scheduler = Scheduler(pages, page_size, max_batch, prefill_chunk, width)
@@ -212,7 +212,7 @@ class Engine:
         if self._context is not None and prompt + new > self._context:
             raise ValueError(
                 f"prompt_ids has {prompt} tokens; with max_new_tokens = {new} that is "
-                f"{prompt + new}, more than the model's n_positions = {self._context}"
+                f"{prompt + new}, more than the model's {self._limit} = {self._context}"
             )
         if prompt + new > self.longest:
             raise ValueError(

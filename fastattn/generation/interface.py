@@ -236,6 +236,13 @@ def _room(
             f"the longest prompt of input_ids has {longest} tokens; with max_new_tokens = {steps} "
             f"that is {longest + steps}, more than the model's n_positions = {n_positions}"
         )
+    short, shortest = getattr(model.config, "short_positions", None), min(map(len, prompts))
+    if short is not None and shortest <= short < longest + steps:
+        raise ValueError(
+            f"the prompts of input_ids have {shortest} to {longest} tokens; with max_new_tokens = "
+            f"{steps} some pass {short}, beyond which the rotary frequencies are others than those "
+            "that turned the keys in the cache: all must stay within, or all prompts be longer"
+        )
     return steps
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.generation.contract import is_encoder_decoder
+from fastattn.generation.contract import batch_context, is_encoder_decoder
 from fastattn.nn.checks import check_integer
 from fastattn.nn.mode import in_mode
 
@@ -86,7 +86,7 @@ def score(
                 f"{len(row.context)} and {len(row.tokens)}: let a text begin with a special token"
             )
     if ours:
-        _check_fit(rows, model.config.n_positions)
+        _check_fit(rows, *batch_context(model.config))
     scores: list[Scores | None] = [None] * len(rows)
     with torch.inference_mode(), in_mode(model, training=False):
         for batch in _batches(rows, batch_size):
@@ -105,12 +105,12 @@ def _generates(model: Any) -> bool:
     return asked is not None and bool(asked())
 
 
-def _check_fit(rows: Sequence[Row], positions: int) -> None:
+def _check_fit(rows: Sequence[Row], limit: str, positions: int | None) -> None:
     for i, row in enumerate(rows):
         count = len(row.context) + len(row.tokens) - 1
-        if count > positions:
+        if positions is not None and count > positions:
             raise ValueError(
-                f"rows must fit into the model's n_positions = {positions}; row {i} has {count} "
+                f"rows must fit into the model's {limit} = {positions}; row {i} has {count} "
                 "tokens to read: cut its context from the left"
             )
 
@@ -152,7 +152,9 @@ def _hidden(model: Any, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
     width = max(map(len, whole))
     reads_less = len(shared) * longest + len(rows) * rest < len(rows) * width
     # The padding of the rests has positions, too, which must exist.
-    if not min(map(len, prefixes)) or not reads_less or longest + rest > model.config.n_positions:
+    _, limit = batch_context(model.config)
+    fits = limit is None or longest + rest <= limit
+    if not min(map(len, prefixes)) or not reads_less or not fits:
         ids, ends = _padded(whole, device)
         return model.features(ids), ends
     ids, lengths = _padded(prefixes, device)

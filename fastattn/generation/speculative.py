@@ -64,6 +64,15 @@ class Speculation:
                 "speculation is for decoders: an encoder-decoder generates without draft_model and "
                 "prompt_lookup_num_tokens"
             )
+        longest = max(map(len, task.prompts)) + task.max_new_tokens
+        for one in (model, draft or model):
+            short = getattr(one.config, "short_positions", None)
+            if short is not None and longest > short:
+                raise ValueError(
+                    f"speculation takes back tokens, and beyond {short} the rotary frequencies "
+                    f"change: prompt and new tokens, {longest} together, must stay within; or "
+                    "generate without draft_model and prompt_lookup_num_tokens"
+                )
         if draft is None:
             return
         ours, theirs = model.config.vocab_size, draft.config.vocab_size
@@ -74,7 +83,6 @@ class Speculation:
             )
         if draft.device != model.device:
             raise ValueError(f"draft_model must be on {model.device}, got {draft.device}")
-        longest = max(map(len, task.prompts)) + task.max_new_tokens
         if draft.config.n_positions is not None and longest > draft.config.n_positions:
             raise ValueError(
                 f"draft_model must take prompt and new tokens, {longest} together, and has "

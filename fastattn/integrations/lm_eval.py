@@ -37,6 +37,7 @@ except ImportError as error:
 
 from fastattn import models
 from fastattn.generation import Engine, Request, Sampling
+from fastattn.generation.contract import batch_context
 from fastattn.generation.scoring import Row, score
 from fastattn.nn.checks import check_integer
 
@@ -89,7 +90,8 @@ class FastattnLM(TemplateLM):
         if not str(batch_size).isdecimal():
             raise ValueError(f"batch_size must be a number of requests, got {batch_size!r}")
         self.batch_size = check_integer("batch_size", int(batch_size), at_least=1)
-        positions = model.config.n_positions
+        _, positions = batch_context(model.config)
+        assert positions is not None  # a decoder's
         self.max_length = check_integer("max_length", max_length or positions, at_least=1)
         if self.max_length > positions:
             raise ValueError(

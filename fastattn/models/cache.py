@@ -64,6 +64,7 @@ class KVCache:
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = 0
+        self._short = config.short_positions if isinstance(config, GPTConfig) else None
         self.layers = [
             KeyValueCache(
                 torch.empty(shape, device=device, dtype=dtype),
@@ -76,7 +77,8 @@ class KVCache:
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Cut sequence b to ``lengths[b]`` tokens.
 
-        Raises ValueError unless there is a length for each sequence, from 0 to the tokens held.
+        Raises ValueError unless there is a length for each sequence, from 0 to the tokens held,
+        and on their side of the length at which the model's rotary frequencies change.
         """
         if len(lengths) != self.batch_size:
             raise ValueError(
@@ -86,6 +88,12 @@ class KVCache:
         if min(lengths) < 0 or max(lengths) > self.longest:
             raise ValueError(
                 f"lengths must be from 0 to the {self.longest} tokens that the cache holds, "
+                f"got {list(lengths)}"
+            )
+        if self._short is not None and min(lengths) <= self._short < self.longest and any(lengths):
+            raise ValueError(
+                f"lengths must be above {self._short}, or all 0: the cache holds sequences of "
+                f"{self.longest} tokens, whose keys were turned by other rotary frequencies, "
                 f"got {list(lengths)}"
             )
         self.lengths.copy_(torch.tensor(lengths, device="cpu"))

@@ -257,6 +257,18 @@ class GPTConfig:
         """How many elements of a head turn."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def short_positions(self) -> int | None:
+        """The longest sequence that "longrope" turns by its short factors; None where none passes.
+
+        The keys in a cache have been turned: a sequence there stays on its side of this length.
+        """
+        scaling = dict(self.rope_scaling or ()) if self.positions == "rotary" else {}
+        if scaling.get("rope_type") != "longrope":
+            return None
+        first = int(scaling["original_max_position_embeddings"])
+        return first if first < self.n_positions else None
+
     def resolved(self) -> GPTConfig:
         """The same model's config with each default and each name of several said in one way."""
         types = tuple(self.layer_type(layer) for layer in range(self.n_layer))

@@ -198,6 +198,8 @@ class EncoderConfig:
     def _check_rotary(self) -> None:
         if isinstance(self.rope_scaling, Mapping):
             self._settle("rope_scaling", tuple(check_scaling(self.rope_scaling).items()) or None)
+        if dict(self.rope_scaling or ()).get("rope_type") == "longrope":
+            raise ValueError('rope_scaling of an encoder must not be "longrope": only GPT has it')
         if self.positions == "rotary" and self.rotary_dim % 2:
             raise ValueError(
                 f"n_embd / n_head must be even for rotary positions, got {self.rotary_dim}"

@@ -23,7 +23,7 @@ from fastattn.models import folder, resizing
 from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.ids import check_ids
-from fastattn.models.packing import check_packed, packed_positions
+from fastattn.models.packing import check_packed, packed_lengths, packed_positions
 from fastattn.models.rotary import rotary_embeddings
 from fastattn.nn.plain import is_plain
 from fastattn.nn.transformer_block import NORMS
@@ -229,7 +229,8 @@ class GPT(folder.Pretrained):
     ) -> Tensor:
         """The hidden states before the head: (B, T) token ids, unchecked -> (B, T, C).
 
-        Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``.
+        Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``, or
+        with tokens in the cache ``config.short_positions``, where the rotary frequencies change.
         """
         seqlen = input_ids.shape[1]
         before = 0 if cache is None else cache.longest
@@ -238,13 +239,23 @@ class GPT(folder.Pretrained):
                 f"input_ids must have at most n_positions = {self.config.n_positions} tokens a "
                 f"sequence, got {seqlen}{f' after {before} in the cache' if before else ''}"
             )
+        short = self.config.short_positions
+        if short is not None and 0 < before <= short < before + seqlen:
+            raise ValueError(
+                f"input_ids has {seqlen} tokens after {before} in the cache, and beyond {short} "
+                "the rotary frequencies are others than those that turned the cache's keys: read "
+                "the whole sequence into an empty cache"
+            )
+        lengths = None
         if packed is not None:
             positions = packed_positions(packed.cu_seqlens, seqlen)
+            if short is not None:
+                lengths = packed_lengths(packed.cu_seqlens, seqlen)
         elif cache is None:
             positions = torch.arange(seqlen, device=input_ids.device)
         else:
             positions = cache.begin(seqlen)
-        rotary = {kind: angles(positions) for kind, angles in self.rotary.items()}
+        rotary = {kind: angles(positions, lengths) for kind, angles in self.rotary.items()}
         branch = self.wte(input_ids)  # (B, T, C)
         if self.config.embedding_scale != 1.0:
             branch = branch * self.config.embedding_scale

@@ -58,3 +58,13 @@ def packed_positions(starts: Tensor, tokens: int) -> Tensor:
     """
     places = torch.arange(tokens, device=starts.device)
     return places - starts[torch.bucketize(places, starts[1:], right=True)]
+
+
+def packed_lengths(starts: Tensor, tokens: int) -> Tensor:
+    """The length of each of ``tokens`` tokens' own sequence: (tokens,).
+
+    >>> packed_lengths(torch.tensor([0, 3, 3, 5]), 5)
+    tensor([3, 3, 3, 2, 2])
+    """
+    places = torch.arange(tokens, device=starts.device)
+    return starts.diff()[torch.bucketize(places, starts[1:], right=True)]

@@ -16,6 +16,8 @@ class RotaryConfig(Protocol):
     @property
     def n_layer(self) -> int: ...
     @property
+    def n_positions(self) -> int: ...
+    @property
     def positions(self) -> str: ...
     @property
     def rope_theta(self) -> float: ...
@@ -35,6 +37,8 @@ def rotary_embeddings(
     if config.positions != "rotary":
         return torch.nn.ModuleDict()
     scaling = None if config.rope_scaling is None else dict(config.rope_scaling)
+    if scaling is not None and scaling["rope_type"] == "longrope" and not scaling.get("factor"):
+        scaling["factor"] = config.n_positions / scaling["original_max_position_embeddings"]
     full = config.rope_theta, scaling
     local = full if config.rope_local_theta is None else (config.rope_local_theta, None)
     return torch.nn.ModuleDict(

@@ -19,7 +19,11 @@ SCALINGS: dict[str, tuple[str, ...]] = {
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+
+# Those that have a number for each frequency.
+PAIRWISE = ("short_factor", "long_factor")
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -33,7 +37,11 @@ class RotaryEmbedding(torch.nn.Module):
       (Llama 3.1);
     - "yarn": those that turn fewer than ``beta_slow`` times in the first context, none that turns
       more than ``beta_fast`` times, a ramp between; cos and sin times 0.1 ln(factor) + 1, or
-      ``attention_factor`` (Peng et al. 2023, arXiv:2309.00071).
+      ``attention_factor`` (Peng et al. 2023, arXiv:2309.00071);
+    - "longrope": each by a number of its own, of ``short_factor`` in a sequence that fits into the
+      first context and of ``long_factor`` in a longer one; cos and sin times
+      sqrt(1 + ln(factor) / ln(first context)), or ``attention_factor`` (Ding et al. 2024,
+      arXiv:2402.13753).
 
     The frequencies are no part of the ``state_dict``, and stay float32 where the module is cast.
 
@@ -42,7 +50,8 @@ class RotaryEmbedding(torch.nn.Module):
         theta: the base of the frequencies.
         scaling: None, or "rope_type" and its numbers by the names of Hugging Face's
             "rope_parameters": "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor".
+            "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+            "short_factor", "long_factor".
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -66,6 +75,12 @@ class RotaryEmbedding(torch.nn.Module):
         self.rotary_dim = rotary_dim
         self.theta = theta
         self.scaling = check_scaling(scaling)
+        for name in filter(self.scaling.__contains__, PAIRWISE):
+            if (count := len(self.scaling[name])) != rotary_dim // 2:
+                raise ValueError(
+                    f"{name} of the scaling must have rotary_dim / 2 = {rotary_dim // 2} numbers, "
+                    f"got {count}"
+                )
         self.attention_factor = _attention_factor(self.scaling)
         self.register_buffer("inv_freq", None, persistent=False)
         self.reset_parameters(device)
@@ -75,7 +90,8 @@ class RotaryEmbedding(torch.nn.Module):
         if device is None and self.inv_freq is not None:
             device = self.inv_freq.device
         if device is not None and torch.device(device).type == "meta":  # has nothing to compute
-            self.inv_freq = torch.empty(self.rotary_dim // 2, device="meta")
+            sides = (2,) if self._changes else ()
+            self.inv_freq = torch.empty(*sides, self.rotary_dim // 2, device="meta")
             return
         exponents = torch.arange(0, self.rotary_dim, 2, device=device, dtype=torch.float32)
         frequencies = self.theta ** -(exponents / self.rotary_dim)
@@ -87,13 +103,27 @@ class RotaryEmbedding(torch.nn.Module):
         self.reset_parameters()
         return self
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def _changes(self) -> bool:
+        """Whether the frequencies depend on the length: (2, rotary_dim / 2), short and long."""
+        return self.scaling.get("rope_type") == "longrope"
+
+    def forward(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """positions (batch, seqlen) or (seqlen,), integers -> cos and sin, both float32
         (batch or 1, seqlen, rotary_dim / 2).
+
+        ``lengths`` (seqlen,) are those of each position's sequence, where several lie in a row;
+        None: a row is one sequence, up to its last position. Only "longrope" looks at them.
         """
         if positions.dim() == 1:
             positions = positions.unsqueeze(0)
-        angles = positions.unsqueeze(-1) * self.inv_freq
+        frequencies = self.inv_freq
+        if self._changes:
+            if lengths is None:
+                lengths = positions.amax(-1, keepdim=True) + 1
+            passes = lengths > self.scaling["original_max_position_embeddings"]
+            frequencies = frequencies[passes.long()]
+        angles = positions.unsqueeze(-1) * frequencies
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
@@ -120,10 +150,25 @@ def check_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
     missing = [name for name in SCALINGS[kind] if scaling.get(name) is None]
     if missing:
         raise ValueError(f'the scaling "{kind}" needs {", ".join(missing)}')
+    if kind == "longrope":  # whose scale of cos and sin divides by the logarithm
+        first = "original_max_position_embeddings"
+        check_integer(f"{first} of the scaling", scaling[first], at_least=2)
     for name, value in scaling.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
             raise ValueError(f"{name} of the scaling must be positive, got {value}")
-    return dict(scaling)
+    return {
+        name: _check_factors(name, value) if name in PAIRWISE else value
+        for name, value in scaling.items()
+    }
+
+
+def _check_factors(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} of the scaling must be a list of numbers, got {values!r}")
+    for value in values:
+        if not 0 < check_number(f"each {name} of the scaling", value) < math.inf:
+            raise ValueError(f"each {name} of the scaling must be positive, got {value}")
+    return tuple(values)
 
 
 def _scaled(frequencies: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
@@ -134,6 +179,9 @@ def _scaled(frequencies: Tensor, theta: float, scaling: Mapping[str, Any]) -> Te
         return _llama3(frequencies, scaling)
     if kind == "yarn":
         return _yarn(frequencies, theta, scaling)
+    if kind == "longrope":
+        factors = scaling["short_factor"], scaling["long_factor"]
+        return frequencies / torch.tensor(factors, device=frequencies.device)
     return frequencies
 
 
@@ -161,11 +209,17 @@ def _yarn(frequencies: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tens
 
 
 def _attention_factor(scaling: Mapping[str, Any]) -> float:
-    """By what yarn multiplies cos and sin, so that the scores keep their entropy."""
-    if scaling.get("rope_type") != "yarn":
+    """By what yarn and longrope multiply cos and sin, so that the scores keep their entropy."""
+    kind = scaling.get("rope_type")
+    if kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
+    if kind == "longrope":
+        if scaling.get("factor") is None:
+            raise ValueError('the scaling "longrope" needs factor or attention_factor')
+        first = scaling["original_max_position_embeddings"]
+        return math.sqrt(1 + max(math.log(scaling["factor"]), 0.0) / math.log(first))
 
     def entropy(weight: float) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0

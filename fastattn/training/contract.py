@@ -1,7 +1,7 @@
-"""What the rooms of training agree on: an example, a batch, an objective, batches by their number.
+"""The words that the rooms share: an example, a batch, an objective, batches by their number.
 
     record       what a source has: a line of JSON, a row of a table, {"text": ...}
-    example      what an objective makes of it, once: named arrays of token ids, kept in shards
+    example      what an objective makes of it, once: named arrays of token ids, kept in files
     batch        arguments of the model, of some examples, made again in each epoch (masks drawn)
 
 Nothing here has a state: batch k of a run follows from the run's seed and k, so that a run which is
@@ -30,7 +30,7 @@ Interface = Literal["fastattn", "transformers"]  # whose names the model's argum
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with.
+    """The arguments of one call of a model, and how much of it counts.
 
     Attributes:
         arguments: of the model's forward, by name: tensors on the CPU, tuples of them, numbers.
@@ -51,7 +51,7 @@ class Batch:
 
 
 class Objective(abc.ABC):
-    """What a model learns from an example: one file each in `objectives/`.
+    """A task for a model, from a record of data to the loss: one file each in `objectives/`.
 
     Attributes:
         name: as a config has it.
@@ -84,7 +84,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, record: Record) -> Iterable[Example]:
-        """The examples of a record, none, one or several; called once, when shards are written.
+        """The examples of a record, none, one or several; called once, when the data are prepared.
 
         Raises ValueError for a record that does not fit; the message names the field.
         """
@@ -94,22 +94,34 @@ class Objective(abc.ABC):
         """One batch of examples; whatever is drawn comes from `random`."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings on which `encode` depends, as JSON: shards of others are not read."""
+        """The settings on which `encode` depends, as JSON: examples made by others are not
+        read."""
         return {"name": self.name, **dataclasses.asdict(self.settings)}
 
     @staticmethod
-    def text(record: Record, field: str) -> str:
+    def value(record: Record, field: str) -> Any:
+        """The value in a record's field.
+
+        Raises:
+            ValueError: the record has no such field.
+        """
+        if field not in record:
+            raise ValueError(
+                f"a record has no field {field!r}; fields: {', '.join(map(str, record)) or 'none'}"
+            )
+        return record[field]
+
+    @classmethod
+    def text(cls, record: Record, field: str) -> str:
         """The text in a record's field.
 
         Raises:
             ValueError: the record has no such field, or no text there.
         """
-        text = record.get(field)
+        text = cls.value(record, field)
         if not isinstance(text, str):
-            given = "no such field" if field not in record else type(text).__name__
             raise ValueError(
-                f"the field {field!r} of a record must be a text, got {given}; "
-                f"fields: {', '.join(map(str, record)) or 'none'}"
+                f"the field {field!r} of a record must be a text, got {type(text).__name__}"
             )
         return text
 
@@ -130,7 +142,7 @@ class Objective(abc.ABC):
         return loss_of(model(**batch.arguments))
 
     def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """What an evaluation shows: "loss", the mean over all targets, and what else there is.
+        """The figures of an evaluation: "loss", the mean over all targets, and others by name.
 
         `model` is in eval mode and without gradients, the batches on its device.
         """

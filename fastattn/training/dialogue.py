@@ -20,7 +20,7 @@ from fastattn.training.tokenizer import Tokenizer, Words
 
 SPEAKERS = ("system", "user", "assistant")
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
-# What a tokenizer gets that has no template: each turn in its own pair of tokens, as in ChatML.
+# For a tokenizer that has no template: each turn in its own pair of tokens, as in ChatML.
 TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}

@@ -243,7 +243,7 @@ class TensorBoard:
 
 
 class _News:
-    """What a growing record has that was not there the last time."""
+    """The entries of a growing record that were not there the last time."""
 
     def __init__(self) -> None:
         self.steps = self.evaluations = 0

@@ -20,17 +20,17 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from fastattn.nn.mode import in_mode
-from fastattn.training.average import Average
 from fastattn.training.checkpoints import Checkpoints
-from fastattn.training.config import TrainingConfig
+from fastattn.training.checkpoints.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.contract import Batch, Batches, Objective
-from fastattn.training.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.history import Evaluation, History, Step
-from fastattn.training.optimizers import optimizers_of
-from fastattn.training.precision import autocast, loss_scaler
-from fastattn.training.randomness import generators_kept, seed_step
-from fastattn.training.recomputation import recomputed_blocks
-from fastattn.training.state import TrainingState
+from fastattn.training.steps.average import Average
+from fastattn.training.steps.config import TrainingConfig
+from fastattn.training.steps.optimizers import optimizers_of
+from fastattn.training.steps.precision import autocast, loss_scaler
+from fastattn.training.steps.randomness import generators_kept, seed_step
+from fastattn.training.steps.recomputation import recomputed_blocks
+from fastattn.training.steps.state import TrainingState
 
 
 @torch.inference_mode(False)
@@ -54,7 +54,7 @@ def train(
 
     The same model, data, config and number of threads give the same bits on a CPU. With
     `checkpoints` a run goes on from the last one in its folder, and also one that was killed at any
-    moment and is called again ends with the same bits. What is drawn in a step, as for dropout,
+    moment and is called again ends with the same bits. All that is drawn in a step, as for dropout,
     follows from `config.seed` and the step; torch's, Python's and numpy's global generators are
     afterwards as they were. Ctrl-C ends the run: the model stays usable, with the steps made so
     far, and the record says `interrupted`.
@@ -245,9 +245,9 @@ def _checkpoint_due(checkpoints: Checkpoints, state: TrainingState, config: Trai
 def evaluate(
     model: torch.nn.Module, objective: Objective, batches: Batches, config: TrainingConfig
 ) -> dict[str, float]:
-    """What `objective` measures on each of the data's examples once, with "loss", in eval mode.
+    """The measures of `objective`, with "loss", over each of the data's examples once.
 
-    Afterwards each module of the model has its own mode again.
+    The model is in eval mode meanwhile; afterwards each module has its own mode again.
 
     Args:
         config: of it `precision` and `evaluation_tokens`, at which the data end.

@@ -191,7 +191,7 @@ def test_a_table(tmp_path: Path, chat_folder: Path, capsys: pytest.CaptureFixtur
         (["--metric", "bleu"], "--metric 'bleu' is none of this model's: perplexity, bits"),
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["fild=x"], "[objective] has no key 'fild': did you mean 'field'?"),
-        (["field=x"], "text.txt: the field 'x' of a record must be a text"),
+        (["field=x"], "text.txt: a record has no field 'x'; fields: text"),
         (["--context", "1000"], "context must be at most the model's 96 positions, got 1000"),
     ],
 )

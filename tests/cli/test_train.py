@@ -15,11 +15,12 @@ import torch
 import fastattn
 from fastattn.cli import main
 from fastattn.cli.train.progress import Progress, duration
-from fastattn.training import Tokenizer, loop, toml
+from fastattn.training import Tokenizer, loop
 from fastattn.training.history import Evaluation, History, Step
 from fastattn.training.objectives import OBJECTIVES
-from fastattn.training.run import opened
-from fastattn.training.settings import Run
+from fastattn.training.runs import toml
+from fastattn.training.runs.run import opened
+from fastattn.training.runs.settings import Run
 
 CONFIG = """
 [model.config]

@@ -35,9 +35,9 @@ from fastattn.training import (
     evaluate,
     train,
 )
+from fastattn.training.checkpoints.fingerprints import batches_digest
 from fastattn.training.contract import Batch
-from fastattn.training.fingerprints import batches_digest
-from fastattn.training.optimizers import muon_is_fast
+from fastattn.training.steps.optimizers import muon_is_fast
 
 
 def test_it_learns_and_records() -> None:

@@ -31,8 +31,8 @@ from fastattn.training import (
     tokenize,
     train,
 )
-from fastattn.training.optimizers import muon_is_fast
-from fastattn.training.precision import bfloat16_is_fast
+from fastattn.training.steps.optimizers import muon_is_fast
+from fastattn.training.steps.precision import bfloat16_is_fast
 
 PROMPTS = ("And God said unto", "And it came to pass", "酒店的房间", "这本书")
 DROPOUT = 0.1  # the text is read eight times

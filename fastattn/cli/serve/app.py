@@ -117,7 +117,7 @@ class Running:
                     self.requests.append(self._submit(task, prompt, len(self.requests)))
         except (TypeError, ValueError) as error:
             self.cancel()
-            long = "n_positions" in str(error) or "pages" in str(error)
+            long = "_positions" in str(error) or "pages" in str(error)
             code = "context_length_exceeded" if long else None
             param = "messages" if task.chat else "prompt"
             raise RequestError(str(error), param, code=code) from error

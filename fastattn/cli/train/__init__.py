@@ -19,12 +19,12 @@ import torch
 from fastattn.chips import peak_flops
 from fastattn.cli.train.progress import CLEAR, Progress, Samples, duration, reading
 from fastattn.cli.train.reference import reference
-from fastattn.training import toml
-from fastattn.training.building import longest_sequence
-from fastattn.training.estimate import estimated, flops_per_token
 from fastattn.training.optional import require
-from fastattn.training.run import MODEL, Prepared, fit, opened, prepare
-from fastattn.training.settings import Run
+from fastattn.training.runs import toml
+from fastattn.training.runs.estimate import estimated, flops_per_token
+from fastattn.training.runs.run import MODEL, Prepared, fit, opened, prepare
+from fastattn.training.runs.settings import Run
+from fastattn.training.sizes import longest_sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What a user sees of a run: a bar on a terminal, lines elsewhere, and samples of the model."""
+"""A run as its user sees it: a bar on a terminal, lines elsewhere, and samples of the model."""
 
 from __future__ import annotations
 

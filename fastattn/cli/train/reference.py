@@ -10,10 +10,10 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from fastattn.training.fields import accepted, is_required, sentences
 from fastattn.training.objectives import OBJECTIVES
-from fastattn.training.settings import LENGTHS, TABLES, config_class
-from fastattn.training.toml import written_value
+from fastattn.training.runs.fields import accepted, is_required, sentences
+from fastattn.training.runs.settings import LENGTHS, TABLES, config_class
+from fastattn.training.runs.toml import written_value
 
 WIDTH = 96
 

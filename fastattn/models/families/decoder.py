@@ -99,7 +99,7 @@ def rope_of(
     if kind == "default":
         return base, None
     first = "original_max_position_embeddings"
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         scaling[first] = data.get(first) or scaling.get(first) or data["max_position_embeddings"]
     return base, scaling
 

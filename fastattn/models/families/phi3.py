@@ -1,6 +1,6 @@
 """Phi 3 and 4 (Abdin et al. 2024, arXiv:2404.14219): packed projections, a part of a head turns.
 
-The rotary embeddings of the models for long texts ("longrope") are not computed.
+Those for texts of more than 4,096 tokens scale their rotary embeddings by "longrope".
 """
 
 from __future__ import annotations
@@ -12,24 +12,32 @@ from fastattn.models.config import GPTConfig
 from fastattn.models.families import decoder
 from fastattn.models.families.family import Family
 
+FIRST = "original_max_position_embeddings"
+
 
 def read_more(data: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary fields."""
     given = data.get("rope_scaling") or data.get("rope_parameters") or {}
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind != "default":  # "su" and "yarn" are older names of "longrope" in Phi 3
+    if kind in ("su", "yarn"):  # as files from before transformers 4.43 call it
+        kind = "longrope"
+    if kind not in ("default", "longrope"):
         raise ValueError(
-            f'"rope_type" is {kind!r}, and Phi 3 has only "default" here, as its models of up to '
-            "4,096 tokens have (fastattn.accelerate takes transformers' own model)"
+            f'"rope_type" is {kind!r}, and Phi 3 has only "default" and "longrope" '
+            "(fastattn.accelerate takes transformers' own model)"
         )
     share = given.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0
-    theta, _ = decoder.rope_of(given, data)
-    return {"rope_theta": theta, "partial_rotary_factor": share}
+    theta, scaling = decoder.rope_of({**given, "rope_type": kind}, data)
+    return {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": share}
 
 
 def write_more(config: GPTConfig) -> dict[str, Any]:
     data = decoder.write_more(config)
     data["rope_parameters"]["partial_rotary_factor"] = config.partial_rotary_factor
+    if FIRST in data["rope_parameters"]:
+        data[FIRST] = data["rope_parameters"][
+            FIRST
+        ]  # transformers reads it here, not beside the factors
     return data
 
 
@@ -46,6 +54,7 @@ FAMILY = Family(
     defaults={
         "vocab_size": 32064,
         "max_position_embeddings": 4096,
+        FIRST: 4096,
         "hidden_size": 3072,
         "intermediate_size": 8192,
         "num_hidden_layers": 32,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastattn.training.data.corpus import load_corpus, split_text
 from fastattn.training.data.order import Packed, Shuffled
 from fastattn.training.data.preparation import prepare
-from fastattn.training.data.shards import Examples
 from fastattn.training.data.sources import find_files, read_records
+from fastattn.training.data.storage import Examples
 from fastattn.training.data.streams import TokenSplit, Windows, tokenize
 
 __all__ = [

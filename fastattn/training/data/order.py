@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from fastattn.nn.checks import check_integer, check_positive
+from fastattn.nn.checks import check_integer, check_positive, check_seed
 from fastattn.training.contract import Batch, Batches, Example, Objective
-from fastattn.training.data.shards import Examples
+from fastattn.training.data.storage import Examples
 
-# What random numbers are for: each use has streams of its own.
+# The uses of random numbers; each has streams of its own.
 ORDER, TRAINING, EVALUATION = range(3)
 
 
@@ -30,7 +30,7 @@ class Shuffled(Batches):
     ) -> None:
         """
         Args:
-            seed: from 0 to 2**64 - 1: of the order, and of what `objective` draws.
+            seed: of the order, and of whatever `objective` draws.
 
         Raises:
             ValueError: there are fewer examples than one batch has; or an argument is out of range.
@@ -38,7 +38,7 @@ class Shuffled(Batches):
         self.examples = examples
         self.objective = objective
         self.batch_size = check_positive("batch_size", batch_size)
-        self.seed = _checked_seed(seed)
+        self.seed = _unsigned(seed)
         if len(examples) < batch_size:
             raise ValueError(
                 f"there are {len(examples)} examples, fewer than batch_size ({batch_size}): give "
@@ -79,7 +79,7 @@ class Packed(Batches):
     ) -> None:
         """
         Args:
-            seed: from 0 to 2**64 - 1: of the order, and of what `objective` draws.
+            seed: of the order, and of whatever `objective` draws.
 
         Raises:
             ValueError: the objective does not pack; its fields have not the same lengths; there are
@@ -89,7 +89,7 @@ class Packed(Batches):
         self.objective = objective
         self.tokens = check_positive("tokens", tokens)
         self.context = check_positive("context", context)
-        self.seed = _checked_seed(seed)
+        self.seed = _unsigned(seed)
         if not objective.packs:
             raise ValueError(
                 f"the objective {objective.name!r} needs whole examples: take Shuffled, with a "
@@ -189,7 +189,7 @@ def _bits(seed: int, use: int, number: int) -> numpy.random.Philox:
     return numpy.random.Philox(key=words[:2], counter=words[2:])
 
 
-def _checked_seed(seed: int) -> int:
-    if check_integer("seed", seed, at_least=0) >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {seed}")
-    return seed
+def _unsigned(seed: int) -> int:
+    """A seed as torch takes it, in 64 bits without a sign."""
+    check_seed("seed", check_integer("seed", seed))
+    return seed % 2**64

@@ -24,8 +24,8 @@ import fastattn
 from fastattn.files import folder_written_beside, local_path
 from fastattn.training.contract import Example, Objective
 from fastattn.training.data.formats import Documents, Sourced
-from fastattn.training.data.shards import BLOCK, FORMAT, INDEX, TABLE, Examples, checksums
 from fastattn.training.data.sources import AnyPath, find_files, read_records
+from fastattn.training.data.storage import BLOCK, FORMAT, INDEX, TABLE, Examples, checksums
 
 PENDING = 1 << 20  # values that are in memory before they are written
 # A field's file has the first of these that holds all its values: token ids of most vocabularies
@@ -125,7 +125,7 @@ def _write(
 
 
 class _Writer:
-    """Examples to the files of `shards`."""
+    """Examples to the files that `Examples` reads."""
 
     def __init__(self, folder: Path, fields: Sequence[str]) -> None:
         self.pending = 0
@@ -160,7 +160,7 @@ class _Writer:
         self.pending = 0
 
     def close(self) -> dict[str, Any]:
-        """What the index says of the files."""
+        """The index's entry for each file: dtype, count, checksums."""
         self.flush()
         columns = {**self._columns, TABLE: self._table}
         return {name: column.about() for name, column in columns.items()}

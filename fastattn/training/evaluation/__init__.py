@@ -1,1 +1,1 @@
-"""What a trained model is worth: figures on data that it has not seen."""
+"""How good a trained model is: figures on data that it has not seen."""

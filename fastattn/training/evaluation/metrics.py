@@ -130,7 +130,7 @@ def span_scores(
 
 
 def answer_tokens(text: str) -> list[str]:
-    """What of an answer is compared (Rajpurkar et al. 2016, arXiv:1606.05250).
+    """The part of an answer that is compared (Rajpurkar et al. 2016, arXiv:1606.05250).
 
     Lower case, without punctuation and the English articles, split at white space. Chinese
     characters are tokens of their own, as in CMRC 2018 and MLQA, since no space separates words.

@@ -21,6 +21,7 @@ import torch
 from fastattn.generation.scoring import Row, score
 from fastattn.nn.checks import check_integer
 from fastattn.training.evaluation import metrics
+from fastattn.training.sizes import longest_sequence
 from fastattn.training.tokenizer import Tokenizer
 
 
@@ -116,9 +117,7 @@ def bits_per_byte(
 
 def _context(model: Any, context: int | None) -> int:
     """The given one, else all positions of the model."""
-    config = model.config
-    names = ("n_positions", "max_position_embeddings")
-    most = next((value for name in names if (value := getattr(config, name, None))), None)
+    most = getattr(model.config, "short_positions", None) or longest_sequence(model)
     if context is None and most is None:
         raise ValueError(
             f"context must be given: {type(model).__name__} has no limit of its own that its "
@@ -126,7 +125,7 @@ def _context(model: Any, context: int | None) -> int:
         )
     if context is None:
         assert most is not None
-        return int(most)
+        return most
     check_integer("context", context, at_least=1)
     if most is not None and context > most:
         raise ValueError(f"context must be at most the model's {most} positions, got {context}")

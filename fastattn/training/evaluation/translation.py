@@ -19,7 +19,7 @@ def translations(
     batch_size: int = 16,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """What an encoder-decoder writes for each source, by beam search, without special tokens.
+    """The text that an encoder-decoder writes for each source, without special tokens.
 
     A source gets the tokens that it would get alone, as `fastattn.generation.generate` promises.
 

@@ -1,4 +1,4 @@
-"""What a model learns: an objective a file, each from a record to the loss."""
+"""The tasks that a model can learn: an objective a file, each from a record to the loss."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from fastattn.training.contract import Batch, Example, Interface, Objective, Rec
 from fastattn.training.dialogue import TEMPLATE, TURN_TOKENS, encode_dialogue
 from fastattn.training.evaluation.metrics import perplexity
 from fastattn.training.objectives.collation import packed_batch
-from fastattn.training.objectives.sequences import value_of
 from fastattn.training.tokenizer import Tokenizer
 
 
@@ -70,7 +69,7 @@ class Chat(Objective):
         self.end_of_turn = int(ids[answer][-1])
 
     def encode(self, record: Record) -> Iterable[Example]:
-        ids, answer = encode_dialogue(self.tokenizer, value_of(record, self.settings.field))
+        ids, answer = encode_dialogue(self.tokenizer, self.value(record, self.settings.field))
         if not answer.any():
             raise ValueError(
                 f"the field {self.settings.field!r} of a record has no message of the assistant"

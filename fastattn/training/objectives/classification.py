@@ -73,7 +73,7 @@ class Classification(Objective):
             )
 
     def encode(self, record: Record) -> Iterable[Example]:
-        label = sequences.value_of(record, self.settings.label_field)
+        label = self.value(record, self.settings.label_field)
         number = sequences.number_of(label, self.labels, self.settings.label_field)
         yield {**self.inputs(record), "label": numpy.array([number])}
 

@@ -204,7 +204,7 @@ class QuestionAnswering(Objective):
         return ranked(read, self.settings.unanswerable)[:count]
 
     def _readings(self, batch: Batch, output: Any, count: int) -> Iterable[Reading]:
-        """What the model finds in each window of a batch."""
+        """The answers that the model finds in each window of a batch."""
         starts, ends = (
             logits.float().cpu().numpy() for logits in (output.start_logits, output.end_logits)
         )
@@ -230,7 +230,7 @@ class QuestionAnswering(Objective):
     def _answers(self, record: Record, passage: str) -> tuple[list[str], int]:
         """The right texts, and where the first of them begins; 0 where there is none."""
         field = self.settings.answers_field
-        given = sequences.value_of(record, field)
+        given = self.value(record, field)
         given = given if isinstance(given, Mapping) else {}
         texts, starts = given.get("text"), given.get("answer_start")
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):

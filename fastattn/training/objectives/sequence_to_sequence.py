@@ -69,7 +69,7 @@ class SequenceToSequence(Objective):
         }
 
     def source_ids(self, text: str) -> numpy.ndarray:
-        """What the model reads of a text that it is to turn into another, (n,)."""
+        """The tokens that the model reads of a text, (n,): prefix, text, special tokens."""
         return self._encoded(self.settings.prefix + text, "max_source_length")
 
     def _encoded(self, text: str, limit: str) -> numpy.ndarray:

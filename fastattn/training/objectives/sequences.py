@@ -1,14 +1,13 @@
-"""What objectives with labels share: special tokens around texts, labels by name."""
+"""Parts of the objectives with labels: special tokens around texts, labels by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy
 from torch import Tensor
 
-from fastattn.training.contract import Batch, Example, Record
+from fastattn.training.contract import Batch, Example
 from fastattn.training.objectives.collation import padded, padded_inputs
 from fastattn.training.tokenizer import Layout, Tokenizer
 
@@ -73,15 +72,6 @@ def number_of(label: object, labels: Sequence[str], field: str) -> int:
         f"the field {field!r} of a record must be one of {', '.join(map(repr, labels))}, or its "
         f"number from 0 to {len(labels) - 1}; got {label!r}"
     )
-
-
-def value_of(record: Record, field: str) -> Any:
-    """What a record has in a field; ValueError if it has no such field."""
-    if field not in record:
-        raise ValueError(
-            f"a record has no field {field!r}; fields: {', '.join(map(str, record)) or 'none'}"
-        )
-    return record[field]
 
 
 def check_labels(labels: object) -> tuple[str, ...]:

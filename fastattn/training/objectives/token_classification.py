@@ -89,7 +89,7 @@ class TokenClassification(Objective):
         yield example
 
     def _list(self, record: Record, field: str) -> Sequence[object]:
-        value = sequences.value_of(record, field)
+        value = self.value(record, field)
         if isinstance(value, str) or not isinstance(value, Sequence) or not value:
             raise ValueError(
                 f"the field {field!r} of a record must be a list that is not empty, got {value!r}"

@@ -39,6 +39,10 @@ LLAMA3 = {
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.5, 2.0, 4.0, 5.5, 7.0, 9.0],
+}  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
 # (model_type, the changes that differ from SMALL); the first of each family is its usual form.
@@ -49,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "llama, longrope": ("llama", {"rope_parameters": {**LONGROPE, "factor": 3.0}}),
     "llama, linear": ("llama", {"rope_parameters": LINEAR, "hidden_act": "gelu_pytorch_tanh"}),
     "mistral": ("mistral", {"sliding_window": 9}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
@@ -82,6 +87,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "sliding_window": 9,
             "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "phi3, longrope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
+    ),
+    "phi3, longrope, a part of a head": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 24,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "rope_parameters": {
+                **LONGROPE,
+                "partial_rotary_factor": 0.75,
+                "attention_factor": 1.3,
+            },
         },
     ),
     "olmo2": ("olmo2", {}),

@@ -22,6 +22,9 @@ LAYERS = {
 }  # fmt: skip
 NO_KIND = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
 
+LONG = {"short_factor": [1.25] * 8, "long_factor": [2.5] * 8}
+FIRST = "original_max_position_embeddings"
+
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_silent_file_means_transformers_defaults(kind: str) -> None:
@@ -49,6 +52,9 @@ OLD: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"sliding_window_pattern": 3}),
     ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     ("phi3", {"rope_theta": 1e5, "partial_rotary_factor": 0.75, "rope_scaling": None}),
+    ("phi3", {"rope_scaling": {**LONG, "type": "longrope"}}),
+    ("phi3", {"rope_scaling": {**LONG, "type": "longrope"}, FIRST: 8}),
+    ("phi3", {"rope_scaling": {**LONG, "type": "su", FIRST: 8}, FIRST: 8}),
     ("olmo2", {"rope_theta": 5e5}),
 ]
 
@@ -91,8 +97,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
         '"sliding_attention" must not be scaled',
     ),
-    ("phi3", {"rope_scaling": {"type": "su"}}, "\"rope_type\" is 'su', and Phi 3 has only"),
-    ("phi3", {"rope_scaling": {"type": "longrope"}}, "\"rope_type\" is 'longrope', and Phi 3"),
+    ("phi3", {"rope_scaling": {"type": "linear"}}, "\"rope_type\" is 'linear', and Phi 3 has only"),
+    ("phi3", {"rope_scaling": {"type": "su"}}, '"longrope" needs short_factor, long_factor'),
     ("gpt2", {"add_cross_attention": True}, '"add_cross_attention" is True'),
 ]
 

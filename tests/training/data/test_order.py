@@ -58,7 +58,7 @@ def test_packed_rows_are_the_documents_joined_and_cut(
         evaluated = [pieces(batch) for batch in packed.once()]
     assert packed.per_epoch == total / tokens
 
-    # What was read: in each epoch all documents, whole and in some order.
+    # Read were in each epoch all documents, whole and in some order.
     of_number = {n: i for i, document in enumerate(documents) for n in document}
     stream = [n for row in rows for piece in row for n in piece]
     order: list[int] = []
@@ -119,6 +119,7 @@ def test_a_batch_follows_from_its_number_whatever_came_before(kind: str, tmp_pat
     batches += fresh().once()
     assert len({batch.arguments["drawn"] for batch in batches}) == len(batches)
     assert pieces(fresh(4).batch(0)) != pieces(expected[0])
+    assert fresh(-3).batch(7) == fresh(2**64 - 3).batch(7)  # one seed, as torch takes it
 
 
 def test_an_epoch_has_an_order_of_its_own() -> None:
@@ -146,7 +147,7 @@ def test_what_cannot_be_batched_is_refused(tmp_path: Path) -> None:
         Shuffled(examples, Numbers(), 3, 0)
     with pytest.raises(ValueError, match=r"there are 6 tokens, fewer than a batch has \(7\)"):
         Packed(examples, Numbers(), 7, 7, 0)
-    for seed in (-1, 2**64):
+    for seed in (-(2**63) - 1, 2**64):
         with pytest.raises(ValueError, match="seed must be"):
             Shuffled(examples, Numbers(), 2, seed)
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):

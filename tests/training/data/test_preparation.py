@@ -19,7 +19,7 @@ from training.data.counted import Numbers, NumbersSettings, Pairs, write_records
 
 from fastattn.training import Tokenizer, load_corpus
 from fastattn.training.contract import Objective
-from fastattn.training.data import Examples, Packed, preparation, prepare, shards
+from fastattn.training.data import Examples, Packed, preparation, prepare, storage
 from fastattn.training.objectives.causal import Causal
 from fastattn.training.objectives.chat import Chat
 
@@ -41,7 +41,7 @@ def test_examples_are_those_that_were_made(
 ) -> None:
     monkeypatch.setattr(preparation, "PENDING", pending)
     monkeypatch.setattr(preparation, "BLOCK", block)
-    monkeypatch.setattr(shards, "BLOCK", block)
+    monkeypatch.setattr(storage, "BLOCK", block)
     draw = random.Random(pending * block)
     ranges = [(0, 255), (0, 65535), (-100, 65535), (-(2**31), 2**31 - 1), (-(2**63), 2**63 - 1)]
 
@@ -249,7 +249,7 @@ def test_processes_at_once_share_the_work(tmp_path: Path) -> None:
 
 
 def test_damage_is_found_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "BLOCK", 64)
+    monkeypatch.setattr(storage, "BLOCK", 64)
     path = write_records(tmp_path / "data.jsonl", [{"ids": [[i] * 8 for i in range(100)]}])
     folder = prepare(path, Numbers(), tmp_path / "examples").folder
     file = folder / "ids.bin"
@@ -322,7 +322,7 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(
     causal = Causal(Tokenizer.train(["some text"], vocab_size=300))
     path = tmp_path / "data.jsonl"
     for line, message in [
-        ('{"txt": "a"}', "data.jsonl:2: the field 'text' of a record must be a text, got no such"),
+        ('{"txt": "a"}', "data.jsonl:2: a record has no field 'text'; fields: txt"),
         (
             '{"text": null}',
             "data.jsonl:2: the field 'text' of a record must be a text, got NoneType",

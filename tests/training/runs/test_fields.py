@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fastattn.training.fields import FieldError, accepted, converted, filled, sentences
+from fastattn.training.runs.fields import FieldError, accepted, converted, filled, sentences
 
 
 @dataclass(frozen=True)

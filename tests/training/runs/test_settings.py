@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fastattn.cli.train.reference import reference
-from fastattn.training import toml
-from fastattn.training.fields import FieldError, names, sentences
 from fastattn.training.objectives import OBJECTIVES
-from fastattn.training.settings import TABLES, Run, config_class
+from fastattn.training.runs import toml
+from fastattn.training.runs.fields import FieldError, names, sentences
+from fastattn.training.runs.settings import TABLES, Run, config_class
 
 DOCUMENTED = [
     *TABLES.values(),

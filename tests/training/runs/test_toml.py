@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastattn.training import toml
+from fastattn.training.runs import toml
 
 if sys.version_info < (3, 11):
     pytest.importorskip("tomli")

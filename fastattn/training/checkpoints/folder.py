@@ -34,10 +34,10 @@ from torch import Tensor
 
 from fastattn.files import local_path
 from fastattn.nn.checks import check_integer, check_number
-from fastattn.training import durable
-from fastattn.training.fingerprints import as_json, difference
+from fastattn.training.checkpoints import durable
+from fastattn.training.checkpoints.fingerprints import as_json, difference
 from fastattn.training.optional import require
-from fastattn.training.state import TrainingState
+from fastattn.training.steps.state import TrainingState
 
 NAME = re.compile(r"step-(\d{6,})")
 UNFINISHED = ".unfinished-"  # being written, or being removed
@@ -181,8 +181,8 @@ class Checkpoints:
     def restore(self, state: TrainingState, fingerprint: Mapping[str, Any]) -> bool:
         """Go on from the last good checkpoint; False if there is none.
 
-        What a killed save left is removed. A damaged checkpoint is passed over with a warning, and
-        renamed.
+        Whatever a killed save left is removed. A damaged checkpoint is passed over with a warning,
+        and renamed.
 
         Raises:
             ValueError: the last good one is of another run; the message names the key.

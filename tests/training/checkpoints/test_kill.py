@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("safetensors")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def _killed(folder: Path, *arguments: str) -> list[str]:

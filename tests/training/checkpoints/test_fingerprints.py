@@ -1,4 +1,4 @@
-"""What tells runs and batches apart."""
+"""Fingerprints tell runs and batches apart."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import torch
 from training.small import model
 
 from fastattn.nn import PackedSequences
+from fastattn.training.checkpoints.fingerprints import (
+    as_json,
+    batches_digest,
+    difference,
+    model_fingerprint,
+)
 from fastattn.training.contract import Batch
-from fastattn.training.fingerprints import as_json, batches_digest, difference, model_fingerprint
 
 ARGUMENTS: dict[str, Any] = {
     "input_ids": torch.arange(6).view(2, 3),

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 from fastattn.chips import peak_flops
-from fastattn.training.estimate import Allocated, flops_per_token
+from fastattn.training.runs.estimate import Allocated, flops_per_token
 
 B, T = 3, 32
 

@@ -162,7 +162,7 @@ def checksums(path: Path) -> list[int]:
 
 
 def _files_of(folder: Path) -> dict[str, Any]:
-    """What the index says of each file: dtype, count, checksums."""
+    """The index's entry for each file: dtype, count, checksums."""
     path = folder / INDEX
     try:
         files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]

@@ -12,8 +12,8 @@ import torch
 import fastattn
 from fastattn.training import Tokenizer
 from fastattn.training.objectives import OBJECTIVES
-from fastattn.training.run import Prepared, fit, opened, prepare
-from fastattn.training.settings import Run
+from fastattn.training.runs.run import Prepared, fit, opened, prepare
+from fastattn.training.runs.settings import Run
 
 ENCODER = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
 DECODER = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}

@@ -100,7 +100,7 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def sentences(cls: type) -> dict[str, str]:
-    """What the "Attributes:" of a dataclass's docstring say of each of its fields.
+    """The sentence on each field in the "Attributes:" of a dataclass's docstring.
 
     An entry is "name: text" or "name, name: text"; its further lines are indented deeper.
     """

@@ -10,10 +10,11 @@ import torch
 
 import fastattn
 from fastattn import models
-from fastattn.training import adapters
 from fastattn.training.contract import Objective, Record
 from fastattn.training.optional import require
-from fastattn.training.settings import ModelSettings, TokenizerSettings
+from fastattn.training.runs import adapters
+from fastattn.training.runs.settings import ModelSettings, TokenizerSettings
+from fastattn.training.sizes import longest_sequence, text_config
 from fastattn.training.tokenizer import Tokenizer
 
 
@@ -165,21 +166,6 @@ def _of_transformers(
     return made, missing
 
 
-def longest_sequence(model: Any) -> int | None:
-    """How many tokens a sequence of the model may have; None for no limit."""
-    config = _text_config(model)
-    longest: int | None = getattr(
-        config, "n_positions", getattr(config, "max_position_embeddings", None)
-    )
-    return longest
-
-
-def _text_config(model: Any) -> Any:
-    """A config of transformers may hold one for each kind of input."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def check_length(model: Any, name: str, length: int) -> None:
     """Raise ValueError where the setting `name` allows sequences longer than the model's."""
     longest = longest_sequence(model)
@@ -203,7 +189,7 @@ def _stop_at(model: Any, token: int) -> None:
 
 
 def _check_vocabulary(model: Any, objective: Objective) -> None:
-    size = _text_config(model).vocab_size
+    size = text_config(model).vocab_size
     if size < objective.tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer has {objective.tokenizer.vocab_size} tokens, and the model's "

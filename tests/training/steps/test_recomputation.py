@@ -14,7 +14,7 @@ from training.small import (
     with_changes,
 )
 
-from fastattn.training.recomputation import recomputed_blocks
+from fastattn.training.steps.recomputation import recomputed_blocks
 
 
 def test_results_are_the_same_bits_with_dropout() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastattn.training.config import TrainingConfig
+from fastattn.training.steps.config import TrainingConfig
 
 
 def optimizers_of(model: torch.nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:

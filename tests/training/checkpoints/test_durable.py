@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.training import durable
+from fastattn.training.checkpoints import durable
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A small run that is killed with SIGKILL, again and again, and then goes on to its end.
 
-    python tests/training/killed.py FOLDER --moments 20 --seed 0 --operations 5 9 61
+    python tests/training/checkpoints/killed.py FOLDER --moments 20 --seed 0 --operations 5 9 61
 
 Prints a line for each kill, and exits with 1 if a run that was killed does not end bit for bit as
 one that never was: weights, optimiser, averaged weights, record, metrics, the checkpoints kept.

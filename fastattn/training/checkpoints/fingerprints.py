@@ -1,4 +1,4 @@
-"""What tells one run from another, and one batch: JSON and hashes."""
+"""Fingerprints that tell runs and batches apart: JSON and hashes."""
 
 from __future__ import annotations
 

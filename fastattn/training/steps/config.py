@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastattn.nn.checks import check_integer, check_number, check_seed
-from fastattn.training.schedules import SCHEDULES
+from fastattn.training.steps.schedules import SCHEDULES
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")

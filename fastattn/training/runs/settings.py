@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from fastattn import models
 from fastattn.nn.checks import check_integer, check_number
-from fastattn.training.config import TrainingConfig
 from fastattn.training.contract import Objective
 from fastattn.training.data.formats import Documents
-from fastattn.training.fields import FieldError, converted, filled, names, nearest
 from fastattn.training.objectives import OBJECTIVES
+from fastattn.training.runs.fields import FieldError, converted, filled, names, nearest
+from fastattn.training.steps.config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastattn.files import local_path
-from fastattn.training.fields import NONE
 from fastattn.training.optional import require
+from fastattn.training.runs.fields import NONE
 
 KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 

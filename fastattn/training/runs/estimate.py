@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from fastattn import models
 from fastattn.nn.mode import in_mode
-from fastattn.training.config import TrainingConfig
 from fastattn.training.contract import Batches, Objective
 from fastattn.training.loop import train
-from fastattn.training.optimizers import optimizers_of
-from fastattn.training.precision import autocast
-from fastattn.training.recomputation import recomputed_blocks
+from fastattn.training.sizes import text_config
+from fastattn.training.steps.config import TrainingConfig
+from fastattn.training.steps.optimizers import optimizers_of
+from fastattn.training.steps.precision import autocast
+from fastattn.training.steps.recomputation import recomputed_blocks
 
 
 def flops_per_token(model: Any, context: int) -> float | None:
@@ -32,8 +33,7 @@ def flops_per_token(model: Any, context: int) -> float | None:
     frozen weight has no gradient: 4 in place of 6. None where the tokens do not all pass through
     all layers, as in an encoder-decoder, and for configs without these sizes.
     """
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     if isinstance(model, models.EncoderDecoder) or getattr(config, "is_encoder_decoder", False):
         return None
     layers = getattr(config, "n_layer", getattr(config, "num_hidden_layers", None))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from training.small import model
 
-from fastattn.training.optimizers import block_matrices, decay_groups
+from fastattn.training.steps.optimizers import block_matrices, decay_groups
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:

@@ -14,7 +14,7 @@ import torch
 from fastattn.training.optional import require
 
 if TYPE_CHECKING:
-    from fastattn.training.settings import ModelSettings
+    from fastattn.training.runs.settings import ModelSettings
 
 
 def add(model: torch.nn.Module, settings: ModelSettings) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.training.average import Average
 from fastattn.training.history import History
+from fastattn.training.steps.average import Average
 
 
 @dataclass
 class TrainingState:
-    """What a step changes. The generators are not in it: each step seeds them.
+    """All that a step changes. The generators are not in it: each step seeds them.
 
     Attributes:
         average: of the weights; None without one.

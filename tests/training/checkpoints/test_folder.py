@@ -30,7 +30,8 @@ from training.small import (
 )
 
 import fastattn
-from fastattn.training import Checkpoints, History, Windows, durable, loop, train
+from fastattn.training import Checkpoints, History, Windows, loop, train
+from fastattn.training.checkpoints import durable
 
 pytest.importorskip("safetensors")
 Whole = tuple[History, dict[str, torch.Tensor]]
@@ -308,7 +309,7 @@ def test_a_full_disk_loses_nothing(
 
 
 def test_a_file_that_cannot_grow_is_an_error_in_a_line(tmp_path: Path) -> None:
-    """What safetensors raises is no OSError by itself."""
+    """The error that safetensors raises is no OSError by itself."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
