@@ -35,9 +35,8 @@ def write_more(config: GPTConfig) -> dict[str, Any]:
     data = decoder.write_more(config)
     data["rope_parameters"]["partial_rotary_factor"] = config.partial_rotary_factor
     if FIRST in data["rope_parameters"]:
-        data[FIRST] = data["rope_parameters"][
-            FIRST
-        ]  # transformers reads it here, not beside the factors
+        # transformers reads it here, not beside the factors
+        data[FIRST] = data["rope_parameters"][FIRST]
     return data
 
 
