@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -122,12 +124,13 @@ def train(
                     if not _finite(loss, norm, state.scaler):
                         raise FloatingPointError(_trouble(step, loss, norm, batches, checkpoints))
                     rate = config.learning_rate_at(step)
-                    updating = True
-                    _update(state, step, rate, norm)
-                    seconds = time.perf_counter() - start
-                    tokens = sum(batch.tokens for batch in batches)
-                    history.add(Step(step, loss, rate, norm, tokens, seconds))
-                    updating = False
+                    with _interrupts_deferred():
+                        updating = True
+                        _update(state, step, rate, norm)
+                        seconds = time.perf_counter() - start
+                        tokens = sum(batch.tokens for batch in batches)
+                        history.add(Step(step, loss, rate, norm, tokens, seconds))
+                        updating = False
                     progress()
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
@@ -183,6 +186,29 @@ def _update(state: TrainingState, step: int, rate: float, norm: float) -> None:
     if state.average is not None:
         state.average.update(step)
     state.model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: half an update could not be saved."""
+    # Only the main thread is interrupted, and only it may set a handler.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+
+    former = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        # None is a handler that Python did not set and cannot set again.
+        signal.signal(signal.SIGINT, signal.default_int_handler if former is None else former)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _finite(loss: float, norm: float, scaler: torch.amp.GradScaler) -> bool:

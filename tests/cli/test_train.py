@@ -112,7 +112,8 @@ def test_the_same_command_goes_on(train: Train, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(loop, "seed_step", interrupted)
     code, out, _ = train()
-    assert code == 130 and "interrupted after 4 steps; the same command goes on from there" in out
+    assert code == 130 and "interrupted after 4 steps" in out
+    assert "the same command goes on from out/checkpoints/step-000004" in out
     assert not Path("out/model").exists()
     monkeypatch.setattr(loop, "seed_step", real)
     code, out, _ = train()
@@ -147,6 +148,8 @@ def test_a_changed_config_is_refused_with_its_key(train: Train) -> None:
     code, _, err = train("training.steps=2", "training.learning_rate=0.5")
     assert code == 1 and err.count("\n") == 1
     assert "training.learning_rate is 0.001 there and 0.5 here" in err
+    code, _, err = train("training.steps=3")
+    assert code == 1 and "training.steps is 2 there and 3 here" in err and "train that on" in err
     Path("texts.txt").write_text(TEXTS[60:], encoding="utf-8")
     code, _, err = train("training.steps=2")
     assert code == 1 and "data.training is " in err
@@ -165,7 +168,7 @@ def test_a_changed_config_is_refused_with_its_key(train: Train) -> None:
         (["model.config.vocab_size=100"], "the tokenizer has 300 tokens"),
         (["training.context=64"], "[training] context is 64, and the model has 32 positions"),
         (["training.batch_size=1000"], "fewer than a batch has (16000)"),
-        (["output.folder=texts.txt"], "[output] folder is a file"),
+        (["output.folder=texts.txt"], "[output] folder texts.txt is a file"),
         (["output.folder=."], "[output] folder . holds 'config.toml' and no run"),
         (["objective.name=masked", "tokenizer.vocab_size=none", "tokenizer.folder=plain"], "no 'mask' token"),
         (["model.device=tpu"], "device must be"),

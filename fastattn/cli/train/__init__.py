@@ -88,7 +88,8 @@ def _fit(prepared: Prepared, samples: Samples) -> int:
     finally:
         progress.close()
     if history.interrupted:
-        print(f"interrupted after {len(history.steps)} steps; the same command goes on from there")
+        last = prepared.checkpoints.last
+        print(f"interrupted after {len(history.steps)} steps; the same command goes on from {last}")
         return 130
     best = history.best if prepared.run.output.best else None
     of = f"after step {history.steps[-1].step}" if best is None else (

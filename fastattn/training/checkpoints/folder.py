@@ -241,7 +241,7 @@ class Checkpoints:
             raise OSError(
                 f"the checkpoint of step {state.step} could not be written to {self.folder} "
                 f"({reason}); the last good one is {self.last or 'none'}. Make "
-                "room there and start the run again: it goes on from that one"
+                "room there and start the run again: it goes on from the last good one"
             ) from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)

@@ -112,7 +112,7 @@ def _write(
             try:
                 for example in objective.encode(record):
                     writer.add(number, example)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
             if writer.pending >= PENDING:
                 writer.flush()

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,8 @@ from fastattn.training.tokenizer import Tokenizer
 
 SETTINGS, TOKENIZER, CHECKPOINTS = "run.toml", "tokenizer", "checkpoints"
 METRICS, BOARD, CURVE, MODEL = "metrics.jsonl", "tensorboard", "loss.png", "model"
+# The schedule follows from the number of steps, so that more of them are another run.
+_EXTENDED = ', whose [model] folder may be this one\'s "model": train that on'
 OnProgress = Callable[[History], None]
 
 
@@ -81,7 +82,7 @@ def opened(run: Run) -> Iterator[Checkpoints]:
     """
     folder = local_path("folder", run.output.folder)
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "[output] folder is a file", str(folder))
+        raise NotADirectoryError(f"[output] folder {folder} is a file: give a folder")
     known = (CHECKPOINTS, SETTINGS)
     if folder.is_dir() and not (folder / SETTINGS).is_file():
         others = sorted(path.name for path in folder.iterdir() if path.name not in known)
@@ -193,6 +194,7 @@ def _settle(run: Run, folder: Path, checkpoints: Checkpoints) -> None:
             raise ValueError(
                 f"[output] folder {folder} has checkpoints of another run: {differs}. Set it back "
                 "to go on, or give this run a folder of its own"
+                f"{_EXTENDED if differs.startswith('training.steps ') else ''}"
             )
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     write_text(file, toml.written(run.tables()))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from training.small import (
 )
 
 import fastattn
-from fastattn.training import Checkpoints, History, Windows, train
+from fastattn.training import Checkpoints, History, Windows, loop, train
 from fastattn.training.checkpoints import durable
 
 pytest.importorskip("safetensors")
@@ -361,3 +362,20 @@ def test_the_files_are_plain(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused(name: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=name):
         Checkpoints(**{"folder": "here", name: value})
+
+
+def test_ctrl_c_in_an_update_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop._update
+
+    def update(state: Any, step: int, *rest: Any) -> None:
+        if step == 3:  # no multiple of the two steps between checkpoints
+            signal.raise_signal(signal.SIGINT)
+        real(state, step, *rest)
+
+    monkeypatch.setattr(loop, "_update", update)
+    handler = signal.getsignal(signal.SIGINT)
+    history, _ = _run(tmp_path)
+    assert history.interrupted and len(history.steps) == 3 and _steps(tmp_path)[-1] == 3
+    assert signal.getsignal(signal.SIGINT) is handler

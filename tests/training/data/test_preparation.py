@@ -21,6 +21,7 @@ from fastattn.training import Tokenizer, load_corpus
 from fastattn.training.contract import Objective
 from fastattn.training.data import Examples, Packed, preparation, prepare, storage
 from fastattn.training.objectives.causal import Causal
+from fastattn.training.objectives.chat import Chat
 
 
 def as_lists(examples: Examples) -> list[dict[str, list[int]]]:
@@ -332,6 +333,10 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(
         path.write_text('{"text": "good"}\n' + line)
         with pytest.raises(ValueError, match=message):
             prepare(path, causal, home)
+    chat = Chat(Tokenizer.train(["some text"], vocab_size=300, extra_tokens=Chat.extra_tokens))
+    write_records(path, [{"messages": "hello"}])
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: messages must be a list"):
+        prepare(path, chat, home)
     write_records(path, [{"ids": []}])
     with pytest.raises(ValueError, match="the objective 'numbers' made no example of the records"):
         prepare(path, Numbers(), home)
