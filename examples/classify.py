@@ -4,8 +4,8 @@
     python examples/classify.py runs/classify
 
 An encoder is pre-trained by masked LM on 16,000 reviews; that encoder, and one with new weights,
-then learn from 2,000 labelled reviews, three times each, with other seeds. Printed is the accuracy on
-1,000 reviews that neither has seen. At the end a text of yours is classified.
+then learn from 2,000 labelled reviews, three times each, with other seeds. Printed is the accuracy
+on 1,000 reviews that neither has seen. At the end a text is classified.
 """
 
 from __future__ import annotations
