@@ -4,7 +4,7 @@
     python examples/classify.py runs/classify
 
 An encoder is pre-trained by masked LM on 16,000 reviews; that encoder, and one with new weights,
-then learn from 2,000 labelled reviews, three times each, with other seeds. Printed is the accuracy
+then learn from 500 labelled reviews, three times each, with other seeds. Printed is the accuracy
 on 1,000 reviews that neither has seen. At the end a text is classified.
 """
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = arguments(__doc__ or "", argv)
     out, small = asked.folder, asked.small
     rows = corpora.extract("reviews") if small else corpora.reviews()
-    held_out, labelled = (100, 60) if small else (1000, 2000)
+    held_out, labelled = (100, 60) if small else (1000, 500)
     test = corpora.write(rows[:held_out], out / "test.jsonl")
     train = corpora.write(rows[held_out : held_out + labelled], out / "labelled.jsonl")
     texts = [{"text": row["text"]} for row in rows[held_out:]]
