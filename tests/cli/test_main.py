@@ -52,8 +52,8 @@ def test_a_command_line_that_cannot_be_read_exits_with_2(
     ("argv", "message"),
     [
         (["--steps", "0"], "steps must be at least 1, got 0"),
-        (["--device", "tpu"], '--device must be "auto", "cpu", "cuda" or "cuda:N"; got \'tpu\''),
-        (["--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (["--device", "tpu"], 'device must be "auto", "cpu", "cuda" or "cuda:N", got \'tpu\''),
+        (["--device", "cuda:99"], "device 'cuda:99': torch sees"),
     ],
 )
 def test_a_users_error_is_a_line_and_exits_with_1(

@@ -19,6 +19,7 @@ import fastattn
 from fastattn.cli.demo import pretrained, swapped, trained
 from fastattn.files import write_text
 from fastattn.training.optional import require
+from fastattn.training.runs.building import device_named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     for package in ("tokenizers", "matplotlib"):
         require(package, "train", "the demo")
     require("transformers", "hf", "the demo").utils.logging.disable_progress_bar()
-    device = _device(arguments.device)
+    device = device_named(arguments.device)
     size = trained.QUICK if arguments.quick else trained.FULL
     config = trained.configuration(size, arguments.steps, arguments.seed, device)
     folder: Path = arguments.out
@@ -86,20 +87,3 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\nIn {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     print(f"Took {time.perf_counter() - started:.0f} s.")
     return 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f'--device must be "auto", "cpu", "cuda" or "cuda:N"; got {name!r}')
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-            "fastattn doctor says more"
-        )
-    return device
