@@ -1,0 +1,74 @@
+"""How a run's processes are laid out: four numbers, and the mesh of devices that they make.
+
+    replicate   copies of the model, each with batches of its own         DDP, HSDP
+    shard       processes that share one copy's weights and states        FSDP2
+    context     processes that share each sequence                        ring attention
+    tensor      processes that share each matrix                          DTensor plans
+
+Their product is the number of processes. Neighbours in the innermost dimension, tensor, talk most
+and are processes of consecutive ranks, so of one machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastattn.nn.checks import check_integer
+
+DIMENSIONS = ("replicate", "shard", "context", "tensor")  # outermost first
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How a model and its data are divided among the processes that torchrun starts.
+
+    Attributes:
+        replicate: copies of the model, each trained on batches of its own.
+        shard: processes among which each copy's weights, gradients and optimiser states lie
+            (FSDP2); they too have batches of their own. 0 for all processes that the other numbers
+            leave.
+        context: processes among which each sequence lies (ring attention).
+        tensor: processes among which each layer's heads and columns lie, and the vocabulary.
+        offload: whether sharded weights and optimiser states lie in the memory of the CPU.
+
+    Raises:
+        TypeError, ValueError: a number is not an integer in range; the message names it.
+    """
+
+    replicate: int = 1
+    shard: int = 0
+    context: int = 1
+    tensor: int = 1
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for name in DIMENSIONS:
+            check_integer(name, getattr(self, name), at_least=0 if name == "shard" else 1)
+        if not isinstance(self.offload, bool):
+            raise TypeError(f"offload must be True or False, got {self.offload!r}")
+
+    def sizes(self, processes: int) -> tuple[int, ...]:
+        """The sizes of DIMENSIONS for so many processes.
+
+        Raises:
+            ValueError: their product is another number.
+        """
+        given = self.replicate * self.context * self.tensor
+        shard = self.shard or max(1, processes // given)
+        if given * shard != processes:
+            raise ValueError(
+                f"[distributed] replicate={self.replicate}, shard={self.shard}, "
+                f"context={self.context} and tensor={self.tensor} make "
+                f"{given * shard} processes, and there are {processes}: start "
+                f"torchrun --nproc-per-node {given * shard}, or change the numbers"
+            )
+        return self.replicate, shard, self.context, self.tensor
+
+
+def mesh_of(config: DistributedConfig, device_type: str) -> DeviceMesh:
+    """The mesh of all processes, with the names DIMENSIONS, and sizes of 1 among them."""
+    sizes = config.sizes(torch.distributed.get_world_size())
+    return init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS)
