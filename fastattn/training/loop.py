@@ -21,11 +21,11 @@ import torch
 
 from fastattn.nn.mode import in_mode
 from fastattn.training.checkpoints import Checkpoints
-from fastattn.training.checkpoints.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.contract import Batch, Batches, Objective
 from fastattn.training.distributed.agreement import check_settings, check_tensors
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.share import Share
+from fastattn.training.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.history import Evaluation, History, Step
 from fastattn.training.steps.average import Average
 from fastattn.training.steps.config import TrainingConfig
