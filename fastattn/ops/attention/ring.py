@@ -309,7 +309,6 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         call: _Call = ctx.call
         ring, precision = call.ring, lse.dtype
-        # Not even where no gradient comes: the other processes wait for the parts.
         dout = torch.zeros_like(out) if dout is None else dout
         dq = torch.zeros_like(q, dtype=precision)
         arriving: _Transfer | None = None
