@@ -15,7 +15,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastattn.nn import PackedSequences, SequencePart
 from fastattn.ops.attention import zigzag
@@ -31,8 +30,8 @@ ARGUMENTS = {"input_ids", "targets", "packed", "keep_logits"}
 def part_of(batch: Batch, group: ProcessGroup, rank: int, size: int) -> Batch:
     """The part of a causal batch that process `rank` of the `size` processes of `group` reads.
 
-    Rows are padded at their end to a multiple of 2 * size tokens, in a packed row by a sequence of
-    its own. No target counts there.
+    A packed row is padded at its end to a multiple of 2 * size tokens, by a sequence of its own, in
+    which no target counts.
 
     Args:
         batch: of `models.GPT`, as the objectives causal and chat make it: input_ids and targets of
@@ -44,7 +43,7 @@ def part_of(batch: Batch, group: ProcessGroup, rank: int, size: int) -> Batch:
         the weight counted makes 0.
 
     Raises:
-        ValueError: the batch has other arguments.
+        ValueError: the batch has other arguments, or rows that are not packed and do not divide.
     """
     names = set(batch.arguments)
     if not {"input_ids", "targets"} <= names <= ARGUMENTS:
@@ -57,22 +56,22 @@ def part_of(batch: Batch, group: ProcessGroup, rank: int, size: int) -> Batch:
     ids, targets = arguments["input_ids"], arguments["targets"]
     tokens = ids.shape[1]
     length = tokens + -tokens % (2 * size)
-    places = zigzag.places(rank, size, length, ids.device)
-    arguments["input_ids"] = _padded(ids, length, 0)[:, places]
-    arguments["targets"] = _padded(targets, length, IGNORED)[:, places]
-    packed = arguments.get("packed")
-    if packed is not None and length > tokens:
-        starts, longest = packed
+    if length > tokens:
+        if arguments.get("packed") is None:
+            raise ValueError(
+                f"rows of {tokens} tokens do not divide into two pieces for each of {size} "
+                f"processes: set training.context to a multiple of {2 * size}"
+            )
+        starts, longest = arguments["packed"]
         arguments["packed"] = PackedSequences(
             F.pad(starts, (0, 1), value=length), max(longest, length - tokens)
         )
+    places = zigzag.places(rank, size, length, ids.device)
+    arguments["input_ids"] = F.pad(ids, (0, length - tokens))[:, places]
+    arguments["targets"] = F.pad(targets, (0, length - tokens), value=IGNORED)[:, places]
     arguments["part"] = SequencePart(group, length)
     counted = int((arguments["targets"] != IGNORED).sum())
     if not counted:
         arguments["targets"][0, 0] = 0
     read = len(ids) * int((places < tokens).sum())
     return dataclasses.replace(batch, arguments=arguments, counted=counted, tokens=read)
-
-
-def _padded(rows: Tensor, length: int, value: int) -> Tensor:
-    return F.pad(rows, (0, length - rows.shape[1]), value=value)
