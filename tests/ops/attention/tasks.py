@@ -148,13 +148,15 @@ def bytes_sent(rank: int, ring: Ring) -> tuple[int, int, int]:
     return forward, sent, sum(x.nbytes for x in leaves[1:])
 
 
-def refusal(rank: int, changes: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
-    """The error of a call of `ring_attention` on this process."""
-    tensors = {
-        name: torch.randn(*shapes.get(name, shapes.get("all", (1, 4, 2, 8)))) for name in "qkv"
-    }
-    try:
-        ring_attention(**{**tensors, "group": dist.group.WORLD, **changes})
-    except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
+def refusals(rank: int, calls: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """The errors of calls of `ring_attention` with (other arguments, other shapes)."""
+    said = []
+    for changes, shapes in calls:
+        usual = shapes.get("all", (1, 4, 2, 8))
+        tensors = {name: torch.randn(*shapes.get(name, usual)) for name in "qkv"}
+        try:
+            ring_attention(**{**tensors, "group": dist.group.WORLD, **changes})
+            said.append("nothing was raised")
+        except (TypeError, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said

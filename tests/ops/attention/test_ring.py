@@ -76,27 +76,28 @@ def test_bytes_sent(size: int, dtype: torch.dtype) -> None:
         assert backward == (size - 1) * own + size * own * 4 // dtype.itemsize
 
 
-@pytest.mark.parametrize(
-    ("changes", "shapes", "message"),
-    [
-        ({}, {"all": (1, 5, 2, 8)}, "ValueError: q, k and v must .* one even length; got 5 .* 5"),
-        ({}, {"q": (1, 2, 2, 8)}, "ValueError: q, k and v must .* got 2 queries and 4 keys"),
-        ({}, {"all": (1, 0, 2, 8)}, "ValueError: q, k and v must .* got 0 queries"),
-        ({}, {"k": (1, 4, 2, 6)}, "ValueError: k must have q's head_dim 8"),
-        ({"group": None}, {}, "TypeError: group must be a torch.distributed.ProcessGroup"),
-        ({"causal": "top_left"}, {}, "ValueError: causal must be True or False"),
-        ({"window": (1,)}, {}, "ValueError: window must be"),
-        ({"dropout_p": 0.1}, {}, "TypeError: .* unexpected keyword argument 'dropout_p'"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, {}, "ValueError: cu_seqlens must go from 0 to the 4"),
-        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, {}, "not decreasing"),
-        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, {}, "ValueError: cu_seqlens must go"),
-        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, {}, "TypeError: cu_seqlens must be int32"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, {"all": (2, 4, 2, 8)}, "batch must be 1; got 2"),
-    ],
-)  # fmt: skip
-def test_errors(changes: Any, shapes: Any, message: str) -> None:
-    (said,) = processes.run(1, tasks.refusal, changes, shapes)
-    assert re.search(message, said), said
+# What changes in a call that is right, the shapes of its tensors, and the error.
+ERRORS: list[tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = [
+    ({}, {"all": (1, 5, 2, 8)}, "ValueError: q, k and v must .* one even length; got 5 .* 5"),
+    ({}, {"q": (1, 2, 2, 8)}, "ValueError: q, k and v must .* got 2 queries and 4 keys"),
+    ({}, {"all": (1, 0, 2, 8)}, "ValueError: q, k and v must .* got 0 queries"),
+    ({}, {"k": (1, 4, 2, 6)}, "ValueError: k must have q's head_dim 8"),
+    ({"group": None}, {}, "TypeError: group must be a torch.distributed.ProcessGroup"),
+    ({"causal": "top_left"}, {}, "ValueError: causal must be True or False"),
+    ({"window": (1,)}, {}, "ValueError: window must be"),
+    ({"dropout_p": 0.1}, {}, "TypeError: .* unexpected keyword argument 'dropout_p'"),
+    ({"cu_seqlens": torch.tensor([0, 3])}, {}, "ValueError: cu_seqlens must go from 0 to the 4"),
+    ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, {}, "not decreasing"),
+    ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, {}, "ValueError: cu_seqlens must go"),
+    ({"cu_seqlens": torch.tensor([0.0, 4.0])}, {}, "TypeError: cu_seqlens must be int32"),
+    ({"cu_seqlens": torch.tensor([0, 4])}, {"all": (2, 4, 2, 8)}, "batch must be 1; got 2"),
+]  # fmt: skip
+
+
+def test_errors() -> None:
+    said = processes.run(1, tasks.refusals, [(changes, shapes) for changes, shapes, _ in ERRORS])[0]
+    for words, (_, _, message) in zip(said, ERRORS):
+        assert re.search(message, words), words
 
 
 def test_without_processes() -> None:

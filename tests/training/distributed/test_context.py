@@ -8,7 +8,7 @@ from typing import Any
 import processes
 import pytest
 import torch
-from training.distributed import context_tasks
+from training.distributed import context_tasks, tasks
 
 from fastattn.nn import PackedSequences, SequencePart
 from fastattn.ops.cross_entropy import IGNORED
@@ -67,6 +67,29 @@ def test_on_more_processes(name: str, size: int) -> None:
 @pytest.mark.parametrize("changes", [{}, LLAMA], ids=["GPT-2", "Llama"])
 def test_with_sharded_weights(changes: dict[str, Any]) -> None:
     processes.run(4, context_tasks.sharded, changes)
+
+
+@pytest.mark.parametrize(
+    ("count", "numbers"),
+    [
+        pytest.param(2, {"context": 2}, id="CP"),
+        pytest.param(4, {"replicate": 2, "context": 2}, id="DDP x CP", marks=pytest.mark.long),
+        pytest.param(4, {"shard": 2, "context": 2}, id="FSDP x CP", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_is_the_same(count: int, numbers: dict[str, Any]) -> None:
+    changes = {"steps": 3, "accumulation": 3}
+    ((weights, steps, losses),) = processes.run(1, tasks.trained, {}, changes, {})
+    for theirs, their_steps, their_losses in processes.run(
+        count, tasks.trained, numbers, changes, {}
+    ):
+        for (loss, norm, tokens), (their_loss, their_norm, their_tokens) in zip(steps, their_steps):
+            assert their_tokens == tokens == 3 * 4 * 16
+            assert their_loss == pytest.approx(loss, rel=1e-5)
+            assert their_norm == pytest.approx(norm, rel=1e-4)
+        assert their_losses == pytest.approx(losses, rel=1e-5)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_of_attention_is_refused() -> None:
