@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from fastattn.training.contract import Batch
+from fastattn.training.distributed.context import part_of
 from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.distributed.processes import Processes, losses_named
 from fastattn.training.steps.config import TrainingConfig
@@ -121,8 +122,14 @@ class Parallel:
         return 0 if self.mesh is None else -(-len(numbers) // self.readers)
 
     def part(self, batch: Batch) -> Batch:
-        """This process's part of each of the batch's sequences."""
-        return batch
+        """This process's part of each of the batch's sequences.
+
+        Raises:
+            ValueError: as `context.part_of`.
+        """
+        if self.mesh is None or self.context == 1:
+            return batch
+        return part_of(batch, self.mesh.get_group("context"), self._place, self.context)
 
     def summed(self, *values: float) -> list[float]:
         """The sums over all processes that have different tokens; all must call it."""
