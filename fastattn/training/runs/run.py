@@ -32,12 +32,12 @@ import torch
 from fastattn.files import folder_written_beside, local_path, write_text
 from fastattn.models import GPTConfig
 from fastattn.training.checkpoints import Checkpoints, save_model
-from fastattn.training.checkpoints.fingerprints import difference
 from fastattn.training.contract import Objective
 from fastattn.training.data.order import Packed, Shuffled
 from fastattn.training.data.preparation import prepare as prepare_examples
 from fastattn.training.data.sources import read_records
 from fastattn.training.data.storage import Examples
+from fastattn.training.fingerprints import difference
 from fastattn.training.history import History, JsonLines, TensorBoard
 from fastattn.training.loop import train
 from fastattn.training.runs import adapters, building, toml

@@ -32,6 +32,7 @@ from training.small import (
 import fastattn
 from fastattn.training import Checkpoints, History, Windows, loop, train
 from fastattn.training.checkpoints import durable
+from fastattn.training.distributed.processes import Processes
 
 pytest.importorskip("safetensors")
 Whole = tuple[History, dict[str, torch.Tensor]]
@@ -170,8 +171,8 @@ def test_only_what_is_trained_is_saved_to_go_on(tmp_path: Path) -> None:
         subject.norm_f.weight.requires_grad_(True)
         how = {"on_progress": _stop_at(4)} if number else {}
         trained(subject, SHORT, checkpoints=Checkpoints(tmp_path / str(number)), **how)
-    saved = load_file(tmp_path / "1" / "step-000004" / "weights.safetensors")
-    assert set(saved) == {"norm_f.weight"}
+    saved = load_file(tmp_path / "1" / "step-000004" / "tensors.safetensors")
+    assert {name for name in saved if "optimizer" not in name} == {"weight.norm_f.weight"}
     again = model()
     again.requires_grad_(False)
     again.norm_f.weight.requires_grad_(True)
@@ -207,8 +208,8 @@ def test_lora_by_peft_goes_on_too(tmp_path: Path) -> None:
     ("damage", "told"),
     [
         (
-            lambda f: (f / "weights.safetensors").write_bytes(b"x"),
-            "weights.safetensors has 1 bytes",
+            lambda f: (f / "tensors.safetensors").write_bytes(b"x"),
+            "tensors.safetensors has 1 bytes",
         ),
         (lambda f: os.truncate(f / "state.json", 20), "state.json has 20 bytes"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
@@ -303,7 +304,7 @@ def test_a_full_disk_loses_nothing(
         with pytest.raises(OSError, match=r"step 4 could not be written to .*No space.*000003\. M"):
             _run(tmp_path)
     assert not list(tmp_path.glob(".unfinished*"))
-    assert durable.damage(tmp_path / "step-000003") is None
+    assert durable.damage(tmp_path / "step-000003", Processes("cpu")) is None
     history, again = _run(tmp_path)
     assert history == whole[0] and same(weights(again), whole[1])
 
