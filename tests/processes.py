@@ -23,7 +23,9 @@ import torch
 
 SECONDS = 120  # after which a run has hung
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fastattn", "torch.distributed.tensor", "fastattn.training"])
+_context.set_forkserver_preload(
+    ["fastattn.training", "torch.distributed.tensor", "torch.distributed.checkpoint"]
+)
 
 
 class Failed(AssertionError):

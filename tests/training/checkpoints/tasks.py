@@ -2,64 +2,149 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
+import itertools
+import os
+import shutil
+import signal
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch.distributed.tensor import DTensor
 from training import small
 from training.distributed.tasks import parallel
 
 from fastattn.training import Checkpoints, History, TrainingConfig
+from fastattn.training.distributed.processes import losses_named
 
-STEPS = 6
 CONFIG: TrainingConfig = small.with_changes(
-    steps=STEPS, accumulation=4, batch_size=2, evaluation_interval=100, ema_decay=0.8
+    steps=6, accumulation=4, batch_size=2, evaluation_interval=100, ema_decay=0.8
 )
+SHARDED: dict[str, Any] = {"shard": 2}
+COPIES: dict[str, Any] = {"replicate": 2}
+
+
+@dataclass
+class Result:
+    """What a run left: its weights, whole; its record; where it went on from; what it warned of."""
+
+    weights: dict[str, torch.Tensor]
+    history: History
+    start: int
+    warned: list[str]
 
 
 class Stopped(Exception):
-    """Raised on all ranks, as by a machine that is turned off."""
+    """Raised on all ranks at one step, as if the machine were turned off."""
 
 
-def run(
-    rank: int,
-    folder: Path,
-    numbers: dict[str, Any],
-    stop: int | None = None,
-    trouble: Callable[[int], None] | None = None,
-    **changes: Any,
-) -> tuple[dict[str, torch.Tensor], list[tuple[float, int]], int, list[str]]:
-    """A run with a checkpoint every two steps, or its first `stop` steps.
-
-    Returns its weights, loss and tokens of each step, the step that it went on from, warnings.
-    """
-    if trouble is not None:
-        trouble(rank)
-    subject = small.model(seed=rank if changes.pop("differs", False) else 0, dropout=0.1)
-    config = small.dataclasses.replace(CONFIG, **changes)
+def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, **changes: Any) -> Result:
+    """A run with dropout and a checkpoint every two steps, or only the first `stop` steps."""
+    subject = small.model(dropout=0.1)
     seen: list[int] = []
 
     def progress(history: History) -> None:
         seen.append(len(history.steps))
-        if stop is not None and len(history.steps) == stop:
+        if len(history.steps) == stop:
             raise Stopped
 
+    history = History()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
+        with contextlib.suppress(Stopped):
             history = small.trained(
-                subject, config, validation=None, parallel=parallel(**numbers),
-                checkpoints=Checkpoints(folder, every_steps=2, keep=9), on_progress=progress,
+                subject, dataclasses.replace(CONFIG, **changes), validation=None,
+                parallel=parallel(**numbers), on_progress=progress,
+                checkpoints=Checkpoints(folder, every_steps=2, keep=9),
             )  # fmt: skip
-        except Stopped:
-            return {}, [], 0, []
     weights = {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
         for name, value in subject.state_dict().items()
     }
     told = [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
-    steps = [(step.loss, step.tokens) for step in history.steps]
-    return weights, steps, seen[0] if seen[0] > 1 else 0, told
+    return Result(weights, history, seen[0] if seen[0] != 1 else 0, told)
+
+
+def one(rank: int, *args: Any, **changes: Any) -> Result:
+    return run(*args, **changes)
+
+
+def two(rank: int, folder: Path) -> dict[str, Result]:
+    """Runs of two processes: whole, and gone on with, by whatever wrote the checkpoint.
+
+    "alone" is there, by one process.
+    """
+    results = {"whole": run(folder / "whole", SHARDED)}
+    run(folder / "parted", SHARDED, 5)
+    copied(rank, folder / "parted", "again", "copies", "damaged", "one")
+    if rank == 0:
+        (file,) = (folder / "damaged" / "step-000004").glob("shard-00002-*")
+        file.unlink()
+    results["again"] = run(folder / "again", SHARDED)
+    results["copies"] = run(folder / "copies", COPIES)
+    results["damaged"] = run(folder / "damaged", SHARDED)
+    results["alone"] = run(folder / "alone", SHARDED)
+    return results
+
+
+def copied(rank: int, folder: Path, *names: str) -> None:
+    """Copies of a folder beside it, for all ranks."""
+    if rank == 0:
+        for name in names:
+            shutil.copytree(folder, folder.with_name(name))
+    torch.distributed.barrier()
+
+
+def at_write(rank: int, victim: int, number: int, action: Callable[[], None]) -> None:
+    """Have `action` come before the `number`th time, from 0, that the victim writes its part."""
+    if rank != victim:
+        return
+    count, save = itertools.count(), safetensors.torch.save
+
+    def acting(*args: Any, **how: Any) -> bytes:
+        if next(count) == number:
+            action()
+        return save(*args, **how)
+
+    safetensors.torch.save = acting
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def unwritten(rank: int, folder: Path) -> str:
+    """The error of a run in which rank 1 cannot write the second checkpoint."""
+    at_write(rank, 1, 1, full)
+    try:
+        run(folder, SHARDED)
+    except OSError as error:
+        return str(error)
+    return "no error"
+
+
+def lost(rank: int, folder: Path) -> None:
+    """A run whose rank 1 is killed while it writes the second checkpoint."""
+    at_write(rank, 1, 1, killed)
+    with losses_named():
+        run(folder, SHARDED)
+
+
+def apart(rank: int, folder: Path) -> str:
+    """The error of a run whose processes see folders of their own."""
+    try:
+        run(folder / str(rank), SHARDED)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
