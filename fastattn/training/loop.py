@@ -123,7 +123,7 @@ def train(
         if config.activation_checkpointing:
             stack.enter_context(recomputed_blocks(model))
         if checkpoints is not None:
-            stack.enter_context(checkpoints)
+            parallel.processes.together(lambda: stack.enter_context(checkpoints))
             if checkpoints.restore(state, identity):
                 progress()
         first, updating = state.step, False

@@ -74,6 +74,7 @@ class Checkpoints:
         asynchronous: whether training goes on while a checkpoint is written, from a copy of the
             state in the memory of the CPU. One at a time: the next waits for the last, and raises
             its error.
+        processes: of a run on several, all of which call the same methods; the first has the lock.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -89,6 +90,7 @@ class Checkpoints:
         save_model: Callable[[torch.nn.Module, Path], None] = save_model,
         fingerprint: Mapping[str, Any] | None = None,
         asynchronous: bool = True,
+        processes: Processes | None = None,
     ) -> None:
         self.folder = local_path("folder", folder)
         if every_steps is not None:
@@ -100,6 +102,8 @@ class Checkpoints:
         self.keep = check_integer("keep", keep, at_least=1)
         self.fingerprint = dict(fingerprint or {})
         self.asynchronous = asynchronous
+        self.processes = processes or Processes("auto")
+        self._writers = self.processes  # in the thread that writes
         self._save_model = save_model
         self._lock: int | None = None
         self._entered = 0
@@ -109,21 +113,30 @@ class Checkpoints:
         self._beside = Beside()
 
     def __enter__(self) -> Checkpoints:
-        """Lock the folder. All processes of a run must call it.
+        """Lock the folder, by the first process.
 
         Raises:
-            RuntimeError: another run has it, or the processes do not see the same folder.
+            RuntimeError: another run has it.
             OSError: it cannot be made or written to.
         """
-        if self._entered == 0:
-            self._processes = Processes("cpu")
-            token = self._processes.gathered(secrets.token_hex(8))[0]
+        if self._entered == 0 and self.processes.leads:
             try:
-                self._processes.together(lambda: self._locked(token))
-                self._processes.together(lambda: self._seen(token))
-            except BaseException:
-                self._unlock()
-                raise
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise OSError(
+                    f"checkpoints cannot be written to {self.folder} ({error.strerror}): give a "
+                    "folder that can be made and written to"
+                ) from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise RuntimeError(
+                    f"another run is training in {self.folder}: wait for it or stop it, or give "
+                    "this one a folder of its own"
+                ) from None
+            self._lock = lock
         self._entered += 1
         return self
 
@@ -136,9 +149,11 @@ class Checkpoints:
         self._entered -= 1
         if self._entered == 0:
             # Another process may be lost, for which the one being written would wait.
-            hurry = error is not None and self._processes.count > 1
+            hurry = error is not None and self.processes.count > 1
             self._beside.join(LOST_SECONDS if hurry else None)
-            self._unlock()
+            if self._lock is not None:
+                os.close(self._lock)  # which unlocks it, as the end of the process does
+                self._lock = None
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""
@@ -187,8 +202,12 @@ class Checkpoints:
 
         Raises:
             ValueError: the last good one is of another run or version; the message names the key.
+            RuntimeError: the processes do not see the same folder.
         """
-        processes = self._processes
+        processes = self.processes
+        if processes.count > 1:
+            self._check_shared()
+            self._writers = Processes("cpu")
         processes.together(self._remove_unfinished)
         self._saved_at = time.monotonic()
         for step in reversed(processes.gathered(self.steps())[0]):
@@ -215,7 +234,7 @@ class Checkpoints:
                 named.
         """
         self.wait()
-        processes, step = self._processes, state.step
+        processes, step = self.processes, state.step
         beside = self.folder / f"{UNFINISHED}{self.path(step).name}"
         content = {**state.scalars(), "fingerprint": as_json(fingerprint), "format": FORMAT}
         best = None if state.history.best is None else state.history.best.step
@@ -233,10 +252,10 @@ class Checkpoints:
 
         def rest_written() -> None:
             with self._writing(step, beside):
-                tensors.write(copies, beside, processes)
-                processes.together(lambda: self._finished(beside, content))
-                durable.seal(beside, processes)
-                processes.together(lambda: self._named(beside, step, best))
+                tensors.write(copies, beside, self._writers)
+                self._writers.together(lambda: self._finished(beside, content))
+                durable.seal(beside, self._writers)
+                self._writers.together(lambda: self._named(beside, step, best))
             self._last = step
 
         first, self._newest = self._last is None, step
@@ -245,57 +264,34 @@ class Checkpoints:
         if first or not self.asynchronous:
             self.wait()
 
-    def _locked(self, token: str) -> None:
-        """Lock the folder for the run, by its first process, and leave `token` there."""
-        if not self._processes.leads:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise OSError(
-                f"checkpoints cannot be written to {self.folder} ({error.strerror}): give a "
-                "folder that can be made and written to"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise RuntimeError(
-                f"another run is training in {self.folder}: wait for it or stop it, or give "
-                "this one a folder of its own"
-            ) from None
-        self._lock = lock
-        os.ftruncate(lock, 0)
-        if self._processes.count > 1:
-            os.write(lock, token.encode())
-
-    def _seen(self, token: str) -> None:
-        """Check that this process sees the folder that the first one has locked."""
-        file = self.folder / LOCK
-        if self._processes.count == 1:
-            return
-        if not file.is_file() or file.read_text(encoding="utf-8") != token:
-            raise RuntimeError(
-                f"{self.folder} is not the same folder for all processes: give one on a file "
-                "system that all machines share"
-            )
-
-    def _unlock(self) -> None:
+    def _check_shared(self) -> None:
+        """Check that all processes see the folder that the first one has locked."""
+        token = self.processes.gathered(secrets.token_hex(8))[0]
         if self._lock is not None:
-            os.close(self._lock)  # which unlocks it, as the end of the process does
-            self._lock = None
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, token.encode())
+        self.processes.gathered(None)  # it is written
+
+        def seen() -> None:
+            file = self.folder / LOCK
+            if not file.is_file() or file.read_text(encoding="utf-8") != token:
+                raise RuntimeError(
+                    f"{self.folder} is not the same folder for all processes: give one on a file "
+                    "system that all machines share"
+                )
+
+        self.processes.together(seen)
 
     def _last_whole(self) -> Path | None:
         return None if self._last is None else self.path(self._last)
 
     def _remove_unfinished(self) -> None:
-        if self._processes.leads:
+        if self.processes.leads:
             for left in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(left)
 
     def _pass_over(self, path: Path, damage: str) -> None:
-        if self._processes.leads:
+        if self.processes.leads:
             aside = self.folder / f"damaged-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -329,7 +325,7 @@ class Checkpoints:
             yield
         except BaseException as error:
             self._newest = self._last
-            if self._processes.leads:
+            if self.processes.leads:
                 shutil.rmtree(beside, ignore_errors=True)
             if not isinstance(error, (OSError, unwritten)):
                 raise
@@ -341,12 +337,12 @@ class Checkpoints:
             ) from error
 
     def _finished(self, beside: Path, content: dict[str, Any]) -> None:
-        if self._processes.leads:
+        if self.processes.leads:
             (beside / STATE).write_text(json.dumps(content), encoding="utf-8")
 
     def _named(self, beside: Path, step: int, best: int | None) -> None:
         """Give a sealed checkpoint its name, and remove those that are no longer kept."""
-        if not self._processes.leads:
+        if not self.processes.leads:
             return
         durable.rename(beside, self.path(step))
         for old in self.steps()[: -self.keep]:

@@ -17,9 +17,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch.distributed.tensor import DTensor
 from training import small
-from training.distributed.tasks import parallel
+from training.distributed.tasks import parallel, whole
 
 from fastattn.training import Checkpoints, History, TrainingConfig
 from fastattn.training.distributed.processes import losses_named
@@ -64,10 +63,7 @@ def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, **change
                 parallel=parallel(**numbers), on_progress=progress,
                 checkpoints=Checkpoints(folder, every_steps=2, keep=9),
             )  # fmt: skip
-    weights = {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-        for name, value in subject.state_dict().items()
-    }
+    weights = {name: whole(value) for name, value in subject.state_dict().items()}
     told = [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
     return Result(weights, history, seen[0] if seen[0] != 1 else 0, told)
 
