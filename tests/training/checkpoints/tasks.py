@@ -24,7 +24,7 @@ from fastattn.training import Checkpoints, History, TrainingConfig
 from fastattn.training.distributed.processes import losses_named
 
 CONFIG: TrainingConfig = small.with_changes(
-    steps=6, accumulation=4, batch_size=2, evaluation_interval=100, ema_decay=0.8
+    steps=6, batch_size=2, accumulation=4, evaluation_interval=100, ema_decay=0.8
 )
 SHARDED: dict[str, Any] = {"shard": 2}
 COPIES: dict[str, Any] = {"replicate": 2}
@@ -44,8 +44,11 @@ class Stopped(Exception):
     """Raised on all ranks at one step, as if the machine were turned off."""
 
 
-def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, **changes: Any) -> Result:
-    """A run with dropout and a checkpoint every two steps, or only the first `stop` steps."""
+def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, batches: int = 4) -> Result:
+    """A run with dropout and a checkpoint every two steps, or only its first `stop` steps.
+
+    `batches` are read in a step.
+    """
     subject = small.model(dropout=0.1)
     seen: list[int] = []
 
@@ -59,7 +62,7 @@ def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, **change
         warnings.simplefilter("always")
         with contextlib.suppress(Stopped):
             history = small.trained(
-                subject, dataclasses.replace(CONFIG, **changes), validation=None,
+                subject, dataclasses.replace(CONFIG, accumulation=batches), validation=None,
                 parallel=parallel(**numbers), on_progress=progress,
                 checkpoints=Checkpoints(folder, every_steps=2, keep=9),
             )  # fmt: skip
@@ -68,8 +71,8 @@ def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, **change
     return Result(weights, history, seen[0] if seen[0] != 1 else 0, told)
 
 
-def one(rank: int, *args: Any, **changes: Any) -> Result:
-    return run(*args, **changes)
+def one(rank: int, *args: Any) -> Result:
+    return run(*args)
 
 
 def two(rank: int, folder: Path) -> dict[str, Result]:

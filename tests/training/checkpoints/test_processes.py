@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from training.small import same
 import fastattn
 from fastattn.training import Checkpoints
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.torch")
+ROOT = Path(__file__).parents[3]
 Runs = tuple[Path, dict[str, tasks.Result]]
 
 
@@ -90,3 +95,37 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     lead, other = processes.run(2, tasks.apart, tmp_path)
     assert "is not the same folder for all processes: give one on a file system" in other
     assert lead.startswith("rank 1 of 2: ") and other in lead
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("numbers", [{"shard": 4}, {"replicate": 2, "shard": 2}])
+def test_four_processes_saved_and_any_number_goes_on(
+    numbers: dict[str, int], tmp_path: Path
+) -> None:
+    whole = processes.run(4, tasks.one, tmp_path / "whole", numbers, None, 8)[0]
+    processes.run(4, tasks.one, tmp_path / "parted", numbers, 5, 8)
+    for count, layout in ((1, {}), (2, {"shard": 2}), (8, {"shard": 8}), (4, numbers)):
+        copy = tmp_path / str(count)
+        shutil.copytree(tmp_path / "parted", copy)
+        got = processes.run(count, tasks.one, copy, layout, None, 8)[0]
+        _assert_gone_on(got, whole, first=4)
+        if count == 4:
+            assert got.history == whole.history and same(got.weights, whole.weights)
+
+
+@pytest.mark.long
+def test_torchrun_restarts_from_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """A worker is killed by SIGKILL in a step, then one in a save; the bits are the same."""
+    whole = processes.run(2, tasks.one, tmp_path / "whole", tasks.SHARDED)[0]
+    script = Path(__file__).with_name("elastic.py")
+    folder = tmp_path / "elastic"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", "2", str(script), str(folder), "step", "save"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("(exitcode: -9)") == 2 and "LostProcessError" in done.stderr
+    assert same(safetensors.load_file(folder / "final.safetensors"), whole.weights)
+    assert Checkpoints(folder).steps() == [5, 6]
