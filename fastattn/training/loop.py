@@ -124,7 +124,7 @@ def train(
             stack.enter_context(recomputed_blocks(model))
         if checkpoints is not None:
             parallel.processes.together(lambda: stack.enter_context(checkpoints))
-            if checkpoints.restore(state, identity):
+            if checkpoints.restore(state, identity, config):
                 progress()
         first, updating = state.step, False
         try:

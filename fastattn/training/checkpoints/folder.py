@@ -45,6 +45,7 @@ from fastattn.training.checkpoints.model import gathered, save_model
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.fingerprints import as_json, difference
 from fastattn.training.optional import require
+from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.state import TrainingState
 
 FORMAT = 2  # of the files in a checkpoint
@@ -194,8 +195,12 @@ class Checkpoints:
         """
         self._beside.wait()
 
-    def restore(self, state: TrainingState, fingerprint: Mapping[str, Any]) -> bool:
+    def restore(
+        self, state: TrainingState, fingerprint: Mapping[str, Any], config: TrainingConfig
+    ) -> bool:
         """Go on from the last good checkpoint; False if there is none. All processes must call it.
+
+        Of the fingerprint, only the number of steps may differ, if `config` extends the run.
 
         Whatever a killed save left is removed. A damaged checkpoint is passed over with a warning,
         and renamed.
@@ -215,7 +220,9 @@ class Checkpoints:
             if (damage := durable.damage(path, processes)) is not None:
                 processes.together(functools.partial(self._pass_over, path, damage))
                 continue
-            content = processes.together(functools.partial(self._content, path, fingerprint))
+            content = processes.together(
+                functools.partial(self._content, path, fingerprint, config)
+            )
             values = state.empty(tensors.described(path))
             tensors.read(path, values, processes)
             state.load(values, content)
@@ -300,10 +307,15 @@ class Checkpoints:
                 stacklevel=4,
             )
 
-    def _content(self, path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    def _content(
+        self, path: Path, fingerprint: Mapping[str, Any], config: TrainingConfig
+    ) -> dict[str, Any]:
         """state.json, if it is of this run."""
         content: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        differs = difference(content["fingerprint"], as_json(fingerprint))
+        saved = content["fingerprint"]
+        if config.extends(saved["training"]["steps"], content["step"]):
+            saved["training"]["steps"] = config.steps
+        differs = difference(saved, as_json(fingerprint))
         if differs is not None:
             raise ValueError(
                 f"{self.folder} has checkpoints of another run: {differs}. Set it back to go "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -247,6 +248,28 @@ def test_checkpoints_of_another_run_are_refused(
     with pytest.raises(ValueError, match=f"has checkpoints of another run: {told}. Set it back"):
         _run(tmp_path, **{**how, **change})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("schedule", "stop"), [("constant", None), ("wsd", 5)])
+def test_more_steps_go_on_to_the_bits_of_a_longer_run(
+    schedule: str, stop: int | None, tmp_path: Path
+) -> None:
+    """A finished run, and one that was stopped before its rate fell."""
+    short, long = (
+        with_changes(steps=steps, schedule=schedule, evaluation_interval=2) for steps in (6, 8)
+    )
+    expected, subject = _run(tmp_path / "long", long)
+    _run(tmp_path / "short", short, on_progress=None if stop is None else _stop_at(stop))
+    history, again = _run(tmp_path / "short", long)
+    assert history == expected and same(weights(again), weights(subject))
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("cosine", 10), ("wsd", 10), ("constant", 7)])
+def test_steps_that_make_another_run_are_refused(schedule: str, steps: int, tmp_path: Path) -> None:
+    config = with_changes(steps=8, schedule=schedule, evaluation_interval=100)
+    _run(tmp_path, config)
+    with pytest.raises(ValueError, match=rf"training.steps is 8 there and {steps} here. Set it"):
+        _run(tmp_path, dataclasses.replace(config, steps=steps))
 
 
 def test_another_model_and_other_data_are_refused(tmp_path: Path) -> None:
