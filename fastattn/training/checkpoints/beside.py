@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import torch
+
 
 class Beside:
     """A thread at a time. It ends with the process, whatever it is at."""
@@ -22,8 +24,13 @@ class Beside:
         """Run `work` beside the caller; the last one must be over (`wait`)."""
         assert self._thread is None and self._error is None
 
+        # A thread begins on the first GPU, whichever the caller has.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
         def run() -> None:
             try:
+                if device is not None:
+                    torch.cuda.set_device(device)
                 work()
             except BaseException as error:
                 self._error = error

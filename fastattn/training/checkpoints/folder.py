@@ -255,11 +255,13 @@ class Checkpoints:
         with self._writing(step, beside):
             with state.evaluated(), gathered(state.model, keep=processes.leads):
                 processes.together(model_written)
-            copies = tensors.copied(state.tensors())
+            values = state.tensors()
+            if self.asynchronous:
+                values = tensors.copied(values)
 
         def rest_written() -> None:
             with self._writing(step, beside):
-                tensors.write(copies, beside, self._writers)
+                tensors.write(values, beside, self._writers)
                 self._writers.together(lambda: self._finished(beside, content))
                 durable.seal(beside, self._writers)
                 self._writers.together(lambda: self._named(beside, step, best))

@@ -37,7 +37,7 @@ def save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, processes: Processes) -> None:
-    """Write tensors of the CPU to `folder`, of DTensors each process its part; all must call it.
+    """Write tensors to `folder`, of DTensors each process its part; all must call it.
 
     Raises:
         OSError, SafetensorError: a file could not be written, on any process.
@@ -47,9 +47,10 @@ def write(tensors: Mapping[str, Tensor], folder: Path, processes: Processes) -> 
         save(tensors, folder / WHOLE)
         return
     checkpoint = _engine()
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _errors(), losses_named():
-        checkpoint.save(dict(tensors), storage_writer=writer, process_group=processes.control)
+        checkpoint.save(plain, storage_writer=writer, process_group=processes.control)
 
 
 def described(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -110,6 +110,7 @@ def _opened(run: Run, processes: Processes, stack: contextlib.ExitStack) -> Chec
         every_steps=run.output.checkpoint_steps,
         every_minutes=run.output.checkpoint_minutes,
         keep=run.output.keep,
+        asynchronous=run.output.asynchronous,
         save_model=_saver(run, folder),
         processes=processes,
     )

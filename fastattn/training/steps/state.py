@@ -67,11 +67,11 @@ class TrainingState:
         The optimisers' go by the names of the parameters, so that they fit whichever process has
         which parameter. Those of a sharded model are DTensors, with the rows in one process' order.
         """
-        tensors = {f"weight.{name}": tensor for name, tensor in self.weights().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": t for name, t in self.average.tensors.items()}
-        values = self._optimizer_values()
-        tensors |= {f"optimizer.{n}.{key}": v for n, key, v in values if isinstance(v, Tensor)}
+        tensors = self._own() | {
+            f"optimizer.{name}.{key}": value
+            for name, key, value in self._optimizer_values()
+            if isinstance(value, Tensor)
+        }
         return {name: self.canonical(_parts(name)[1], t) for name, t in tensors.items()}
 
     def scalars(self) -> dict[str, Any]:
@@ -96,10 +96,10 @@ class TrainingState:
         Raises:
             KeyError: the checkpoint has a tensor of a name that the model does not have.
         """
-        weights = self.weights()
+        own = self._own()
         empty: dict[str, Tensor] = {}
         for name, (size, dtype) in saved.items():
-            like = weights[_parts(name)[1]].detach()
+            like = own[name if name in own else f"weight.{_parts(name)[1]}"].detach()
             if like.shape == size:
                 empty[name] = torch.empty_like(like, dtype=dtype)
             else:
@@ -109,10 +109,7 @@ class TrainingState:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], scalars: dict[str, Any]) -> None:
         """Take over what `tensors` and `scalars` gave for a state of the same run."""
-        own = {f"weight.{name}": tensor for name, tensor in self.weights().items()}
-        if self.average is not None:
-            own |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
-        for name, tensor in own.items():
+        for name, tensor in self._own().items():
             tensor.copy_(self.localised(_parts(name)[1], tensors[name]))
         states: dict[str, dict[str, Any]] = {}
         for name, value in tensors.items():
@@ -141,6 +138,13 @@ class TrainingState:
     def evaluated(self) -> contextlib.AbstractContextManager[None]:
         """The model with the weights that are evaluated and saved: the average, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.installed()
+
+    def _own(self) -> dict[str, Tensor]:
+        """The weights and their averages, by the names that they have in a checkpoint."""
+        own = {f"weight.{name}": tensor for name, tensor in self.weights().items()}
+        if self.average is not None:
+            own |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
+        return own
 
     def _names(self) -> dict[int, str]:
         return {id(tensor): name for name, tensor in self.weights().items()}
