@@ -21,12 +21,10 @@ parts of one checkpoint, which any other number of processes reads: all of them 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
 import re
-import secrets
 import shutil
 import time
 import warnings
@@ -36,11 +34,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastattn.files import local_path
 from fastattn.nn.checks import check_integer, check_number
 from fastattn.training.checkpoints import durable, tensors
 from fastattn.training.checkpoints.beside import Beside
+from fastattn.training.checkpoints.lock import Lock
 from fastattn.training.checkpoints.model import gathered, save_model
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.fingerprints import as_json, difference
@@ -49,7 +49,7 @@ from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.state import TrainingState
 
 FORMAT = 2  # of the files in a checkpoint
-LOCK, STATE = ".lock", "state.json"
+STATE = "state.json"
 LOST_SECONDS = 30.0  # that a save is waited for where the run has failed
 NAME = re.compile(r"step-(\d{6,})")
 UNFINISHED = ".unfinished-"  # being written, or being removed
@@ -106,7 +106,7 @@ class Checkpoints:
         self.processes = processes or Processes("auto")
         self._writers = self.processes  # in the thread that writes
         self._save_model = save_model
-        self._lock: int | None = None
+        self._lock = Lock(self.folder, self.processes)
         self._entered = 0
         self._saved_at = time.monotonic()
         self._last: int | None = None  # that is on the disk
@@ -120,24 +120,8 @@ class Checkpoints:
             RuntimeError: another run has it.
             OSError: it cannot be made or written to.
         """
-        if self._entered == 0 and self.processes.leads:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            except OSError as error:
-                raise OSError(
-                    f"checkpoints cannot be written to {self.folder} ({error.strerror}): give a "
-                    "folder that can be made and written to"
-                ) from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                raise RuntimeError(
-                    f"another run is training in {self.folder}: wait for it or stop it, or give "
-                    "this one a folder of its own"
-                ) from None
-            self._lock = lock
+        if self._entered == 0:
+            self._lock.acquire()
         self._entered += 1
         return self
 
@@ -152,9 +136,7 @@ class Checkpoints:
             # Another process may be lost, for which the one being written would wait.
             hurry = error is not None and self.processes.count > 1
             self._beside.join(LOST_SECONDS if hurry else None)
-            if self._lock is not None:
-                os.close(self._lock)  # which unlocks it, as the end of the process does
-                self._lock = None
+            self._lock.release()
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""
@@ -210,24 +192,21 @@ class Checkpoints:
             RuntimeError: the processes do not see the same folder.
         """
         processes = self.processes
+        self._beside.join()  # of a run before, in the same context
+        self._beside = Beside()
+        self._lock.check_shared()
         if processes.count > 1:
-            self._check_shared()
             self._writers = Processes("cpu")
         processes.together(self._remove_unfinished)
         self._saved_at = time.monotonic()
         for step in reversed(processes.gathered(self.steps())[0]):
             path = self.path(step)
-            if (damage := durable.damage(path, processes)) is not None:
-                processes.together(functools.partial(self._pass_over, path, damage))
-                continue
-            content = processes.together(
-                functools.partial(self._content, path, fingerprint, config)
-            )
-            values = state.empty(tensors.described(path))
-            tensors.read(path, values, processes)
-            state.load(values, content)
-            self._last = self._newest = step
-            return True
+            damage = durable.damage(path, processes)
+            if damage is None:
+                self._load(path, state, fingerprint, config)
+                self._last = self._newest = step
+                return True
+            processes.together(functools.partial(self._pass_over, path, damage))
         return False
 
     def save(self, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
@@ -273,24 +252,6 @@ class Checkpoints:
         if first or not self.asynchronous:
             self.wait()
 
-    def _check_shared(self) -> None:
-        """Check that all processes see the folder that the first one has locked."""
-        token = self.processes.gathered(secrets.token_hex(8))[0]
-        if self._lock is not None:
-            os.ftruncate(self._lock, 0)
-            os.write(self._lock, token.encode())
-        self.processes.gathered(None)  # it is written
-
-        def seen() -> None:
-            file = self.folder / LOCK
-            if not file.is_file() or file.read_text(encoding="utf-8") != token:
-                raise RuntimeError(
-                    f"{self.folder} is not the same folder for all processes: give one on a file "
-                    "system that all machines share"
-                )
-
-        self.processes.together(seen)
-
     def _last_whole(self) -> Path | None:
         return None if self._last is None else self.path(self._last)
 
@@ -309,26 +270,36 @@ class Checkpoints:
                 stacklevel=4,
             )
 
-    def _content(
-        self, path: Path, fingerprint: Mapping[str, Any], config: TrainingConfig
-    ) -> dict[str, Any]:
-        """state.json, if it is of this run."""
-        content: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        saved = content["fingerprint"]
-        if config.extends(saved["training"]["steps"], content["step"]):
-            saved["training"]["steps"] = config.steps
-        differs = difference(saved, as_json(fingerprint))
-        if differs is not None:
-            raise ValueError(
-                f"{self.folder} has checkpoints of another run: {differs}. Set it back to go "
-                "on, or give this run a folder of its own"
-            )
-        if content.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} was written by another version of fastattn: go on with that, or start "
-                f"again in another folder, from the weights in {path / 'model'}"
-            )
-        return content
+    def _load(
+        self,
+        path: Path,
+        state: TrainingState,
+        fingerprint: Mapping[str, Any],
+        config: TrainingConfig,
+    ) -> None:
+        """Take over what a good checkpoint has, if it is of this run."""
+
+        def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+            content = json.loads((path / STATE).read_text(encoding="utf-8"))
+            saved = content["fingerprint"]
+            if config.extends(saved["training"]["steps"], content["step"]):
+                saved["training"]["steps"] = config.steps
+            differs = difference(saved, as_json(fingerprint))
+            if differs is not None:
+                raise ValueError(
+                    f"{self.folder} has checkpoints of another run: {differs}. Set it back to go "
+                    "on, or give this run a folder of its own"
+                )
+            if content.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} was written by another version of fastattn: go on with that, or "
+                    f"start again in another folder, from the weights in {path / 'model'}"
+                )
+            return content, state.empty(tensors.described(path))
+
+        content, values = self.processes.together(read)
+        tensors.read(path, values, self.processes)
+        state.load(values, content)
 
     @contextlib.contextmanager
     def _writing(self, step: int, beside: Path) -> Iterator[None]:
