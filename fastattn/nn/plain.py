@@ -51,6 +51,7 @@ def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
                 type(parameter) in (torch.nn.Parameter, torch.Tensor)
                 and parameter.layout is torch.strided
             )
+            or vars(type(module)).get("_fastattn_reads_dtensors", False)
             for parameter in module._parameters.values()
         )
     )
