@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastattn
 from fastattn.models import (
-    Encoder,
     EncoderConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
     EncoderForMaskedLM,
+    EncoderForSequenceClassification,
 )
+from fastattn.nn import feed_forward
+from fastattn.training.distributed import modules, vocabulary
 from fastattn.training.distributed.layout import DistributedConfig, mesh_of
-from fastattn.training.distributed.tensor import canonical, parallelize
+from fastattn.training.distributed.tensor import canonical, localised, parallelize
+from fastattn.training.steps.recomputation import recomputed_blocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37, "n_positions": 24, "n_embd": 24, "n_layer": 2, "n_head": 4,
@@ -44,13 +51,18 @@ GPTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def with_weights(model: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """Weights that are the same, rounded to float32, in each dtype; no norm or bias as at first."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    return model.to(dtype)
+
+
 def gpt(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> fastattn.GPT:
     torch.manual_seed(3)
-    config = fastattn.GPTConfig(**{**SIZES, **GPTS[name], **changes})
-    model = fastattn.GPT(config, dtype=torch.float64)
-    for parameter in model.parameters():  # no norm or bias as it is at first
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model.to(torch.float32).to(dtype)  # the same rounded weights in each dtype
+    model = fastattn.GPT(fastattn.GPTConfig(**{**SIZES, **GPTS[name], **changes}))
+    return with_weights(model, dtype)
 
 
 def batch(rows: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -90,15 +102,233 @@ def gpt_results(model: fastattn.GPT, rows: int = 3, seed: int = 0) -> dict[str, 
 
 def sent(found: dict[str, Tensor]) -> dict[str, Any]:
     """As arrays: a tensor's memory goes with its process."""
-    return {name: tensor.detach().numpy() for name, tensor in found.items()}
+    return {name: wide(tensor.detach()).numpy() for name, tensor in found.items()}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def gpts(rank: int, count: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     return {name: sent(gpt_results(parallelize(gpt(name), tensor_mesh(count)))) for name in names}
 
 
-SEQ2SEQ: dict[str, Any] = {
-    "vocab_size": 37, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 20,
-    "decoder_ffn_dim": 20, "dropout": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0,
-}  # fmt: skip
+OTHERS = ("t5", "bart", "bert", "modernbert")
+
+
+def other(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(3)
+    if name in ("t5", "bart"):
+        config = EncoderDecoderConfig(
+            vocab_size=37, n_positions=24, d_model=24, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=20,
+            decoder_ffn_dim=20,
+            **(
+                {"positions": "relative", "norm": "rms_norm", "norm_placement": "pre",
+                 "bias": False, "attention_scale": 0.5, "gated": True, "logits_scale": 0.3,
+                 "activation_function": "gelu_new"}
+                if name == "t5" else
+                {"positions": "learned", "position_offset": 2, "embedding_norm": True,
+                 "logits_bias": True, "frozen_padding": True}
+            ),
+        )  # fmt: skip
+        return with_weights(EncoderDecoder(config), dtype)
+    sizes = {"vocab_size": 37, "n_positions": 24, "n_embd": 24, "n_layer": 2, "n_head": 4}
+    if name == "bert":
+        return with_weights(EncoderForMaskedLM(EncoderConfig(**sizes, n_inner=20)), dtype)
+    config = EncoderConfig(
+        **sizes, n_inner=20, positions="rotary", gated=True, norm_placement="pre",
+        n_token_types=0, attention_bias=False, mlp_bias=False, norm_bias=False, pooler=False,
+    )  # fmt: skip
+    return with_weights(EncoderForSequenceClassification(config), dtype)
+
+
+def other_results(model: Any) -> dict[str, Tensor]:
+    ids, targets = batch()
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    if isinstance(model, EncoderDecoder):
+        logits = model(ids, ids, attention_mask=mask)
+        _, loss = model(ids, targets=targets, attention_mask=mask, keep_logits=False)
+    elif isinstance(model, EncoderForMaskedLM):
+        logits = model(ids, mask).logits
+        loss = model(ids, mask, labels=targets).loss
+    else:
+        logits, loss = model(ids, mask, labels=ids[:, 0] % 2)
+    return results(model, loss, logits=logits)
+
+
+def others(rank: int, count: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    mesh = tensor_mesh(count)
+    return {name: sent(other_results(parallelize(other(name), mesh))) for name in names}
+
+
+def several(rank: int, jobs: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    """The results of (function, *args) each: starting processes costs more than most of them."""
+    return [function(rank, *args) for function, *args in jobs]
+
+
+def saved(rank: int, name: str, folder: str) -> list[bool]:
+    """Writes a folder; whether weights turned to one process' order and back are the same bits."""
+    model = parallelize(gpt(name), tensor_mesh(2))
+    model.save_pretrained(folder)
+    same = []
+    for name, parameter in model.named_parameters():
+        turned = canonical(model, name, parameter)
+        same.append(torch.equal(localised(model, name, turned).to_local(), parameter.to_local()))
+        same.append(torch.equal(canonical(model, name, whole(parameter)), whole(turned)))
+    return same
+
+
+def generated(rank: int, names: tuple[str, ...]) -> dict[str, list[list[int]]]:
+    ids, _ = batch()
+    found = {}
+    for name in names:
+        model = parallelize(gpt(name) if name in GPTS else other(name), tensor_mesh(2)).eval()
+        found[name] = model.generate(ids, max_new_tokens=9).tolist()
+    return found
+
+
+def gathered(rank: int) -> tuple[int, int, int]:
+    """How often all logits were gathered: for a loss, for logits; how often the fused ffn ran."""
+    model = parallelize(gpt("llama"), tensor_mesh(2))
+    ids, targets = batch()
+    with (
+        mock.patch.object(modules, "joined", wraps=modules.joined) as joined,
+        mock.patch.object(feed_forward, "ffn", wraps=feed_forward.ffn) as ffn,
+    ):
+        model(ids, targets, keep_logits=False)
+        for_loss = joined.call_count
+        model(ids)
+    return for_loss, joined.call_count, ffn.call_count
+
+
+def dropped(rank: int) -> dict[str, Any]:
+    """Of a model whose heads are all alike: what they give, and what follows from it."""
+    model = gpt("gpt2", embd_pdrop=0.1, attn_pdrop=0.5, resid_pdrop=0.1)
+    for block in model.blocks:
+        weight, bias = block.attention.in_proj.weight.data, block.attention.in_proj.bias.data
+        for kind in (*weight.view(3, 4, 6, 24), *bias.view(3, 4, 6)):
+            kind.copy_(kind[:1].expand_as(kind).clone())
+    parallelize(model, tensor_mesh(2))
+    heads: list[Tensor] = []
+    out_proj = model.blocks[0].attention.out_proj
+    out_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0].detach().clone()))
+    torch.manual_seed(5)
+    ids, targets = batch()
+    found = {}
+    for name in ("plain", "recomputed"):
+        torch.manual_seed(5)
+        with recomputed_blocks(model) if name == "recomputed" else contextlib.nullcontext():
+            _, loss = model(ids, targets, keep_logits=False)
+            gradients = results(model, loss)
+        model.zero_grad()
+        found |= {f"{name} {key}": value for key, value in gradients.items()}
+    found["after"] = torch.rand(3)
+    return sent({**found, "heads": heads[0]})
+
+
+def losses(rank: int, count: int, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`vocabulary.linear_cross_entropy` and its gradients, of each case's arguments."""
+    found = {}
+    group = tensor_mesh(count).get_group()
+    for name, case in parts.items():
+        sizes = vocabulary.parts_of(len(case["weight"]), count)
+        first = sum(sizes[:rank])
+        x = torch.from_numpy(case["x"]).to(case["dtype"]).requires_grad_()
+        rows = slice(first, first + sizes[rank])
+        weight = torch.from_numpy(case["weight"][rows]).to(case["dtype"]).requires_grad_()
+        bias = torch.from_numpy(case["bias"][rows]).to(case["dtype"]).requires_grad_()
+        with mock.patch.object(vocabulary, "SCORES", case["scores"]):
+            loss = vocabulary.linear_cross_entropy(
+                x, weight, torch.from_numpy(case["targets"]), bias,
+                first=first, group=group, softcap=case["softcap"],
+            )  # fmt: skip
+            loss.backward()
+        found[name] = sent({"loss": loss, "x": x.grad, "weight": weight.grad, "bias": bias.grad})
+    return found
+
+
+def refused(rank: int) -> tuple[str, bool]:
+    """The error of a model that cannot be divided, and whether it is as it was."""
+    model = gpt("llama", n_head=6, n_kv_head=3)
+    before = dict(model.named_parameters())
+    classes = [type(module) for module in model.modules()]
+    try:
+        parallelize(model, tensor_mesh(2))
+    except ValueError as error:
+        after = dict(model.named_parameters())
+        same = all(after[name] is before[name] for name in before)
+        return str(error), same and [type(module) for module in model.modules()] == classes
+    return "", False
+
+
+def steps(model: fastattn.GPT, part: Any = None) -> dict[str, Tensor]:
+    """Three steps of AdamW with clipped gradients: losses, norms, and the last gradients.
+
+    `part` takes a batch to this process' (ids, targets, weight of its loss), and the loss to that
+    of all.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    found: dict[str, list[Tensor]] = {"losses": [], "norms": []}
+    for seed in range(3):
+        ids, targets = batch(4, seed)
+        weight: Any = 1.0
+        if part is not None:
+            ids, targets, weight = part(ids, targets)
+        _, loss = model(ids, targets, keep_logits=False)
+        loss = loss * weight
+        loss.backward()
+        found["losses"].append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        found["norms"].append(whole(norm))
+        gradients = {
+            name: whole(canonical(model, name, p.grad)) for name, p in model.named_parameters()
+        }
+        optimizer.step()
+        optimizer.zero_grad()
+    states = {
+        f"state {name}": whole(canonical(model, name, optimizer.state[p]["exp_avg"]))
+        for name, p in model.named_parameters()
+    }
+    return {name: torch.stack(values) for name, values in found.items()} | gradients | states
+
+
+def stepped(rank: int, name: str, shard: int, tensor: int) -> dict[str, Any]:
+    """`steps` under tensor parallelism, with FSDP2 over another dimension of the mesh."""
+    mesh = mesh_of(DistributedConfig(shard=shard, tensor=tensor), "cpu")
+    model = parallelize(gpt(name), mesh["tensor"])
+    if shard == 1:
+        return sent(steps(model))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+
+    def part(ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        counted = (targets != -100).sum()
+        ids, targets = (x.chunk(shard)[mesh["shard"].get_local_rank()] for x in (ids, targets))
+        return ids, targets, (targets != -100).sum() / counted * shard  # FSDP2 takes the mean
+
+    found = steps(model, part)
+    dist.all_reduce(found["losses"], group=mesh["shard"].get_group())
+    found["losses"] /= shard
+    return sent(found)
+
+
+def data_parallel(rank: int, name: str) -> dict[str, Any]:
+    """2 x 2 processes, the gradients of the two batches added up without FSDP2."""
+    mesh = mesh_of(DistributedConfig(replicate=2, tensor=2), "cpu")
+    model = parallelize(gpt(name), mesh["tensor"])
+    ids, targets = batch(4)
+    counted = (targets != -100).sum()
+    ids, targets = (x.chunk(2)[mesh["replicate"].get_local_rank()] for x in (ids, targets))
+    _, loss = model(ids, targets, keep_logits=False)
+    loss = loss * ((targets != -100).sum() / counted)
+    loss.backward()
+    group = mesh["replicate"].get_group()
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad.to_local(), group=group)
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=group)
+    gradients = {name: canonical(model, name, p.grad) for name, p in model.named_parameters()}
+    return sent({"loss": total, **{name: whole(grad) for name, grad in gradients.items()}})

@@ -53,7 +53,8 @@ def parallel_class(mixin: Any, cls: Any) -> type[torch.nn.Module]:
         "__module__": mixin.__module__,
         "__doc__": mixin.__doc__,
     }
-    return type(f"Parallel{cls.__name__}", bases, names)
+    name = mixin.__name__ if bases == (mixin,) else f"Parallel{cls.__name__}"
+    return type(name, bases, names)
 
 
 @contextlib.contextmanager

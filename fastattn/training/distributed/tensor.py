@@ -90,7 +90,7 @@ def canonical(model: torch.nn.Module, name: str, tensor: Tensor) -> Tensor:
             processes must call; or the whole.
 
     Returns:
-        A tensor of the same kind and placements.
+        A tensor of the same kind and placements, without a gradient.
     """
     owner = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(owner, modules.Columns) or not tensor.dim():
@@ -107,6 +107,7 @@ def localised(model: torch.nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _turned(tensor: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return turn(tensor)
     whole = turn(tensor.full_tensor())
