@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "capped": {"rows": 9, "tokens": 21, "width": 8, "softcap": 2.0, "scores": 64},
     "large scores": {"rows": 9, "tokens": 14, "width": 8, "scale": 60.0},
     "bfloat16": {"rows": 40, "tokens": 50, "width": 16, "dtype": torch.bfloat16},
-    "nothing counts": {"rows": 4, "tokens": 9, "width": 4, "ignored": 1.0},
+    "nothing counts": {"rows": 4, "tokens": 10, "width": 4, "ignored": 1.0},
 }
 
 
