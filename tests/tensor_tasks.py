@@ -22,7 +22,7 @@ from fastattn.models import (
 )
 from fastattn.nn import feed_forward
 from fastattn.training.distributed import modules, vocabulary
-from fastattn.training.distributed.layout import DistributedConfig, mesh_of
+from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.distributed.tensor import canonical, localised, parallelize
 from fastattn.training.steps.recomputation import recomputed_blocks
 
@@ -75,7 +75,7 @@ def batch(rows: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
 def results(model: torch.nn.Module, loss: Tensor, **others: Tensor) -> dict[str, Tensor]:
     """The loss and the gradients of one process or of all together."""
     loss.backward()
-    found = {"loss": loss.detach(), **others}
+    found = {"loss": loss.detach(), **{name: x.detach() for name, x in others.items()}}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             found[name] = whole(canonical(model, name, parameter.grad))
@@ -87,7 +87,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def tensor_mesh(count: int) -> Any:
-    return mesh_of(DistributedConfig(tensor=count), "cpu")["tensor"]
+    return meshes_of(DistributedConfig(tensor=count), "cpu")[0]["tensor"]
 
 
 def gpt_results(model: fastattn.GPT, rows: int = 3, seed: int = 0) -> dict[str, Tensor]:
@@ -100,17 +100,8 @@ def gpt_results(model: fastattn.GPT, rows: int = 3, seed: int = 0) -> dict[str, 
     return results(model, loss, logits=logits, kept=kept)
 
 
-def sent(found: dict[str, Tensor]) -> dict[str, Any]:
-    """As arrays: a tensor's memory goes with its process."""
-    return {name: wide(tensor.detach()).numpy() for name, tensor in found.items()}
-
-
-def wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-
 def gpts(rank: int, count: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    return {name: sent(gpt_results(parallelize(gpt(name), tensor_mesh(count)))) for name in names}
+    return {name: gpt_results(parallelize(gpt(name), tensor_mesh(count))) for name in names}
 
 
 OTHERS = ("t5", "bart", "bert", "modernbert")
@@ -160,7 +151,7 @@ def other_results(model: Any) -> dict[str, Tensor]:
 
 def others(rank: int, count: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     mesh = tensor_mesh(count)
-    return {name: sent(other_results(parallelize(other(name), mesh))) for name in names}
+    return {name: other_results(parallelize(other(name), mesh)) for name in names}
 
 
 def several(rank: int, jobs: tuple[tuple[Any, ...], ...]) -> list[Any]:
@@ -225,7 +216,7 @@ def dropped(rank: int) -> dict[str, Any]:
         model.zero_grad()
         found |= {f"{name} {key}": value for key, value in gradients.items()}
     found["after"] = torch.rand(3)
-    return sent({**found, "heads": heads[0]})
+    return {**found, "heads": heads[0]}
 
 
 def losses(rank: int, count: int, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -235,17 +226,17 @@ def losses(rank: int, count: int, parts: dict[str, dict[str, Any]]) -> dict[str,
     for name, case in parts.items():
         sizes = vocabulary.parts_of(len(case["weight"]), count)
         first = sum(sizes[:rank])
-        x = torch.from_numpy(case["x"]).to(case["dtype"]).requires_grad_()
+        x = case["x"].to(case["dtype"], copy=True).requires_grad_()
         rows = slice(first, first + sizes[rank])
-        weight = torch.from_numpy(case["weight"][rows]).to(case["dtype"]).requires_grad_()
-        bias = torch.from_numpy(case["bias"][rows]).to(case["dtype"]).requires_grad_()
+        weight = case["weight"][rows].to(case["dtype"], copy=True).requires_grad_()
+        bias = case["bias"][rows].to(case["dtype"], copy=True).requires_grad_()
         with mock.patch.object(vocabulary, "SCORES", case["scores"]):
             loss = vocabulary.linear_cross_entropy(
-                x, weight, torch.from_numpy(case["targets"]), bias,
+                x, weight, case["targets"], bias,
                 first=first, group=group, softcap=case["softcap"],
             )  # fmt: skip
             loss.backward()
-        found[name] = sent({"loss": loss, "x": x.grad, "weight": weight.grad, "bias": bias.grad})
+        found[name] = {"loss": loss.detach(), "x": x.grad, "weight": weight.grad, "bias": bias.grad}
     return found
 
 
@@ -296,10 +287,10 @@ def steps(model: fastattn.GPT, part: Any = None) -> dict[str, Tensor]:
 
 def stepped(rank: int, name: str, shard: int, tensor: int) -> dict[str, Any]:
     """`steps` under tensor parallelism, with FSDP2 over another dimension of the mesh."""
-    mesh = mesh_of(DistributedConfig(shard=shard, tensor=tensor), "cpu")
+    mesh, _ = meshes_of(DistributedConfig(shard=shard, tensor=tensor), "cpu")
     model = parallelize(gpt(name), mesh["tensor"])
     if shard == 1:
-        return sent(steps(model))
+        return steps(model)
     for block in model.blocks:
         fully_shard(block, mesh=mesh["shard"])
     fully_shard(model, mesh=mesh["shard"])
@@ -312,12 +303,12 @@ def stepped(rank: int, name: str, shard: int, tensor: int) -> dict[str, Any]:
     found = steps(model, part)
     dist.all_reduce(found["losses"], group=mesh["shard"].get_group())
     found["losses"] /= shard
-    return sent(found)
+    return found
 
 
 def data_parallel(rank: int, name: str) -> dict[str, Any]:
     """2 x 2 processes, the gradients of the two batches added up without FSDP2."""
-    mesh = mesh_of(DistributedConfig(replicate=2, tensor=2), "cpu")
+    mesh, _ = meshes_of(DistributedConfig(replicate=2, tensor=2), "cpu")
     model = parallelize(gpt(name), mesh["tensor"])
     ids, targets = batch(4)
     counted = (targets != -100).sum()
@@ -331,4 +322,4 @@ def data_parallel(rank: int, name: str) -> dict[str, Any]:
     total = loss.detach().clone()
     dist.all_reduce(total, group=group)
     gradients = {name: canonical(model, name, p.grad) for name, p in model.named_parameters()}
-    return sent({"loss": total, **{name: whole(grad) for name, grad in gradients.items()}})
+    return {"loss": total, **{name: whole(grad) for name, grad in gradients.items()}}

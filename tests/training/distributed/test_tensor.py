@@ -37,8 +37,8 @@ def loss_case(
     targets = torch.randint(tokens, (rows,), generator=generator)
     targets[torch.rand(rows, generator=generator) < ignored] = -100
     return {
-        "x": x.numpy(), "weight": weight.numpy(), "bias": bias.numpy(),
-        "targets": targets.numpy(), "dtype": dtype, "scores": scores, "softcap": softcap,
+        "x": x, "weight": weight, "bias": bias,
+        "targets": targets, "dtype": dtype, "scores": scores, "softcap": softcap,
     }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def assert_right(ours: list[dict[str, Any]], eager: Any, reference: Any) -> None
     for found in ours:
         assert found.keys() == reference.keys()
         assert_all_close_to_reference(
-            {name: (torch.from_numpy(found[name]), eager[name], reference[name]) for name in found}
+            {name: (found[name], eager[name], reference[name]) for name in found}
         )
 
 
@@ -138,25 +138,23 @@ def assert_losses_right(found: Any) -> None:
         columns = []
         for dtype in (case["dtype"], torch.float64):
             x, weight, bias = (
-                torch.from_numpy(case[key]).to(dtype).requires_grad_()
-                for key in ("x", "weight", "bias")
+                case[key].to(dtype, copy=True).requires_grad_() for key in ("x", "weight", "bias")
             )
             logits = torch.nn.functional.linear(x, weight, bias)
             loss = cross_entropy(
-                logits, torch.from_numpy(case["targets"]), softcap=case["softcap"],
+                logits, case["targets"], softcap=case["softcap"],
                 backend="reference",
             )  # fmt: skip
             loss.backward()
-            columns.append((loss, x.grad, weight.grad, bias.grad))
+            columns.append((loss.detach(), x.grad, weight.grad, bias.grad))
         if name == "nothing counts":
-            assert all(bool(torch.tensor(each[name]["loss"]).isnan()) for each in found)
+            assert all(each[name]["loss"].isnan() for each in found)
             assert all(not each[name][key].any() for each in found for key in ("x", "weight"))
             continue
         for each in found:
-            parts = [torch.cat([torch.from_numpy(e[name][key]) for e in found]) for key in PARTS]
-            ours = [torch.tensor(each[name]["loss"]), torch.from_numpy(each[name]["x"]), *parts]
+            parts = [torch.cat([e[name][key] for e in found]) for key in PARTS]
+            ours = [each[name]["loss"], each[name]["x"], *parts]
             for what, *triple in zip(("loss", "x", *PARTS), ours, *columns, strict=True):
-                triple[0] = triple[0].to(triple[1].dtype)
                 assert_close_to_reference(*triple, name=f"{name}: {what}")
 
 
