@@ -154,7 +154,7 @@ class ParallelFeedForward(Parallel, FeedForward):
 
 
 class VectorNorm(Parallel, RMSNorm):
-    """An RMSNorm of a vector of which each process has a part."""
+    """An RMSNorm of a vector of which each process has a part; autocast's dtype is the op's."""
 
     eps: float
 
@@ -166,7 +166,9 @@ class VectorNorm(Parallel, RMSNorm):
             (size,) = self.normalized_shape
             factor = torch.rsqrt(squares / size + self.eps)
             weight: Any = self._factor()
-            return (wide * factor * weight).to(x.dtype)
+            normed = wide * factor * weight
+            autocast = x.device.type != "cpu" and modes.autocast_enabled(x.device.type)
+            return normed if autocast else normed.to(x.dtype)
 
 
 class TokenTypes(Parallel, Encoder):

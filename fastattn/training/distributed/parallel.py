@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastattn.training.contract import Batch
 from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.distributed.processes import Processes, losses_named
+from fastattn.training.distributed.tensor import parallelize
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.precision import reduced_dtype
 
@@ -108,6 +109,8 @@ class Parallel:
             model.to(self.device)
             # A parameter without a gradient in a step is no error of a single process either.
             return DistributedDataParallel(model, find_unused_parameters=True)
+        if self.tensor > 1:
+            parallelize(model.to(self.device), self._weights_mesh["tensor"])
         if self._weights_mesh["replicate"].size() * self._weights_mesh["weights"].size() > 1:
             _shard(model, self._weights_mesh, self.device, config, self.config.offload)
         return model
