@@ -1,6 +1,6 @@
 """Tensor parallelism: the matrices of a model in parts, one for each process of a group.
 
-    mesh = layout.mesh_of(config, "cuda")
+    _, mesh = layout.meshes_of(config, "cuda")
     parallelize(model, mesh["tensor"])            # in place, before FSDP2 and the optimiser
 
 Attention is divided by heads, the feed-forward by columns of its hidden layer, embedding and head

@@ -6,8 +6,8 @@ from typing import Any
 
 import processes
 import pytest
-import tensor_tasks as tasks
 import torch
+from training.distributed import tensor_tasks as tasks
 
 import fastattn
 from fastattn.ops.cross_entropy import cross_entropy
@@ -46,7 +46,7 @@ LOSSES = {name: loss_case(**case) for name, case in CASES.items()}
 
 
 SAVED = ("gpt2", "llama")
-GENERATED = ("gpt2", "llama", "bart")
+GENERATED = ("gpt2", "llama", "bart", "t5")
 
 
 def assert_right(ours: list[dict[str, Any]], eager: Any, reference: Any) -> None:
@@ -76,7 +76,7 @@ def found(folders: dict[str, Any]) -> dict[str, list[Any]]:
         "others": (tasks.others, 2, tasks.OTHERS),
         **{name: (tasks.saved, name, str(folder)) for name, folder in folders.items()},
         "generated": (tasks.generated, GENERATED),
-        "gathered": (tasks.gathered,),
+        "calls": (tasks.calls,),
         "dropped": (tasks.dropped,),
         "losses": (tasks.losses, 2, LOSSES),
         "stepped": (tasks.stepped, "gpt2", 1, 2),
@@ -115,7 +115,14 @@ def test_all_processes_generate_what_one_does(found: Any, name: str) -> None:
 
 
 def test_a_loss_gathers_no_logits_and_the_feed_forward_is_fused(found: Any) -> None:
-    assert found["gathered"] == ((0, 1, 4),) * 2
+    layers = 2
+    for calls in found["calls"]:
+        assert calls["gathered"] == 0
+        assert calls["gathered for logits"] == 1
+        assert calls["fused"] == layers
+        # Two of each layer, the embedding, the largest scores, and two sums of each row at once.
+        assert calls["forward"] == 2 * layers + 3
+        assert calls["backward"] == 2 * layers + 1
 
 
 def test_dropout_is_one_of_the_stream_and_another_of_other_heads(found: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the processes of tests/training/distributed/test_tensor.py do."""
+"""What the processes of test_tensor.py do; each function gets its rank first."""
 
 from __future__ import annotations
 
@@ -180,18 +180,22 @@ def generated(rank: int, names: tuple[str, ...]) -> dict[str, list[list[int]]]:
     return found
 
 
-def gathered(rank: int) -> tuple[int, int, int]:
-    """How often all logits were gathered: for a loss, for logits; how often the fused ffn ran."""
+def calls(rank: int) -> dict[str, int]:
+    """How often the logits were gathered, for a loss and without one; the fused feed-forwards and
+    the sums of a step of training."""
     model = parallelize(gpt("llama"), tensor_mesh(2))
     ids, targets = batch()
     with (
         mock.patch.object(modules, "joined", wraps=modules.joined) as joined,
         mock.patch.object(feed_forward, "ffn", wraps=feed_forward.ffn) as ffn,
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums,
     ):
-        model(ids, targets, keep_logits=False)
-        for_loss = joined.call_count
+        _, loss = model(ids, targets, keep_logits=False)
+        found = {"gathered": joined.call_count, "fused": ffn.call_count, "forward": sums.call_count}
+        loss.backward()
+        found["backward"] = sums.call_count - found["forward"]
         model(ids)
-    return for_loss, joined.call_count, ffn.call_count
+        return {**found, "gathered for logits": joined.call_count}
 
 
 def dropped(rank: int) -> dict[str, Any]:
