@@ -233,7 +233,11 @@ class GPT(folder.Pretrained):
         dtype, autocast = self.wte.weight.dtype, modes.autocast_dtype(self.device.type)
         if autocast is not None and dtype != torch.float64:
             dtype = autocast
-        return KVCache(self.config, batch_size, capacity, device=self.device, dtype=dtype)
+        blocks: Any = self.blocks
+        heads = blocks[0].attention.num_kv_heads  # of this process, where several share a layer
+        return KVCache(
+            self.config, batch_size, capacity, kv_heads=heads, device=self.device, dtype=dtype
+        )
 
     def features(
         self,
@@ -308,6 +312,8 @@ class GPT(folder.Pretrained):
 class Head(nn.Linear):
     """The linear layer to the logits, which it caps where ``softcap`` is not 0."""
 
+    cross_entropy = staticmethod(linear_cross_entropy)  # of the weight as it lies
+
     def __init__(self, *sizes: Any, softcap: float = 0.0, **where: Any) -> None:
         super().__init__(*sizes, **where)
         self.softcap = softcap
@@ -319,4 +325,4 @@ class Head(nn.Linear):
 
     def loss(self, input: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of (..., n_embd) and targets (...), without the logits."""
-        return linear_cross_entropy(input, self.weight, targets, self.bias, softcap=self.softcap)
+        return self.cross_entropy(input, self.weight, targets, self.bias, softcap=self.softcap)

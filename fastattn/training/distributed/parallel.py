@@ -29,6 +29,7 @@ from fastattn.training.contract import Batch
 from fastattn.training.distributed.context import part_of
 from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.distributed.processes import Processes, losses_named
+from fastattn.training.distributed.tensor import parallelize
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.precision import reduced_dtype
 
@@ -109,6 +110,8 @@ class Parallel:
             model.to(self.device)
             # A parameter without a gradient in a step is no error of a single process either.
             return DistributedDataParallel(model, find_unused_parameters=True)
+        if self.tensor > 1:
+            parallelize(model.to(self.device), self._weights_mesh["tensor"])
         if self._weights_mesh["replicate"].size() * self._weights_mesh["weights"].size() > 1:
             _shard(model, self._weights_mesh, self.device, config, self.config.offload)
         return model
