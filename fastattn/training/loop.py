@@ -102,7 +102,7 @@ def train(
     }
     check_settings(parallel.processes, identity)
     del weights
-    called = parallel.placed(model, config)
+    called = parallel.placed(model, config, objective)
     state = TrainingState(
         model,
         optimizers_of(model, config),

@@ -110,6 +110,11 @@ def test_what_does_not_fit_is_refused_on_all(
         assert words in said
 
 
+def test_an_objective_that_reads_whole_sequences() -> None:
+    for said in processes.run(2, tasks.refused, {"context": 2}, {}, "distillation"):
+        assert "'distillation' reads whole sequences: set [distributed] context = 1" in said
+
+
 def test_an_error_on_one_is_an_error_on_all() -> None:
     other = "RuntimeError: rank 1 of 2: the disk is full"
     own = "ValueError: the disk is full"
