@@ -27,7 +27,13 @@ LAYOUTS = [
 UNEVEN = {"accumulation": 5, "steps": 6, "evaluation_interval": 4}
 
 
-@pytest.mark.parametrize(("count", "numbers"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("count", "numbers"),
+    [
+        *LAYOUTS,
+        pytest.param(4, {"context": 2, "tensor": 2}, id="CP-TP", marks=pytest.mark.long),
+    ],
+)
 def test_gradients_are_those_of_one_process(count: int, numbers: dict[str, Any]) -> None:
     changes = {"accumulation": 5}
     exact_loss, exact = _float64(changes)
