@@ -29,7 +29,7 @@ CONFIG: TrainingConfig = small.with_changes(
 )
 SHARDED: dict[str, Any] = {"shard": 2}
 COPIES: dict[str, Any] = {"replicate": 2}
-DIVIDED: dict[str, Any] = {"tensor": 2}
+DIVIDED: dict[str, Any] = {"tensor": 2}  # whose checkpoints have the rows in one process' order
 
 
 @dataclass
@@ -51,13 +51,14 @@ def run(
     numbers: dict[str, Any],
     stop: int | None = None,
     batches: int = 4,
+    dropout: float = 0.1,
     **how: Any,
 ) -> Result:
-    """A run with dropout and a checkpoint every two steps, or only its first `stop` steps.
+    """A run with a checkpoint every two steps, or only its first `stop` steps.
 
     `batches` are read in a step; `how` are settings of the model.
     """
-    subject = small.model(dropout=0.1, **how)
+    subject = small.model(dropout=dropout, **how)
     seen: list[int] = []
 
     def progress(history: History) -> None:
@@ -100,6 +101,11 @@ def two(rank: int, folder: Path) -> dict[str, Result]:
     results["copies"] = run(folder / "copies", COPIES)
     results["damaged"] = run(folder / "damaged", SHARDED)
     results["alone"] = run(folder / "alone", SHARDED)
+    # Without dropout, of which tensor parallelism has other masks.
+    run(folder / "divided", DIVIDED, 5, dropout=0.0)
+    copied(rank, folder / "divided", "joined", "divided again")
+    results["divided again"] = run(folder / "divided again", DIVIDED, dropout=0.0)
+    results["divided"] = run(folder / "divided whole", DIVIDED, dropout=0.0)
     return results
 
 

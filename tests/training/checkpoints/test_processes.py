@@ -28,6 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     tasks.run(folder / "alone", {}, 5)
     results = processes.run(2, tasks.two, folder)[0]
     results["one"] = tasks.run(folder / "one", {})
+    results["joined"] = tasks.run(folder / "joined", {}, dropout=0.0)
     return folder, results
 
 
@@ -53,6 +54,15 @@ def test_other_numbers_of_processes_go_on(name: str, runs: Runs) -> None:
     """Saved by two that share the weights, or by one; the first steps are the same bits."""
     _, results = runs
     _assert_gone_on(results[name], results["whole"], first=0 if name == "alone" else 4)
+
+
+def test_divided_matrices_go_on_divided_or_whole(runs: Runs) -> None:
+    """By tensor parallelism, which has rows of q, k and v in an order of its own."""
+    _, results = runs
+    whole, again = results["divided"], results["divided again"]
+    assert again.start == 4 and again.history == whole.history
+    assert same(again.weights, whole.weights)
+    _assert_gone_on(results["joined"], whole, first=4)
 
 
 def _assert_gone_on(got: tasks.Result, whole: tasks.Result, first: int) -> None:
