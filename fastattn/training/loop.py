@@ -104,13 +104,15 @@ def train(
     }
     check_settings(parallel.processes, identity)
     del weights
-    called = parallel.placed(model, config)
+    called = parallel.placed(model, config, objective)
     state = TrainingState(
         model,
         optimizers_of(model, config),
         Average(model, config.ema_decay) if config.ema_decay else None,
         loss_scaler(device, config.precision),
         History(),
+        functools.partial(canonical, model),
+        functools.partial(localised, model),
     )
     if parallel.tensor > 1:
         state.canonical = functools.partial(canonical, model)

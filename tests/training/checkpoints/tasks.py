@@ -52,12 +52,13 @@ def run(
     stop: int | None = None,
     batches: int = 4,
     dropout: float = 0.1,
+    **how: Any,
 ) -> Result:
     """A run with a checkpoint every two steps, or only its first `stop` steps.
 
-    `batches` are read in a step.
+    `batches` are read in a step; `how` are settings of the model.
     """
-    subject = small.model(dropout=dropout)
+    subject = small.model(dropout=dropout, **how)
     seen: list[int] = []
 
     def progress(history: History) -> None:
@@ -105,6 +106,17 @@ def two(rank: int, folder: Path) -> dict[str, Result]:
     copied(rank, folder / "divided", "joined", "divided again")
     results["divided again"] = run(folder / "divided again", DIVIDED, dropout=0.0)
     results["divided"] = run(folder / "divided whole", DIVIDED, dropout=0.0)
+    return results
+
+
+def divided(rank: int, folder: Path) -> dict[str, Result]:
+    """A run whose two processes share each layer: whole, gone on with so, and otherwise."""
+    how = {"attn_pdrop": 0.0}  # processes that share a layer drop attention weights of their own
+    results = {"whole": run(folder / "whole", DIVIDED, **how)}
+    run(folder / "parted", DIVIDED, 5, **how)
+    copied(rank, folder / "parted", "again", "sharded")
+    results["again"] = run(folder / "again", DIVIDED, **how)
+    results["sharded"] = run(folder / "sharded", SHARDED, **how)
     return results
 
 
