@@ -91,9 +91,12 @@ class Counted(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Case:
+    """A model of MODELS, and a step of `backwards` backwards of each process."""
+
     model: str
     split: Split
     length: int = 256
+    backwards: int = 1
 
     @property
     def config(self) -> fastattn.GPTConfig:
@@ -103,9 +106,9 @@ class Case:
         """Bytes of the memory, and of each kind of collective."""
         numbers, shape = Numbers(product=4, kernels=False), Shape(self.config)
         sent: collections.Counter[str] = collections.Counter()
-        for message in messages(shape, self.split, numbers, self.length, backwards=1):
+        for message in messages(shape, self.split, numbers, self.length, self.backwards):
             sent[message.kind] += message.size * message.times
-        return memory(shape, self.split, numbers, self.length).total, dict(sent)
+        return memory(shape, self.split, numbers, self.length, self.backwards).total, dict(sent)
 
     def measured(self) -> tuple[float, dict[str, float]]:
         """The same, of a step of gloo processes; the memory of the one that has least at its peak."""
@@ -119,7 +122,8 @@ def step(rank: int, case: Case) -> tuple[int, dict[str, float]]:
     split, config = case.split, TrainingConfig(steps=2, accumulation=case.split.readers)
     model = fastattn.GPT(case.config)
     layout = DistributedConfig(split.replicate, split.shard, split.context, split.tensor)
-    called = Parallel(Processes("cpu"), layout).placed(model, config)
+    parallel = Parallel(Processes("cpu"), layout)
+    called = parallel.placed(model, config)
     optimizers = optimizers_of(model, config)
     tokens = torch.randint(case.config.vocab_size, (split.batch, case.length + 1))
     with contextlib.ExitStack() as stack:
@@ -128,8 +132,11 @@ def step(rank: int, case: Case) -> tuple[int, dict[str, float]]:
         counted = stack.enter_context(Counted())
         for _ in range(2):
             counted.restart()
-            _, loss = called(tokens[:, :-1], targets=tokens[:, 1:], keep_logits=False)
-            loss.backward()
+            for number in range(case.backwards):
+                with parallel.unsynchronised(called, last=number == case.backwards - 1):
+                    _, loss = called(tokens[:, :-1], targets=tokens[:, 1:], keep_logits=False)
+                    loss.backward()
+                    del loss
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

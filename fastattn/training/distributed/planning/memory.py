@@ -1,7 +1,7 @@
 """The memory of a process, by a walk through the forward and the backward of a step.
 
-A model has blocks of U weights each and R others, embeddings and head; with tensor parallelism these
-are a rank's own. Its weights lie on S processes, shard x context, float32 (`parallel.py`).
+A model has L blocks of U weights each and R others, embeddings and head; with tensor parallelism
+these are a rank's own. Its weights lie on S processes, shard x context, in float32 (`parallel.py`).
 
     weights      4 (L U + R) / S bytes
     states       AdamW twice as much; Muon once for the matrices of blocks
@@ -96,13 +96,15 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory(shape: Shape, split: Split, numbers: Numbers, length: int) -> Memory:
+def memory(shape: Shape, split: Split, numbers: Numbers, length: int, backwards: int = 1) -> Memory:
     """The memory at the peak of a step.
 
     Args:
         length: tokens of a sequence.
+        backwards: of the process in a step; the second one finds the gradients of the first.
     """
-    return max(_moments(shape, split, numbers, length), key=lambda moment: moment.total)
+    moments = _moments(shape, split, numbers, length, backwards > 1)
+    return max(moments, key=lambda moment: moment.total)
 
 
 class _Activations(NamedTuple):
@@ -112,13 +114,11 @@ class _Activations(NamedTuple):
         inputs: of a block: its branch and the residual stream.
         block: all that a block keeps.
         working: gradients of activations, at most, in a block's backward.
-        loss: what the loss needs beside its input.
     """
 
     inputs: float
     block: float
     working: float
-    loss: float
 
 
 def _activations(shape: Shape, split: Split, numbers: Numbers, length: int) -> _Activations:
@@ -132,6 +132,8 @@ def _activations(shape: Shape, split: Split, numbers: Numbers, length: int) -> _
     heads = 2 * shape.query_width + 2 * shape.key_width
     if config.positions == "rotary":
         heads += shape.query_width + shape.key_width
+    if not numbers.kernels:  # ATen repeats the keys and values that several heads share
+        heads += 2 * (shape.query_width - shape.key_width)
     layers = 2 if config.gated else 1  # of the hidden size
     kept = layers if numbers.kernels else 2 * layers
     statistics = config.n_head / split.tensor + 2 * norms
@@ -143,21 +145,26 @@ def _activations(shape: Shape, split: Split, numbers: Numbers, length: int) -> _
         inputs=tokens * width * (stream + product),
         block=tokens * (block + FLOAT32 * statistics),
         working=tokens * working,
-        loss=_loss(tokens * config.vocab_size / split.tensor, split, numbers),
     )
 
 
-def _loss(logits: float, split: Split, numbers: Numbers) -> float:
+def _loss(shape: Shape, split: Split, numbers: Numbers, length: int) -> float:
+    """Bytes that the loss needs beside its input: logits, and the gradient of the head."""
+    rank = shape.config.vocab_size / split.tensor
+    logits = split.batch * length / split.context * rank
+    head = rank * shape.config.n_embd * FLOAT32
     if split.tensor > 1:  # the loss of a vocabulary in parts has its logits at once
-        return logits * (numbers.product + FLOAT32)
+        return logits * (numbers.product + FLOAT32) + head
     if numbers.kernels:
-        return min(logits, loss_on_a_gpu.CHUNK) * numbers.product
-    if logits < loss_on_a_cpu.LARGE:  # logits, their log-softmax, and the gradient
+        return min(logits, loss_on_a_gpu.CHUNK) * numbers.product + head
+    if logits < loss_on_a_cpu.LARGE:  # logits, their log-softmax, the gradient; then the head's
         return 3 * logits * numbers.product
-    return min(logits, loss_on_a_cpu.CHUNK) * numbers.product
+    return min(logits, loss_on_a_cpu.CHUNK) * numbers.product + head
 
 
-def _moments(shape: Shape, split: Split, numbers: Numbers, length: int) -> Iterator[Memory]:
+def _moments(
+    shape: Shape, split: Split, numbers: Numbers, length: int, accumulated: bool
+) -> Iterator[Memory]:
     config, product, layers = shape.config, numbers.product, shape.config.n_layer
     block, rest = shape.block.of_rank(split.tensor), shape.rest.of_rank(split.tensor)
     head = config.vocab_size * config.n_embd / split.tensor
@@ -179,16 +186,19 @@ def _moments(shape: Shape, split: Split, numbers: Numbers, length: int) -> Itera
             whole: gradients of others than `done`.
             copied: gradients that FSDP2 has also in float32, to scatter them.
         """
+        kept_gradients = own if accumulated else done * block / split.parts
         if split.sharded:
-            gradients = product * whole + FLOAT32 * (copied + done * block / split.parts)
+            gradients = product * whole + FLOAT32 * (kept_gradients + copied)
             gathered *= product
         else:
-            gradients = FLOAT32 * (whole + done * block + (own if split.devices > 1 else 0))
+            buckets = own if split.devices > 1 else 0
+            gradients = FLOAT32 * (whole + kept_gradients + buckets)
             gathered = 0 if product == FLOAT32 else product * own
         return Memory(FLOAT32 * own, FLOAT32 * states, gathered, gradients, activations, working)
 
     last = 2 * acts.inputs  # what the last norm and the head keep
-    yield moment(0, rest, head, 0, layers * kept + last, acts.inputs + acts.loss)
+    loss = acts.inputs + _loss(shape, split, numbers, length)
+    yield moment(0, rest, 0, 0, layers * kept + last, loss)
     for done in range(layers):
         left = layers - done - 1
         gathered = rest + (2 if left else 1) * block
