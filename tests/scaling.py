@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastattn
 from fastattn.training import TrainingConfig
+from fastattn.training.contract import Batch
 from fastattn.training.distributed.layout import DistributedConfig
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.planning import Numbers, Shape, Split, memory, messages
@@ -44,6 +45,7 @@ COLLECTIVES = {
     "_allgather_base_": "gather",
     "_reduce_scatter_base_": "scatter",
     "allreduce_": "reduce",
+    "send": "pass",
 }
 
 
@@ -126,6 +128,9 @@ def step(rank: int, case: Case) -> tuple[int, dict[str, float]]:
     called = parallel.placed(model, config)
     optimizers = optimizers_of(model, config)
     tokens = torch.randint(case.config.vocab_size, (split.batch, case.length + 1))
+    whole = {"input_ids": tokens[:, :-1], "targets": tokens[:, 1:], "keep_logits": False}
+    count = split.batch * case.length
+    batch = parallel.part(Batch(whole, counted=count, tokens=count))
     with contextlib.ExitStack() as stack:
         if split.recompute:
             stack.enter_context(recomputed_blocks(model))
@@ -134,7 +139,7 @@ def step(rank: int, case: Case) -> tuple[int, dict[str, float]]:
             counted.restart()
             for number in range(case.backwards):
                 with parallel.unsynchronised(called, last=number == case.backwards - 1):
-                    _, loss = called(tokens[:, :-1], targets=tokens[:, 1:], keep_logits=False)
+                    _, loss = called(**batch.arguments)
                     loss.backward()
                     del loss
             for optimizer in optimizers:
@@ -144,30 +149,46 @@ def step(rank: int, case: Case) -> tuple[int, dict[str, float]]:
 
 
 CASES = [
-    Case(model, Split(replicate, shard, batch=batch, recompute=recompute))
-    for model in MODELS
-    for replicate, shard in ((1, 1), (2, 1), (1, 2), (1, 4), (2, 2))
-    for batch, recompute in ((4, False), (4, True))
+    Case("GPT-2", Split(batch=4)),
+    Case("GPT-2", Split(replicate=2, batch=4)),
+    Case("GPT-2", Split(replicate=2, batch=1), backwards=2),
+    Case("GPT-2", Split(shard=2, batch=4)),
+    Case("GPT-2", Split(shard=4, batch=4, recompute=True)),
+    Case("GPT-2", Split(replicate=2, shard=2, batch=2)),
+    Case("Llama", Split(batch=4, recompute=True)),
+    Case("Llama", Split(shard=2, batch=4)),
+    Case("Llama", Split(shard=2, batch=2, recompute=True), backwards=2),
+    Case("Llama", Split(shard=4, batch=4)),
+    Case("Llama", Split(tensor=2, batch=4)),
+    Case("Llama", Split(shard=2, tensor=2, batch=4, recompute=True)),
+    Case("Llama", Split(context=2, batch=4)),
+    Case("Llama", Split(shard=2, context=2, batch=2, recompute=True)),
 ]
 
 
-def table() -> str:
-    lines = [
-        "| model | split | batch | checkpointing | memory predicted | measured | ratio | sent predicted "
-        "| measured |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in CASES:
-        split = case.split
-        (bytes_, sent), (counted, really) = case.predicted(), case.measured()
-        lines.append(
-            f"| {case.model} | replicate={split.replicate} shard={split.shard} | {split.batch} | "
-            f"{'yes' if split.recompute else 'no'} | {bytes_ / 1e6:.1f} MB | {counted / 1e6:.1f} MB | "
-            f"{bytes_ / counted:.2f} | {sum(sent.values()) / 1e6:.1f} MB | "
-            f"{sum(really.values()) / 1e6:.1f} MB |"
-        )
-    return "\n".join(lines)
+HEADER = "| model | replicate x shard x context x tensor | batch x backwards | checkpointing | "
+HEADER += "memory | counted | ratio | sent | counted |\n|" + "---|" * 9
+
+
+def described(case: Case) -> str:
+    """The first cells of its row."""
+    *sizes, batch, recompute = case.split
+    split = " x ".join(map(str, sizes))
+    often = "yes" if recompute else "no"
+    return f"| {case.model} | {split} | {batch} x {case.backwards} | {often} |"
+
+
+def row(case: Case) -> str:
+    """Predicted and counted, in 10^6 bytes; sent are the sizes of all messages' tensors."""
+    (total, sent), (counted, really) = case.predicted(), case.measured()
+    messages_, theirs = sum(sent.values()), sum(really.values())
+    return (
+        f"{described(case)} {total / 1e6:.1f} MB | {counted / 1e6:.1f} MB | {total / counted:.2f} | "
+        f"{messages_ / 1e6:.1f} MB | {theirs / 1e6:.1f} MB |"
+    )
 
 
 if __name__ == "__main__":
-    print(table())
+    print(HEADER)
+    for case in CASES:
+        print(row(case), flush=True)

@@ -27,6 +27,7 @@ from fastattn.ops.linear_cross_entropy import tiles as loss_on_a_gpu
 from fastattn.training.distributed.planning.shapes import Shape
 
 FLOAT32 = 4  # bytes
+CHUNK_OF_PARTS = 1 << 24  # scores that the loss of a divided vocabulary has at one time
 
 
 class Split(NamedTuple):
@@ -139,8 +140,9 @@ def _activations(shape: Shape, split: Split, numbers: Numbers, length: int) -> _
     statistics = config.n_head / split.tensor + 2 * norms
     block = norms * width * (stream + product) + (heads / split.tensor + kept * hidden) * product
     working = 2 * width * product + (layers + numbers.kernels) * hidden * product
-    if split.context > 1:  # keys and values on their way, and their gradients
-        working += 4 * shape.key_width / split.tensor * product
+    if split.context > 1:  # keys and values, here and on their way, and gradients in float32
+        ring = 4 * shape.key_width * (product + FLOAT32) + shape.query_width * FLOAT32
+        working += ring / split.tensor
     return _Activations(
         inputs=tokens * width * (stream + product),
         block=tokens * (block + FLOAT32 * statistics),
@@ -153,8 +155,9 @@ def _loss(shape: Shape, split: Split, numbers: Numbers, length: int) -> float:
     rank = shape.config.vocab_size / split.tensor
     logits = split.batch * length / split.context * rank
     head = rank * shape.config.n_embd * FLOAT32
-    if split.tensor > 1:  # the loss of a vocabulary in parts has its logits at once
-        return logits * (numbers.product + FLOAT32) + head
+    if split.tensor > 1:  # the loss of a divided vocabulary: scores in float32, their gradient
+        rounded = numbers.product if numbers.product < FLOAT32 else 0
+        return min(logits, CHUNK_OF_PARTS) * (2 * FLOAT32 + rounded) + head
     if numbers.kernels:
         return min(logits, loss_on_a_gpu.CHUNK) * numbers.product + head
     if logits < loss_on_a_cpu.LARGE:  # logits, their log-softmax, the gradient; then the head's
@@ -196,10 +199,11 @@ def _moments(
             gathered = 0 if product == FLOAT32 else product * own
         return Memory(FLOAT32 * own, FLOAT32 * states, gathered, gradients, activations, working)
 
-    last = 2 * acts.inputs  # what the last norm and the head keep
+    last = acts.inputs  # what the last norm and the head keep
     loss = acts.inputs + _loss(shape, split, numbers, length)
     yield moment(0, rest, 0, 0, layers * kept + last, loss)
-    for done in range(layers):
+    # Between these blocks the sum changes linearly.
+    for done in sorted({0, 1, layers - 2, layers - 1} & set(range(layers))):
         left = layers - done - 1
         gathered = rest + (2 if left else 1) * block
         before = block if done else 0

@@ -94,10 +94,13 @@ def messages(
     block, rest = shape.block.of_rank(tensor), shape.rest.of_rank(tensor)
     tokens = split.batch * length / context
     if tensor > 1:
-        # Two a block and way, again where a block is computed again; embedding and head.
-        size, again = tokens * config.n_embd * product, 2 if split.recompute else 1
-        for backward, times in ((False, 2 * layers + 1), (True, 2 * again * layers + 1)):
+        # Two a block and way, and one where a block is computed again, up to what the backward
+        # needs; embedding and head.
+        size, again = tokens * config.n_embd * product, 1 if split.recompute else 0
+        for backward, times in ((False, 2 * layers + 1), (True, (2 + again) * layers + 1)):
             yield Message("tensor", "reduce", backward, size, times * backwards, tensor, 1)
+        # Of the loss the largest score of a row, the sum of exponentials, the target's score.
+        yield Message("tensor", "reduce", False, 3 * tokens * FLOAT32, backwards, tensor, 1)
     if context > 1:
         keys = 2 * tokens * shape.key_width / tensor
         passes = (context - 1) * layers * backwards
