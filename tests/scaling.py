@@ -31,6 +31,7 @@ from fastattn.training.distributed.planning import Numbers, Shape, Split, memory
 from fastattn.training.distributed.planning.shapes import LLAMA
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.steps.optimizers import optimizers_of
+from fastattn.training.steps.precision import autocast
 from fastattn.training.steps.recomputation import recomputed_blocks
 
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0}
@@ -99,6 +100,7 @@ class Case:
     split: Split
     length: int = 256
     backwards: int = 1
+    precision: str = "float32"
 
     @property
     def config(self) -> fastattn.GPTConfig:
@@ -106,7 +108,10 @@ class Case:
 
     def predicted(self) -> tuple[float, dict[str, float]]:
         """Bytes of the memory, and of each kind of collective."""
-        numbers, shape = Numbers(product=4, kernels=False), Shape(self.config)
+        numbers, shape = (
+            Numbers(2 if self.precision == "bfloat16" else 4, kernels=False),
+            Shape(self.config),
+        )
         sent: collections.Counter[str] = collections.Counter()
         for message in messages(shape, self.split, numbers, self.length, self.backwards):
             sent[message.kind] += message.size * message.times
@@ -121,7 +126,8 @@ class Case:
 def step(rank: int, case: Case) -> tuple[int, dict[str, float]]:
     """Two steps of this process, of which the second, which finds states, is counted."""
     torch.manual_seed(0)
-    split, config = case.split, TrainingConfig(steps=2, accumulation=case.split.readers)
+    split = case.split
+    config = TrainingConfig(steps=2, accumulation=split.readers, precision=case.precision)
     model = fastattn.GPT(case.config)
     layout = DistributedConfig(split.replicate, split.shard, split.context, split.tensor)
     parallel = Parallel(Processes("cpu"), layout)
@@ -139,7 +145,8 @@ def step(rank: int, case: Case) -> tuple[int, dict[str, float]]:
             counted.restart()
             for number in range(case.backwards):
                 with parallel.unsynchronised(called, last=number == case.backwards - 1):
-                    _, loss = called(**batch.arguments)
+                    with autocast(torch.device("cpu"), case.precision):
+                        _, loss = called(**batch.arguments)
                     loss.backward()
                     del loss
             for optimizer in optimizers:
@@ -155,6 +162,9 @@ CASES = [
     Case("GPT-2", Split(shard=2, batch=4)),
     Case("GPT-2", Split(shard=4, batch=4, recompute=True)),
     Case("GPT-2", Split(replicate=2, shard=2, batch=2)),
+    Case("GPT-2", Split(shard=2, batch=4), precision="bfloat16"),
+    Case("GPT-2", Split(shard=2, batch=4, recompute=True), precision="bfloat16"),
+    Case("GPT-2", Split(replicate=2, batch=4, recompute=True), precision="bfloat16"),
     Case("Llama", Split(batch=4, recompute=True)),
     Case("Llama", Split(shard=2, batch=4)),
     Case("Llama", Split(shard=2, batch=2, recompute=True), backwards=2),
@@ -166,8 +176,8 @@ CASES = [
 ]
 
 
-HEADER = "| model | replicate x shard x context x tensor | batch x backwards | checkpointing | "
-HEADER += "memory | counted | ratio | sent | counted |\n|" + "---|" * 9
+HEADER = "| model | products | replicate x shard x context x tensor | batch x backwards | checkpointing | "
+HEADER += "memory | counted | ratio | sent | counted |\n|" + "---|" * 10
 
 
 def described(case: Case) -> str:
@@ -175,7 +185,7 @@ def described(case: Case) -> str:
     *sizes, batch, recompute = case.split
     split = " x ".join(map(str, sizes))
     often = "yes" if recompute else "no"
-    return f"| {case.model} | {split} | {batch} x {case.backwards} | {often} |"
+    return f"| {case.model} | {case.precision} | {split} | {batch} x {case.backwards} | {often} |"
 
 
 def row(case: Case) -> str:

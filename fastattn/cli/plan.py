@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpus.add_argument(
         "--links", type=float, default=0.8, help="share of the bandwidth in messages; default: 0.8"
     )
+    gpus.add_argument(
+        "--usable", type=float, default=0.9, help="share of the memory for tensors; default: 0.9"
+    )
     gpus.add_argument("--top", type=int, default=5, help="splits to print; default: 5")
 
 
@@ -108,6 +111,7 @@ def _job(arguments: argparse.Namespace, params: str | None, devices: int) -> Job
         Numbers(muon=arguments.optimizer == "muon", average=arguments.ema),
         arguments.efficiency,
         arguments.links,
+        arguments.usable,
         fixed={name: size for name in DIMENSIONS if (size := getattr(arguments, name)) is not None},
     )
 
@@ -208,11 +212,10 @@ def _reasons(found: list[Plan]) -> Iterator[str]:
         others = [plan for plan in found if getattr(plan.split, name) != chosen]
         if others:
             other = min(others, key=lambda plan: (not plan.fits, plan.seconds.step))
-            change = f"{other.seconds.step / best.seconds.step - 1:+.1%} time, " + (
-                f"{_gib(other.memory.total)}" if other.fits else "does not fit"
-            )
-            split = " x ".join(str(getattr(other.split, n)) for n in DIMENSIONS)
-            yield f"{name + '=' + str(chosen):<14}else at best {split}: {change}"
+            split = " x ".join(str(getattr(other.split, size)) for size in DIMENSIONS)
+            change = f"{other.seconds.step / best.seconds.step:.3f} of the time"
+            fits = _gib(other.memory.total) if other.fits else "which does not fit"
+            yield f"{name + '=' + str(chosen):<14}else at best {split}: {change}, {fits}"
 
 
 def _tables(plan: Plan) -> Iterator[str]:

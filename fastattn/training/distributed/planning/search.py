@@ -14,6 +14,7 @@ from fastattn.training.distributed.planning.shapes import Shape
 from fastattn.training.distributed.planning.traffic import Seconds, messages, seconds
 
 TIE = 1.01  # times within a percent are one time: the model is coarser
+MOST_DEVICES = 1 << 17
 LARGEST_BATCH = 64  # sequences of a backward
 
 
@@ -51,6 +52,8 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("devices", "length", "sequences"):
             check_integer(name, getattr(self, name), at_least=1)
+        if self.devices > MOST_DEVICES:
+            raise ValueError(f"devices must be at most {MOST_DEVICES}, got {self.devices}")
         for name in ("efficiency", "links", "usable"):
             if not 0 < check_number(name, getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
