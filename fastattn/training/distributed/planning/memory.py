@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 from fastattn.ops.linear_cross_entropy import aten as loss_on_a_cpu
 from fastattn.ops.linear_cross_entropy import tiles as loss_on_a_gpu
+from fastattn.training.distributed import vocabulary as loss_of_parts
 from fastattn.training.distributed.planning.shapes import Shape
 
 FLOAT32 = 4  # bytes
-CHUNK_OF_PARTS = 1 << 24  # scores that the loss of a divided vocabulary has at one time
 
 
 class Split(NamedTuple):
@@ -157,7 +157,7 @@ def _loss(shape: Shape, split: Split, numbers: Numbers, length: int) -> float:
     head = rank * shape.config.n_embd * FLOAT32
     if split.tensor > 1:  # the loss of a divided vocabulary: scores in float32, their gradient
         rounded = numbers.product if numbers.product < FLOAT32 else 0
-        return min(logits, CHUNK_OF_PARTS) * (2 * FLOAT32 + rounded) + head
+        return min(logits, loss_of_parts.SCORES) * (2 * FLOAT32 + rounded) + head
     if numbers.kernels:
         return min(logits, loss_on_a_gpu.CHUNK) * numbers.product + head
     if logits < loss_on_a_cpu.LARGE:  # logits, their log-softmax, the gradient; then the head's

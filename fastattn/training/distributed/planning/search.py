@@ -153,7 +153,7 @@ def _splits(job: Job) -> Iterator[Split]:
     divisors = [n for n in range(1, job.devices + 1) if job.devices % n == 0]
     choices = {name: [job.fixed[name]] if name in job.fixed else divisors for name in DIMENSIONS}
     for tensor in choices["tensor"]:
-        if config.n_head % tensor or config.kv_heads % tensor:
+        if any(size % tensor for size in (config.n_head, config.kv_heads, config.feedforward_dim)):
             continue
         if tensor > machine and "tensor" not in job.fixed:
             continue
@@ -203,6 +203,6 @@ def _indivisible(job: Job) -> str:
     return (
         f"{job.devices} devices cannot be divided{f' with {fixed}' if fixed else ''}: replicate x "
         f"shard must divide the {job.sequences} sequences of a step, tensor the {config.n_head} "
-        f"heads and {config.kv_heads} heads of keys, and 2 x context the {job.length} tokens of a "
-        "sequence"
+        f"heads, {config.kv_heads} heads of keys and {config.feedforward_dim} hidden columns, and "
+        f"2 x context the {job.length} tokens of a sequence"
     )
