@@ -114,9 +114,6 @@ def train(
         functools.partial(canonical, model),
         functools.partial(localised, model),
     )
-    if parallel.tensor > 1:
-        state.canonical = functools.partial(canonical, model)
-        state.localised = functools.partial(localised, model)
     history = state.history
 
     def progress() -> None:
