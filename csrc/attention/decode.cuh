@@ -192,23 +192,27 @@ FA_DEVICE void copy_stored(int to, Global<const typename Traits::Stored> from, i
 template <class Traits>
 FA_DEVICE void widen_tile(int to, int from) {
   using T = typename Traits::T;
-  constexpr int parts = Traits::head_dim / 64;  // of a row, of 4 chunks of 16 numbers
+  constexpr int D = Traits::head_dim, parts = D / 64;  // of a row, of 4 chunks of 16 numbers
+  const int lane = renewed(lane_index()), row = lane / 4;
   FA_UNROLL
-  for (int i = 0; i < 2 * parts; ++i) {
-    const int row = lane_index() / 4 + i % 2 * 8;
-    const int chunk = (i / 2 + row) % parts * 4 + lane_index() % 4;
-    const auto bytes =
-        load_vector<4>(shared_memory<const uint32_t>(from + row * Traits::head_dim + 16 * chunk));
+  for (int part = 0; part < parts; ++part) {
+    const int chunk = (part + row) % parts * 4 + lane % 4;
+    const int source = from + row * D + 16 * chunk;
+    const int target = Tile<T, D>::offset(row, 2 * chunk);
     FA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      Vector<uint32_t, 4> pairs;
+    for (int lower = 0; lower < decode_keys; lower += 8) {  // rows of one place in the swizzle
+      const auto bytes = load_vector<4>(shared_memory<const uint32_t>(source + lower * D));
       FA_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        pairs[e] =
-            widened<T, typename Traits::Stored>(spread_bytes(bytes[2 * half + e / 2], e % 2));
+      for (int half = 0; half < 2; ++half) {
+        Vector<uint32_t, 4> pairs;
+        FA_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          pairs[e] =
+              widened<T, typename Traits::Stored>(spread_bytes(bytes[2 * half + e / 2], e % 2));
+        }
+        const int place = (target ^ half * chunk_elements) + lower * D;
+        store_vector(shared_memory<uint32_t>(to + 2 * place), pairs);
       }
-      const int place = Tile<T, Traits::head_dim>::offset(row, 2 * chunk + half);
-      store_vector(shared_memory<uint32_t>(to + 2 * place), pairs);
     }
   }
 }

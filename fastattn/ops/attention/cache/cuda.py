@@ -56,8 +56,8 @@ def forward(
     k_scale, v_scale = _dense(call.k_scale), _dense(call.v_scale)
     if call.new_k is not None and call.new_v is not None and call.new_k.numel() * capacity:
         torch.ops.fastattn_cuda.append_to_cache(
-            k_cache, v_cache, _readable(call.new_k), _readable(call.new_v), lengths, table, rows, cos,
-            sin, k_scale, v_scale, call.rotary_interleaved, capacity,
+            k_cache, v_cache, _readable(call.new_k), _readable(call.new_v), lengths, table, rows,
+            cos, sin, k_scale, v_scale, call.rotary_interleaved, capacity,
         )  # fmt: skip
     tile_rows = seqlen_q * (heads // kv_heads)
     padded = table is rows is call.starts is k_scale is None

@@ -242,7 +242,8 @@ def _check_scales(
         check_device(name, scale, q.device)
         if scale.dtype != torch.float32:
             raise TypeError(f"{name} must be float32; got {scale.dtype}: cast it by .float()")
-        if tuple(scale.shape) not in ((kv_heads,), (batch, kv_heads)):
+        fits = scale.dim() in (1, 2) and scale.shape[-1] == kv_heads
+        if not fits or (scale.dim() == 2 and scale.shape[0] != batch):
             raise ValueError(
                 f"{name} must have the shape (kv_heads,) = ({kv_heads},) or (batch, kv_heads) = "
                 f"({batch}, {kv_heads}); got {tuple(scale.shape)}"

@@ -192,9 +192,7 @@ def forward(
     )
     lengths = call.lengths.contiguous()
     if call.new_k is not None and call.new_v is not None and call.seqlen_new * call.capacity:
-        _append(
-            bits(call.k), bits(call.v), call.new_k, call.new_v, lengths, call.capacity, cache
-        )
+        _append(bits(call.k), bits(call.v), call.new_k, call.new_v, lengths, call.capacity, cache)
     extras = extras._replace(key_lengths=lengths)  # the kernels add cache.seqlen_new
     k_cache, v_cache = call.k, call.v
     if q.device.type == "cpu" or launch.architecture(q.device) < 89:
