@@ -17,9 +17,10 @@ def widened(x, dtype: tl.constexpr):
     """Stored numbers in `dtype`, each exactly."""
     if x.dtype == tl.uint8:
         b = x.to(tl.uint16)
+        magnitude = b & 0x7F
+        nan = (magnitude + 1) & 0x80  # with which 0x7f gets the exponent of float16's NaN
         # The bias of the exponent is 7, that of float16 15. Subnormal numbers fit as well.
-        number = ((b & 0x80) << 8 | (b & 0x7F) << 7).to(tl.float16, bitcast=True) * 256.0
-        x = tl.where((b & 0x7F) == 0x7F, float("nan"), number)
+        x = ((magnitude | nan) << 7 | (b & 0x80) << 8).to(tl.float16, bitcast=True) * 256.0
     return x.to(dtype)
 
 
