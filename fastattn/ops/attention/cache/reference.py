@@ -10,7 +10,7 @@ import torch
 from fastattn.ops.attention import reference
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
-from fastattn.ops.attention.cache.stored import dequantised, quantised
+from fastattn.ops.attention.cache.stored import bits, dequantised, quantised
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import values_are_checked
 from fastattn.ops.common import modes
@@ -78,6 +78,9 @@ def append(call: CacheCall) -> torch.Tensor:
         return lengths + call.seqlen_new
     positions = lengths[:, None] + torch.arange(call.seqlen_new, device=lengths.device)
     k, v = as_stored(call, rotated_keys(call, call.new_k, positions), call.new_v)
+    if call.k_scale is not None:  # not all that follows takes float8
+        k, v = bits(k), bits(v)
+        call = call._replace(k=bits(call.k), v=bits(call.v))
     rows, slots = _places(call, positions)
     if not values_are_checked(call.lengths):
         fits = (positions >= 0) & (positions < call.capacity) & (rows >= 0) & (rows < len(call.k))

@@ -28,5 +28,5 @@ def dequantised(stored: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
 
 
 def bits(cache: torch.Tensor) -> torch.Tensor:
-    """The cache for kernels that make the numbers of float8_e4m3fn from bits: as uint8."""
+    """The same memory, of float8_e4m3fn as uint8: for what does not take that dtype."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
