@@ -42,6 +42,7 @@ class KVCache:
         config: of the model.
         batch_size: B.
         capacity: S; at most ``config.n_positions`` of them can be used.
+        kv_heads: H; default the config's. A process that shares the layers has fewer.
         device, dtype: of the keys and values: the model's, or the dtype of autocast; or int8 or
             float8_e4m3fn.
 
@@ -58,13 +59,15 @@ class KVCache:
         batch_size: int,
         capacity: int,
         *,
+        kv_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("batch_size", batch_size), ("capacity", capacity)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        shape = (batch_size, capacity, config.kv_heads, config.head_dim)
+        heads = config.kv_heads if kv_heads is None else kv_heads
+        shape = (batch_size, capacity, heads, config.head_dim)
         self.batch_size = batch_size
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -75,7 +78,7 @@ class KVCache:
             keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
             scales: tuple[Tensor, ...] = ()
             if dtype in STORED:
-                scales = torch.zeros(2, batch_size, config.kv_heads, device=device).unbind()
+                scales = torch.zeros(2, batch_size, heads, device=device).unbind()
             self.layers.append(KeyValueCache(keys, values, self.lengths, None, *scales))
 
     def set_lengths(self, lengths: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastattn.training.distributed.layout import DistributedConfig
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.distributed.share import Share
+from fastattn.training.distributed.tensor import canonical
 from fastattn.training.history import History
 from fastattn.training.steps.precision import loss_scaler
 from fastattn.training.steps.state import TrainingState
@@ -38,13 +40,17 @@ def gradients(
     subject = small.model(**how)
     config = small.with_changes(max_gradient_norm=float("inf"), **changes)
     layout = parallel(**numbers)
-    called = layout.placed(subject, config)
+    called = layout.placed(subject, config, small.OBJECTIVE)
     scaler = loss_scaler(torch.device("cpu"), "float32")
     state = TrainingState(subject, [], None, scaler, History())
     share = Share.of(1, small.windows(config=config), config, layout)
     loss, _ = loop._gradients(state, called, small.OBJECTIVE, share, config, layout)
     found = {name: p.grad for name, p in subject.named_parameters()}
-    return loss, {name: whole(grad) for name, grad in found.items() if grad is not None}
+    return loss, {
+        name: whole(canonical(subject, name, grad))
+        for name, grad in found.items()
+        if grad is not None
+    }
 
 
 def trained(
@@ -54,7 +60,9 @@ def trained(
     subject = small.model(**how)
     history = small.trained(subject, small.with_changes(**changes), parallel=parallel(**numbers))
     steps = [(step.loss, step.gradient_norm, step.tokens) for step in history.steps]
-    weights = {name: whole(value) for name, value in subject.state_dict().items()}
+    weights = {
+        name: whole(canonical(subject, name, value)) for name, value in subject.state_dict().items()
+    }
     return weights, steps, [evaluation.loss for evaluation in history.evaluations]
 
 
@@ -95,9 +103,13 @@ def dying(rank: int) -> str:
     return "nothing"
 
 
-def refused(rank: int, numbers: dict[str, Any], changes: dict[str, Any]) -> str:
+def refused(
+    rank: int, numbers: dict[str, Any], changes: dict[str, Any], name: str = "causal"
+) -> str:
+    objective = copy.copy(small.OBJECTIVE)
+    objective.name = name
     try:
-        parallel(**numbers).placed(small.model(), small.with_changes(**changes))
+        parallel(**numbers).placed(small.model(), small.with_changes(**changes), objective)
     except ValueError as error:
         return str(error)
     return "nothing"
