@@ -343,7 +343,7 @@ class Attention(torch.nn.Module):
         if bias is not None:
             if k is None or v is None or not plain or self.window is not None:
                 raise ValueError(
-                    "a bias with a cache takes no pages, 8-bit numbers, window or context"
+                    "a bias with a cache takes no pages, window or context, and no 8-bit numbers"
                 )
             return self._cached_with_bias(q, k, v, cache, causal, bias)
         for scale, x in ((cache.k_scale, k), (cache.v_scale, v)):

@@ -95,3 +95,11 @@ def test_errors(model: GPT) -> None:
             getattr(stored, name)(plain, torch.tensor([0]))
         with pytest.raises(ValueError, match=r"source must hold torch.float32 .* torch.int8"):
             getattr(plain, name)(stored, torch.tensor([0]))
+
+
+def test_a_bias_refuses(model: GPT) -> None:
+    """The plain operations that it needs do not read 8-bit numbers."""
+    layer, attention = model.new_cache(1, 4, dtype=torch.int8).layers[0], model.blocks[0].attention
+    x = torch.zeros(1, 1, model.config.n_embd, device=model.device)
+    with pytest.raises(ValueError, match="and no 8-bit numbers"):
+        attention(x, cache=layer, bias=torch.zeros(1, 1, 1, 1, device=model.device))
