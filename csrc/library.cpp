@@ -77,13 +77,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
   m.def(
       "append_to_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, "
       "Tensor? block_table, Tensor? rows, Tensor? rotary_cos, Tensor? rotary_sin, "
-      "bool rotary_interleaved, int capacity) -> ()");
+      "Tensor? k_scale, Tensor? v_scale, bool rotary_interleaved, int capacity) -> ()");
   m.def(
       "attend_to_cache(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? part_out, Tensor(d!)? part_lse, "
       "Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? "
       "rows, "
       "Tensor? starts, Tensor? alibi_slopes, Tensor? sink, Tensor? rotary_cos, Tensor? rotary_sin, "
-      "bool rotary_interleaved, bool rotary_advances, int capacity, int appended, "
+      "Tensor? k_scale, Tensor? v_scale, bool rotary_interleaved, bool rotary_advances, int capacity, int appended, "
       "int part_keys, int blocks, int window_left, int window_right, float softmax_scale, "
       "float softcap) -> ()");
 }

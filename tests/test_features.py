@@ -25,6 +25,7 @@ from fastattn import backends
 from fastattn.ops.attention import interface, problem
 from fastattn.ops.attention.cache import interface as cache_interface
 from fastattn.ops.attention.cache.problem import CacheProblem, describe
+from fastattn.ops.attention.cache.stored import dequantised, quantised
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.cross_entropy import interface as loss_interface
 from fastattn.ops.cross_entropy import problem as loss_problem
@@ -178,6 +179,7 @@ class CacheCase:
     left_padding: bool = False
     appending: bool = False
     rotary: bool = False
+    stored: torch.dtype | None = None
 
     def draw(self, device: str) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         g = torch.Generator().manual_seed(0)
@@ -199,6 +201,10 @@ class CacheCase:
             options["cache_starts"] = torch.tensor([2, 0])
         if self.appending:
             options |= {"k": new_k, "v": new_v}
+        if self.stored is not None:
+            scale = torch.tensor([0.03, 0.04])
+            caches = [quantised(x, scale, self.stored) for x in caches]
+            options |= {"k_scale": scale, "v_scale": scale}
         if self.rotary:
             angles = torch.randn(30, 4, generator=g)
             options |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
@@ -212,9 +218,12 @@ class CacheCase:
     def run(self, backend: str, device: str) -> None:
         (q, k_cache, v_cache, lengths), options = self.draw(device)
         places = [[self.place(b, j, options) for j in range(21)] for b in range(2)]
+        held = k_cache, v_cache
+        if self.stored is not None:
+            held = tuple(dequantised(x, options["k_scale"], torch.float32) for x in held)
         old = [
             [torch.stack([cache[place] for place in places[b][: lengths[b]]]) for b in range(2)]
-            for cache in (k_cache, v_cache)
+            for cache in held
         ]
         out = fastattn.attention_with_kv_cache(
             q, k_cache, v_cache, lengths, backend=backend, **options
@@ -321,6 +330,8 @@ FEATURES = {
     "KV cache: left padding": cached(left_padding=True),
     "KV cache: appending": cached(paged=True, appending=True),
     "KV cache: rotary": cached(appending=True, rotary=True),
+    "KV cache: int8": cached(stored=torch.int8),
+    "KV cache: float8_e4m3fn": cached(stored=torch.float8_e4m3fn),
     "rotary embedding": turned(rotations.Case(rotary_dim=8)),
     "rotary embedding: norm of the heads": turned(rotations.Case(interleaved=True, norms="qk")),
     "cross-entropy": of_loss(losses.Case((5,), 9, weighted=True, options=ALL_OF_A_LOSS)),

@@ -13,12 +13,14 @@
 //     m' = max(m, rowmax s);  p = 2^(s - m');  l = l 2^(m - m') + rowsum p
 //     acc = acc 2^(m - m') + p v
 //
-// (Milakov and Gimelshein 2018, arXiv:1805.02867.) No barrier of the block is inside the loop. At
+// (Milakov and Gimelshein 2018, arXiv:1805.02867.) A ring of 8-bit numbers has half the bytes; a
+// warp widens the tile that it multiplies next to one of its own after the rings. No barrier of the block is inside the loop. At
 // the end the warps' states are joined in shared memory, in their order, and merge.cuh joins parts.
 #pragma once
 
 #include "attention/decode_cache.cuh"
 #include "attention/decode_rotary.cuh"
+#include "attention/decode_stored.cuh"
 #include "attention/tile.cuh"
 #include "device/barrier.cuh"
 #include "device/cp_async.cuh"
@@ -30,9 +32,15 @@ namespace fastattn {
 constexpr int decode_rows = 16;  // of a tile: queries times the query heads of a key head
 constexpr int decode_keys = 16;  // of a warp's step
 
-template <class Element, int HeadDim>
+template <class T, class Stored>
+struct DecodeParams;
+
+template <class Element, int HeadDim, class StoredElement>
 struct DecodeTraits {
   using T = Element;
+  using Stored = StoredElement;  // what the cache holds: T, int8_t or e4m3_t
+  using Params = DecodeParams<T, Stored>;
+  static constexpr bool widens = !std::is_same_v<Stored, T>;
   static constexpr int head_dim = HeadDim;  // of q, k and v with zeros after theirs
   static constexpr int warps = HeadDim <= 128 ? 4 : 2;
   static constexpr int threads = warps * warp_threads;
@@ -40,23 +48,26 @@ struct DecodeTraits {
   static constexpr int blocks = HeadDim <= 64 ? 4 : 3;  // that share an SM
   static constexpr int chunks = HeadDim / 8;            // of 16 bytes in a row
   static constexpr int tile_bytes = decode_keys * HeadDim * 2;
-  static constexpr int ring_bytes = warps * slots * tile_bytes;
+  static constexpr int slot_bytes = decode_keys * HeadDim * static_cast<int>(sizeof(Stored));
+  static constexpr int ring_bytes = warps * slots * slot_bytes;
+  static constexpr int widened_bytes = widens ? warps * tile_bytes : 0;
   // The warps' results, over the ring: sums with rows that lie 8 banks apart.
   static constexpr int sums_row = HeadDim + 8;
   static constexpr int state_bytes = warps * decode_rows * 4;
   static constexpr int sums_bytes = warps * decode_rows * sums_row * 4;
-  static constexpr int shared_bytes = ring_bytes;
+  static constexpr int shared_bytes = ring_bytes + widened_bytes;
   static_assert(slots % 2 == 1 && sums_bytes + 2 * state_bytes <= shared_bytes);
 };
 
-template <class T>
+template <class T, class Stored>
 struct DecodeParams {
   Global<T> out;           // (batch, seqlen_q, heads, head_dim_v), contiguous
   Global<float> lse;       // (batch, heads, seqlen_q), contiguous
   Global<float> part_out;  // (split.most, batch, seqlen_q, heads, part_width), if split.most > 1
   Global<float> part_lse;  // (split.most, batch, seqlen_q, heads)
   Global<const T> q;       // (batch, seqlen_q, heads, head_dim)
-  Global<const T> k, v;    // the cache
+  Global<const Stored> k, v;  // the cache
+  Scale k_scale, v_scale;     // of 8-bit numbers
   Global<const float> slopes;  // of ALiBi, (batch or 1, heads)
   Global<const float> sink;    // (heads,)
   int64_t q_batch, q_token, q_head, slopes_batch;  // strides
@@ -79,9 +90,9 @@ struct DecodeRow {
 };
 
 // One chunk of 8 columns of a row of q, turned, zeros where there is none.
-template <class T>
-FA_DEVICE Vector<T, 8> query_chunk(const DecodeParams<T>& p, Global<const T> row, bool inside,
-                                   int column, int64_t position) {
+template <class Params, class T>
+FA_DEVICE Vector<T, 8> query_chunk(const Params& p, Global<const T> row, bool inside, int column,
+                                   int64_t position) {
   Vector<T, 8> values;
   if (inside && p.q_by_vectors && !p.rotary && column < p.cache.head_dim) {
     return load_vector<8>(row + column);
@@ -100,7 +111,7 @@ FA_DEVICE Vector<T, 8> query_chunk(const DecodeParams<T>& p, Global<const T> row
 
 // The offset of no key: negative, and aligned as others are, which a copy wants that reads nothing
 // as well.
-constexpr int64_t no_key = -chunk_elements;
+constexpr int64_t no_key = -16;
 
 // Begins to copy a tile of keys or values. Lane l (and l + 16) has the offset of its key l, or
 // no_key, which becomes zeros. Eight lanes copy 128 bytes of a row.
@@ -142,6 +153,70 @@ FA_DEVICE void copy_tile(Tile<typename Traits::T, Traits::head_dim> to,
   }
 }
 
+// The same of 8-bit numbers, to rows one after another from `to` bytes of shared memory on.
+template <class Traits>
+FA_DEVICE void copy_stored(int to, Global<const typename Traits::Stored> from, int64_t offset,
+                           int width, bool by_vectors) {
+  using Stored = typename Traits::Stored;
+  const int lower = static_cast<int>(offset), upper = static_cast<int>(offset >> 32);
+  auto offset_of = [&](int row) {
+    const auto low = static_cast<uint32_t>(shuffle(lower, row));
+    return int64_t{shuffle(upper, row)} << 32 | low;
+  };
+  if (by_vectors) {
+    constexpr int chunks = Traits::head_dim / 16;
+    FA_UNROLL
+    for (int i = 0; i < decode_keys * chunks / warp_threads; ++i) {
+      const int place = i * warp_threads + lane_index();
+      const int column = place % chunks * 16;
+      const int64_t start = offset_of(place / chunks);
+      copy_async(shared_memory<Stored>(to + 16 * place), from + (start + column),
+                 start >= 0 && column < width);
+    }
+  } else {
+    FA_ROLL
+    for (int i = 0; i < decode_keys * Traits::head_dim / warp_threads; ++i) {
+      const int place = i * warp_threads + lane_index();
+      const int column = place % Traits::head_dim;
+      const int64_t start = offset_of(place / Traits::head_dim);
+      Stored value = {};
+      if (start >= 0 && column < width) value = load(from + (start + column));
+      store(shared_memory<Stored>(to + place), value);
+    }
+  }
+}
+
+// A tile of T from the bytes of such rows. Eight lanes read 64 bytes of two rows each, in different
+// banks, which they write to the even chunks of one row and the odd ones of the other, and then the
+// other way round.
+template <class Traits>
+FA_DEVICE void widen_tile(int to, int from) {
+  using T = typename Traits::T;
+  constexpr int D = Traits::head_dim, parts = D / 64;  // of a row, of 4 chunks of 16 numbers
+  const int lane = renewed(lane_index()), row = lane / 4;
+  FA_UNROLL
+  for (int part = 0; part < parts; ++part) {
+    const int chunk = (part + row) % parts * 4 + lane % 4;
+    const int source = from + row * D + 16 * chunk;
+    const int target = Tile<T, D>::offset(row, 2 * chunk);
+    FA_UNROLL
+    for (int lower = 0; lower < decode_keys; lower += 8) {  // rows of one place in the swizzle
+      const auto bytes = load_vector<4>(shared_memory<const uint32_t>(source + lower * D));
+      FA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        Vector<uint32_t, 4> pairs;
+        FA_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          pairs[e] =
+              widened<T, typename Traits::Stored>(spread_bytes(bytes[2 * half + e / 2], e % 2));
+        }
+        const int place = (target ^ half * chunk_elements) + lower * D;
+        store_vector(shared_memory<uint32_t>(to + 2 * place), pairs);
+      }
+    }
+  }
+}
+
 // Finds the parts of all sequences, counted one sequence after another.
 struct PartSearch {
   int sequence = 0;  // a multiple of 32
@@ -174,9 +249,10 @@ struct PartSearch {
 
 // The results of one tile of rows for one part of the keys.
 template <class Traits>
-FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch, int split,
-                           int kv_head, int row_tile) {
+FA_DEVICE void decode_part(const typename Traits::Params& p, int batch, int split, int kv_head,
+                           int row_tile) {
   using T = typename Traits::T;
+  using Stored = typename Traits::Stored;
   constexpr int D = Traits::head_dim, warps = Traits::warps, slots = Traits::slots;
   const CacheParams& cache = p.cache;
   const int thread = thread_index(), warp = warp_index(), lane = lane_index();
@@ -214,10 +290,19 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
 
   // --- the ring begins to fill
   auto slot_of = [&](int of_warp, int number) {
-    return Tile<T, D>{shared_memory<T>((of_warp * slots + number) * Traits::tile_bytes)};
+    return (of_warp * slots + number) * Traits::slot_bytes;
   };
-  const Global<const T> k_head = p.k + kv_head * cache.k_head;
-  const Global<const T> v_head = p.v + kv_head * cache.v_head;
+  auto tile_at = [&](int bytes) { return Tile<T, D>{shared_memory<T>(bytes)}; };
+  // The tile of T in a slot, or widened from it; for whole warps.
+  auto tile_of = [&](int number) {
+    if constexpr (!Traits::widens) return tile_at(slot_of(warp, number));
+    const int own = Traits::ring_bytes + warp * Traits::tile_bytes;
+    widen_tile<Traits>(own, slot_of(warp, number));
+    sync_warp();
+    return tile_at(own);
+  };
+  const Global<const Stored> k_head = p.k + kv_head * cache.k_head;
+  const Global<const Stored> v_head = p.v + kv_head * cache.v_head;
   int64_t k_offset = no_key, v_offset = no_key;  // of this lane's key of the tile to be copied next
   auto find_keys = [&](int tile) {
     const int key = begin + (warp + tile * warps) * decode_keys + lane % decode_keys;
@@ -229,14 +314,16 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
       v_offset = page * cache.v_page + place.slot * cache.v_key;
     }
   };
-  auto copy_k = [&](int to) {
-    copy_tile<Traits>(slot_of(warp, to), k_head, k_offset, cache.head_dim, cache.by_vectors);
+  auto copy = [&](int to, Global<const Stored> from, int64_t offset, int width) {
+    if constexpr (Traits::widens) {
+      copy_stored<Traits>(slot_of(warp, to), from, offset, width, cache.by_vectors);
+    } else {
+      copy_tile<Traits>(tile_at(slot_of(warp, to)), from, offset, width, cache.by_vectors);
+    }
     commit_copies();
   };
-  auto copy_v = [&](int to) {
-    copy_tile<Traits>(slot_of(warp, to), v_head, v_offset, cache.head_dim_v, cache.by_vectors);
-    commit_copies();
-  };
+  auto copy_k = [&](int to) { copy(to, k_head, k_offset, cache.head_dim); };
+  auto copy_v = [&](int to) { copy(to, v_head, v_offset, cache.head_dim_v); };
   FA_UNROLL
   for (int i = 0; i < slots / 2; ++i) {
     find_keys(i);
@@ -245,8 +332,8 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
   }
   find_keys(slots / 2);
 
-  // --- q, through the last slot of warp 0, which is still empty, into registers
-  const Tile<T, D> q_tile = slot_of(0, slots - 1);
+  // --- q, through the last slot of warp 0, or its widened tile, which is still empty, into registers
+  const Tile<T, D> q_tile = tile_at(Traits::widens ? Traits::ring_bytes : slot_of(0, slots - 1));
   for (int i = thread; i < decode_rows * Traits::chunks; i += Traits::threads) {
     const int local = i / Traits::chunks, chunk = i % Traits::chunks;
     const int row = first_row + local;
@@ -282,6 +369,8 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
     }
   }
 
+  float scale = p.scale;
+  if constexpr (Traits::widens) scale *= p.k_scale.at(batch, kv_head);
   float acc[1][D / 8][4] = {};
   int full = 0, empty = slots - 1;  // slots to be read and to be filled next
   for (int n = 0; n < my_tiles; ++n) {
@@ -292,7 +381,7 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
     empty = empty + 1 == slots ? 0 : empty + 1;
 
     float scores[1][2][4] = {};
-    add_product_transposed<D / 16>(scores, q, slot_of(warp, full));
+    add_product_transposed<D / 16>(scores, q, tile_of(full));
     full = full + 1 == slots ? 0 : full + 1;
 
     // This lane's elements: half e / 4 of the keys, row e / 2 % 2, column e % 2.
@@ -303,7 +392,7 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
         change(scores[0][e / 4][e % 4], row_of[e / 2 % 2], key);
       }
     };
-    each([&](float& s, const DecodeRow&, int) { s *= p.scale; });
+    each([&](float& s, const DecodeRow&, int) { s *= scale; });
     if (p.cap > 0.0f) each([&](float& s, const DecodeRow&, int) { s = tanh(s) * p.cap; });
     if (p.slopes) {
       each([&](float& s, const DecodeRow& row, int key) {
@@ -340,7 +429,7 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
     empty = empty + 1 == slots ? 0 : empty + 1;
     find_keys(n + 1 + slots / 2);  // long before they are needed: a table is read for them
 
-    add_product<1>(acc, as_left<T>(scores), slot_of(warp, full));
+    add_product<1>(acc, as_left<T>(scores), tile_of(full));
     full = full + 1 == slots ? 0 : full + 1;
   }
 
@@ -380,7 +469,8 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
     share[w] = exp2_fast(load(maxima + place) - whole.shift());
     whole.sum += load(totals + place) * share[w];
   }
-  const float inverse = whole.inverse();
+  float inverse = whole.inverse();
+  if constexpr (Traits::widens) inverse *= p.v_scale.at(batch, kv_head);
   const bool is_whole = p.split.parts(length) == 1;
   const int64_t to = output_row(row);
   const int first_column = thread % row_threads * 4;
@@ -419,7 +509,7 @@ FA_DEVICE void decode_part(const DecodeParams<typename Traits::T>& p, int batch,
 
 template <class Traits>
 FA_KERNEL(Traits::threads, Traits::blocks)
-void decode_kernel(FA_PARAMS(DecodeParams<typename Traits::T>) p) {
+void decode_kernel(FA_PARAMS(typename Traits::Params) p) {
   // Tiles of rows share their keys in the L2, key heads their pages of DRAM.
   const int tiles = p.cache.kv_heads * p.row_tiles;
   PartSearch search;

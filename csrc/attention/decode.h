@@ -8,9 +8,11 @@
 namespace fastattn {
 
 // New keys, turned by `rotary_*` (positions, half), and values into the caches, after `lengths`.
+// Caches of int8, or of float8_e4m3fn as uint8, have scales, (kv_heads,) or (batch, kv_heads).
 void append_to_cache(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor lengths,
                      std::optional<Tensor> block_table, std::optional<Tensor> rows,
                      std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
+                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
                      bool rotary_interleaved, int64_t capacity);
 
 // Attention of q on the first lengths + appended keys, by `blocks` blocks. With `part_out` (most,
@@ -22,7 +24,8 @@ void attend_to_cache(Tensor out, Tensor lse, std::optional<Tensor> part_out,
                      Tensor lengths, std::optional<Tensor> block_table, std::optional<Tensor> rows,
                      std::optional<Tensor> starts, std::optional<Tensor> alibi_slopes,
                      std::optional<Tensor> sink, std::optional<Tensor> rotary_cos,
-                     std::optional<Tensor> rotary_sin, bool rotary_interleaved,
+                     std::optional<Tensor> rotary_sin, std::optional<Tensor> k_scale,
+                     std::optional<Tensor> v_scale, bool rotary_interleaved,
                      bool rotary_advances, int64_t capacity, int64_t appended,
                      int64_t part_keys, int64_t blocks, int64_t window_left, int64_t window_right,
                      double softmax_scale, double softcap);

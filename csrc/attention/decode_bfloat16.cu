@@ -3,6 +3,6 @@
 
 namespace fastattn {
 
-template void decode_of<bfloat16_t>(const DecodeCall&);
+template void decode_of<bfloat16_t, bfloat16_t>(const DecodeCall&);
 
 }  // namespace fastattn

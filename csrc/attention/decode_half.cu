@@ -3,6 +3,6 @@
 
 namespace fastattn {
 
-template void decode_of<half_t>(const DecodeCall&);
+template void decode_of<half_t, half_t>(const DecodeCall&);
 
 }  // namespace fastattn

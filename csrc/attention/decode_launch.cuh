@@ -18,11 +18,20 @@ struct DecodeCall {
   const OptionalTensor &part_out, &part_lse;
   const Tensor &q, &k_cache, &v_cache, &lengths;
   const OptionalTensor &block_table, &rows, &starts, &alibi_slopes, &sink;
-  const OptionalTensor &rotary_cos, &rotary_sin;
+  const OptionalTensor &rotary_cos, &rotary_sin, &k_scale, &v_scale;
   bool rotary_interleaved, rotary_advances;
   int64_t capacity, appended, part_keys, blocks, window_left, window_right;
   double softmax_scale, softcap;
 };
+
+// Whether a cache is of 8-bit numbers: int8, or float8_e4m3fn, which comes as uint8.
+inline bool holds_bytes(const Tensor& cache) {
+  return cache.scalar_type() == ScalarType::Char || cache.scalar_type() == ScalarType::Byte;
+}
+
+inline Scale scale_params(const OptionalTensor& scale) {
+  return {input<float>(scale), scale && scale->dim() == 2 ? scale->stride(0) : 0};
+}
 
 inline CacheParams cache_params(const Tensor& k, const Tensor& v, const Tensor& lengths,
                                 const OptionalTensor& block_table, const OptionalTensor& rows,
@@ -46,7 +55,7 @@ inline CacheParams cache_params(const Tensor& k, const Tensor& v, const Tensor& 
   cache.kv_heads = static_cast<int>(k.size(2));
   cache.head_dim = static_cast<int>(k.size(3));
   cache.head_dim_v = static_cast<int>(v.size(3));
-  cache.by_vectors = are_aligned({k, v});
+  cache.by_vectors = are_aligned({k, v}, holds_bytes(k) ? 16 : 8);
   if (k.size(2) * std::max(k.size(3), v.size(3)) >= int64_t{1} << 31) {
     throw std::runtime_error("fastattn: a token of the cache has 2^31 elements or more");
   }
@@ -67,15 +76,18 @@ Rotary<T> rotary_params(const OptionalTensor& cos, const OptionalTensor& sin, bo
   return rotary;
 }
 
-template <class T>
+template <class T, class Stored>
 void append_as(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                const Tensor& lengths, const OptionalTensor& block_table,
                const OptionalTensor& rows, const OptionalTensor& rotary_cos,
-               const OptionalTensor& rotary_sin, bool rotary_interleaved, int64_t capacity) {
+               const OptionalTensor& rotary_sin, const OptionalTensor& k_scale,
+               const OptionalTensor& v_scale, bool rotary_interleaved, int64_t capacity) {
   OnDevice device(k);
-  AppendParams<T> p = {};
-  p.k_cache = output<T>(k_cache);
-  p.v_cache = output<T>(v_cache);
+  AppendParams<T, Stored> p = {};
+  p.k_cache = output<Stored>(k_cache);
+  p.v_cache = output<Stored>(v_cache);
+  p.k_scale = scale_params(k_scale);
+  p.v_scale = scale_params(v_scale);
   p.k = input<T>(k);
   p.v = input<T>(v);
   p.k_batch = k.stride(0);
@@ -88,22 +100,24 @@ void append_as(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   p.rotary = rotary_params<T>(rotary_cos, rotary_sin, rotary_interleaved, true);
   p.by_vectors = p.cache.by_vectors && are_aligned({k, v});
   const Grid grid{k.size(0) * k.size(1)};
-  launch(append_kernel<T>, "append", grid, append_threads, 0, device.stream(), p);
+  launch(append_kernel<AppendParams<T, Stored>>, "append", grid, append_threads, 0, device.stream(), p);
 }
 
-template <class T, int HeadDim>
+template <class T, int HeadDim, class Stored>
 void decode_as(const DecodeCall& call) {
-  using Traits = DecodeTraits<T, HeadDim>;
+  using Traits = DecodeTraits<T, HeadDim, Stored>;
   const Tensor &q = call.q, &slopes = call.alibi_slopes ? *call.alibi_slopes : q;
   OnDevice device(q);
-  DecodeParams<T> p = {};
+  DecodeParams<T, Stored> p = {};
   p.out = output<T>(call.out);
   p.lse = output<float>(call.lse);
   p.part_out = output<float>(call.part_out);
   p.part_lse = output<float>(call.part_lse);
   p.q = input<T>(q);
-  p.k = input<T>(call.k_cache);
-  p.v = input<T>(call.v_cache);
+  p.k = input<Stored>(call.k_cache);
+  p.v = input<Stored>(call.v_cache);
+  p.k_scale = scale_params(call.k_scale);
+  p.v_scale = scale_params(call.v_scale);
   p.slopes = input<float>(call.alibi_slopes);
   p.sink = input<float>(call.sink);
   p.q_batch = q.stride(0);
@@ -157,16 +171,16 @@ void decode_as(const DecodeCall& call) {
          Merging::shared_bytes, device.stream(), m);
 }
 
-// Instantiated in decode_half.cu and decode_bfloat16.cu.
-template <class T>
+// Instantiated in decode_half.cu and decode_bfloat16.cu, those of 8-bit numbers in their twins.
+template <class T, class Stored>
 void decode_of(const DecodeCall& call) {
   const int64_t k = call.q.size(3), v = call.v_cache.size(3), widest = k > v ? k : v;
   if (widest <= 64) {
-    decode_as<T, 64>(call);
+    decode_as<T, 64, Stored>(call);
   } else if (widest <= 128) {
-    decode_as<T, 128>(call);
+    decode_as<T, 128, Stored>(call);
   } else {
-    decode_as<T, 256>(call);
+    decode_as<T, 256, Stored>(call);
   }
 }
 

@@ -66,13 +66,13 @@ inline Index index(const OptionalTensor& tensor) {
   return {input<int32_t>(only_if(!wide, tensor)), input<int64_t>(only_if(wide, tensor))};
 }
 
-// Whether all rows can be read and written 16 bytes at a time.
-inline bool are_aligned(std::initializer_list<Tensor> tensors) {
+// Whether all rows can be read and written 16 bytes at a time, which are so many elements.
+inline bool are_aligned(std::initializer_list<Tensor> tensors, int elements = 8) {
   for (const Tensor& tensor : tensors) {
     if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0) return false;
-    if (tensor.size(3) % 8 != 0) return false;
+    if (tensor.size(3) % elements != 0) return false;
     for (int d = 0; d < 3; ++d) {
-      if (stride_of(tensor, d) % 8 != 0) return false;
+      if (stride_of(tensor, d) % elements != 0) return false;
     }
   }
   return true;

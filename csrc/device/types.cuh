@@ -44,6 +44,39 @@ FA_DEVICE uint32_t pack<bfloat16_t>(float first, float second) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
+// The products and the differences of two such pairs, each rounded to T.
+template <class T>
+FA_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+FA_DEVICE uint32_t multiply_pairs<half_t>(uint32_t a, uint32_t b) {
+  __half2 pair = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+template <>
+FA_DEVICE uint32_t multiply_pairs<bfloat16_t>(uint32_t a, uint32_t b) {
+  __nv_bfloat162 pair =
+      __hmul2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+template <class T>
+FA_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b);
+template <>
+FA_DEVICE uint32_t subtract_pairs<half_t>(uint32_t a, uint32_t b) {
+  __half2 pair = __hsub2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+template <>
+FA_DEVICE uint32_t subtract_pairs<bfloat16_t>(uint32_t a, uint32_t b) {
+  __nv_bfloat162 pair =
+      __hsub2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+// Bytes 2 half and 2 half + 1 of a word, each below 8 zeros.
+FA_DEVICE uint32_t spread_bytes(uint32_t word, int half) {
+  return __byte_perm(word, 0, half == 0 ? 0x4140 : 0x4342);
+}
+
 template <class T>
 FA_DEVICE void unpack(uint32_t pair, float& first, float& second);
 template <>

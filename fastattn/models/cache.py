@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn.models.config import GPTConfig
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.nn import KeyValueCache
+from fastattn.nn.stored_cache import LARGEST as STORED
 
 
 class KVCache:
@@ -34,12 +35,16 @@ class KVCache:
     The lengths are in a tensor, and every step is the same operations on the same memory, so that a
     CUDA graph can replay it. Unused slots may hold anything.
 
+    8-bit numbers take half of the memory of 16-bit ones. A sequence's first call fixes the scales
+    of its key heads, so let it be the prompt (`fastattn/nn/stored_cache.py`).
+
     Args:
         config: of the model.
         batch_size: B.
         capacity: S; at most ``config.n_positions`` of them can be used.
         kv_heads: H; default the config's. A process that shares the layers has fewer.
-        device, dtype: of the keys and values: the model's, or the dtype of autocast.
+        device, dtype: of the keys and values: the model's, or the dtype of autocast; or int8 or
+            float8_e4m3fn.
 
     Attributes:
         lengths: (B,) int64, the tokens of each sequence.
@@ -68,14 +73,13 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = 0
         self._short = config.short_positions if isinstance(config, GPTConfig) else None
-        self.layers = [
-            KeyValueCache(
-                torch.empty(shape, device=device, dtype=dtype),
-                torch.empty(shape, device=device, dtype=dtype),
-                self.lengths,
-            )
-            for _ in range(config.n_layer)
-        ]
+        self.layers = []
+        for _ in range(config.n_layer):
+            keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+            scales: tuple[Tensor, ...] = ()
+            if dtype in STORED:
+                scales = torch.zeros(2, batch_size, heads, device=device).unbind()
+            self.layers.append(KeyValueCache(keys, values, self.lengths, None, *scales))
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Cut sequence b to ``lengths[b]`` tokens.
@@ -116,26 +120,42 @@ class KVCache:
         for layer in self.layers:
             for kept in (layer.keys, layer.values):
                 kept[here, slots] = kept[rows, slots]
+            for scale in _scales(layer):
+                scale[here] = scale[rows]
         self.lengths[here] = self.lengths[rows]
 
     def fill(self, source: KVCache, rows: Tensor) -> None:
         """Sequence b becomes ``source``'s sequence ``rows[b]`` (B,)."""
+        self._check_alike(source)
         for layer, given in zip(self.layers, source.layers, strict=True):
             layer.keys[:, : source.longest] = given.keys[rows, : source.longest]
             layer.values[:, : source.longest] = given.values[rows, : source.longest]
+            for scale, its in zip(_scales(layer), _scales(given), strict=True):
+                scale.copy_(its[rows])
         self.lengths.copy_(source.lengths[rows])
         self.longest = source.longest
 
     def place(self, source: KVCache, rows: Tensor) -> None:
         """Sequence ``rows[b]`` becomes ``source``'s sequence b; the others stay."""
+        self._check_alike(source)
         for layer, given in zip(self.layers, source.layers, strict=True):
             layer.keys[rows, : source.longest] = given.keys[:, : source.longest]
             layer.values[rows, : source.longest] = given.values[:, : source.longest]
+            for scale, its in zip(_scales(layer), _scales(given), strict=True):
+                scale[rows] = its
         self.lengths[rows] = source.lengths
         self.longest = max(self.longest, source.longest)
 
+    def _check_alike(self, source: KVCache) -> None:
+        ours, given = self.layers[0].keys.dtype, source.layers[0].keys.dtype
+        if ours != given and (ours in STORED or given in STORED):
+            raise ValueError(f"source must hold {ours} as this cache does; it holds {given}")
+
     def reset(self) -> None:
-        """Forget all tokens; the memory stays."""
+        """Forget all tokens, and the scales that they fixed; the memory stays."""
+        for layer in self.layers:
+            for scale in _scales(layer):
+                scale.zero_()
         self.lengths.zero_()
         self.longest = 0
 
@@ -160,6 +180,11 @@ class KVCache:
         """Count the ``seqlen`` tokens that every layer has appended since `begin`."""
         self.longest += seqlen
         self.lengths += seqlen
+
+
+def _scales(layer: KeyValueCache) -> list[Tensor]:
+    """Those of k and v; none but of 8-bit numbers."""
+    return [scale for scale in (layer.k_scale, layer.v_scale) if scale is not None]
 
 
 class EncoderDecoderCache(KVCache):

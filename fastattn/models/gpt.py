@@ -28,6 +28,7 @@ from fastattn.models.packing import check_packed, packed_lengths, packed_positio
 from fastattn.models.parts import check_part
 from fastattn.models.rotary import rotary_embeddings
 from fastattn.nn.plain import is_plain
+from fastattn.nn.stored_cache import LARGEST as STORED
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.attention import zigzag
 from fastattn.ops.common import modes
@@ -226,13 +227,19 @@ class GPT(folder.Pretrained):
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten().long())
         return (logits if keep_logits else None), loss
 
-    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+    def new_cache(
+        self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None
+    ) -> KVCache:
         """An empty cache where the parameters are, in the dtype of the layers' keys and values:
-        autocast's, or the weights'.
+        autocast's, or the weights'; or in ``dtype``, int8 or float8_e4m3fn.
         """
-        dtype, autocast = self.wte.weight.dtype, modes.autocast_dtype(self.device.type)
-        if autocast is not None and dtype != torch.float64:
-            dtype = autocast
+        if dtype is None:
+            dtype, autocast = self.wte.weight.dtype, modes.autocast_dtype(self.device.type)
+            if autocast is not None and dtype != torch.float64:
+                dtype = autocast
+        elif dtype not in STORED:
+            names = " or ".join(map(str, STORED))
+            raise ValueError(f"dtype must be {names}, or None for the model's; got {dtype}")
         blocks: Any = self.blocks
         heads = blocks[0].attention.num_kv_heads  # of this process, where several share a layer
         return KVCache(

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn.nn.checks import check_positive, check_probability
 from fastattn.nn.linear import Linear
 from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
+from fastattn.nn.stored_cache import fix_scale
 from fastattn.ops.attention import (
     attention,
     attention_varlen,
@@ -29,13 +30,16 @@ class KeyValueCache(NamedTuple):
 
     A layer writes new keys and values after the first ``lengths`` ones. The caller then counts
     ``lengths`` on, which several layers may share. With ``block_table`` the first dimension of keys
-    and values is pages, the second the slots of a page.
+    and values is pages, the second the slots of a page. Keys and values of int8 or float8_e4m3fn
+    have scales, in which 0 says that the sequence's next tokens fix them (`nn/stored_cache.py`).
     """
 
     keys: Tensor  # (batch, capacity, kv_heads, head_dim)
     values: Tensor  # (batch, capacity, kv_heads, head_dim)
     lengths: Tensor  # (batch,), int32 or int64
     block_table: Tensor | None = None  # (batch, pages of a sequence), int32 or int64
+    k_scale: Tensor | None = None  # (batch, kv_heads), float32
+    v_scale: Tensor | None = None
 
 
 class PackedSequences(NamedTuple):
@@ -335,10 +339,16 @@ class Attention(torch.nn.Module):
                 f"a cache is for inference, and this module has dropout={self.dropout} in training "
                 "mode: call eval() first"
             )
+        plain = cache.block_table is cache.k_scale is None
         if bias is not None:
-            if k is None or v is None or cache.block_table is not None or self.window is not None:
-                raise ValueError("a bias with a cache takes no pages, window or context")
+            if k is None or v is None or not plain or self.window is not None:
+                raise ValueError(
+                    "a bias with a cache takes no pages, window or context, and no 8-bit numbers"
+                )
             return self._cached_with_bias(q, k, v, cache, causal, bias)
+        for scale, x in ((cache.k_scale, k), (cache.v_scale, v)):
+            if scale is not None and x is not None:
+                fix_scale(scale, x, cache.keys.dtype)
         return attention_with_kv_cache(
             q,
             cache.keys,
@@ -347,6 +357,8 @@ class Attention(torch.nn.Module):
             k=k,
             v=v,
             block_table=cache.block_table,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             causal=causal,
             window=self.window,
             softmax_scale=self.softmax_scale,

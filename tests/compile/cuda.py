@@ -85,7 +85,11 @@ def readable(symbol: str) -> str:
     name = subprocess.run(
         ["c++filt", symbol], check=True, capture_output=True, text=True
     ).stdout.strip()
-    for spelled, short in (("__half", "half_t"), ("__nv_bfloat16", "bfloat16_t")):
+    for spelled, short in (
+        ("__half", "half_t"),
+        ("__nv_bfloat16", "bfloat16_t"),
+        ("signed char", "int8_t"),
+    ):
         name = re.sub(rf"\b{spelled}\b", short, name)
     name = re.sub(r"^void |\b\w+::|\((?:bool|int|[\w ]*anonymous[\w ]*)\)(?:::)?", "", name)
     depth = 0

@@ -230,9 +230,14 @@ Grid = Iterator[tuple[dict[str, Any], Callable[[], Any]]]
 
 def attention(
     rows: list[tuple[torch.dtype, int, str]] | None = None,
-    caches: tuple[tuple[torch.dtype, int, bool], ...] = (
-        (torch.bfloat16, 128, True),
-        (torch.float16, 64, False),
+    caches: tuple[tuple[torch.dtype, int, bool, torch.dtype | None], ...] = (
+        (torch.bfloat16, 128, True, None),
+        (torch.float16, 64, False, None),
+        (torch.bfloat16, 128, True, torch.int8),
+        (torch.float16, 64, False, torch.int8),
+        (torch.bfloat16, 64, False, torch.float8_e4m3fn),
+        (torch.float16, 128, True, torch.float8_e4m3fn),
+        (torch.bfloat16, 256, True, torch.float8_e4m3fn),
     ),
     one_query: bool = True,
 ) -> Grid:
@@ -240,7 +245,7 @@ def attention(
 
     Args:
         rows: (dtype, head_dim, name of the features) of forward and backward.
-        caches: (dtype, head_dim, whether paged) of decoding steps.
+        caches: (dtype, head_dim, whether paged, dtype of stored numbers) of decoding steps.
         one_query: a forward of one query too, where it has the features.
     """
     import fastattn.ops.attention.cache.registration
@@ -317,24 +322,27 @@ def attention(
             call,
         )
 
-    for dtype, head_dim, paged in caches:
+    for dtype, head_dim, paged, stored in caches:
         q = empty(2, 1, 32, head_dim, dtype=dtype)
         k = empty(2, 1, 8, head_dim, dtype=dtype)
-        keys = empty(*((512, 16) if paged else (2, 4096)), 8, head_dim, dtype=dtype)
+        keys = empty(*((512, 16) if paged else (2, 4096)), 8, head_dim, dtype=stored or dtype)
+        scale = None if stored is None else empty(2, 8)
         lengths, table = empty(2, dtype=torch.int32), empty(2, 256, dtype=torch.int32)
         angles = empty(4096, head_dim // 2)
 
-        def step(q=q, k=k, keys=keys, lengths=lengths, paged=paged, t=table, angles=angles) -> None:  # type: ignore[no-untyped-def]
+        def step(
+            q=q, k=k, keys=keys, lengths=lengths, paged=paged, t=table, angles=angles, scale=scale
+        ) -> None:  # type: ignore[no-untyped-def]
             fastattn.ops.attention.cache.registration._forward(
                 q, keys, keys, lengths, k, k, t if paged else None, None, None, angles, angles,
-                not paged, True, None, None, None, -1, 0, 0.1, 0.0, "triton",
+                scale, scale, not paged, True, None, None, None, -1, 0, 0.1, 0.0, "triton",
             )  # fmt: skip
 
         yield (
             {
                 "dtype": str(dtype).removeprefix("torch."),
                 "head_dim": head_dim,
-                "features": "paged cache" if paged else "cache",
+                "features": ("paged cache" if paged else "cache") + f" of {stored}" * bool(stored),
             },
             step,
         )
@@ -582,7 +590,7 @@ def hot(*names: str) -> Grid:
     grids = {
         "attention, causal, head_dim 64": attention([(dtype, 64, "causal")], (), False),
         "attention, causal, head_dim 128": attention([(dtype, 128, "causal")], (), False),
-        "attention, decoding, pages, head_dim 128": attention([], ((dtype, 128, True),)),
+        "attention, decoding, pages, head_dim 128": attention([], ((dtype, 128, True, None),)),
         "ffn, gelu_tanh": ffn([(dtype, 16384, "linear", "gelu_tanh", False, False)]),
         "ffn, silu, gated": ffn([(dtype, 16384, "linear", "silu", False, True)]),
         "layer_norm, hidden 4096": layer_norm([(dtype, 4096, True, 0.0)]),

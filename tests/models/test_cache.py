@@ -26,7 +26,7 @@ def _new(batch: int, seqlen: int, first: float) -> torch.Tensor:
 def _append(cache: KVCache, new: torch.Tensor) -> list:
     """As a layer does; the positions."""
     positions = cache.begin(new.shape[1])
-    keys, values, lengths, _ = cache.layers[0]
+    keys, values, lengths = cache.layers[0][:3]
     with torch.no_grad():
         fastattn.attention_with_kv_cache(new, keys, values, lengths, k=new, v=-new)
     before = positions.tolist()
@@ -36,7 +36,7 @@ def _append(cache: KVCache, new: torch.Tensor) -> list:
 
 def _held(cache: KVCache) -> list[list[float]]:
     """The first number of each key that each sequence holds; the values are their negatives."""
-    keys, values, lengths, _ = cache.layers[0]
+    keys, values, lengths = cache.layers[0][:3]
     held = [k[:n, 0, 0].tolist() for k, n in zip(keys, lengths.tolist())]
     assert held == [(-v[:n, 0, 0]).tolist() for v, n in zip(values, lengths.tolist())]
     return held

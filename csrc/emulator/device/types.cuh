@@ -39,4 +39,24 @@ FA_DEVICE void unpack(uint32_t pair, float& first, float& second) {
   second = to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 
+template <class T>
+FA_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  return pack<T>(x[0] * y[0], x[1] * y[1]);
+}
+template <class T>
+FA_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  return pack<T>(x[0] - y[0], x[1] - y[1]);
+}
+
+FA_DEVICE uint32_t spread_bytes(uint32_t word, int half) {
+  const uint32_t two = word >> (16 * half);
+  return (two & 0xffu) | (two & 0xff00u) << 8;
+}
+
 }  // namespace fastattn

@@ -267,10 +267,11 @@ def check_tensors(
     leading: tuple[str, ...],
     names: tuple[str, str, str] = ("q", "k", "v"),
     one_batch: bool = False,
+    stored: tuple[torch.dtype, ...] = (),
 ) -> None:
     """Dimensions, dtypes and devices of q, k and v; their leading dimensions are called so.
 
-    `one_batch`: k and v have q's.
+    `one_batch`: k and v have q's. `stored`: dtypes that k and v may have instead of q's.
     """
     dims = (*leading, "heads", "head_dim")
     together = f"{names[0]}, {names[1]} and {names[2]}"
@@ -281,10 +282,11 @@ def check_tensors(
                 f"{name} must have {len(dims)} dimensions ({', '.join(dims)}); "
                 f"got shape {tuple(tensor.shape)}"
             )
-        if tensor.dtype not in DTYPES:
-            accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        dtypes = DTYPES if tensor is q else DTYPES + stored
+        if tensor.dtype not in dtypes:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{name} must have one of the dtypes {accepted}; got {tensor.dtype}")
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != q.dtype and tensor.dtype not in stored:
             raise TypeError(
                 f"{together} must have one dtype; got q {q.dtype}, {name} {tensor.dtype}: "
                 "cast them to the same"

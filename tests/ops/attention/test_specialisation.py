@@ -170,19 +170,21 @@ def cache(
     splits: int | None = None,
     window: bool = False,
     padded: bool = False,
+    stored: torch.dtype = DTYPE,
 ) -> None:
     """`attention_with_kv_cache`; a page, where there are pages, has a third of a sequence's keys."""
     batch, seqlen_q, capacity = size
     shape = (batch * 3 + 1, capacity // 3 + 1) if paged else (batch + 1, capacity + seqlen_q)
-    keys = numbers(device, *shape, 2, 64, dtype=DTYPE)
+    keys = numbers(device, *shape, 2, 64, dtype=DTYPE).to(stored)
+    scale = None if stored == DTYPE else numbers(device, batch, 2).abs()
     new = numbers(device, batch, seqlen_q, 2, 64, dtype=DTYPE) if append else None
     table = torch.zeros(batch, 3, dtype=torch.int32, device=device) if paged else None
     rows = integers(device, *range(batch))
     angles = numbers(device, capacity + seqlen_q, 16) if rotary else None
     registration._forward(
         numbers(device, batch, seqlen_q, 4, 64, dtype=DTYPE), keys, keys, rows * 0, new, new, table,
-        None if paged else rows, rows * 0 if padded else None, angles, angles, False, True, splits,
-        None, None, capacity // 2 if window else -1, 0, 0.125, 0.0, "triton",
+        None if paged else rows, rows * 0 if padded else None, angles, angles, scale, scale, False, True,
+        splits, None, None, capacity // 2 if window else -1, 0, 0.125, 0.0, "triton",
     )  # fmt: skip
 
 
@@ -202,6 +204,8 @@ CALLS: dict[str, Callable[[Size, str], None]] = {
     "cache, rotary": functools.partial(cache, rotary=True),
     "cache, pages": functools.partial(cache, paged=True),
     "cache, pages, rotary": functools.partial(cache, paged=True, rotary=True, append=True),
+    "cache, int8": functools.partial(cache, stored=torch.int8),
+    "cache, float8": functools.partial(cache, stored=torch.float8_e4m3fn),
 }
 
 

@@ -13,7 +13,13 @@ import torch
 from fastattn.ops.attention import aten
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
-from fastattn.ops.attention.cache.reference import append, rotated_keys, rotated_queries
+from fastattn.ops.attention.cache.reference import (
+    append,
+    as_stored,
+    rotated_keys,
+    rotated_queries,
+)
+from fastattn.ops.attention.cache.stored import dequantised
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import INDEX_DTYPES
 from fastattn.ops.attention.sdpa import SMALLEST, sdpa
@@ -102,9 +108,16 @@ def forward(
     alone = call.block_table is not None or call.indices is not None
     alone = alone or (slopes is not None and slopes.shape[0] > 1)
     spans = [(max(start, 0), stop) for start, stop in zip(starts, stops)]
-    parts = []
+    parts, precision = [], modes.at_least_float32(q.dtype)
     for first, end in _runs(spans, alone):
         k, v = _keys_of(call, slice(first, end), *spans[first])
+        if call.k_scale is not None and call.v_scale is not None:
+            k, v = (
+                dequantised(x, scale if scale.dim() == 1 else scale[first:end], precision).to(
+                    q.dtype
+                )
+                for x, scale in ((k, call.k_scale), (v, call.v_scale))
+            )
         some = q if end - first == len(spans) else q[first:end]
         parts.append(aten.on_cache(problem.attention, some, k, v, extras, first))
     return aten.joined(parts, out_dim=0, lse_dim=0)
@@ -125,8 +138,7 @@ def _append(call: CacheCall) -> list[int]:
     k = call.new_k
     if call.rotary_cos is not None:
         k = rotated_keys(call, k, torch.arange(end, end + new, device=k.device)[None])
-    call.k[:, end : end + new] = k
-    call.v[:, end : end + new] = call.new_v
+    call.k[:, end : end + new], call.v[:, end : end + new] = as_stored(call, k, call.new_v)
     return [end + new] * len(lengths)
 
 

@@ -20,6 +20,8 @@ class CacheCall(NamedTuple):
     starts: torch.Tensor | None
     rotary_cos: torch.Tensor | None
     rotary_sin: torch.Tensor | None
+    k_scale: torch.Tensor | None  # of a cache of 8-bit numbers, (kv_heads,) or (batch, kv_heads)
+    v_scale: torch.Tensor | None
     rotary_interleaved: bool
     rotary_advances: bool  # query i stands i after the first one, else all where the first stands
     num_splits: int | None

@@ -8,6 +8,7 @@ from fastattn.ops.attention import cuda, tiles
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
 from fastattn.ops.attention.cache.reference import rotated_queries
+from fastattn.ops.attention.cache.stored import bits
 from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
 from fastattn.ops.common import launch
 
@@ -51,13 +52,16 @@ def forward(
     capacity = min(call.capacity, MAX_KEYS)
     lengths, table, rows = call.lengths.contiguous(), _dense(call.block_table), _dense(call.indices)
     cos, sin = _tables(call.rotary_cos, call.rotary_sin, q.dtype)
+    k_cache, v_cache = bits(call.k), bits(call.v)
+    k_scale, v_scale = _dense(call.k_scale), _dense(call.v_scale)
     if call.new_k is not None and call.new_v is not None and call.new_k.numel() * capacity:
         torch.ops.fastattn_cuda.append_to_cache(
-            call.k, call.v, _readable(call.new_k), _readable(call.new_v), lengths, table, rows, cos,
-            sin, call.rotary_interleaved, capacity,
+            k_cache, v_cache, _readable(call.new_k), _readable(call.new_v), lengths, table, rows,
+            cos, sin, k_scale, v_scale, call.rotary_interleaved, capacity,
         )  # fmt: skip
     tile_rows = seqlen_q * (heads // kv_heads)
-    if tile_rows > SPLIT_TILES * TILE_ROWS and table is rows is call.starts is None and capacity:
+    padded = table is rows is call.starts is k_scale is None
+    if tile_rows > SPLIT_TILES * TILE_ROWS and padded and capacity:
         return _prefill(q, extras, settings, call)
     out = q.new_empty((batch, seqlen_q, heads, head_dim_v))
     lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
@@ -77,9 +81,9 @@ def forward(
         for n in (settings.window_left, settings.window_right)
     )
     torch.ops.fastattn_cuda.attend_to_cache(
-        out, lse, part_out, part_lse, _readable(q), call.k, call.v, lengths, table, rows,
-        _dense(call.starts), _dense(extras.alibi_slopes), _float32(extras.sink), cos, sin,
-        call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new, cut.keys,
+        out, lse, part_out, part_lse, _readable(q), k_cache, v_cache, lengths, table, rows,
+        _dense(call.starts), _dense(extras.alibi_slopes), _float32(extras.sink), cos, sin, k_scale,
+        v_scale, call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new, cut.keys,
         cut.programs, left, right, settings.softmax_scale, settings.softcap,
     )  # fmt: skip
     return out, lse

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastattn.ops.attention.cache import stored
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.call import NONE, Extras, Settings
 from fastattn.ops.attention.problem import (
@@ -77,6 +78,8 @@ def describe(
     cache_starts: torch.Tensor | None = None,
     rotary_cos: torch.Tensor | None = None,
     rotary_sin: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     rotary_interleaved: bool = False,
     causal: Causal = True,
     window: tuple[int, int] | None = None,
@@ -88,7 +91,8 @@ def describe(
     return_lse: bool = False,
 ) -> CacheProblem:
     """The problem of a call. Raises for every error of the caller."""
-    check_tensors(q, k_cache, v_cache, ("batch", "seqlen"), ("q", "k_cache", "v_cache"))
+    names = "q", "k_cache", "v_cache"
+    check_tensors(q, k_cache, v_cache, ("batch", "seqlen"), names, stored=stored.DTYPES)
     batch, _, heads, _ = q.shape
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.numel() and x.stride(-1) != 1:
@@ -97,6 +101,7 @@ def describe(
                 f"the strides {x.stride()}"
             )
     check_index("cache_lengths", cache_lengths, ("batch", batch), q.device)
+    _check_scales(q, k_cache, v_cache, k_scale, v_scale)
     _check_new(q, k_cache, v_cache, k, v)
     if block_table is not None:
         if cache_indices is not None:
@@ -137,7 +142,7 @@ def describe(
             "num_splits must be None (parts of 256 keys), 0 (as many as fill the GPU) or a "
             f"positive int; got {num_splits!r}"
         )
-    inputs = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes, sink
+    inputs = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, k_scale, v_scale, alibi_slopes, sink
     if modes.needs_grad(*inputs):
         raise ValueError(
             "attention_with_kv_cache is for inference and has no gradient, but an input requires "
@@ -160,12 +165,14 @@ def describe(
         advances = left >= 0 or right >= 0
         cache = CacheCall(
             k_cache, v_cache, cache_lengths, k, v, block_table, cache_indices, cache_starts,
-            rotary_cos, rotary_sin, bool(rotary_interleaved), advances, num_splits,
+            rotary_cos, rotary_sin, k_scale, v_scale, bool(rotary_interleaved), advances,
+            num_splits,
         )  # fmt: skip
         check_contents(cache, q.shape[1])
     extras = extras_of(q.dtype, alibi_slopes, sink)
     described = AttentionProblem.of(q, k_cache, v_cache, extras, settings, return_lse=return_lse)
     named = {
+        f"stored as {str(k_cache.dtype).removeprefix('torch.')}": k_scale,
         f"paged by {k_cache.shape[1]}": block_table,
         "cache_indices": cache_indices,
         "cache_starts": cache_starts,
@@ -197,8 +204,8 @@ def _check_new(
         if x is None:
             continue
         check_device(name, x, q.device)
-        if x.dtype != cache.dtype:
-            raise TypeError(f"{name} must have the cache's dtype {cache.dtype}; got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
         expected = (q.shape[0], "seqlen_new", *cache.shape[2:])
         fits = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (q.shape[0], *cache.shape[2:])
         if not fits or (k is not None and x.shape[1] != k.shape[1]):
@@ -206,6 +213,40 @@ def _check_new(
                 f"{name} must have the shape (batch, seqlen_new, kv_heads, head_dim) = "
                 f"({', '.join(map(str, expected))}), seqlen_new the same for both; "
                 f"got {tuple(x.shape)}"
+            )
+
+
+def _check_scales(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """The scales of a cache of 8-bit numbers, which no other cache has."""
+    if k_cache.dtype != v_cache.dtype:
+        raise TypeError(
+            f"k_cache and v_cache must have one dtype; got {k_cache.dtype} and {v_cache.dtype}"
+        )
+    held = k_cache.dtype in stored.DTYPES
+    batch, kv_heads = q.shape[0], k_cache.shape[2]
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if held != (scale is not None):
+            raise ValueError(
+                f"{name} must be given for a cache of 8-bit numbers, int8 or float8_e4m3fn, and "
+                f"for no other one; got {'one' if scale is not None else 'none'} for a cache of "
+                f"{k_cache.dtype}"
+            )
+        if scale is None:
+            continue
+        check_device(name, scale, q.device)
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32; got {scale.dtype}: cast it by .float()")
+        fits = scale.dim() in (1, 2) and scale.shape[-1] == kv_heads
+        if not fits or (scale.dim() == 2 and scale.shape[0] != batch):
+            raise ValueError(
+                f"{name} must have the shape (kv_heads,) = ({kv_heads},) or (batch, kv_heads) = "
+                f"({batch}, {kv_heads}); got {tuple(scale.shape)}"
             )
 
 
@@ -239,7 +280,7 @@ def _check_rotary(
 
 
 def check_contents(cache: CacheCall, seqlen_q: int) -> None:
-    """Raise for index tensors that point outside of the cache."""
+    """Raise for index tensors that point outside of the cache, and scales of no use."""
     new, capacity = cache.seqlen_new, cache.capacity
     lengths = cache.lengths.tolist()
     for b, n in enumerate(lengths):
@@ -265,6 +306,13 @@ def check_contents(cache: CacheCall, seqlen_q: int) -> None:
             raise ValueError(
                 f"cache_indices must lie in [0, {cache.k.shape[0]}), the rows of the cache; "
                 f"got {wrong[0]}"
+            )
+    for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+        wrong_scales = [] if scale is None else scale[~((scale > 0) & scale.isfinite())].tolist()
+        if wrong_scales:
+            raise ValueError(
+                f"{name} must be finite and positive; got {wrong_scales[0]}: of a head of zeros "
+                "any scale will do"
             )
     if cache.rotary_cos is not None:
         turned = max(new, seqlen_q if cache.rotary_advances else min(seqlen_q, 1))

@@ -10,6 +10,7 @@ import torch
 from fastattn.ops.attention import reference
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
+from fastattn.ops.attention.cache.stored import bits, dequantised, quantised
 from fastattn.ops.attention.call import Extras
 from fastattn.ops.attention.problem import values_are_checked
 from fastattn.ops.common import modes
@@ -26,6 +27,9 @@ def forward(
     q = rotated_queries(q, call)
     lengths = append(call).clamp(max=call.capacity)
     k, v = _gathered(call)
+    if call.k_scale is not None and call.v_scale is not None:
+        precision = modes.at_least_float32(q.dtype)
+        k, v = dequantised(k, call.k_scale, precision), dequantised(v, call.v_scale, precision)
     return reference.on_lengths(problem.attention, q, k, v, extras, lengths, call.starts)
 
 
@@ -58,13 +62,25 @@ def rotated_keys(call: CacheCall, k: torch.Tensor, positions: torch.Tensor) -> t
     return rotate(k, call.rotary_cos, call.rotary_sin, positions, call.rotary_interleaved)
 
 
+def as_stored(
+    call: CacheCall, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New keys, turned, and values as the caches hold them."""
+    if call.k_scale is None or call.v_scale is None:
+        return k, v
+    return quantised(k, call.k_scale, call.k.dtype), quantised(v, call.v_scale, call.v.dtype)
+
+
 def append(call: CacheCall) -> torch.Tensor:
     """Write the new keys and values into the cache; the lengths afterwards."""
     lengths = call.lengths.long().clamp(max=call.capacity)
     if call.new_k is None or call.new_v is None or not call.new_k.numel() * call.capacity:
         return lengths + call.seqlen_new
     positions = lengths[:, None] + torch.arange(call.seqlen_new, device=lengths.device)
-    k, v = rotated_keys(call, call.new_k, positions), call.new_v
+    k, v = as_stored(call, rotated_keys(call, call.new_k, positions), call.new_v)
+    if call.k_scale is not None:  # not all that follows takes float8
+        k, v = bits(k), bits(v)
+        call = call._replace(k=bits(call.k), v=bits(call.v))
     rows, slots = _places(call, positions)
     if not values_are_checked(call.lengths):
         fits = (positions >= 0) & (positions < call.capacity) & (rows >= 0) & (rows < len(call.k))

@@ -54,9 +54,10 @@ def _forward_fake(q, k_cache, v_cache, *rest):  # type: ignore[no-untyped-def]
 autograd.define(
     "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor cache_lengths, Tensor? k, Tensor? v, Tensor? block_table, Tensor? cache_indices, "
-    "Tensor? cache_starts, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-    "bool rotary_advances, SymInt? num_splits, Tensor? alibi_slopes, Tensor? sink, "
-    "SymInt window_left, SymInt window_right, float softmax_scale, float softcap, str backend) "
+    "Tensor? cache_starts, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? k_scale, "
+    "Tensor? v_scale, bool rotary_interleaved, bool rotary_advances, SymInt? num_splits, "
+    "Tensor? alibi_slopes, Tensor? sink, SymInt window_left, SymInt window_right, "
+    "float softmax_scale, float softcap, str backend) "
     "-> (Tensor out, Tensor lse)",
     _forward, _forward_fake,
 )  # fmt: skip

@@ -10,10 +10,12 @@ from fastattn.ops.attention import tiles
 from fastattn.ops.attention import triton as attention
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
+from fastattn.ops.attention.cache.stored import bits
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.triton import launching
 from fastattn.ops.attention.triton.forward import attend
 from fastattn.ops.attention.triton.rotary import rotated
+from fastattn.ops.attention.triton.stored import narrowed
 from fastattn.ops.common import launch
 
 
@@ -29,6 +31,8 @@ def _append_kernel(
     cache_indices_ptr,
     rotary_cos_ptr,
     rotary_sin_ptr,
+    k_scale_ptr,  # of a cache of 8-bit numbers: (kv_heads,), or (batch, kv_heads) if SCALES_VARY
+    v_scale_ptr,
     stride_kcb, stride_kcs, stride_kch,  # in units of ALIGN elements, as those below
     stride_vcb, stride_vcs, stride_vch,
     stride_kb, stride_ks, stride_kh,
@@ -48,6 +52,7 @@ def _append_kernel(
     BLOCK_H: tl.constexpr,
     ALIGN: tl.constexpr,
     ROTARY_INTERLEAVED: tl.constexpr,
+    SCALES_VARY: tl.constexpr,
 ):  # fmt: skip
     """One program writes the heads of one token. What has no room in the cache is not written."""
     token = (tl.program_id(0) % seqlen_new).to(tl.int64)
@@ -81,6 +86,11 @@ def _append_kernel(
                 rotary_cos_ptr, rotary_sin_ptr, rotary_half, rotary_positions, ROTARY_INTERLEAVED,
                 BLOCK_D,
             )  # fmt: skip
+        scales = head
+        if SCALES_VARY:
+            scales += batch * kv_heads
+        if k_scale_ptr is not None:
+            k = narrowed(k, k_scale_ptr + scales, inside, k_cache_ptr.dtype.element_ty)
         target = k_cache_ptr + (place * stride_kcb + slot * stride_kcs) * ALIGN
         target += head[:, None] * stride_kch * ALIGN
         tl.store(target + columns, k, mask=row & (columns < HEAD_DIM))
@@ -88,6 +98,8 @@ def _append_kernel(
         v_base = v_ptr + (batch * stride_vb + token * stride_vs) * ALIGN
         v_base += head[:, None] * stride_vh * ALIGN
         v = tl.load(v_base + columns, mask=row & (columns < HEAD_DIM_V), other=0.0)
+        if v_scale_ptr is not None:
+            v = narrowed(v, v_scale_ptr + scales, inside, v_cache_ptr.dtype.element_ty)
         target = v_cache_ptr + (place * stride_vcb + slot * stride_vcs) * ALIGN
         target += head[:, None] * stride_vch * ALIGN
         tl.store(target + columns, v, mask=row & (columns < HEAD_DIM_V))
@@ -120,6 +132,8 @@ def _append(
         cache.indices,
         cache.rotary_cos,
         cache.rotary_sin,
+        cache.k_scale,
+        cache.v_scale,
         *launching.units(k_cache, align),
         *launching.units(v_cache, align),
         *launching.units(k, align),
@@ -138,6 +152,7 @@ def _append(
         BLOCK_H=max(1, min(triton.next_power_of_2(kv_heads), 4096 // max(width, width_v))),
         ALIGN=align,
         ROTARY_INTERLEAVED=cache.rotary_interleaved,
+        SCALES_VARY=cache.k_scale is not None and cache.k_scale.dim() == 2,
         num_warps=4,
         num_stages=1,
     )
@@ -156,12 +171,18 @@ def forward(
     def dense(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x.contiguous()
 
+    k_scale, v_scale = dense(call.k_scale), dense(call.v_scale)
+    if k_scale is not None and v_scale is not None and k_scale.dim() != v_scale.dim():
+        rows = len(call.lengths), call.k.shape[2]
+        k_scale, v_scale = (x.expand(rows).contiguous() for x in (k_scale, v_scale))
     cache = launching.Cache(
         block_table=dense(call.block_table),
         indices=dense(call.indices),
         starts=dense(call.starts),
         rotary_cos=dense(call.rotary_cos),
         rotary_sin=dense(call.rotary_sin),
+        k_scale=k_scale,
+        v_scale=v_scale,
         used=True,
         capacity=call.capacity,
         seqlen_new=call.seqlen_new,
@@ -171,6 +192,9 @@ def forward(
     )
     lengths = call.lengths.contiguous()
     if call.new_k is not None and call.new_v is not None and call.seqlen_new * call.capacity:
-        _append(call.k, call.v, call.new_k, call.new_v, lengths, call.capacity, cache)
+        _append(bits(call.k), bits(call.v), call.new_k, call.new_v, lengths, call.capacity, cache)
     extras = extras._replace(key_lengths=lengths)  # the kernels add cache.seqlen_new
-    return attend(q, call.k, call.v, extras, settings, cache)
+    k_cache, v_cache = call.k, call.v
+    if q.device.type == "cpu" or launch.architecture(q.device) < 89:
+        k_cache, v_cache = bits(k_cache), bits(v_cache)
+    return attend(q, k_cache, v_cache, extras, settings, cache)

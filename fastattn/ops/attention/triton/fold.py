@@ -10,6 +10,7 @@ import triton.language as tl
 from fastattn.ops.attention.triton.blocks import kept_tile, pattern_of
 from fastattn.ops.attention.triton.memory import Rows, Strip, load_rows, load_tile
 from fastattn.ops.attention.triton.scores import Rule, Tile, exact_beyond, score_tile
+from fastattn.ops.attention.triton.stored import widened
 from fastattn.ops.common.triton.dropout import keep_tile
 
 
@@ -80,6 +81,8 @@ def fold(
             page, slot = _find_slots(x.pages, j, x.rule.key_limit)
             k_offsets = _slot_offsets(x.pages.k, page, slot, sizes)
             k = load_tile(x.k.base, k_offsets, inside, sizes.HEAD_DIM, sizes.BLOCK_D)
+        if k.dtype != x.q.dtype:  # of a cache of 8-bit numbers
+            k = widened(k, x.q.dtype)
         tile = Tile(
             inside=x.inside,
             q_documents=x.q_documents,
@@ -114,6 +117,8 @@ def fold(
         else:
             v_offsets = _slot_offsets(x.pages.v, page, slot, sizes)
             v = load_tile(x.v.base, v_offsets, inside, sizes.HEAD_DIM_V, sizes.BLOCK_DV)
+        if v.dtype != x.q.dtype:
+            v = widened(v, x.q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=sizes.PRECISION)
         top = new_top
     return acc, total, top

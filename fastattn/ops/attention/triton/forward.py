@@ -73,6 +73,8 @@ def _forward_kernel(
     cache_starts_ptr,  # (batch,)
     rotary_cos_ptr,
     rotary_sin_ptr,
+    k_scale_ptr,  # (kv_heads,), or (batch, kv_heads) if SCALES_VARY
+    v_scale_ptr,
     stride_qb, stride_qs, stride_qh,  # in units of ALIGN elements, like those of k, v and out
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
@@ -107,12 +109,20 @@ def _forward_kernel(
     TOP_LEFT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     PACK: tl.constexpr, SPLIT: tl.constexpr, LENGTH_DIAGONAL: tl.constexpr,  # Switches
     ROTARY_INTERLEAVED: tl.constexpr, ROTARY_ADVANCES: tl.constexpr, SCALE_POSITIVE: tl.constexpr,
+    SCALES_VARY: tl.constexpr,
 ):  # fmt: skip
     sizes: tl.constexpr = Sizes(
         HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN, PRECISION
     )
     switches: tl.constexpr = Switches(
-        PACK, SPLIT, TOP_LEFT, LENGTH_DIAGONAL, ROTARY_INTERLEAVED, ROTARY_ADVANCES, SCALE_POSITIVE
+        PACK,
+        SPLIT,
+        TOP_LEFT,
+        LENGTH_DIAGONAL,
+        ROTARY_INTERLEAVED,
+        ROTARY_ADVANCES,
+        SCALE_POSITIVE,
+        SCALES_VARY,
     )
     mask = None
     if mask_ptr is not None:
@@ -155,7 +165,14 @@ def _forward_kernel(
         blocks=blocks,
         lengths=lengths,
         cache=Cache(
-            block_table_ptr, stride_table, cache_indices_ptr, cache_starts_ptr, page_size, pages
+            block_table_ptr,
+            stride_table,
+            cache_indices_ptr,
+            cache_starts_ptr,
+            k_scale_ptr,
+            v_scale_ptr,
+            page_size,
+            pages,
         ),
         rotary=rotary,
         seed_ptr=seed_ptr,
@@ -305,7 +322,9 @@ def _plan(
         LENGTH_DIAGONAL=cache.used,
         ROTARY_INTERLEAVED=cache.rotary_interleaved,
         ROTARY_ADVANCES=cache.rotary_advances,
-        SCALE_POSITIVE=launching.scale(settings) > launching.LEAST_SCALE,
+        # The scale of stored keys is the device's to know; it may be as small as any.
+        SCALE_POSITIVE=cache.k_scale is None and launching.scale(settings) > launching.LEAST_SCALE,
+        SCALES_VARY=cache.k_scale is not None and cache.k_scale.dim() == 2,
     )
     ranges = None
     if extras.q_documents is not None:

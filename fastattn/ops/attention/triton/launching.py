@@ -161,6 +161,8 @@ class Cache(NamedTuple):
     starts: torch.Tensor | None = None
     rotary_cos: torch.Tensor | None = None
     rotary_sin: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None  # both of one shape
+    v_scale: torch.Tensor | None = None
     used: bool = False
     capacity: int | None = None  # keys that a sequence can have
     seqlen_new: int = 0
@@ -170,11 +172,11 @@ class Cache(NamedTuple):
 
     @property
     def pointers(self) -> tuple[torch.Tensor | None, ...]:
-        return self[:5]
+        return self[:7]
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        return self[5:]
+        return self[7:]
 
 
 NO_CACHE = Cache()

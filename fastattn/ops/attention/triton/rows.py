@@ -55,6 +55,8 @@ class Cache(NamedTuple):
     table: Any  # stride from batch to batch
     indices_ptr: Any  # (batch,)
     starts_ptr: Any  # (batch,)
+    k_scale_ptr: Any  # (batch, kv_heads), contiguous, of 8-bit numbers; (kv_heads,) not SCALES_VARY
+    v_scale_ptr: Any
     page_size: Any
     pages: Any  # or sequences of a padded cache
 
@@ -109,6 +111,7 @@ class Switches(NamedTuple):
     ROTARY_INTERLEAVED: tl.constexpr
     ROTARY_ADVANCES: tl.constexpr  # query i stands i after the first, else all at one position
     SCALE_POSITIVE: tl.constexpr
+    SCALES_VARY: tl.constexpr  # the cache's, from sequence to sequence
 
 
 @triton.jit
@@ -205,8 +208,16 @@ def attend_rows(
     # Where scores are nothing but scaled products, the maximum is taken before scaling, which then
     # costs nothing: it is one instruction with the subtraction of the maximum.
     plain: tl.constexpr = call.softcap is None and call.slopes_ptr is None and call.bias is None
+    scale = call.scale
+    v_scale = None
+    if cache.k_scale_ptr is not None:
+        place_of_scale = kv_head
+        if switches.SCALES_VARY:
+            place_of_scale += batch * (call.heads // call.group_size)
+        scale = call.scale * tl.load(cache.k_scale_ptr + place_of_scale)
+        v_scale = tl.load(cache.v_scale_ptr + place_of_scale)
     rule = Rule(
-        scale=None if switches.SCALE_POSITIVE and plain else call.scale,
+        scale=None if switches.SCALE_POSITIVE and plain else scale,
         softcap=call.softcap,
         slope=slope,
         shift=shift,
@@ -224,7 +235,7 @@ def attend_rows(
         i=i,
         inside=inside[:, None],
         rule=rule,
-        scale=call.scale,
+        scale=scale,
         k=strip(call.k, slot, kv_head, k_start, sizes.ALIGN),
         v=strip(call.v, slot, kv_head, k_start, sizes.ALIGN),
         pages=pages,
@@ -271,6 +282,8 @@ def attend_rows(
     # A row without a key has top -inf and total 0, made 1: out 0, lse -inf.
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
+    if v_scale is not None:
+        acc *= v_scale
     if dropout is not None:
         acc *= dropout.inverse_keep
     lse = (top + tl.log2(total)) * LN_2

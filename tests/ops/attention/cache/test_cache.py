@@ -452,7 +452,7 @@ PAGES = {"k_cache": torch.randn(6, 4, 2, 16), "v_cache": torch.randn(6, 4, 2, 16
         ({"cache_lengths": torch.tensor([3, 10]), "k": NEW, "v": NEW}, ValueError, r"must lie in \[0, 9\].* 1 are appended"),
         ({"k": NEW}, ValueError, "give both or neither"),
         ({"k": NEW, "v": torch.randn(2, 2, 2, 16)}, ValueError, "v must have the shape"),
-        ({"k": NEW.double(), "v": NEW.double()}, TypeError, "k must have the cache's dtype"),
+        ({"k": NEW.double(), "v": NEW.double()}, TypeError, "k must have q's dtype"),
         ({"cache_indices": torch.tensor([0, 2])}, ValueError, r"cache_indices must lie in \[0, 2\).*got 2"),
         ({"cache_indices": torch.tensor([0, 1]), "block_table": torch.zeros(2, 3, dtype=torch.int32)}, ValueError, "give one"),
         (PAGES | {"block_table": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, r"\(batch, pages of a sequence\) = \(2, ...\)"),
@@ -735,7 +735,7 @@ def test_opcheck_and_compile(device: str) -> None:
     call["cache_lengths"] = torch.tensor([3, 8], device=device)
     positional = (
         call["q"], call["k_cache"], call["v_cache"], call["cache_lengths"], call["k"], call["v"], None, None, None,
-        None, None, False, True, None, None, None, -1, 0, 0.25, 0.0, "triton",
+        None, None, None, None, False, True, None, None, None, -1, 0, 0.25, 0.0, "triton",
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.fastattn.attention_with_kv_cache.default, positional,
