@@ -24,6 +24,7 @@ from fastattn.training.checkpoints import Checkpoints
 from fastattn.training.checkpoints.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.contract import Batch, Batches, Objective
 from fastattn.training.history import Evaluation, History, Step
+from fastattn.training.privacy.gradients import PrivateGradients
 from fastattn.training.steps.average import Average
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.optimizers import optimizers_of
@@ -43,6 +44,7 @@ def train(
     *,
     validation: Batches | None = None,
     checkpoints: Checkpoints | None = None,
+    privacy: PrivateGradients | None = None,
     on_progress: Callable[[History], None] | None = None,
 ) -> History:
     """Train `model` in place, on its own device, and return the record.
@@ -65,6 +67,8 @@ def train(
         config: how.
         validation: measured before the first step, in between and after the last.
         checkpoints: where to save, and to go on from.
+        privacy: makes the gradients of each step differentially private; evaluations then have
+            the score "epsilon".
         on_progress: called after each step and each validation with the record so far, and first of
             all where a run goes on.
 
@@ -82,6 +86,8 @@ def train(
             "no parameter of model requires a gradient, so that nothing would be trained: unfreeze "
             "some of them with requires_grad_(True)"
         )
+    if privacy is not None:
+        privacy.check(training, config)
     state = TrainingState(
         model,
         optimizers_of(model, config),
@@ -94,6 +100,7 @@ def train(
         "model": model_fingerprint(model, state.weights()),
         "objective": objective.fingerprint(),
         "training": vars(config),
+        **({"privacy": privacy.fingerprint()} if privacy is not None else {}),
         **(checkpoints.fingerprint if checkpoints is not None else {}),
         "first batch": batches_digest([training.batch(0)]),
     }
@@ -120,7 +127,10 @@ def train(
                     seed_step(config.seed, step)
                     numbers = range((step - 1) * config.accumulation, step * config.accumulation)
                     batches = [training.batch(number) for number in numbers]
-                    loss, norm = _gradients(state, objective, batches, config)
+                    if privacy is not None:
+                        loss, norm = privacy.leave(model, step, batches[0].to(device))
+                    else:
+                        loss, norm = _gradients(state, objective, batches, config)
                     if not _finite(loss, norm, state.scaler):
                         raise FloatingPointError(_trouble(step, loss, norm, batches, checkpoints))
                     rate = config.learning_rate_at(step)
@@ -135,6 +145,8 @@ def train(
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
                         measures = evaluate(model, objective, validation, config)
+                    if privacy is not None:
+                        measures["epsilon"] = privacy.epsilon(step)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
                     progress()
                 if checkpoints is not None and _checkpoint_due(checkpoints, state, config):

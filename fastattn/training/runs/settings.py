@@ -18,6 +18,7 @@ from fastattn.nn.checks import check_integer, check_number
 from fastattn.training.contract import Objective
 from fastattn.training.data.formats import Documents
 from fastattn.training.objectives import OBJECTIVES
+from fastattn.training.privacy.budget import PrivacyConfig
 from fastattn.training.runs.fields import FieldError, converted, filled, names, nearest
 from fastattn.training.steps.config import TrainingConfig
 
@@ -168,6 +169,7 @@ class Run:
     objective: ObjectiveSettings
     training: TrainingConfig
     output: OutputSettings
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     @classmethod
     def of(cls, tables: Mapping[str, Any]) -> Run:
@@ -195,6 +197,11 @@ class Run:
         model = parts["model"]
         config = converted(config_class(objective.cls), model.config, "model.config", keys)
         parts["model"] = dataclasses.replace(model, config=config)
+        if parts["privacy"].enabled and parts["tokenizer"].vocab_size is not None:
+            raise FieldError(
+                "[tokenizer] vocab_size trains a tokenizer on the training text, whose words it "
+                "would disclose: for [privacy] give the folder of one that was trained on others"
+            )
         return cls(objective=objective, **parts)
 
     def tables(self) -> dict[str, dict[str, Any]]:
@@ -213,6 +220,7 @@ TABLES: dict[str, Any] = {
     "data": DataSettings,
     "training": TrainingConfig,
     "output": OutputSettings,
+    "privacy": PrivacyConfig,
 }
 
 # The settings of objectives that say how long a sequence is: the default is [training]'s context.
