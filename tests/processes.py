@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 import traceback
@@ -55,7 +56,7 @@ def run(
             good, value = False, f"was still running after {seconds} s"
             if pipe.poll(5 if troubles else seconds):
                 try:
-                    good, value = pipe.recv()
+                    good, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     process.join(5)
                     value = f"died with exit code {process.exitcode}"
@@ -96,6 +97,8 @@ def _process(
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:
-        pipe.send((False, f"raised\n{traceback.format_exc()}"))
+        outcome: tuple[bool, Any] = (False, f"raised\n{traceback.format_exc()}")
     else:
-        pipe.send((True, result))
+        outcome = (True, result)
+    # Not by the pipe's own pickle, which would share a tensor's memory with a process that ends.
+    pipe.send_bytes(pickle.dumps(outcome))

@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from fastattn.training.contract import Batch, Batches, loss_of
+from fastattn.training.distributed.share import Share
 from fastattn.training.privacy.budget import PrivacyConfig
 from fastattn.training.privacy.sampling import NOISE, Sampled
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.precision import autocast
+from fastattn.training.steps.randomness import seed_batch
 
 
 class PrivateGradients:
@@ -66,26 +68,37 @@ class PrivateGradients:
             "key": self.batches.key.fingerprint,
         }
 
-    def check(self, training: Batches, config: TrainingConfig) -> None:
+    def check(self, training: Batches, config: TrainingConfig, processes: int) -> None:
         """Raise ValueError where `train` was given others than these were made of."""
         if training is not self.batches or config != self.config:
             raise ValueError("privacy was made of other batches or of another config than these")
+        if processes > 1:
+            raise ValueError(
+                f"[privacy] trains in one process, and there are {processes}: start it without "
+                "torchrun"
+            )
 
-    def leave(self, model: torch.nn.Module, step: int, batch: Batch) -> tuple[float, float]:
+    def share(self, step: int) -> Share:
+        """The batch of a step, counted from 1, which may be empty."""
+        batch = self.batches.batch(step - 1)
+        return Share([(step - 1, batch)], [1.0], batch.tokens)
+
+    def leave(self, model: torch.nn.Module, share: Share) -> tuple[float, float]:
         """Leave the gradients of a step in the trained parameters.
 
-        Args:
-            step: counted from 1: the noise follows from it.
-            batch: of `Sampled`, on the model's device.
+        The noise follows from the batch's number and the key, dropout from `config.seed`.
 
         Returns:
             The mean of the examples' losses, which is not private (0 if there is none), and the
             norm of the gradient with its noise.
         """
+        ((number, batch),) = share.batches
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        sums, losses = self._clipped(model, trained, batch)
+        device = next(iter(trained.values())).device
+        seed_batch(self.config.seed, number)
+        sums, losses = self._clipped(model, trained, batch.to(device))
         bound = self.config.max_gradient_norm
-        random = self.batches.key.generator(NOISE, step)
+        random = self.batches.key.generator(NOISE, number)
         for name, parameter in trained.items():
             # On the CPU, so that it is the same noise on any device.
             noise = torch.from_numpy(random.standard_normal(parameter.shape, dtype="float32"))

@@ -228,7 +228,7 @@ def _differs(former: dict[str, Any], now: dict[str, Any]) -> str | None:
         # As TOML has them; where a run writes to and runs on makes no other run of it.
         plain = toml.parsed(toml.written(tables))
         model = {key: value for key, value in plain["model"].items() if key != "device"}
-        return {**plain, "model": model, "output": {}}
+        return {**plain, "model": model, "distributed": {}, "output": {}}
 
     return difference(deciding(former), deciding(now))
 
