@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_all_close_to_reference
 from training.privacy import private as p
 
 from fastattn.models import EncoderConfig, EncoderForSequenceClassification
@@ -21,6 +20,7 @@ from fastattn.training.distributed.share import Share
 from fastattn.training.privacy.gradients import PrivateGradients, example_gradients
 from fastattn.training.runs import adapters
 from fastattn.training.runs.settings import ModelSettings
+from oracle import assert_all_close_to_reference
 
 pytest.importorskip("opacus")
 
