@@ -5,6 +5,9 @@
     fastattn evaluate FOLDER --data squad.jsonl                 exact match, F1, of answers
     fastattn evaluate FOLDER --data pairs.jsonl source=en target=zh --beams 4
                                                                 BLEU, chrF, of translations
+    fastattn evaluate FOLDER --data held_out.txt --members training.txt
+                                                                can it be told from the model which
+                                                                texts it was trained on?
 
 The model's class decides what is measured. Data is text, JSON lines or Parquet, files, folders or
 patterns; key=value says which fields of a record are read, as a config of `fastattn train` does in
@@ -38,6 +41,7 @@ from fastattn.training.objectives.classification import Classification
 from fastattn.training.objectives.question_answering import QuestionAnswering
 from fastattn.training.objectives.sequence_to_sequence import SequenceToSequence
 from fastattn.training.objectives.token_classification import TokenClassification
+from fastattn.training.privacy.membership import attacks
 from fastattn.training.runs import toml
 from fastattn.training.runs.fields import filled
 from fastattn.training.tokenizer import Tokenizer
@@ -68,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("language models")
     text.add_argument("--context", type=int, help="tokens that are read (default: all positions)")
     text.add_argument("--stride", type=int, help="of the sliding window (default: half of it)")
+    text.add_argument(
+        "--members",
+        nargs="+",
+        metavar="PATH",
+        help="training data, which an attack tries to tell from --data (membership inference)",
+    )
+    text.add_argument("--reference", metavar="FOLDER", help="a model that --members did not train")
     translation = parser.add_argument_group("translation")
     translation.add_argument("--beams", type=int, default=4, help="1 is greedy (default: 4)")
     translation.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
@@ -89,7 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
     objective = _objective(model, Tokenizer.load(folder), arguments.settings)
     records = list(read_records(arguments.data, arguments.documents))
-    if isinstance(objective, Causal):
+    if arguments.members is not None and not isinstance(objective, Causal):
+        raise ValueError(f"--members is for language models, and this is a {type(model).__name__}")
+    if arguments.reference is not None and arguments.members is None:
+        raise ValueError("--reference needs --members: it is a part of that evaluation")
+    if arguments.members is not None:
+        scores = _of_membership(model, objective, records, arguments)
+    elif isinstance(objective, Causal):
         scores = _of_texts(model, objective, records, arguments)
     elif isinstance(objective, SequenceToSequence):
         scores = _of_translations(model, objective, records, arguments)
@@ -131,6 +148,47 @@ def _of_texts(
         )
     names = ("perplexity", "bits_per_byte", "nats_per_token")
     return {**{name: getattr(found, name) for name in names}, "tokens": found.tokens}
+
+
+def _of_membership(
+    model: Any, objective: Objective, records: Sequence[Sourced], arguments: argparse.Namespace
+) -> Scores:
+    """Each attack's area and true positives, with the ends of their intervals."""
+    field = objective.settings.field
+    if arguments.stride is not None:
+        raise ValueError("--stride and --members exclude each other")
+    members = read_records(arguments.members, arguments.documents)
+    texts = [
+        list(_placed(each, lambda record: [objective.text(record, field)]))
+        for each in (members, records)
+    ]
+    reference = None
+    if arguments.reference is not None:
+        dtype = getattr(torch, arguments.dtype)
+        other = models.load(arguments.reference, dtype=dtype, device=arguments.device)
+        reference = other, Tokenizer.load(arguments.reference)
+    with _Counter("windows") as counter:
+        found = attacks(
+            model,
+            objective.tokenizer,
+            *texts,
+            reference=reference,
+            context=arguments.context,
+            batch_size=arguments.batch_size,
+            on_progress=counter.add,
+        )
+    return {
+        f"{attack}_{name}": value
+        for attack, figures in found.items()
+        for name, value in (
+            ("auc", figures.auc),
+            ("auc_low", figures.auc_interval[0]),
+            ("auc_high", figures.auc_interval[1]),
+            ("tpr", figures.true_positives),
+            ("tpr_low", figures.true_positives_interval[0]),
+            ("tpr_high", figures.true_positives_interval[1]),
+        )
+    }
 
 
 def _of_translations(
