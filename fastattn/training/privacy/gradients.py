@@ -11,12 +11,14 @@ joined this one, which is. The optimiser goes on from g as from any gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
+from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Batches, loss_of
 from fastattn.training.distributed.share import Share
 from fastattn.training.privacy.budget import PrivacyConfig
@@ -151,16 +153,18 @@ def example_gradients(
     return gradients, losses
 
 
-def _chunks(batch: Batch, size: int) -> list[dict[str, Any]]:
-    """The batch's arguments, so many rows at a time."""
+def _chunks(batch: Batch, size: int) -> Iterator[dict[str, Any]]:
+    """The batch's arguments, so many rows at a time, and as wide as their targets."""
     count = max((len(v) for v in batch.arguments.values() if isinstance(v, Tensor)), default=0)
-    return [
-        {
+    for first in range(0, count, size):
+        chunk = {
             name: value[first : first + size] if isinstance(value, Tensor) else value
             for name, value in batch.arguments.items()
         }
-        for first in range(0, count, size)
-    ]
+        if "targets" in chunk:  # of a causal model, which reads nothing for what is after the last
+            width = int((chunk["targets"] != IGNORED).any(dim=0).nonzero().max()) + 1
+            chunk |= {name: chunk[name][:, :width] for name in ("input_ids", "targets")}
+        yield chunk
 
 
 def _check(config: TrainingConfig) -> None:

@@ -113,7 +113,8 @@ class Sampled(Batches):
             examples = [self.examples[int(i)] for i in chosen]
             return self.objective.collate(examples, random) if examples else Batch({}, 0, 0)
         single = [self.objective.collate([self._piece(int(i))], random) for i in chosen]
-        return _stacked([batch for batch in single if batch.counted])
+        # By length, so that rows whose gradients are made together have little padding.
+        return _stacked(sorted((b for b in single if b.counted), key=lambda batch: batch.tokens))
 
     def _piece(self, i: int) -> Example:
         return self.examples.piece(i, 0, min(int(self.examples.lengths[i]), self.context))
