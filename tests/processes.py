@@ -23,7 +23,10 @@ import torch
 
 SECONDS = 120  # after which a run has hung
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fastattn", "torch.distributed.tensor", "fastattn.training"])
+# FSDP2 imports torch._dynamo, which takes seconds, when it first runs.
+_context.set_forkserver_preload(
+    ["fastattn.training", "torch.distributed.checkpoint", "torch._dynamo"]
+)
 
 
 class Failed(AssertionError):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastattn.training.checkpoints.fingerprints import as_json, difference
 from fastattn.training.distributed.processes import Processes
+from fastattn.training.fingerprints import as_json, difference
 
 
 def check_settings(processes: Processes, settings: Mapping[str, Any]) -> None:

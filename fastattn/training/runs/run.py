@@ -1,8 +1,8 @@
 """A run from its settings to a model in a folder: data, tokenizer, model, training, the end.
 
     run = Run.of(toml.read("config.toml"))
-    with opened(run) as checkpoints:
-        prepared = prepare(run, checkpoints)
+    with joined(run.model.device) as processes, opened(run, processes) as checkpoints:
+        prepared = prepare(run, checkpoints, Parallel(processes, run.distributed))
         history = fit(prepared)
 
 The output folder then has
@@ -36,12 +36,14 @@ import torch
 from fastattn.files import folder_written_beside, local_path, write_text
 from fastattn.models import GPTConfig
 from fastattn.training.checkpoints import Checkpoints, save_model
-from fastattn.training.checkpoints.fingerprints import difference
 from fastattn.training.contract import Objective
 from fastattn.training.data.order import Packed, Shuffled
 from fastattn.training.data.preparation import prepare as prepare_examples
 from fastattn.training.data.sources import read_records
 from fastattn.training.data.storage import Examples
+from fastattn.training.distributed.parallel import Parallel
+from fastattn.training.distributed.processes import Processes
+from fastattn.training.fingerprints import difference
 from fastattn.training.history import History, JsonLines, TensorBoard
 from fastattn.training.loop import train
 from fastattn.training.privacy.card import card
@@ -54,8 +56,10 @@ from fastattn.training.tokenizer import Tokenizer
 SETTINGS, TOKENIZER, CHECKPOINTS = "run.toml", "tokenizer", "checkpoints"
 METRICS, BOARD, CURVE, MODEL = "metrics.jsonl", "tensorboard", "loss.png", "model"
 KEY = "noise.key"
-# The schedule follows from the number of steps, so that more of them are another run.
-_EXTENDED = ', whose [model] folder may be this one\'s "model": train that on'
+_EXTENDED = (
+    ', whose [model] folder may be this one\'s "model": train that on. More steps in one folder '
+    'need a schedule that is the same so far: "constant", or "wsd" before its decay'
+)
 OnProgress = Callable[[History], None]
 
 
@@ -66,8 +70,9 @@ class Prepared:
     Attributes:
         examples: to train on.
         training, validation: batches of them, and of those to validate, if there are any.
-        privacy: of a private run.
         checkpoints: of the output folder.
+        parallel: this process's part of it all.
+        privacy: of a private run.
     """
 
     run: Run
@@ -77,12 +82,15 @@ class Prepared:
     training: Packed | Shuffled | Sampled
     validation: Packed | Shuffled | None
     checkpoints: Checkpoints
+    parallel: Parallel
     privacy: PrivateGradients | None = None
 
 
 @contextlib.contextmanager
-def opened(run: Run) -> Iterator[Checkpoints]:
-    """The output folder, this process's for the block, with the run's settings in it.
+def opened(run: Run, processes: Processes | None = None) -> Iterator[Checkpoints]:
+    """The output folder, the run's for the block, with the run's settings in it.
+
+    Of several `processes`, which all call it, rank 0 locks and writes.
 
     Raises:
         ValueError: it holds checkpoints of another run, and the message names the setting; or
@@ -90,6 +98,13 @@ def opened(run: Run) -> Iterator[Checkpoints]:
         OSError: it cannot be made or written to.
         RuntimeError: another process trains in it.
     """
+    processes = processes or Processes(run.model.device)
+    with contextlib.ExitStack() as stack:
+        checkpoints = processes.lead_first(lambda: _opened(run, processes, stack))
+        yield checkpoints
+
+
+def _opened(run: Run, processes: Processes, stack: contextlib.ExitStack) -> Checkpoints:
     folder = local_path("folder", run.output.folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"[output] folder {folder} is a file: give a folder")
@@ -105,24 +120,66 @@ def opened(run: Run) -> Iterator[Checkpoints]:
         every_steps=run.output.checkpoint_steps,
         every_minutes=run.output.checkpoint_minutes,
         keep=run.output.keep,
+        asynchronous=run.output.asynchronous,
         save_model=_saver(run, folder),
+        processes=processes,
     )
-    with checkpoints:
-        _settle(run, folder, checkpoints)
-        yield checkpoints
+    stack.enter_context(checkpoints)
+    _settle(run, folder, checkpoints)
+    return checkpoints
 
 
 def prepare(
-    run: Run, checkpoints: Checkpoints, on_data: Callable[[int, int], None] | None = None
+    run: Run,
+    checkpoints: Checkpoints,
+    parallel: Parallel | None = None,
+    on_data: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Tokenizer, examples, batches and model: what is in the folder already is not made again.
 
     Args:
+        parallel: of several processes, which all call it: rank 0 makes the data.
         on_data: called now and then while data are tokenised, as `data.prepare`'s on_progress.
 
     Raises:
         FileNotFoundError, ValueError, OSError, ImportError: whatever the parts raise.
     """
+    parallel = parallel or Parallel()
+    if run.output.samples and parallel.sharded:
+        raise ValueError(
+            "[output] samples need the whole model in each process: with shard or tensor above 1 "
+            "leave them out"
+        )
+    parallel.check(run.training)
+    processes = parallel.processes
+    objective, examples, held_out = processes.lead_first(lambda: _data(run, checkpoints, on_data))
+
+    def prepared() -> Prepared:
+        training: Packed | Shuffled | Sampled
+        privacy: PrivateGradients | None = None
+        if run.privacy.enabled:
+            key = _key(run, checkpoints.folder.parent / KEY)
+            config = run.training
+            training = Sampled(examples, objective, config.batch_size, config.context, key)
+            privacy = PrivateGradients(run.privacy, training, config)
+            privacy.check(training, config, processes.count)
+        else:
+            training = _batches(run, objective, examples)
+        validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
+        # Weights that are to be divided are made in the memory of the CPU.
+        device = building.device_named("cpu" if parallel.sharded else processes.device)
+        model = _model(run, objective, device)
+        return Prepared(
+            run, objective, model, examples, training, validation, checkpoints, parallel, privacy
+        )
+
+    return processes.together(prepared)
+
+
+def _data(
+    run: Run, checkpoints: Checkpoints, on_data: Callable[[int, int], None] | None
+) -> tuple[Objective, Examples, Examples | None]:
+    """The objective with its tokenizer, the examples to train on, and those to validate on."""
     folder, data = checkpoints.folder.parent, run.data
     tokenizer = _tokenizer(run, folder / TOKENIZER)
     objective = run.objective.cls(tokenizer, run.objective.settings, run.model.library)
@@ -147,25 +204,19 @@ def prepare(
             "validation": None if held_out is None else held_out.fingerprint,
         },
     }
-    training: Packed | Shuffled | Sampled
-    privacy: PrivateGradients | None = None
-    if run.privacy.enabled:
-        config = run.training
-        key = _key(run, folder / KEY)
-        training = Sampled(examples, objective, config.batch_size, config.context, key)
-        privacy = PrivateGradients(run.privacy, training, config)
-    else:
-        training = _batches(run, objective, examples)
-    validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
+    return objective, examples, held_out
+
+
+def _model(run: Run, objective: Objective, device: torch.device) -> torch.nn.Module:
+    """The model, which has room for the run's sequences."""
     torch.manual_seed(run.training.seed)
-    device = building.device_named(run.model.device)
     model = building.model(run.model, objective, device)
     if objective.packs:
         building.check_length(model, "[training] context", run.training.context)
     for name in LENGTHS:
         if (length := getattr(objective.settings, name, None)) is not None:
             building.check_length(model, f"[objective] {name}", length)
-    return Prepared(run, objective, model, examples, training, validation, checkpoints, privacy)
+    return model
 
 
 def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
@@ -174,10 +225,12 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
     Raises:
         FloatingPointError, OSError, ValueError: as `train`.
     """
-    run, checkpoints = prepared.run, prepared.checkpoints
+    run, checkpoints, leads = prepared.run, prepared.checkpoints, prepared.parallel.processes.leads
     folder = checkpoints.folder.parent
-    callbacks: list[OnProgress] = [JsonLines(folder / METRICS), *on_progress]
-    if run.output.tensorboard:
+    callbacks: list[OnProgress] = [*on_progress]
+    if leads:
+        callbacks.insert(0, JsonLines(folder / METRICS))
+    if leads and run.output.tensorboard:
         callbacks.insert(0, TensorBoard(folder / BOARD))
 
     def progress(history: History) -> None:
@@ -191,11 +244,13 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
         run.training,
         validation=prepared.validation,
         checkpoints=checkpoints,
+        parallel=prepared.parallel,
         privacy=prepared.privacy,
         on_progress=progress,
     )
-    history.plot(folder / CURVE)
-    if not history.interrupted:
+    if leads:
+        history.plot(folder / CURVE)
+    if leads and not history.interrupted:
         best = history.best if run.output.best else None
         step = history.steps[-1].step if best is None else best.step
         _copy(checkpoints.path(step) / MODEL, folder / MODEL)
@@ -208,17 +263,26 @@ def _settle(run: Run, folder: Path, checkpoints: Checkpoints) -> None:
     """Write the run's settings, unless the folder's checkpoints are of other ones."""
     file = folder / SETTINGS
     if file.is_file():
-        former = toml.read(file)
-        if (differs := _differs(former, run.tables())) is None:
+        former, done = toml.read(file), checkpoints.steps()
+        differs = _differs(former, run.tables())
+        if differs is None:
             return
-        if checkpoints.steps():
+        if done and not _only_extends(former, run, done[-1]):
             raise ValueError(
                 f"[output] folder {folder} has checkpoints of another run: {differs}. Set it back "
                 "to go on, or give this run a folder of its own"
                 f"{_EXTENDED if differs.startswith('training.steps ') else ''}"
             )
-        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+        if not done:
+            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     write_text(file, toml.written(run.tables()))
+
+
+def _only_extends(former: dict[str, Any], run: Run, done: int) -> bool:
+    """Whether the run is the former one with another number of steps, and may go on as that."""
+    steps = former["training"]["steps"]
+    same = {**former, "training": {**former["training"], "steps": run.training.steps}}
+    return _differs(same, run.tables()) is None and run.training.extends(steps, done)
 
 
 def _differs(former: dict[str, Any], now: dict[str, Any]) -> str | None:
