@@ -147,16 +147,17 @@ def log_probabilities(
     batch_size: int = 8,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[torch.Tensor]:
-    """Of each text, read by itself, its tokens' log-probabilities (n,), float64, in nats.
+    """Of each text the log-probabilities (n,), float64, in nats, of its tokens after the first, and
+    of the end of text: as the objective `causal` has trained them, so that whatever was learned by
+    heart comes up.
 
     Arguments and errors are those of `evaluation.perplexity`, with windows of half the context.
     """
     encoded = tokenizer.encode_many(texts)
     if not all(encoded):
         raise ValueError(f"text {[*map(bool, encoded)].index(False)} has no token: leave it out")
-    length = context_of(model, context)
-    first = tokenizer.token("bos") if "bos" in tokenizer.roles else tokenizer.end_of_text
-    rows = [[*windows([first, *ids], length, max(1, length // 2))] for ids in encoded]
+    length, end = context_of(model, context), tokenizer.end_of_text
+    rows = [[*windows([*ids, end], length, max(1, length // 2))] for ids in encoded]
     flat = [row for each in rows for row in each]
     scores = iter(score(model, flat, batch_size=batch_size, on_progress=on_progress))
     return [torch.cat([next(scores).log_probabilities for _ in each]) for each in rows]

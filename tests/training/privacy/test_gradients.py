@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from training.privacy import private as p
 
 from fastattn.models import EncoderConfig, EncoderForSequenceClassification
-from fastattn.training import Causal, Checkpoints, History, train
+from fastattn.training import Causal, Checkpoints, History, Tokenizer, train
 from fastattn.training.contract import Batch, loss_of
+from fastattn.training.data import prepare
 from fastattn.training.distributed.share import Share
+from fastattn.training.objectives.classification import Classification, ClassificationSettings
+from fastattn.training.privacy.budget import PrivacyConfig
 from fastattn.training.privacy.gradients import PrivateGradients, example_gradients
+from fastattn.training.privacy.membership import attacks
+from fastattn.training.privacy.sampling import Key, Sampled
 from fastattn.training.runs import adapters
 from fastattn.training.runs.settings import ModelSettings
 from oracle import assert_all_close_to_reference
@@ -149,6 +156,29 @@ def test_no_example_has_more_than_its_bound(tmp_path: Path) -> None:
     torch.testing.assert_close(sums(loose, model, part([3])), alone, rtol=1e-5, atol=1e-6)
 
 
+def test_a_classifier_of_examples_of_files(tmp_path: Path) -> None:
+    """Texts of several lengths, in chunks: the sum is that of a loop where no gradient is cut."""
+    roles = {role: f"<|{role}|>" for role in Classification.roles}
+    tokenizer = Tokenizer.train(["a"], 270, special_tokens=roles)
+    objective = Classification(tokenizer, ClassificationSettings(("no", "yes"), context=16))
+    file = tmp_path / "texts.jsonl"
+    records = [{"text": "ab" * (1 + i % 5), "label": i % 2} for i in range(9)]
+    file.write_text("\n".join(map(json.dumps, records)))
+    examples = prepare(file, objective, tmp_path / "prepared")
+    config = dataclasses.replace(p.CONFIG, batch_size=9, max_gradient_norm=1e4)
+    sampled = Sampled(examples, objective, 9, 16, Key(0))
+    settings = PrivacyConfig(noise_multiplier=1.0, delta=1e-3, examples_at_once=4)
+    privacy = PrivateGradients(settings, sampled, config)
+    torch.manual_seed(0)
+    model = EncoderForSequenceClassification(
+        EncoderConfig(vocab_size=270, n_positions=16, n_embd=24, n_layer=1, n_head=2)
+    )
+    ours = sums(privacy, model, sampled.batch(0))
+    rows = [dict(objective.collate([examples[i]], None).arguments) for i in range(9)]  # type: ignore[arg-type]
+    wanted = torch.cat([g.sum(0).flatten() for g in looped(model, rows).values()])
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 7])
 def test_the_sum_is_that_of_opacus(tmp_path: Path, at_once: int) -> None:
     """Its optimiser clips the same gradients of examples, in one piece."""
@@ -244,6 +274,31 @@ def test_bfloat16_keeps_the_bound(tmp_path: Path) -> None:
     batch = privacy.batches.batch(0)
     count = len(batch.arguments["input_ids"])
     assert 0 < sums(privacy, p.model(), batch).norm() <= count * 0.5 * (1 + 1e-5)
+
+
+@pytest.mark.long
+def test_an_attack_finds_whom_a_run_has_learned_by_heart_unless_it_is_private(
+    tmp_path: Path,
+) -> None:
+    """The same texts, model and steps: the noise is the difference. Both learn which letters occur."""
+    random = numpy.random.default_rng(0)
+    texts = ["".join(random.choice(list("abcdefghij"), 16)) for _ in range(80)]
+    config = dataclasses.replace(p.CONFIG, steps=120, batch_size=40, evaluation_interval=120)
+    objective, examples = Causal(p.TOKENIZER), p.examples(tmp_path, texts=texts[:40])
+    sampled = Sampled(examples, objective, 40, 24, Key(7))
+    settings = PrivacyConfig(noise_multiplier=25.0, delta=1e-3)
+    found = {}
+    for name, privacy in (
+        ("plain", None),
+        ("private", PrivateGradients(settings, sampled, config)),
+    ):
+        model = p.model()
+        history = train(model, objective, sampled, config, privacy=privacy)
+        assert history.steps[-1].loss < history.steps[0].loss - 0.5
+        found[name] = attacks(model, p.TOKENIZER, texts[:40], texts[40:])["loss"]
+    assert found["plain"].auc_interval[0] > 0.95
+    low, high = found["private"].auc_interval
+    assert low < 0.55 and high < 0.8, found
 
 
 def _other_batches(folder: Path) -> History:

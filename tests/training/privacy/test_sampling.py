@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy
@@ -11,7 +12,7 @@ from training.privacy import private as p
 
 from fastattn.training import Causal, Tokenizer
 from fastattn.training.data import prepare
-from fastattn.training.objectives import Masked
+from fastattn.training.objectives import Chat, Masked
 from fastattn.training.privacy.budget import PrivacyConfig
 from fastattn.training.privacy.sampling import Key, Sampled
 
@@ -63,6 +64,24 @@ def test_a_step_may_have_nobody_and_a_text_no_target(tmp_path: Path) -> None:
     sampled = Sampled(p.examples(tmp_path, texts=texts), Causal(p.TOKENIZER), 1, 24, Key(0))
     sizes = {len(sampled.batch(step).arguments.get("input_ids", ())) for step in range(40)}
     assert sizes == {0, 1}
+
+
+def test_a_conversation_has_the_row_that_it_has_alone(tmp_path: Path) -> None:
+    """Targets are the answer's; a conversation that the context cuts before its answer has none."""
+    turns = [("hi", "hello there"), ("a question that fills all of the context " * 3, "yes")]
+    records = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in turns
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    chat = Chat(Tokenizer.train(["a"], 300, extra_tokens=Chat.extra_tokens))
+    examples = prepare(file, chat, tmp_path / "prepared")
+    batch = Sampled(examples, chat, 2, 60, Key(0)).batch(0)
+    alone = chat.collate([examples[0]], numpy.random.default_rng(0)).arguments
+    assert torch.equal(batch.arguments["input_ids"], alone["input_ids"])
+    assert torch.equal(batch.arguments["targets"], alone["targets"])
+    assert batch.counted == len("hello there") + 1
 
 
 def test_refusals(tmp_path: Path) -> None:
