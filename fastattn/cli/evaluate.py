@@ -6,6 +6,9 @@
     fastattn evaluate FOLDER --data squad.jsonl                 exact match, F1, of answers
     fastattn evaluate FOLDER --data pairs.jsonl source=en target=zh --beams 4
                                                                 BLEU, chrF, of translations
+    fastattn evaluate FOLDER --data held_out.txt --members training.txt
+                                                                can it be told from the model which
+                                                                texts it was trained on?
 
 The model's class decides the measures. One of transformers, --library transformers, is read by
 transformers and runs on fastattn's kernels. Data is text, JSON lines or Parquet, files, folders or
@@ -44,6 +47,7 @@ from fastattn.training.objectives.question_answering import QuestionAnswering
 from fastattn.training.objectives.sequence_to_sequence import SequenceToSequence
 from fastattn.training.objectives.token_classification import TokenClassification
 from fastattn.training.optional import require
+from fastattn.training.privacy.membership import attacks
 from fastattn.training.runs import toml
 from fastattn.training.runs.fields import filled
 from fastattn.training.sizes import longest_sequence
@@ -93,6 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("language models")
     text.add_argument("--context", type=int, help="tokens that are read (default: all positions)")
     text.add_argument("--stride", type=int, help="of the sliding window (default: half of it)")
+    text.add_argument(
+        "--members",
+        nargs="+",
+        metavar="PATH",
+        help="training data, which an attack tries to tell from --data (membership inference)",
+    )
+    text.add_argument("--reference", metavar="FOLDER", help="a model that --members did not train")
     translation = parser.add_argument_group("translation")
     translation.add_argument("--beams", type=int, default=4, help="1 is greedy (default: 4)")
     translation.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
@@ -109,7 +120,13 @@ def run(arguments: argparse.Namespace) -> int:
     model, cls = load(folder, arguments)
     objective = _objective(model, cls, Tokenizer.load(folder), arguments)
     records = list(read_records(arguments.data, arguments.documents))
-    if isinstance(objective, Causal):
+    if arguments.members is not None and not isinstance(objective, Causal):
+        raise ValueError(f"--members is for language models, and this is a {type(model).__name__}")
+    if arguments.reference is not None and arguments.members is None:
+        raise ValueError("--reference needs --members: it is a part of that evaluation")
+    if arguments.members is not None:
+        scores = _of_membership(model, objective, records, arguments)
+    elif isinstance(objective, Causal):
         scores = _of_texts(model, objective, records, arguments)
     elif isinstance(objective, Masked):
         scores = _of_masked(model, objective, records, arguments)
@@ -192,6 +209,47 @@ def _of_texts(
         )
     names = ("perplexity", "bits_per_byte", "nats_per_token")
     return {**{name: getattr(found, name) for name in names}, "tokens": found.tokens}
+
+
+def _of_membership(
+    model: Any, objective: Objective, records: Sequence[Sourced], arguments: argparse.Namespace
+) -> Scores:
+    """Each attack's area and true positives, with the ends of their intervals."""
+    field = objective.settings.field
+    if arguments.stride is not None:
+        raise ValueError("--stride and --members exclude each other")
+    members = read_records(arguments.members, arguments.documents)
+    texts = [
+        list(_placed(each, lambda record: [objective.text(record, field)]))
+        for each in (members, records)
+    ]
+    reference = None
+    if arguments.reference is not None:
+        dtype = getattr(torch, arguments.dtype)
+        other = models.load(arguments.reference, dtype=dtype, device=arguments.device)
+        reference = other, Tokenizer.load(arguments.reference)
+    with _Counter("windows") as counter:
+        found = attacks(
+            model,
+            objective.tokenizer,
+            *texts,
+            reference=reference,
+            context=arguments.context,
+            batch_size=arguments.batch_size,
+            on_progress=counter.add,
+        )
+    return {
+        f"{attack}_{name}": value
+        for attack, figures in found.items()
+        for name, value in (
+            ("auc", figures.auc),
+            ("auc_low", figures.auc_interval[0]),
+            ("auc_high", figures.auc_interval[1]),
+            ("tpr", figures.true_positives),
+            ("tpr_low", figures.true_positives_interval[0]),
+            ("tpr_high", figures.true_positives_interval[1]),
+        )
+    }
 
 
 def _of_masked(

@@ -29,6 +29,7 @@ from fastattn.training.distributed.share import Share
 from fastattn.training.distributed.tensor import canonical, localised
 from fastattn.training.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.history import Evaluation, History, Step
+from fastattn.training.privacy.gradients import PrivateGradients
 from fastattn.training.steps.average import Average
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.gradients import clip_gradients
@@ -50,6 +51,7 @@ def train(
     validation: Batches | None = None,
     checkpoints: Checkpoints | None = None,
     parallel: Parallel | None = None,
+    privacy: PrivateGradients | None = None,
     on_progress: Callable[[History], None] | None = None,
 ) -> History:
     """Train `model` in place, on its own device, and return the record.
@@ -74,6 +76,8 @@ def train(
         checkpoints: where to save, and to go on from.
         parallel: how the run is divided among processes, all of which call this with equal models,
             data and config. Afterwards the model is divided still.
+        privacy: makes the gradients of each step differentially private; evaluations then have
+            the score "epsilon".
         on_progress: called after each step and each validation with the record so far, and first of
             all where a run goes on.
 
@@ -92,6 +96,8 @@ def train(
             "no parameter of model requires a gradient, so that nothing would be trained: unfreeze "
             "some of them with requires_grad_(True)"
         )
+    if privacy is not None:
+        privacy.check(training, config, parallel.processes.count)
     weights = TrainingState.weights_of(model)
     check_tensors(parallel.processes, weights, "at the start")
     identity = {
@@ -99,6 +105,7 @@ def train(
         "model": model_fingerprint(model, weights),
         "objective": objective.fingerprint(),
         "training": vars(config),
+        **({"privacy": privacy.fingerprint()} if privacy is not None else {}),
         **(checkpoints.fingerprint if checkpoints is not None else {}),
         "first batch": batches_digest([training.batch(0)]),
     }
@@ -135,8 +142,12 @@ def train(
             for step in range(first, config.steps + 1):
                 if step > first:
                     start = time.perf_counter()
-                    share = Share.of(step, training, config, parallel)
-                    loss, norm = _gradients(state, called, objective, share, config, parallel)
+                    if privacy is not None:
+                        share = privacy.share(step)
+                        loss, norm = privacy.leave(model, share)
+                    else:
+                        share = Share.of(step, training, config, parallel)
+                        loss, norm = _gradients(state, called, objective, share, config, parallel)
                     if not _finite(loss, norm, state.scaler):
                         raise FloatingPointError(_trouble(step, loss, norm, share, checkpoints))
                     rate = config.learning_rate_at(step)
@@ -150,6 +161,8 @@ def train(
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
                         measures = evaluate(model, objective, validation, config, device)
+                    if privacy is not None:
+                        measures["epsilon"] = privacy.epsilon(step)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
                     progress()
                 if checkpoints is not None and parallel.agreed(

@@ -26,6 +26,8 @@ from fastattn.cli.train.reference import reference
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.processes import Processes, joined
 from fastattn.training.optional import require
+from fastattn.training.privacy.card import summary
+from fastattn.training.privacy.sampling import Sampled
 from fastattn.training.runs import toml
 from fastattn.training.runs.estimate import estimated, flops_per_token
 from fastattn.training.runs.run import MODEL, Prepared, fit, opened, prepare
@@ -52,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, or print what training would take; 130 where Ctrl-C ended it."""
     settings = Run.of(toml.overridden(toml.read(arguments.config), arguments.overrides))
+    if settings.privacy.enabled and arguments.dry_run:
+        raise ValueError(
+            "--dry-run measures steps without [privacy] only: add privacy.epsilon=none and "
+            "privacy.noise_multiplier=none, or leave --dry-run out"
+        )
     _require(settings)
     with (
         joined(settings.model.device) as processes,
@@ -94,6 +101,8 @@ def _require(settings: Run) -> None:
         require(package, "train", "fastattn train")
     if settings.output.tensorboard:
         require("tensorboard", "tensorboard", "[output] tensorboard")
+    if settings.privacy.enabled:
+        require("opacus", "privacy", "[privacy]")
     if settings.model.lora_rank:
         require("peft", "lora", "[model] lora_rank")
     if settings.model.library == "transformers":
@@ -123,6 +132,8 @@ def _fit(prepared: Prepared, samples: Samples) -> int:
         f"{history.tokens_per_second:,.0f} tokens/s"
     )
     print(f"{folder / MODEL}: the model {of}")
+    if prepared.privacy is not None:
+        print(f"privacy   {summary(prepared.privacy, config.steps)}")
     return 0
 
 
@@ -143,6 +154,10 @@ def _print_sizes(prepared: Prepared) -> None:
     )
     epochs = config.steps * config.accumulation / training.per_epoch
     print(f"training  {prepared.objective.name}, {config.steps:,} steps, {epochs:.2f} epochs")
+    if prepared.privacy is not None:
+        print(f"privacy   at the end: {summary(prepared.privacy, config.steps)}")
+        if isinstance(training, Sampled) and training.cut:
+            print(f"          {training.cut:,} examples are cut to {training.context} tokens")
 
 
 def _print_estimate(prepared: Prepared) -> None:

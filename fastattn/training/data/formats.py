@@ -35,15 +35,17 @@ def read_text(path: Path, documents: Documents) -> Iterator[Sourced]:
     Paragraphs are what blank lines separate. A byte-order mark is dropped, and "\\r\\n" is "\\n".
     """
     if documents == "file":
-        text = "".join(line for _, line in _lines(path))
+        text = "".join(line for _, line in numbered_lines(path))
         if text.strip():
             yield Sourced(str(path), {"text": text})
     elif documents == "line":
-        for number, line in _lines(path):
+        for number, line in numbered_lines(path):
             if line.strip():
                 yield Sourced(f"{path}:{number}", {"text": line.removesuffix("\n")})
     else:
-        for full, group in groupby(_lines(path), key=lambda numbered: bool(numbered[1].strip())):
+        for full, group in groupby(
+            numbered_lines(path), key=lambda numbered: bool(numbered[1].strip())
+        ):
             if full:
                 lines = list(group)
                 text = "".join(line for _, line in lines).removesuffix("\n")
@@ -52,7 +54,7 @@ def read_text(path: Path, documents: Documents) -> Iterator[Sourced]:
 
 def read_json_lines(path: Path, documents: Documents) -> Iterator[Sourced]:
     """The object in each line."""
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -113,8 +115,12 @@ def reader_of(path: Path) -> Callable[[Path, Documents], Iterator[Sourced]]:
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers, from 1, and with their "\\n"."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text in UTF-8 with their numbers, from 1, and with their "\\n".
+
+    Raises:
+        ValueError: a line is damaged, cut off, binary or not in UTF-8.
+    """
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:

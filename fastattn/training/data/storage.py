@@ -92,6 +92,12 @@ class Examples(Sequence[Example]):
         """(examples,) int64: how many values each example has in the first field."""
         return self.sizes[:, 0]
 
+    @property
+    def records(self) -> numpy.ndarray:
+        """(examples,) int64: the number of the record that each example was made of."""
+        records = self._table[:, 0]
+        return records if self._chosen is None else records[self._chosen]
+
     @functools.cached_property
     def sizes(self) -> numpy.ndarray:
         """(examples, fields) int64: how many values each example has in each field."""

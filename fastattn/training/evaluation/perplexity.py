@@ -86,7 +86,7 @@ def perplexity(
     encoded = tokenizer.encode_many(texts)
     if not encoded or not all(encoded):
         raise ValueError("texts must be at least one, and none empty: there is nothing to predict")
-    context = _context(model, context)
+    context = context_of(model, context)
     stride = max(1, context // 2) if stride is None else check_integer("stride", stride, at_least=1)
     if stride > context:
         raise ValueError(f"stride must be at most the context, {context}, got {stride}")
@@ -111,12 +111,16 @@ def bits_per_byte(
     model: torch.nn.Module, tokenizer: Tokenizer, text: str, context: int | None = None
 ) -> float:
     """How many bits `model` needs for a byte of `text`: `perplexity` with windows side by side."""
-    context = _context(model, context)
+    context = context_of(model, context)
     return perplexity(model, tokenizer, text, context=context, stride=context).bits_per_byte
 
 
-def _context(model: Any, context: int | None) -> int:
-    """The given one, else all positions of the model."""
+def context_of(model: Any, context: int | None) -> int:
+    """The given one, else all positions of the model.
+
+    Raises:
+        TypeError, ValueError: it does not fit, or the model has no limit of its own.
+    """
     most = getattr(model.config, "short_positions", None) or longest_sequence(model)
     if context is None and most is None:
         raise ValueError(

@@ -11,6 +11,7 @@ The output folder then has
     tokenizer/
     examples/         the data, tokenised
     checkpoints/      `fastattn.training.checkpoints`
+    noise.key         the seed of a private run's noise: a secret, as all else but model/
     metrics.jsonl     a line for each step and each validation
     tensorboard/      if asked for
     loss.png
@@ -21,6 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,12 +46,16 @@ from fastattn.training.distributed.processes import Processes
 from fastattn.training.fingerprints import difference
 from fastattn.training.history import History, JsonLines, TensorBoard
 from fastattn.training.loop import train
+from fastattn.training.privacy.card import card
+from fastattn.training.privacy.gradients import PrivateGradients
+from fastattn.training.privacy.sampling import Key, Sampled
 from fastattn.training.runs import adapters, building, toml
 from fastattn.training.runs.settings import LENGTHS, Run
 from fastattn.training.tokenizer import Tokenizer
 
 SETTINGS, TOKENIZER, CHECKPOINTS = "run.toml", "tokenizer", "checkpoints"
 METRICS, BOARD, CURVE, MODEL = "metrics.jsonl", "tensorboard", "loss.png", "model"
+KEY = "noise.key"
 _EXTENDED = (
     ', whose [model] folder may be this one\'s "model": train that on. More steps in one folder '
     'need a schedule that is the same so far: "constant", or "wsd" before its decay'
@@ -64,16 +72,18 @@ class Prepared:
         training, validation: batches of them, and of those to validate, if there are any.
         checkpoints: of the output folder.
         parallel: this process's part of it all.
+        privacy: of a private run.
     """
 
     run: Run
     objective: Objective
     model: torch.nn.Module
     examples: Examples
-    training: Packed | Shuffled
+    training: Packed | Shuffled | Sampled
     validation: Packed | Shuffled | None
     checkpoints: Checkpoints
     parallel: Parallel
+    privacy: PrivateGradients | None = None
 
 
 @contextlib.contextmanager
@@ -144,14 +154,23 @@ def prepare(
     objective, examples, held_out = processes.lead_first(lambda: _data(run, checkpoints, on_data))
 
     def prepared() -> Prepared:
-        training = _batches(run, objective, examples)
+        training: Packed | Shuffled | Sampled
+        privacy: PrivateGradients | None = None
+        if run.privacy.enabled:
+            key = _key(run, checkpoints.folder.parent / KEY)
+            config = run.training
+            training = Sampled(examples, objective, config.batch_size, config.context, key)
+            privacy = PrivateGradients(run.privacy, training, config)
+            privacy.check(training, config, processes.count)
+        else:
+            training = _batches(run, objective, examples)
         validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
         # Weights that are to be divided are made in the memory of the CPU.
         device = building.device_named("cpu" if parallel.sharded else processes.device)
         model = _model(run, objective, device)
         parallel.check(run.training, objective)
         return Prepared(
-            run, objective, model, examples, training, validation, checkpoints, parallel
+            run, objective, model, examples, training, validation, checkpoints, parallel, privacy
         )
 
     return processes.together(prepared)
@@ -226,6 +245,7 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
         validation=prepared.validation,
         checkpoints=checkpoints,
         parallel=prepared.parallel,
+        privacy=prepared.privacy,
         on_progress=progress,
     )
     if leads:
@@ -234,6 +254,8 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
         best = history.best if run.output.best else None
         step = history.steps[-1].step if best is None else best.step
         _copy(checkpoints.path(step) / MODEL, folder / MODEL)
+        if prepared.privacy is not None:
+            write_text(folder / MODEL / "README.md", card(prepared.privacy, run.training.steps))
     return history
 
 
@@ -304,6 +326,22 @@ def _batches(
         return Packed(examples, objective, tokens, config.context, config.seed)
     size = min(config.batch_size, len(examples)) if smaller else config.batch_size
     return Shuffled(examples, objective, size, config.seed)
+
+
+def _key(run: Run, file: Path) -> Key:
+    """The key of a private run: of its seed, of the folder, or a new one that is kept there."""
+    if run.privacy.seed is not None:
+        return Key(run.privacy.seed % 2**64)
+    if not file.is_file():
+        # Readable for its owner only, before anything is in it.
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as new:
+            new.write(secrets.token_hex(16))
+    text = file.read_text(encoding="ascii", errors="replace")
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        raise ValueError(
+            f"{file} is no key of 32 hexadecimal digits: restore it, or give the run a new folder"
+        )
+    return Key(int(text, 16))
 
 
 def _saver(run: Run, folder: Path) -> Callable[[torch.nn.Module, Path], None]:

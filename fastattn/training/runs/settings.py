@@ -19,6 +19,7 @@ from fastattn.training.contract import Objective
 from fastattn.training.data.formats import Documents
 from fastattn.training.distributed.layout import DistributedConfig
 from fastattn.training.objectives import OBJECTIVES
+from fastattn.training.privacy.budget import PrivacyConfig
 from fastattn.training.runs.fields import FieldError, converted, filled, names, nearest
 from fastattn.training.steps.config import TrainingConfig
 
@@ -173,6 +174,7 @@ class Run:
     training: TrainingConfig
     distributed: DistributedConfig
     output: OutputSettings
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     @classmethod
     def of(cls, tables: Mapping[str, Any]) -> Run:
@@ -200,6 +202,11 @@ class Run:
         model = parts["model"]
         config = converted(config_class(objective.cls), model.config, "model.config", keys)
         parts["model"] = dataclasses.replace(model, config=config)
+        if parts["privacy"].enabled and parts["tokenizer"].vocab_size is not None:
+            raise FieldError(
+                "[tokenizer] vocab_size trains a tokenizer on the training text, whose words it "
+                "would disclose: for [privacy] give the folder of one that was trained on others"
+            )
         return cls(objective=objective, **parts)
 
     def tables(self) -> dict[str, dict[str, Any]]:
@@ -219,6 +226,7 @@ TABLES: dict[str, Any] = {
     "training": TrainingConfig,
     "distributed": DistributedConfig,
     "output": OutputSettings,
+    "privacy": PrivacyConfig,
 }
 
 # The settings of objectives that say how long a sequence is: the default is [training]'s context.
