@@ -10,14 +10,10 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ("attention", "generation", "losses", "privacy", "serving", "tools", "training")
 PAGES = {
     "README.md": README,
-    "docs/attention.md": (ROOT / "docs" / "attention.md").read_text("utf-8"),
-    "docs/generation.md": (ROOT / "docs" / "generation.md").read_text("utf-8"),
-    "docs/losses.md": (ROOT / "docs" / "losses.md").read_text("utf-8"),
-    "docs/serving.md": (ROOT / "docs" / "serving.md").read_text("utf-8"),
-    "docs/tools.md": (ROOT / "docs" / "tools.md").read_text("utf-8"),
-    "docs/training.md": (ROOT / "docs" / "training.md").read_text("utf-8"),
+    **{f"docs/{name}.md": (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in DOCS},
 }
 BLOCKS = [
     pytest.param(page, block, id=f"{page}-{number}")

@@ -263,7 +263,8 @@ def _settle(run: Run, folder: Path, checkpoints: Checkpoints) -> None:
     """Write the run's settings, unless the folder's checkpoints are of other ones."""
     file = folder / SETTINGS
     if file.is_file():
-        former, done = toml.read(file), checkpoints.steps()
+        # Through `Run`, which knows what a version before did not write.
+        former, done = Run.of(toml.read(file)).tables(), checkpoints.steps()
         differs = _differs(former, run.tables())
         if differs is None:
             return
