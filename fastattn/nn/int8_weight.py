@@ -83,15 +83,18 @@ class Int8Weight(Tensor):
                 f"{tuple(weight.shape)} of {weight.dtype}"
             )
         values = weight.detach().float()
-        if not values.isfinite().all():
-            raise ValueError("the weight has inf or NaN, which have no place among 8-bit integers")
         groups, width = _groups(len(values))
         # Rows that fill the last group repeat the last one: they do not widen its range.
         missing = groups * width - len(values)
         values = torch.cat((values, values[-1:].expand(missing, -1))) if missing else values
         values = values.view(groups, width, -1).transpose(1, 2)
         least, largest = values.aminmax(dim=-1, keepdim=True)
-        scale = (largest / LEVELS - least / LEVELS).clamp_min(1e-38)  # the halves cannot overflow
+        if not (largest - least).isfinite().all():
+            raise ValueError(
+                "the weight has inf, NaN or numbers too far apart for float32: 8-bit integers have "
+                "no place for them"
+            )
+        scale = ((largest - least) / LEVELS).clamp_min(1e-38)
         integers = ((values - least) / scale).round().clamp(0, LEVELS).to(torch.uint8)
         tail = torch.cat((scale, least), -1).contiguous().view(torch.uint8)
         return cls(torch.cat((integers, tail), -1), weight.shape, weight.dtype)
@@ -166,7 +169,8 @@ def _groups(rows: int) -> tuple[int, int]:
 
 def _values(table: Tensor) -> Tensor:
     """A part of a table, (..., group + 8) -> (..., group), float32."""
-    scale, least = table[..., -TAIL:].contiguous().view(torch.float32).split(1, -1)
+    tail = table[..., -TAIL:].clone(memory_format=torch.contiguous_format)
+    scale, least = tail.view(torch.float32).split(1, -1)
     return table[..., :-TAIL] * scale + least
 
 
