@@ -49,7 +49,7 @@ class Report:
 def quantize(model: torch.nn.Module, mode: str = "int8") -> Report:
     """Give the linear layers of a model weights of fewer bits, in place.
 
-        print(fastattn.compression.quantize(model, "int8"))
+        print(quantize(model, "int8"))
 
     The modes:
 
