@@ -63,7 +63,7 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     weights = list(path.glob("*.gguf"))
-    gguf = {"gguf_file": weights[0].name} if len(weights) == 1 else {}
+    gguf: dict[str, Any] = {"gguf_file": weights[0].name} if len(weights) == 1 else {}
     dtype = getattr(torch, arguments.dtype)
     model = models.load(path, dtype=dtype, device=arguments.device, **gguf)
     if not isinstance(model, models.GPT):

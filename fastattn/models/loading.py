@@ -25,6 +25,7 @@ def load(
     gguf_file: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    int8: bool = False,
 ) -> Any:
     """The model in a Hugging Face folder, of the class that config.json's "architectures" asks for.
 
@@ -34,7 +35,7 @@ def load(
     that has no class here.
     """
     if (file := reading.gguf_path(path, gguf_file, revision)) is not None:
-        return GPT.from_pretrained(file, dtype=dtype, device=device)
+        return GPT.from_pretrained(file, dtype=dtype, device=device, int8=int8)
     folder = reading.local_folder(path, revision)
     family, _ = reading.read_config(folder / CONFIG)
     asked = read_json(folder / CONFIG).get("architectures") or list(family.classes)[:1]
@@ -46,4 +47,4 @@ def load(
             "transformers and sped up by fastattn.accelerate"
         )
     model: Any = CLASSES[family.classes[name]]
-    return model.from_pretrained(folder, dtype=dtype, device=device)
+    return model.from_pretrained(folder, dtype=dtype, device=device, int8=int8)

@@ -11,6 +11,7 @@ from fastattn.generation import GenerationConfig
 from fastattn.models.folder.reading import read
 from fastattn.models.folder.writing import save_pretrained
 from fastattn.models.sharing import SharedParameters
+from fastattn.nn.int8_weight import Int8Weight
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -42,6 +43,7 @@ class Pretrained(SharedParameters):
         gguf_file: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        int8: bool = False,
     ) -> Model:
         """The model in a Hugging Face folder, in eval mode.
 
@@ -54,6 +56,9 @@ class Pretrained(SharedParameters):
             dtype: of the weights; None keeps the one that they are stored in, and is float32 for a
                 GGUF file.
             device: of the weights; None is torch's default.
+            int8: round the weights of linear layers to 8 bits, one after another as they are read
+                (`fastattn.compression.quantize`): the model is never there in floating point. A
+                folder that was saved so is read so without it.
 
         Raises:
             FileNotFoundError: no such folder or repository, or no config or weights in it.
@@ -64,9 +69,12 @@ class Pretrained(SharedParameters):
             ImportError: safetensors, gguf, or for a download huggingface_hub, is not installed.
         """
         family, model, weights, settings = read(
-            cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device
+            cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device, int8=int8
         )
         model.load_state_dict(weights, assign=True)
+        for parameter in model.parameters():
+            if isinstance(parameter, Int8Weight):
+                parameter.requires_grad_(False)
         where = next(iter(weights.values())).device
         for module in model.modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastattn.files import local_path
 from fastattn.generation import GenerationConfig
 from fastattn.models.families import Family, family_of
+from fastattn.models.folder import rounded
 from fastattn.models.folder.gguf_file import read_gguf
 from fastattn.models.folder.layout import (
     CONFIG,
@@ -38,6 +39,7 @@ from fastattn.models.folder.sources import (
     safetensors_sources,
     weight_files,
 )
+from fastattn.nn.int8_weight import Int8Weight
 
 # All that is downloaded: pickle files may hold code, and are not even fetched.
 DOWNLOADED = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
@@ -53,6 +55,7 @@ def read(
     gguf_file: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    int8: bool = False,
 ) -> tuple[Family, Any, dict[str, Tensor], GenerationConfig | None]:
     """The family, the model on the meta device, its ``state_dict``, and how the folder would have
     it generate.
@@ -78,12 +81,16 @@ def read(
     if where.is_dir():
         if (where / GENERATION).exists() and "eos_token_id" in family.fields:
             settings = GenerationConfig.from_folder(where)
+        if read_json(where / CONFIG).get("quantization_config"):
+            weights = rounded.read(where, family, model := skeleton(cls, config), dtype, device)
+            return family, model, weights, settings
         sources = safetensors_sources(where, family, weight_files(where))
     config = _with_head(family, config, sources)
     family = family.of(config)
     _check_layers(where, family, config, sources)
     model = skeleton(cls, config)
-    return family, model, _weights(where, family, model, sources, dtype, device), settings
+    weights = _weights(where, family, model, sources, dtype, device, int8)
+    return family, model, weights, settings
 
 
 def gguf_path(
@@ -105,6 +112,8 @@ def read_config(path: Path) -> tuple[Family, Any]:
     it does not name them: by them transformers generates.
     """
     data = read_json(path)
+    if data.get("quantization_config") == rounded.QUANTIZATION:
+        del data["quantization_config"]
     try:
         family = family_of(data.get("model_type"))
         config = family.read_config(data)
@@ -130,8 +139,10 @@ def _weights(
     sources: dict[str, Source],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    int8: bool,
 ) -> dict[str, Tensor]:
     """The ``state_dict`` of ``model``, read; a tensor of several names is one."""
+    eight_bits = rounded.names(model) if int8 else frozenset()
     entries = layout(model, family)
     same = _same_tensors(model, family, entries)
     _check_tensors(folder, family, entries, same, sources)
@@ -140,7 +151,8 @@ def _weights(
     dtype = _one_dtype(folder, needed) if dtype is None else dtype
     weights: dict[str, Tensor] = {}
     for entry in entries:
-        weights |= _read(entry, family, sources, dtype, device)
+        for name, weight in _read(entry, family, sources, dtype, device).items():
+            weights[name] = Int8Weight.rounded(weight) if name in eight_bits else weight
     for other, first in same.items():
         if other in sources and not torch.equal(sources[other].tensor(), sources[first].tensor()):
             raise ValueError(

@@ -38,6 +38,7 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+BYTES = "U8"  # tables of weights of 8 bits (rounded.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +158,9 @@ def _mapped(
     path: Path, memory: mmap.mmap, begin: int, dtype: str, shape: tuple[int, ...]
 ) -> Tensor:
     """A tensor in a mapped file, which stays mapped as long as the tensor lives."""
-    count = math.prod(shape)
+    count, kind = math.prod(shape), torch.uint8 if dtype == BYTES else DTYPES[dtype]
     if not count:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    if begin + count * DTYPES[dtype].itemsize > len(memory):
+        return torch.empty(shape, dtype=kind)
+    if begin + count * kind.itemsize > len(memory):
         raise ValueError(f"{path}: ends before its tensors do; it has changed while it was read")
-    return torch.frombuffer(memory, dtype=DTYPES[dtype], count=count, offset=begin).view(shape)
+    return torch.frombuffer(memory, dtype=kind, count=count, offset=begin).view(shape)

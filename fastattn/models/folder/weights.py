@@ -120,11 +120,12 @@ class _Place:
         """The weight as the next forward has it."""
         refresh(self.owner)
         value = getattr(self.owner, self.leaf, None)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        quantised = hasattr(value, "tensor_data_names")  # torchao's, which pass for numbers
+        if not isinstance(value, Tensor) or not value.is_floating_point() or quantised:
             raise ValueError(
                 f"{self.name} is no tensor of floating-point numbers in a "
-                f"{type(self.owner).__name__}: save the model before it is quantised or its parts "
-                "are replaced"
+                f"{type(self.owner).__name__}: save the model before it is quantised (but to "
+                "int8, which has a place there) or its parts are replaced"
             )
         if value.is_meta:
             raise ValueError(f"{self.name} is on the meta device and has no values to save")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastattn.files import folder_written_beside, local_path
 from fastattn.models.families import family_of, family_that_fits
+from fastattn.models.folder import rounded
 from fastattn.models.folder.layout import CONFIG, GENERATION, INDEX, WEIGHTS
 from fastattn.models.folder.reading import SPECIAL_TOKENS
 from fastattn.models.folder.weights import weights_of
@@ -45,6 +46,9 @@ def save_pretrained(
     a new folder appears whole, and in another config.json goes first and comes last. Other files
     there stay, but for the weights of a former save.
 
+    A model with weights of 8 bits (`fastattn.compression.quantize`) is written as it is, for
+    fastattn; transformers does not read it.
+
     Args:
         folder: made if it is not there.
         max_shard_size: bytes of weights in one file; what is more goes into several, with an index.
@@ -70,10 +74,16 @@ def save_pretrained(
         ) from error
 
     family = family_that_fits(model.config) if model.family is None else family_of(model.family)
+    eight_bits = rounded.is_rounded(model)
     with in_mode(model, training=False):
-        weights, tied, sharded = weights_of(model, family.of(model.config))
+        if eight_bits:
+            weights, tied, sharded = *rounded.weights_of(model), False
+        else:
+            weights, tied, sharded = weights_of(model, family.of(model.config))
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)
     stored = family.write_config(config)
+    if eight_bits:
+        stored["quantization_config"] = rounded.QUANTIZATION
     stored["architectures"] = [family.architecture(type(model))]
     try:
         if not sharded or torch.distributed.get_rank() == 0:
@@ -96,7 +106,8 @@ def _write(
     names = [WEIGHTS] if len(shards) == 1 else [
         SHARD.format(number, len(shards)) for number in range(1, len(shards) + 1)
     ]  # fmt: skip
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    floating = next(tensor for tensor in weights.values() if tensor.is_floating_point())
+    dtype = str(floating.dtype).removeprefix("torch.")
     with folder_written_beside(target, CONFIG, lambda name: bool(OURS.fullmatch(name))) as beside:
         for name, shard in zip(names, shards, strict=True):
             save_file(shard, beside / name, metadata={"format": "pt"})

@@ -43,6 +43,8 @@ INTEL_MIN_WEIGHTS = 3 << 18
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: its arguments, results and errors, on any tensor that it takes."""
+    if type(weight) not in PLAIN:  # first: each question is a call of a tensor subclass
+        return F.linear(x, weight, bias)
     in_features = weight.shape[-1]
     if (  # the cheap questions first
         weight.numel() < MIN_WEIGHTS
@@ -101,7 +103,6 @@ def _eligible(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and weight.is_contiguous()
         and type(x) in PLAIN
-        and type(weight) in PLAIN
     )
 
 
