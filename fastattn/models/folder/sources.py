@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.files import read_json as read_value
 from fastattn.models.families import Family
 from fastattn.models.folder.layout import INDEX, WEIGHTS
 
@@ -52,11 +53,9 @@ class Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        data = read_value(path)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "the folder lacks this file", str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must hold a JSON object, got a {type(data).__name__}")
     return data
