@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 import traceback
@@ -22,7 +23,8 @@ import torch
 
 SECONDS = 120  # after which a run has hung
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fastattn", "torch.distributed.tensor", "fastattn.training"])
+# FSDP2 imports torch._dynamo, which takes seconds, when it first runs.
+_context.set_forkserver_preload(["fastattn.training", "torch._dynamo"])
 
 
 class Failed(AssertionError):
@@ -55,7 +57,7 @@ def run(
             good, value = False, f"was still running after {seconds} s"
             if pipe.poll(5 if troubles else seconds):
                 try:
-                    good, value = pipe.recv()
+                    good, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     process.join(5)
                     value = f"died with exit code {process.exitcode}"
@@ -96,6 +98,8 @@ def _process(
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:
-        pipe.send((False, f"raised\n{traceback.format_exc()}"))
+        outcome: tuple[bool, Any] = (False, f"raised\n{traceback.format_exc()}")
     else:
-        pipe.send((True, result))
+        outcome = (True, result)
+    # Not by the pipe's own pickle, which would share a tensor's memory with a process that ends.
+    pipe.send_bytes(pickle.dumps(outcome))

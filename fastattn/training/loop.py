@@ -21,14 +21,18 @@ import torch
 
 from fastattn.nn.mode import in_mode
 from fastattn.training.checkpoints import Checkpoints
-from fastattn.training.checkpoints.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.contract import Batch, Batches, Objective
+from fastattn.training.distributed.agreement import check_settings, check_tensors
+from fastattn.training.distributed.parallel import Parallel
+from fastattn.training.distributed.share import Share
+from fastattn.training.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.history import Evaluation, History, Step
 from fastattn.training.steps.average import Average
 from fastattn.training.steps.config import TrainingConfig
+from fastattn.training.steps.gradients import clip_gradients
 from fastattn.training.steps.optimizers import optimizers_of
 from fastattn.training.steps.precision import autocast, loss_scaler
-from fastattn.training.steps.randomness import generators_kept, seed_step
+from fastattn.training.steps.randomness import generators_kept, seed_batch
 from fastattn.training.steps.recomputation import recomputed_blocks
 from fastattn.training.steps.state import TrainingState
 
@@ -43,6 +47,7 @@ def train(
     *,
     validation: Batches | None = None,
     checkpoints: Checkpoints | None = None,
+    parallel: Parallel | None = None,
     on_progress: Callable[[History], None] | None = None,
 ) -> History:
     """Train `model` in place, on its own device, and return the record.
@@ -54,8 +59,8 @@ def train(
 
     The same model, data, config and number of threads give the same bits on a CPU. With
     `checkpoints` a run goes on from the last one in its folder, and also one that was killed at any
-    moment and is called again ends with the same bits. All that is drawn in a step, as for dropout,
-    follows from `config.seed` and the step; torch's, Python's and numpy's global generators are
+    moment and is called again ends with the same bits. All that is drawn, as for dropout, follows
+    from `config.seed` and the batch's number; torch's, Python's and numpy's global generators are
     afterwards as they were. Ctrl-C ends the run: the model stays usable, with the steps made so
     far, and the record says `interrupted`.
 
@@ -65,6 +70,8 @@ def train(
         config: how.
         validation: measured before the first step, in between and after the last.
         checkpoints: where to save, and to go on from.
+        parallel: how the run is divided among processes, all of which call this with equal models,
+            data and config. Afterwards the model is divided still.
         on_progress: called after each step and each validation with the record so far, and first of
             all where a run goes on.
 
@@ -74,14 +81,17 @@ def train(
         FloatingPointError: the loss or the gradient is no longer finite; the message says at which
             step, and in which batch. The weights are those of the step before.
         OSError: a checkpoint cannot be written.
-        RuntimeError: another run has the folder of the checkpoints.
+        RuntimeError: another run has the folder of the checkpoints, or another process ended.
     """
-    device = _device(model)
+    parallel = parallel or Parallel()
+    device = parallel.device or _device(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "no parameter of model requires a gradient, so that nothing would be trained: unfreeze "
             "some of them with requires_grad_(True)"
         )
+    check_tensors(parallel.processes, TrainingState.weights_of(model), "at the start")
+    called = parallel.placed(model, config)
     state = TrainingState(
         model,
         optimizers_of(model, config),
@@ -97,6 +107,7 @@ def train(
         **(checkpoints.fingerprint if checkpoints is not None else {}),
         "first batch": batches_digest([training.batch(0)]),
     }
+    check_settings(parallel.processes, identity)
 
     def progress() -> None:
         if on_progress is not None:
@@ -117,29 +128,32 @@ def train(
             for step in range(first, config.steps + 1):
                 if step > first:
                     start = time.perf_counter()
-                    seed_step(config.seed, step)
-                    numbers = range((step - 1) * config.accumulation, step * config.accumulation)
-                    batches = [training.batch(number) for number in numbers]
-                    loss, norm = _gradients(state, objective, batches, config)
+                    share = Share.of(step, training, config, parallel)
+                    loss, norm = _gradients(state, called, objective, share, config, parallel)
                     if not _finite(loss, norm, state.scaler):
-                        raise FloatingPointError(_trouble(step, loss, norm, batches, checkpoints))
+                        raise FloatingPointError(_trouble(step, loss, norm, share, checkpoints))
                     rate = config.learning_rate_at(step)
                     with _interrupts_deferred():
                         updating = True
                         _update(state, step, rate, norm)
                         seconds = time.perf_counter() - start
-                        tokens = sum(batch.tokens for batch in batches)
-                        history.add(Step(step, loss, rate, norm, tokens, seconds))
+                        history.add(Step(step, loss, rate, norm, share.tokens, seconds))
                         updating = False
                     progress()
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
-                        measures = evaluate(model, objective, validation, config)
+                        measures = evaluate(model, objective, validation, config, device)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
                     progress()
-                if checkpoints is not None and _checkpoint_due(checkpoints, state, config):
+                if checkpoints is not None and parallel.agreed(
+                    _checkpoint_due(checkpoints, state, config)
+                ):
+                    when = f"after step {step}"
+                    check_tensors(parallel.processes, state.weights() | state.tensors(), when)
                     checkpoints.save(state, identity)
         except KeyboardInterrupt:
+            if parallel.mesh is not None:
+                raise  # the others are not at the same step
             if checkpoints is not None and not updating and not checkpoints.has(state.step):
                 checkpoints.save(state, identity)
             history.interrupted = True
@@ -151,28 +165,32 @@ def train(
 
 
 def _gradients(
-    state: TrainingState, objective: Objective, batches: list[Batch], config: TrainingConfig
+    state: TrainingState,
+    called: torch.nn.Module,
+    objective: Objective,
+    share: Share,
+    config: TrainingConfig,
+    parallel: Parallel,
 ) -> tuple[float, float]:
-    """Leave the clipped gradients of the mean over all targets of `batches` in the parameters.
+    """Leave the clipped gradients of the mean over all targets of a step in the parameters.
 
     Returns that mean, and the norm of the gradients before they were clipped.
     """
-    device = _device(state.model)
-    counted = sum(batch.counted for batch in batches)
-    if not counted:
-        raise ValueError(f"step {state.step + 1}: none of its targets counts in the loss")
+    device = parallel.device or _device(state.model)
     total = torch.zeros((), device=device)
-    for batch in batches:
-        if batch.counted:
+    for i, ((number, batch), weight) in enumerate(zip(share.batches, share.weights)):
+        seed_batch(config.seed, number, parallel.place)
+        last = i == len(share.batches) - 1
+        with parallel.unsynchronised(called, last):
             with autocast(device, config.precision):
-                loss = objective.loss(state.model, batch.to(device)) * (batch.counted / counted)
-            state.scaler.scale(loss).backward()
-            total += loss.detach()
+                loss = objective.loss(called, batch.to(device)) * weight
+            state.scaler.scale(loss * parallel.averaged).backward()
+        total += loss.detach()
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.max_gradient_norm)
+    norm = clip_gradients(state.model.parameters(), config.max_gradient_norm)
     # .item() waits for the device, so that the clock is honest.
-    return total.item(), norm.item()
+    return parallel.summed(total.item())[0], norm.item()
 
 
 def _update(state: TrainingState, step: int, rate: float, norm: float) -> None:
@@ -217,8 +235,9 @@ def _finite(loss: float, norm: float, scaler: torch.amp.GradScaler) -> bool:
 
 
 def _trouble(
-    step: int, loss: float, norm: float, batches: list[Batch], checkpoints: Checkpoints | None
+    step: int, loss: float, norm: float, share: Share, checkpoints: Checkpoints | None
 ) -> str:
+    batches = [batch for _, batch in share.batches]
     last = None if checkpoints is None else checkpoints.last
     return (
         f"step {step}: loss {loss}, gradient norm {norm}, in the batch "
@@ -243,7 +262,11 @@ def _checkpoint_due(checkpoints: Checkpoints, state: TrainingState, config: Trai
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, objective: Objective, batches: Batches, config: TrainingConfig
+    model: torch.nn.Module,
+    objective: Objective,
+    batches: Batches,
+    config: TrainingConfig,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """The measures of `objective`, with "loss", over each of the data's examples once.
 
@@ -251,8 +274,9 @@ def evaluate(
 
     Args:
         config: of it `precision` and `evaluation_tokens`, at which the data end.
+        device: where the model computes; default that of its parameters.
     """
-    device = _device(model)
+    device = device or _device(model)
     with in_mode(model, training=False), autocast(device, config.precision):
         return objective.measure(model, _first(batches.once(), config.evaluation_tokens, device))
 

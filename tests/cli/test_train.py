@@ -103,19 +103,19 @@ def test_a_run_from_config_to_generation(train: Train, capsys: pytest.CaptureFix
 
 def test_the_same_command_goes_on(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("output.folder=whole")[0] == 0
-    real = loop.seed_step
+    real = loop.seed_batch
 
-    def interrupted(seed: int, step: int) -> None:
-        if step == 5:
+    def interrupted(seed: int, number: int, *rest: int) -> None:
+        if number == 4:
             raise KeyboardInterrupt
-        real(seed, step)
+        real(seed, number, *rest)
 
-    monkeypatch.setattr(loop, "seed_step", interrupted)
+    monkeypatch.setattr(loop, "seed_batch", interrupted)
     code, out, _ = train()
     assert code == 130 and "interrupted after 4 steps" in out
     assert "the same command goes on from out/checkpoints/step-000004" in out
     assert not Path("out/model").exists()
-    monkeypatch.setattr(loop, "seed_step", real)
+    monkeypatch.setattr(loop, "seed_batch", real)
     code, out, _ = train()
     assert code == 0 and "going on after step 4" in out
     code, again, _ = train()  # there is nothing left to do

@@ -35,8 +35,8 @@ from fastattn.training import (
     evaluate,
     train,
 )
-from fastattn.training.checkpoints.fingerprints import batches_digest
 from fastattn.training.contract import Batch
+from fastattn.training.fingerprints import batches_digest
 from fastattn.training.steps.optimizers import muon_is_fast
 
 

@@ -3,6 +3,7 @@
     fastattn train config.toml
     fastattn train config.toml training.steps=2000 output.folder=runs/long
     fastattn train config.toml --dry-run        sizes, memory and time, without training
+    torchrun --nproc-per-node 8 -m fastattn train config.toml distributed.shard=8
 
 The output folder gets checkpoints, metrics.jsonl, loss.png, and in the end the folder "model", with
 the tokenizer, which `fastattn generate`, `fastattn.models.load` and transformers read. Paths in a
@@ -12,13 +13,18 @@ config are those that a shell would take, from the current folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
 from fastattn.chips import peak_flops
 from fastattn.cli.train.progress import CLEAR, Progress, Samples, duration, reading
 from fastattn.cli.train.reference import reference
+from fastattn.training.distributed.parallel import Parallel
+from fastattn.training.distributed.processes import Processes, joined
 from fastattn.training.optional import require
 from fastattn.training.runs import toml
 from fastattn.training.runs.estimate import estimated, flops_per_token
@@ -47,8 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or print what training would take; 130 where Ctrl-C ended it."""
     settings = Run.of(toml.overridden(toml.read(arguments.config), arguments.overrides))
     _require(settings)
-    with opened(settings) as checkpoints:
-        prepared = prepare(settings, checkpoints, reading)
+    with (
+        joined(settings.model.device) as processes,
+        only_lead_prints(processes),
+        opened(settings, processes) as checkpoints,
+    ):
+        parallel = Parallel(processes, settings.distributed)
+        prepared = prepare(settings, checkpoints, parallel, reading)
         samples = Samples(
             prepared.model,
             prepared.objective.tokenizer,
@@ -60,9 +71,21 @@ def run(arguments: argparse.Namespace) -> int:
             print(CLEAR, end="")
         _print_sizes(prepared)
         if arguments.dry_run:
+            if processes.count > 1:
+                raise ValueError("--dry-run is for one process; fastattn plan is for several")
             _print_estimate(prepared)
             return 0
         return _fit(prepared, samples)
+
+
+@contextlib.contextmanager
+def only_lead_prints(processes: Processes) -> Iterator[None]:
+    """What the other processes print goes nowhere; errors, on stderr, stay."""
+    if processes.leads:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _require(settings: Run) -> None:

@@ -35,7 +35,8 @@ from torch import Tensor
 from fastattn.files import local_path
 from fastattn.nn.checks import check_integer, check_number
 from fastattn.training.checkpoints import durable
-from fastattn.training.checkpoints.fingerprints import as_json, difference
+from fastattn.training.distributed.processes import Processes
+from fastattn.training.fingerprints import as_json, difference
 from fastattn.training.optional import require
 from fastattn.training.steps.state import TrainingState
 
@@ -83,6 +84,7 @@ class Checkpoints:
         keep: how many of the last ones to keep, at least 1.
         save_model: writes `model/`, called with the model and a path that is not there.
         fingerprint: of whatever else makes the run, as its tokenizer and its data: JSON.
+        processes: of a run on several; rank 0 has the lock.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -97,6 +99,7 @@ class Checkpoints:
         keep: int = 2,
         save_model: Callable[[torch.nn.Module, Path], None] = save_model,
         fingerprint: Mapping[str, Any] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.folder = local_path("folder", folder)
         if every_steps is not None:
@@ -107,6 +110,7 @@ class Checkpoints:
         self.every_minutes = every_minutes
         self.keep = check_integer("keep", keep, at_least=1)
         self.fingerprint = dict(fingerprint or {})
+        self.processes = processes or Processes("auto")
         self._save_model = save_model
         self._lock: int | None = None
         self._entered = 0
@@ -120,7 +124,7 @@ class Checkpoints:
             RuntimeError: another run has it.
             OSError: it cannot be made or written to.
         """
-        if self._entered == 0:
+        if self._entered == 0 and self.processes.leads:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -68,7 +68,19 @@ class DistributedConfig:
         return self.replicate, shard, self.context, self.tensor
 
 
-def mesh_of(config: DistributedConfig, device_type: str) -> DeviceMesh:
-    """The mesh of all processes, with the names DIMENSIONS, and sizes of 1 among them."""
+def meshes_of(config: DistributedConfig, device_type: str) -> tuple[DeviceMesh, DeviceMesh]:
+    """The mesh of all processes, of DIMENSIONS, and the same for the weights.
+
+    FSDP2 divides a weight among the processes that share a copy's data and those that share its
+    sequences: the second mesh has "weights", shard x context, in place of the two.
+    """
     sizes = config.sizes(torch.distributed.get_world_size())
-    return init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS)
+    replicate, shard, context, tensor = sizes
+    return (
+        init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS),
+        init_device_mesh(
+            device_type,
+            (replicate, shard * context, tensor),
+            mesh_dim_names=("replicate", "weights", "tensor"),
+        ),
+    )

@@ -1,8 +1,8 @@
 """A run from its settings to a model in a folder: data, tokenizer, model, training, the end.
 
     run = Run.of(toml.read("config.toml"))
-    with opened(run) as checkpoints:
-        prepared = prepare(run, checkpoints)
+    with joined(run.model.device) as processes, opened(run, processes) as checkpoints:
+        prepared = prepare(run, checkpoints, Parallel(processes, run.distributed))
         history = fit(prepared)
 
 The output folder then has
@@ -32,12 +32,14 @@ import torch
 from fastattn.files import folder_written_beside, local_path, write_text
 from fastattn.models import GPTConfig
 from fastattn.training.checkpoints import Checkpoints, save_model
-from fastattn.training.checkpoints.fingerprints import difference
 from fastattn.training.contract import Objective
 from fastattn.training.data.order import Packed, Shuffled
 from fastattn.training.data.preparation import prepare as prepare_examples
 from fastattn.training.data.sources import read_records
 from fastattn.training.data.storage import Examples
+from fastattn.training.distributed.parallel import Parallel
+from fastattn.training.distributed.processes import Processes
+from fastattn.training.fingerprints import difference
 from fastattn.training.history import History, JsonLines, TensorBoard
 from fastattn.training.loop import train
 from fastattn.training.runs import adapters, building, toml
@@ -59,6 +61,7 @@ class Prepared:
         examples: to train on.
         training, validation: batches of them, and of those to validate, if there are any.
         checkpoints: of the output folder.
+        parallel: this process's part of it all.
     """
 
     run: Run
@@ -68,11 +71,14 @@ class Prepared:
     training: Packed | Shuffled
     validation: Packed | Shuffled | None
     checkpoints: Checkpoints
+    parallel: Parallel
 
 
 @contextlib.contextmanager
-def opened(run: Run) -> Iterator[Checkpoints]:
-    """The output folder, this process's for the block, with the run's settings in it.
+def opened(run: Run, processes: Processes | None = None) -> Iterator[Checkpoints]:
+    """The output folder, the run's for the block, with the run's settings in it.
+
+    Of several `processes`, which all call it, rank 0 locks and writes.
 
     Raises:
         ValueError: it holds checkpoints of another run, and the message names the setting; or
@@ -80,6 +86,13 @@ def opened(run: Run) -> Iterator[Checkpoints]:
         OSError: it cannot be made or written to.
         RuntimeError: another process trains in it.
     """
+    processes = processes or Processes(run.model.device)
+    with contextlib.ExitStack() as stack:
+        checkpoints = processes.lead_first(lambda: _opened(run, processes, stack))
+        yield checkpoints
+
+
+def _opened(run: Run, processes: Processes, stack: contextlib.ExitStack) -> Checkpoints:
     folder = local_path("folder", run.output.folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"[output] folder {folder} is a file: give a folder")
@@ -96,23 +109,55 @@ def opened(run: Run) -> Iterator[Checkpoints]:
         every_minutes=run.output.checkpoint_minutes,
         keep=run.output.keep,
         save_model=_saver(run, folder),
+        processes=processes,
     )
-    with checkpoints:
-        _settle(run, folder, checkpoints)
-        yield checkpoints
+    stack.enter_context(checkpoints)
+    _settle(run, folder, checkpoints)
+    return checkpoints
 
 
 def prepare(
-    run: Run, checkpoints: Checkpoints, on_data: Callable[[int, int], None] | None = None
+    run: Run,
+    checkpoints: Checkpoints,
+    parallel: Parallel | None = None,
+    on_data: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Tokenizer, examples, batches and model: what is in the folder already is not made again.
 
     Args:
+        parallel: of several processes, which all call it: rank 0 makes the data.
         on_data: called now and then while data are tokenised, as `data.prepare`'s on_progress.
 
     Raises:
         FileNotFoundError, ValueError, OSError, ImportError: whatever the parts raise.
     """
+    parallel = parallel or Parallel()
+    if run.output.samples and parallel.sharded:
+        raise ValueError(
+            "[output] samples need the whole model in each process: with shard or tensor above 1 "
+            "leave them out"
+        )
+    parallel.check(run.training)
+    processes = parallel.processes
+    objective, examples, held_out = processes.lead_first(lambda: _data(run, checkpoints, on_data))
+
+    def prepared() -> Prepared:
+        training = _batches(run, objective, examples)
+        validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
+        # Weights that are to be divided are made in the memory of the CPU.
+        device = building.device_named("cpu" if parallel.sharded else processes.device)
+        model = _model(run, objective, device)
+        return Prepared(
+            run, objective, model, examples, training, validation, checkpoints, parallel
+        )
+
+    return processes.together(prepared)
+
+
+def _data(
+    run: Run, checkpoints: Checkpoints, on_data: Callable[[int, int], None] | None
+) -> tuple[Objective, Examples, Examples | None]:
+    """The objective with its tokenizer, the examples to train on, and those to validate on."""
     folder, data = checkpoints.folder.parent, run.data
     tokenizer = _tokenizer(run, folder / TOKENIZER)
     objective = run.objective.cls(tokenizer, run.objective.settings, run.model.library)
@@ -137,17 +182,19 @@ def prepare(
             "validation": None if held_out is None else held_out.fingerprint,
         },
     }
-    training = _batches(run, objective, examples)
-    validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
+    return objective, examples, held_out
+
+
+def _model(run: Run, objective: Objective, device: torch.device) -> torch.nn.Module:
+    """The model, which has room for the run's sequences."""
     torch.manual_seed(run.training.seed)
-    device = building.device_named(run.model.device)
     model = building.model(run.model, objective, device)
     if objective.packs:
         building.check_length(model, "[training] context", run.training.context)
     for name in LENGTHS:
         if (length := getattr(objective.settings, name, None)) is not None:
             building.check_length(model, f"[objective] {name}", length)
-    return Prepared(run, objective, model, examples, training, validation, checkpoints)
+    return model
 
 
 def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
@@ -156,10 +203,12 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
     Raises:
         FloatingPointError, OSError, ValueError: as `train`.
     """
-    run, checkpoints = prepared.run, prepared.checkpoints
+    run, checkpoints, leads = prepared.run, prepared.checkpoints, prepared.parallel.processes.leads
     folder = checkpoints.folder.parent
-    callbacks: list[OnProgress] = [JsonLines(folder / METRICS), *on_progress]
-    if run.output.tensorboard:
+    callbacks: list[OnProgress] = [*on_progress]
+    if leads:
+        callbacks.insert(0, JsonLines(folder / METRICS))
+    if leads and run.output.tensorboard:
         callbacks.insert(0, TensorBoard(folder / BOARD))
 
     def progress(history: History) -> None:
@@ -173,10 +222,12 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
         run.training,
         validation=prepared.validation,
         checkpoints=checkpoints,
+        parallel=prepared.parallel,
         on_progress=progress,
     )
-    history.plot(folder / CURVE)
-    if not history.interrupted:
+    if leads:
+        history.plot(folder / CURVE)
+    if leads and not history.interrupted:
         best = history.best if run.output.best else None
         step = history.steps[-1].step if best is None else best.step
         _copy(checkpoints.path(step) / MODEL, folder / MODEL)
@@ -207,7 +258,7 @@ def _differs(former: dict[str, Any], now: dict[str, Any]) -> str | None:
         # As TOML has them; where a run writes to and runs on makes no other run of it.
         plain = toml.parsed(toml.written(tables))
         model = {key: value for key, value in plain["model"].items() if key != "device"}
-        return {**plain, "model": model, "output": {}}
+        return {**plain, "model": model, "distributed": {}, "output": {}}
 
     return difference(deciding(former), deciding(now))
 

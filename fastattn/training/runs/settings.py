@@ -17,6 +17,7 @@ from fastattn import models
 from fastattn.nn.checks import check_integer, check_number
 from fastattn.training.contract import Objective
 from fastattn.training.data.formats import Documents
+from fastattn.training.distributed.layout import DistributedConfig
 from fastattn.training.objectives import OBJECTIVES
 from fastattn.training.runs.fields import FieldError, converted, filled, names, nearest
 from fastattn.training.steps.config import TrainingConfig
@@ -167,6 +168,7 @@ class Run:
     data: DataSettings
     objective: ObjectiveSettings
     training: TrainingConfig
+    distributed: DistributedConfig
     output: OutputSettings
 
     @classmethod
@@ -212,6 +214,7 @@ TABLES: dict[str, Any] = {
     "tokenizer": TokenizerSettings,
     "data": DataSettings,
     "training": TrainingConfig,
+    "distributed": DistributedConfig,
     "output": OutputSettings,
 }
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastattn.training.steps.gradients import local
+
 
 class Average:
     """The exponential moving average of a model's trained weights, in float32 or better.
@@ -31,8 +33,8 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after `step`, counted from 1."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.tensors.values())
-        weights = [weight.to(a.dtype) for weight, a in zip(self._weights, averages)]
+        averages = [local(average) for average in self.tensors.values()]
+        weights = [local(weight).to(a.dtype) for weight, a in zip(self._weights, averages)]
         torch._foreach_lerp_(averages, weights, share)
 
     @torch.no_grad()

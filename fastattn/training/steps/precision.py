@@ -9,10 +9,15 @@ import torch
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """The context in which the model runs, by `TrainingConfig.precision`."""
+    dtype = reduced_dtype(device, precision)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def reduced_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """The dtype of products, by `TrainingConfig.precision`; None for that of the weights."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = torch.float16 if precision == "float16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "float32")
+    return None if precision == "float32" else getattr(torch, precision)
 
 
 def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:

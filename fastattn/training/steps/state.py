@@ -40,8 +40,13 @@ class TrainingState:
 
         They are the model's own, not copies.
         """
+        return self.weights_of(self.model)
+
+    @staticmethod
+    def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+        """`weights` of a model."""
         found: dict[int, tuple[str, Tensor]] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
             frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
             if isinstance(tensor, Tensor) and not frozen:
                 found.setdefault(id(tensor), (name, tensor))

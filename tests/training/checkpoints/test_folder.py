@@ -365,7 +365,7 @@ def test_bad_arguments_are_refused(name: str, value: Any, error: type[Exception]
 
 
 def test_ctrl_c_in_an_update_waits_for_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     real = loop._update
 
@@ -375,6 +375,9 @@ def test_ctrl_c_in_an_update_waits_for_its_end(
         real(state, step, *rest)
 
     monkeypatch.setattr(loop, "_update", update)
+    # A process that a shell started in the background ignores the signal.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
     handler = signal.getsignal(signal.SIGINT)
     history, _ = _run(tmp_path)
     assert history.interrupted and len(history.steps) == 3 and _steps(tmp_path)[-1] == 3

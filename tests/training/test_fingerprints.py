@@ -9,13 +9,13 @@ import torch
 from training.small import model
 
 from fastattn.nn import PackedSequences
-from fastattn.training.checkpoints.fingerprints import (
+from fastattn.training.contract import Batch
+from fastattn.training.fingerprints import (
     as_json,
     batches_digest,
     difference,
     model_fingerprint,
 )
-from fastattn.training.contract import Batch
 
 ARGUMENTS: dict[str, Any] = {
     "input_ids": torch.arange(6).view(2, 3),

@@ -1,0 +1,132 @@
+"""Functions that the tests run on several processes; each gets its rank first."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from training import small
+
+from fastattn.training import loop
+from fastattn.training.distributed import agreement
+from fastattn.training.distributed.layout import DistributedConfig
+from fastattn.training.distributed.parallel import Parallel
+from fastattn.training.distributed.processes import Processes
+from fastattn.training.distributed.share import Share
+from fastattn.training.history import History
+from fastattn.training.steps.precision import loss_scaler
+from fastattn.training.steps.state import TrainingState
+
+Steps = list[tuple[float, float, int]]
+
+
+def parallel(**numbers: Any) -> Parallel:
+    return Parallel(Processes("cpu"), DistributedConfig(**numbers))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def gradients(
+    rank: int, numbers: dict[str, Any], changes: dict[str, Any], how: dict[str, Any]
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss of a run's first step, and its gradients, whole and not clipped."""
+    subject = small.model(**how)
+    config = small.with_changes(max_gradient_norm=float("inf"), **changes)
+    layout = parallel(**numbers)
+    called = layout.placed(subject, config)
+    scaler = loss_scaler(torch.device("cpu"), "float32")
+    state = TrainingState(subject, [], None, scaler, History())
+    share = Share.of(1, small.windows(config=config), config, layout)
+    loss, _ = loop._gradients(state, called, small.OBJECTIVE, share, config, layout)
+    found = {name: p.grad for name, p in subject.named_parameters()}
+    return loss, {name: whole(grad) for name, grad in found.items() if grad is not None}
+
+
+def trained(
+    rank: int, numbers: dict[str, Any], changes: dict[str, Any], how: dict[str, Any]
+) -> tuple[dict[str, Tensor], Steps, list[float]]:
+    """The weights of a run, whole; loss, norm and tokens of each step; the validations' losses."""
+    subject = small.model(**how)
+    history = small.trained(subject, small.with_changes(**changes), parallel=parallel(**numbers))
+    steps = [(step.loss, step.gradient_norm, step.tokens) for step in history.steps]
+    weights = {name: whole(value) for name, value in subject.state_dict().items()}
+    return weights, steps, [evaluation.loss for evaluation in history.evaluations]
+
+
+def differing(rank: int, numbers: dict[str, Any], what: str) -> str:
+    """What a run says of which rank 1 has another seed, another config, or a weight that has lost
+    a bit after two steps."""
+    odd = rank == 1
+    subject = small.model(seed=int(odd and what == "seed"))
+    config = small.with_changes(steps=3, accumulation=2, seed=int(odd and what == "config"))
+    layout = parallel(**numbers)
+
+    def damage(history: History) -> None:
+        if odd and what == "weight" and len(history.steps) == 2:
+            bits = _local(subject.blocks[1].attention.out_proj.weight).view(torch.int32)
+            bits[3, 5] ^= 1
+
+    try:
+        small.trained(subject, config, parallel=layout, on_progress=damage)
+    except ValueError as error:
+        return str(error)
+    tensors = TrainingState.weights_of(subject)
+    try:
+        agreement.check_tensors(layout.processes, tensors, "after step 3")
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def dying(rank: int) -> str:
+    """What rank 0 says when rank 1 dies in a step."""
+
+    def die(history: History) -> None:
+        if rank == 1 and len(history.steps) == 2:
+            os._exit(1)
+
+    config = small.with_changes(accumulation=2)
+    small.trained(small.model(), config, parallel=parallel(replicate=2), on_progress=die)
+    return "nothing"
+
+
+def refused(rank: int, numbers: dict[str, Any], changes: dict[str, Any]) -> str:
+    try:
+        parallel(**numbers).placed(small.model(), small.with_changes(**changes))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def together(rank: int) -> list[str]:
+    """What processes say of work that fails on rank 1, and of work that rank 0 does first."""
+    processes = Processes("cpu")
+
+    def work() -> int:
+        if rank == 1:
+            raise ValueError("the disk is full")
+        return rank
+
+    said = []
+    for way in (processes.together, processes.lead_first):
+        try:
+            way(work)
+        except (ValueError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    made: list[int] = processes.lead_first(lambda: _made(rank))
+    return [*said, str(made)]
+
+
+def _made(rank: int) -> list[int]:
+    """The ranks that have come here, this one the last."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return list(range(store.add("came", 1))) if rank == 0 else [store.add("came", 1)]
+
+
+def _local(tensor: Any) -> Any:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
