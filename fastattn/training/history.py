@@ -128,7 +128,7 @@ class History:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
         """Read what `save` wrote."""
-        return cls.from_dict(json.loads(local_path("path", path).read_text(encoding="utf-8")))
+        return cls.from_dict(read_json(local_path("path", path), finite=False))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the training and validation loss over the steps, as a PNG.

@@ -8,6 +8,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fastattn.files import read_json
+
 MANIFEST = "manifest.json"
 READ = 2**20  # bytes at a time
 
@@ -35,9 +37,13 @@ def rename(source: Path, target: Path) -> None:
 def damage(folder: Path) -> str | None:
     """How `folder` differs from what was sealed, with the file's name; None if it does not."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = read_json(folder / MANIFEST)
         for name, entry in entries.items():
+            if ".." in Path(name).parts or not (folder / name).is_relative_to(folder):
+                return f"{MANIFEST} names {name!r}, which is not in the folder"
             size = (folder / name).stat().st_size
+            if not (folder / name).is_file():
+                return f"{name} is no file"
             if size != entry["size"]:
                 return f"{name} has {size} bytes and had {entry['size']}"
         with ThreadPoolExecutor() as pool:
