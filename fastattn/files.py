@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_TEXT = 2**28  # bytes of a config, an index or a tokenizer; the largest known have 2**25
-DEEPEST_JSON = 64  # objects and lists in one another
+DEEPEST = 64  # objects and lists in one another
 
 
 def local_path(name: str, path: str | os.PathLike[str]) -> Path:
@@ -45,7 +45,7 @@ def read_whole(path: Path, most: int = LARGEST_TEXT) -> bytes:
             raise ValueError(f"{path}: must be a regular file")
         if status.st_size > most:
             raise ValueError(f"{path}: has {status.st_size} bytes, at most {most} are read")
-        return file.read(most)
+        return file.read(status.st_size)
 
 
 def read_json(path: Path, *, finite: bool = True) -> Any:
@@ -61,7 +61,7 @@ def parsed_json(content: bytes, *, finite: bool = True) -> Any:
     """What a text in JSON and UTF-8 says, with or without a byte-order mark.
 
     Refused is what two readers may understand in two ways, and what breaks the code that walks
-    through it: a key that is there twice, half of a surrogate pair, more than `DEEPEST_JSON`
+    through it: a key that is there twice, half of a surrogate pair, more than `DEEPEST`
     objects and lists in one another, and NaN and infinities unless `finite` is False.
 
     Raises:
@@ -76,8 +76,14 @@ def parsed_json(content: bytes, *, finite: bool = True) -> Any:
         raise ValueError("it is nested too deeply") from None
     if "\\u" in text:
         json.dumps(found, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
-    level = [found]
-    for _ in range(DEEPEST_JSON):
+    check_depth(found)
+    return found
+
+
+def check_depth(value: Any) -> None:
+    """Raise ValueError for more than `DEEPEST` dicts and lists in one another."""
+    level = [value]
+    for _ in range(DEEPEST):
         level = [
             inner
             for one in level
@@ -85,8 +91,8 @@ def parsed_json(content: bytes, *, finite: bool = True) -> Any:
             for inner in (one.values() if isinstance(one, dict) else one)
         ]
         if not level:
-            return found
-    raise ValueError(f"it has more than {DEEPEST_JSON} objects and lists in one another")
+            return
+    raise ValueError(f"it has more than {DEEPEST} objects and lists in one another")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

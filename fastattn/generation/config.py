@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from fastattn.files import read_json
 from fastattn.generation.sampling import SHAPING, Processor, Sampling
 from fastattn.nn.checks import check_integer, check_number
 

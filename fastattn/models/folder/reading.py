@@ -82,7 +82,11 @@ def read(
     config = _with_head(family, config, sources)
     family = family.of(config)
     _check_layers(where, family, config, sources)
-    model = skeleton(cls, config)
+    try:
+        model = skeleton(cls, config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        message = str(error).splitlines()[0]  # torch adds its C++ stack
+        raise ValueError(f"{where}: its config describes no model: {message}") from error
     return family, model, _weights(where, family, model, sources, dtype, device), settings
 
 
@@ -108,7 +112,7 @@ def read_config(path: Path) -> tuple[Family, Any]:
     try:
         family = family_of(data.get("model_type"))
         config = family.read_config(data)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
     beside = path.with_name(GENERATION)
     if not beside.exists() or "eos_token_id" not in family.fields:

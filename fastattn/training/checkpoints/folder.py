@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.files import local_path
+from fastattn.files import local_path, read_json
 from fastattn.nn.checks import check_integer, check_number
 from fastattn.training.checkpoints import durable
 from fastattn.training.distributed.processes import Processes
@@ -189,7 +189,8 @@ class Checkpoints:
         and renamed.
 
         Raises:
-            ValueError: the last good one is of another run; the message names the key.
+            ValueError: the last good one is of another run, and the message names the key; or its
+                files are whole and no checkpoint's.
         """
         for left in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left)
@@ -205,16 +206,24 @@ class Checkpoints:
                     stacklevel=2,
                 )
                 continue
-            content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            differs = difference(content["fingerprint"], as_json(fingerprint))
+            unread = require("safetensors", "train", "a checkpoint").SafetensorError
+            load_file = require("safetensors.torch", "train", "a checkpoint").load_file
+            try:
+                content = read_json(path / "state.json", finite=False)
+                differs = difference(content["fingerprint"], as_json(fingerprint))
+                weights = load_file(path / "weights.safetensors")
+                tensors = load_file(path / "state.safetensors")
+            except (KeyError, TypeError, OSError, unread) as error:
+                raise ValueError(f"{path} is no checkpoint: {error!r}") from error
             if differs is not None:
                 raise ValueError(
                     f"{self.folder} has checkpoints of another run: {differs}. Set it back to go "
                     "on, or give this run a folder of its own"
                 )
-            load_file = require("safetensors.torch", "train", "a checkpoint").load_file
-            weights = load_file(path / "weights.safetensors")
-            state.load(weights, load_file(path / "state.safetensors"), content)
+            try:
+                state.load(weights, tensors, content)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{path} is no checkpoint of this model: {error!r}") from error
             self._last = step
             return True
         return False

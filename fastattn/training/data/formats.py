@@ -45,7 +45,9 @@ def read_text(path: Path, documents: Documents) -> Iterator[Sourced]:
             if line.strip():
                 yield Sourced(f"{path}:{number}", {"text": line.removesuffix("\n")})
     else:
-        for full, group in groupby(_lines(path, documents), key=lambda numbered: bool(numbered[1].strip())):
+        for full, group in groupby(
+            _lines(path, documents), key=lambda numbered: bool(numbered[1].strip())
+        ):
             if full:
                 lines = list(group)
                 text = "".join(line for _, line in lines).removesuffix("\n")

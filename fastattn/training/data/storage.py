@@ -134,7 +134,7 @@ class _Array:
         size = path.stat().st_size
         if size != count * dtype.itemsize:
             raise _damaged(path, f"it has {size} bytes of {count * dtype.itemsize}")
-        self.values = numpy.empty(0, dtype)  # an empty file cannot be mapped
+        self.values: numpy.ndarray = numpy.empty(0, dtype)  # an empty file cannot be mapped
         if count:
             self.values = numpy.asarray(numpy.memmap(path, dtype, mode="r"))
         self._checksums = about["checksums"]
@@ -151,7 +151,7 @@ class _Array:
         blocks = slice(start * itemsize // BLOCK, -(-end * itemsize // BLOCK))
         if self._checked[blocks].all():
             return
-        contents = self.values.view(numpy.uint8)
+        contents: Any = self.values.view(numpy.uint8)
         for block in range(blocks.start, blocks.stop):
             if not self._checked[block]:
                 found = zlib.crc32(contents[block * BLOCK : (block + 1) * BLOCK])

@@ -160,7 +160,12 @@ def _of_transformers(
         }
     cls = getattr(transformers, objective.auto_class)
     made, info = cls.from_pretrained(
-        settings.folder, dtype=dtype, output_loading_info=True, **labels
+        settings.folder,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **labels,
     )
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     return made, missing

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastattn.files import local_path, read_whole
+from fastattn.files import check_depth, local_path, read_whole
 from fastattn.training.optional import require
 from fastattn.training.runs.fields import NONE
 
@@ -86,6 +86,7 @@ def parsed(text: str) -> dict[str, Any]:
         tables: dict[str, Any] = tomllib.loads(text.replace("\r\n", "\n"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    check_depth(tables)
     return tables
 
 

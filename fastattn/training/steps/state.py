@@ -80,9 +80,14 @@ class TrainingState:
     def load(
         self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], scalars: dict[str, Any]
     ) -> None:
-        """Take over what `weights`, `tensors` and `scalars` gave for a state of the same run."""
+        """Take over what `weights`, `tensors` and `scalars` gave for a state of the same run.
+
+        Raises:
+            ValueError: a tensor is missing, or has another shape.
+            KeyError, TypeError, AttributeError: something else is not as `scalars` gave it.
+        """
         for name, tensor in self.weights().items():
-            tensor.copy_(weights[name])
+            _take(tensor, name, weights)
         values: dict[str, Any] = {
             name.removeprefix("optimizer."): value
             for name, value in tensors.items()
@@ -94,11 +99,12 @@ class TrainingState:
             number, parameter, name = key.split(".", 2)
             states[int(number)].setdefault(int(parameter), {})[name] = value
         for optimizer, state in zip(self.optimizers, states):
+            _check_shapes(optimizer, state)
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.average is not None:
             for name, tensor in self.average.tensors.items():
-                tensor.copy_(tensors[f"average.{name}"])
+                _take(tensor, f"average.{name}", tensors)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(scalars["scaler"])
         loaded = History.from_dict(scalars["history"])
@@ -116,3 +122,22 @@ class TrainingState:
             for parameter, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()
         ]
+
+
+def _take(tensor: Tensor, name: str, given: Mapping[str, Tensor]) -> None:
+    """Copy; without the check a tensor of another shape would be broadcast."""
+    if given[name].shape != tensor.shape:
+        shapes = f"{tuple(tensor.shape)}, got {tuple(given[name].shape)}"
+        raise ValueError(f"{name} must have the shape {shapes}")
+    tensor.copy_(given[name])
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """A fused step walks through all tensors of a parameter by the parameter's size."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state.items():
+        if not 0 <= number < len(parameters):
+            raise ValueError(f"the optimizer has no parameter {number}")
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape not in (parameters[number].shape, ()):
+                raise ValueError(f"{name} of the optimizer has the shape {tuple(value.shape)}")
