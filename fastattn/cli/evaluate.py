@@ -1,12 +1,14 @@
 """Measure a model on data that it has not seen.
 
-    fastattn evaluate FOLDER --data held_out.txt                perplexity, bits per byte
+    fastattn evaluate FOLDER --data held_out.txt                perplexity, bits per byte; of a
+                                                                masked model pseudo-perplexity
     fastattn evaluate FOLDER --data reviews.jsonl               accuracy, F1, of a classifier
     fastattn evaluate FOLDER --data squad.jsonl                 exact match, F1, of answers
     fastattn evaluate FOLDER --data pairs.jsonl source=en target=zh --beams 4
                                                                 BLEU, chrF, of translations
 
-The model's class decides what is measured. Data is text, JSON lines or Parquet, files, folders or
+The model's class decides the measures. One of transformers, --library transformers, is read by
+transformers and runs on fastattn's kernels. Data is text, JSON lines or Parquet, files, folders or
 patterns; key=value says which fields of a record are read, as a config of `fastattn train` does in
 [objective]. The scores are the same at any batch size, but for the last digits.
 """
@@ -23,6 +25,7 @@ from typing import Any, get_args
 
 import torch
 
+import fastattn
 from fastattn import models
 from fastattn.cli.answers import add_model
 from fastattn.nn.mode import in_mode
@@ -35,20 +38,36 @@ from fastattn.training.evaluation.perplexity import perplexity
 from fastattn.training.evaluation.translation import translations
 from fastattn.training.objectives.causal import Causal
 from fastattn.training.objectives.classification import Classification
+from fastattn.training.objectives.masked import Masked
+from fastattn.training.objectives.pseudo_perplexity import pseudo_perplexity
 from fastattn.training.objectives.question_answering import QuestionAnswering
 from fastattn.training.objectives.sequence_to_sequence import SequenceToSequence
 from fastattn.training.objectives.token_classification import TokenClassification
+from fastattn.training.optional import require
 from fastattn.training.runs import toml
 from fastattn.training.runs.fields import filled
+from fastattn.training.sizes import longest_sequence
 from fastattn.training.tokenizer import Tokenizer
 
 Scores = Mapping[str, float]
-OBJECTIVES: Mapping[type, type[Objective]] = {
-    models.GPT: Causal,
-    models.EncoderDecoder: SequenceToSequence,
-    models.EncoderForSequenceClassification: Classification,
-    models.EncoderForTokenClassification: TokenClassification,
-    models.EncoderForQuestionAnswering: QuestionAnswering,
+# Of our models the class, of transformers' the end of the architecture's name in config.json.
+OBJECTIVES: Mapping[str, type[Objective]] = {
+    "GPT": Causal,
+    "EncoderDecoder": SequenceToSequence,
+    "EncoderForMaskedLM": Masked,
+    "EncoderForSequenceClassification": Classification,
+    "EncoderForTokenClassification": TokenClassification,
+    "EncoderForQuestionAnswering": QuestionAnswering,
+}
+ARCHITECTURES: Mapping[str, type[Objective]] = {
+    "ForCausalLM": Causal,
+    "LMHeadModel": Causal,
+    "ForConditionalGeneration": SequenceToSequence,
+    "MarianMTModel": SequenceToSequence,
+    "ForMaskedLM": Masked,
+    "ForSequenceClassification": Classification,
+    "ForTokenClassification": TokenClassification,
+    "ForQuestionAnswering": QuestionAnswering,
 }
 
 
@@ -59,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="only these (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument(
+        "--library",
+        choices=("fastattn", "transformers"),
+        default="fastattn",
+        help="which reads the folder (default: fastattn)",
+    )
     parser.add_argument(
         "--documents",
         choices=get_args(Documents),
@@ -80,17 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    dtype = getattr(torch, arguments.dtype)
-    model = models.load(folder, dtype=dtype, device=arguments.device)
-    if type(model) not in OBJECTIVES:
-        raise ValueError(
-            f"fastattn evaluate has no measure for a {type(model).__name__}; it has some for "
-            f"{', '.join(cls.__name__ for cls in OBJECTIVES)}"
-        )
-    objective = _objective(model, Tokenizer.load(folder), arguments.settings)
+    load = _of_transformers if arguments.library == "transformers" else _of_ours
+    model, cls = load(folder, arguments)
+    objective = _objective(model, cls, Tokenizer.load(folder), arguments)
     records = list(read_records(arguments.data, arguments.documents))
     if isinstance(objective, Causal):
         scores = _of_texts(model, objective, records, arguments)
+    elif isinstance(objective, Masked):
+        scores = _of_masked(model, objective, records, arguments)
     elif isinstance(objective, SequenceToSequence):
         scores = _of_translations(model, objective, records, arguments)
     else:
@@ -101,17 +123,56 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _objective(model: Any, tokenizer: Tokenizer, overrides: Sequence[str]) -> Objective:
-    """The objective of the model's class; labels and context are the model's unless given."""
-    cls = OBJECTIVES[type(model)]
-    table = toml.overridden({}, overrides)
+def _of_ours(folder: Path, arguments: argparse.Namespace) -> tuple[Any, type[Objective]]:
+    dtype = getattr(torch, arguments.dtype)
+    model = models.load(folder, dtype=dtype, device=arguments.device)
+    name = type(model).__name__
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"fastattn evaluate has no measure for a {name}; it has some for "
+            f"{', '.join(OBJECTIVES)}"
+        )
+    return model, OBJECTIVES[name]
+
+
+def _of_transformers(folder: Path, arguments: argparse.Namespace) -> tuple[Any, type[Objective]]:
+    transformers = require("transformers", "hf", "--library transformers")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["no class"])[0]
+    ends = [end for end in ARCHITECTURES if name.endswith(end)]
+    if not ends:
+        raise ValueError(
+            f"{folder} holds {name}, for which fastattn evaluate has no measure; it has some for "
+            f"classes that end in {', '.join(ARCHITECTURES)}"
+        )
+    cls = ARCHITECTURES[ends[0]]
+    auto = getattr(transformers, cls.auto_class)
+    model = auto.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
+    fastattn.accelerate(model.to(arguments.device).eval())
+    return model, cls
+
+
+def _objective(
+    model: Any, cls: type[Objective], tokenizer: Tokenizer, arguments: argparse.Namespace
+) -> Objective:
+    """The model's objective; labels and context are the model's unless given."""
+    table = toml.overridden({}, arguments.settings)
     defaults = {field.name: field.default for field in dataclasses.fields(cls.settings_class)}
     if "labels" in defaults:
-        count = model.config.n_labels
-        table.setdefault("labels", model.config.label_names or [f"LABEL_{i}" for i in range(count)])
+        table.setdefault("labels", _labels(model))
     if "context" in defaults:
-        table.setdefault("context", min(defaults["context"], model.config.n_positions))
-    return cls(tokenizer, filled(cls.settings_class, table, "objective"), "fastattn")
+        usual: Any = defaults["context"]
+        table.setdefault("context", min(usual, longest_sequence(model) or usual))
+    return cls(tokenizer, filled(cls.settings_class, table, "objective"), arguments.library)
+
+
+def _labels(model: Any) -> list[str]:
+    """The names of a model's classes, in the order of their numbers."""
+    named = getattr(model.config, "id2label", None)
+    if named is not None:
+        return [named[i] for i in sorted(named)]
+    count = model.config.n_labels
+    return list(model.config.label_names or [f"LABEL_{i}" for i in range(count)])
 
 
 def _of_texts(
@@ -131,6 +192,20 @@ def _of_texts(
         )
     names = ("perplexity", "bits_per_byte", "nats_per_token")
     return {**{name: getattr(found, name) for name in names}, "tokens": found.tokens}
+
+
+def _of_masked(
+    model: Any, objective: Masked, records: Sequence[Sourced], arguments: argparse.Namespace
+) -> Scores:
+    with _Counter("tokens") as counter:
+        value, tokens = pseudo_perplexity(
+            model,
+            objective,
+            _placed(records, objective.encode),
+            batch_size=arguments.batch_size,
+            on_progress=counter.add,
+        )
+    return {"pseudo_perplexity": value, "tokens": tokens}
 
 
 def _of_translations(

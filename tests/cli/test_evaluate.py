@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -42,11 +43,22 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([" ".join(WORDS) * 3], 300, special_tokens=special)
 
 
+@pytest.fixture(scope="module")
+def masking_tokenizer() -> Tokenizer:
+    special = {role: f"<|{role}|>" for role in ("cls", "sep", "pad", "mask")}
+    return Tokenizer.train([" ".join(WORDS) * 3], 300, special_tokens=special)
+
+
 @pytest.fixture
 def evaluate(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> Callable[..., dict[str, float]]:
     """A model, its data and options to the scores that are printed."""
+    if "masking_tokenizer" in request.fixturenames:
+        tokenizer = request.getfixturevalue("masking_tokenizer")
 
     def run(model: Any, records: list[dict[str, Any]], *options: str) -> dict[str, float]:
         model.save_pretrained(tmp_path / "model")
@@ -208,10 +220,60 @@ def test_a_users_error_is_a_line(
     assert message in error and error.count("\n") == 1
 
 
-def test_models_without_a_measure(
+def test_a_masked_language_model(evaluate: Scores, masking_tokenizer: Tokenizer) -> None:
+    """Each token in turn, hidden by hand."""
+    model = encoder(models.EncoderForMaskedLM, masking_tokenizer)
+    draw = random.Random(0)
+    texts = [sentence(draw, 12) for _ in range(4)]
+    scores = alike(evaluate, model, [{"text": text} for text in texts])
+    cls, sep, mask = map(masking_tokenizer.token, ("cls", "sep", "mask"))
+    surprises = []
+    for text in texts:
+        ids = torch.tensor([cls, *masking_tokenizer.encode(text), sep])
+        for place in range(1, len(ids) - 1):
+            hidden = ids.clone()
+            hidden[place] = mask
+            logits = model.double()(hidden[None]).logits[0, place]
+            surprises.append(-logits.log_softmax(-1)[ids[place]].item())
+    assert scores["tokens"] == len(surprises)
+    expected = math.exp(sum(surprises) / len(surprises))
+    assert scores["pseudo_perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_models_of_transformers(evaluate: Scores, tokenizer: Tokenizer) -> None:
+    """The same folder, read by either library."""
+    draw = random.Random(1)
+    texts = [{"text": sentence(draw, 30)} for _ in range(3)]
+    end = tokenizer.end_of_text
+    torch.manual_seed(0)
+    config = models.GPTConfig(
+        vocab_size=tokenizer.vocab_size, n_positions=16, bos_token_id=end, eos_token_id=end, **SIZES
+    )
+    for model, records in (
+        (models.GPT(config), texts),
+        (
+            encoder(
+                models.EncoderForSequenceClassification,
+                tokenizer,
+                n_labels=2,
+                label_names=("a", "b"),
+            ),
+            [{**record, "label": draw.choice("ab")} for record in texts],
+        ),
+    ):
+        ours = evaluate(model, records)
+        assert evaluate(model, records, "--library", "transformers") == pytest.approx(
+            ours, rel=1e-5
+        )
+
+
+def test_a_class_without_a_measure(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoder(models.EncoderForMaskedLM, tokenizer).save_pretrained(tmp_path)
+    encoder(models.Encoder, tokenizer).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    assert main(["evaluate", str(tmp_path), "--data", str(tmp_path)]) == 1
-    assert "no measure for a EncoderForMaskedLM; it has some for GPT" in capsys.readouterr().err
+    (tmp_path / "data.txt").write_text("a fox")
+    for library, words in (("fastattn", "no measure for a Encoder"), ("transformers", "BertModel")):
+        argv = ["evaluate", str(tmp_path), "--data", str(tmp_path / "data.txt")]
+        assert main([*argv, "--library", library]) == 1
+        assert words in capsys.readouterr().err

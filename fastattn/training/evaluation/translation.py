@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 from fastattn.nn.checks import check_integer
 from fastattn.training.tokenizer import Tokenizer
 
@@ -24,7 +27,7 @@ def translations(
     A source gets the tokens that it would get alone, as `fastattn.generation.generate` promises.
 
     Args:
-        model: a `fastattn.models.EncoderDecoder`.
+        model: a `fastattn.models.EncoderDecoder`, or one of transformers.
         sources: token ids, of any lengths, as the objective "sequence_to_sequence" encodes them.
         num_beams: 1 is greedy.
         max_new_tokens: of a translation at most.
@@ -35,12 +38,16 @@ def translations(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     check_integer("batch_size", batch_size, at_least=1)
+    device = next(model.parameters()).device
+    padding = tokenizer.token("pad") if "pad" in tokenizer.roles else tokenizer.end_of_text
     texts = [""] * len(sources)
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))  # little padding in a batch
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
+        rows = [torch.tensor(sources[i], device=device) for i in chosen]
         out = model.generate(
-            [list(map(int, sources[i])) for i in chosen],
+            pad_sequence(rows, batch_first=True, padding_value=padding),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
         )

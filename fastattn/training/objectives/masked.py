@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -68,7 +69,7 @@ class Masked(Objective):
     ) -> None:
         """Raises ValueError: the tokenizer has no mask token."""
         super().__init__(tokenizer, settings or MaskedSettings(), interface)
-        self._mask = tokenizer.token("mask")
+        self.mask = tokenizer.token("mask")
         ids = set(tokenizer.vocabulary.values())  # some tokenizers leave numbers out
         self._ordinary = numpy.array(sorted(ids - tokenizer.special_ids))
         self._choosable: numpy.ndarray = numpy.zeros(max(ids) + 1, dtype=bool)
@@ -76,6 +77,10 @@ class Masked(Objective):
         self._before, self._after = (
             [tokenizer.token(role)] if role in tokenizer.roles else [] for role in ("cls", "sep")
         )
+
+    def choosable(self, ids: Any) -> numpy.ndarray:
+        """Which of these tokens may be hidden: all but the special ones."""
+        return self._choosable[ids]
 
     def encode(self, record: Record) -> Iterable[Example]:
         """Blocks of the text, each between the tokens "cls" and "sep" where the tokenizer has them.
@@ -91,7 +96,7 @@ class Masked(Objective):
         room = self.settings.context - len(self._before) - len(self._after)
         for first in range(0, len(ids), room):
             block = ids[first : first + room]
-            if self._choosable[block].any():
+            if self.choosable(block).any():
                 begins = [1, *starts[first + 1 : first + room]]
                 before, after = [1] * len(self._before), [1] * len(self._after)
                 yield {
@@ -107,14 +112,14 @@ class Masked(Objective):
         # An example begins with a word, so that words can be counted through the batch.
         starts = numpy.concatenate([example["starts"] for example in examples])
         word = starts.astype(numpy.int64).cumsum() - 1
-        choosable = self._choosable[ids]
+        choosable = self.choosable(ids)
         chosen = (random.random(word[-1] + 1) < self.settings.probability)[word] & choosable
         if not chosen.any():  # a mean over nothing would be NaN
             chosen = choosable & (word == random.choice(word[choosable]))
         labels = numpy.where(chosen, ids, IGNORED)
         fate = random.random(len(ids))
         drawn = random.choice(self._ordinary, len(ids))
-        ids = numpy.where(chosen & (fate < MASKED), self._mask, ids)
+        ids = numpy.where(chosen & (fate < MASKED), self.mask, ids)
         ids = numpy.where(chosen & (fate >= MASKED) & (fate < MASKED + REPLACED), drawn, ids)
         ends = numpy.cumsum([len(row) for row in rows])[:-1]
         arguments = padded_inputs(numpy.split(ids, ends), self.tokenizer)
