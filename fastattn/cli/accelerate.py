@@ -84,7 +84,7 @@ def _load(transformers: Any, source: dict[str, str], dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
     (name, *_) = config.architectures or ["AutoModel"]
     cls = getattr(transformers, name, transformers.AutoModel)
-    return cls.from_pretrained(**source, dtype=dtype, use_safetensors=True)
+    return cls.from_pretrained(**source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
 
 
 def _tokens(

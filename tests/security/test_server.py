@@ -82,9 +82,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     GPT(
         GPTConfig(
-            vocab_size=tokenizer.vocab_size, n_positions=64, n_embd=16, n_layer=1, n_head=2,
-            initializer_range=0.2, bos_token_id=None, eos_token_id=tokenizer.end_of_text,
-        )  # fmt: skip
+            vocab_size=tokenizer.vocab_size,
+            n_positions=64,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=tokenizer.end_of_text,
+        )
     ).save_pretrained(folder)
     tokenizer.save(folder)
     served = Served(folder)

@@ -25,12 +25,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from fastattn import models
 from fastattn.training import History
 from fastattn.training.checkpoints import Checkpoints, durable
 from fastattn.training.data import formats
 from fastattn.training.data.sources import find_files, read_records
 from fastattn.training.data.storage import Examples, checksums
-from fastattn.training.runs import toml
+from fastattn.training.objectives.causal import Causal
+from fastattn.training.objectives.span_corruption import SpanCorruption
+from fastattn.training.runs import building, toml
 from fastattn.training.steps.state import TrainingState
 
 DOCUMENTED = (ValueError, FileNotFoundError)
@@ -281,6 +284,32 @@ def test_folders_that_contain_themselves(tmp_path: Path) -> None:
             find_files(tmp_path)
 
     bounded.run(read, memory=2**26, seconds=20)
+
+
+# --- new models ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "sizes", "message"),
+    [
+        (Causal, {"vocab_size": 10**12}, "GiB of memory"),
+        (Causal, {"n_layer": 10**9}, "n_layer is 1000000000, more than"),
+        (Causal, {"n_embd": 2**40, "n_head": 2**20}, "no model has these sizes|GiB of memory"),
+        (Causal, {"n_inner": 2**50}, "GiB of memory"),
+        (SpanCorruption, {"encoder_layers": 10**9}, "encoder_layers is 1000000000, more than"),
+    ],
+)
+def test_a_new_model_is_no_larger_than_the_memory(
+    objective: Any, sizes: dict[str, int], message: str
+) -> None:
+    model = getattr(models, objective.model_class)
+    small = {"vocab_size": 300}
+
+    def make() -> None:
+        with pytest.raises(ValueError, match=message):
+            building._check_size(model, model.config_class(**{**small, **sizes}))
+
+    bounded.run(make, memory=2**27, seconds=20)
 
 
 # --- settings and records of runs -----------------------------------------------------------------

@@ -112,7 +112,7 @@ def read_config(path: Path) -> tuple[Family, Any]:
     try:
         family = family_of(data.get("model_type"))
         config = family.read_config(data)
-    except (TypeError, ValueError, ArithmeticError, KeyError) as error:
+    except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     beside = path.with_name(GENERATION)
     if not beside.exists() or "eos_token_id" not in family.fields:
