@@ -24,7 +24,9 @@ import torch
 SECONDS = 120  # after which a run has hung
 _context = multiprocessing.get_context("forkserver")
 # FSDP2 imports torch._dynamo, which takes seconds, when it first runs.
-_context.set_forkserver_preload(["fastattn.training", "torch._dynamo"])
+_context.set_forkserver_preload(
+    ["fastattn.training", "torch.distributed.checkpoint", "torch._dynamo"]
+)
 
 
 class Failed(AssertionError):

@@ -38,6 +38,7 @@ class KVCache:
         config: of the model.
         batch_size: B.
         capacity: S; at most ``config.n_positions`` of them can be used.
+        kv_heads: H; default the config's. A process that shares the layers has fewer.
         device, dtype: of the keys and values: the model's, or the dtype of autocast.
 
     Attributes:
@@ -53,13 +54,15 @@ class KVCache:
         batch_size: int,
         capacity: int,
         *,
+        kv_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("batch_size", batch_size), ("capacity", capacity)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        shape = (batch_size, capacity, config.kv_heads, config.head_dim)
+        heads = config.kv_heads if kv_heads is None else kv_heads
+        shape = (batch_size, capacity, heads, config.head_dim)
         self.batch_size = batch_size
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)

@@ -267,8 +267,10 @@ class EncoderDecoder(folder.Pretrained):
         dtype, autocast = self.embedding.weight.dtype, modes.autocast_dtype(self.device.type)
         if autocast is not None and dtype != torch.float64:
             dtype = autocast
+        blocks: Any = self.decoder.blocks
+        heads = blocks[0].attention.num_kv_heads  # of this process, where several share a layer
         cache = EncoderDecoderCache(
-            self.config, batch_size, capacity, device=self.device, dtype=dtype
+            self.config, batch_size, capacity, kv_heads=heads, device=self.device, dtype=dtype
         )
         with torch.no_grad():
             cache.contexts = [
@@ -415,6 +417,8 @@ class Stack(torch.nn.Module):
 class Head(nn.Linear):
     """The linear layer to the logits, whose input is scaled and whose bias is not trained."""
 
+    cross_entropy = staticmethod(linear_cross_entropy)  # of the weight as it lies
+
     def __init__(self, config: EncoderDecoderConfig, **where: Any) -> None:
         super().__init__(config.d_model, config.vocab_size, bias=False, **where)
         self.scale = config.logits_scale
@@ -432,7 +436,7 @@ class Head(nn.Linear):
         """The mean cross-entropy of (..., d_model) and targets (...), without the logits."""
         input = input if self.scale == 1.0 else input * self.scale
         bias = None if self.logits_bias is None else self.logits_bias.squeeze(0)
-        return linear_cross_entropy(input, self.weight, targets, bias)
+        return self.cross_entropy(input, self.weight, targets, bias)
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:

@@ -16,6 +16,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastattn import generation, nn
@@ -24,9 +25,11 @@ from fastattn.models.cache import KVCache
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.packing import check_packed, packed_lengths, packed_positions
+from fastattn.models.parts import check_part
 from fastattn.models.rotary import rotary_embeddings
 from fastattn.nn.plain import is_plain
 from fastattn.nn.transformer_block import NORMS
+from fastattn.ops.attention import zigzag
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
@@ -141,6 +144,7 @@ class GPT(folder.Pretrained):
         *,
         cache: KVCache | None = None,
         packed: nn.PackedSequences | None = None,
+        part: nn.SequencePart | None = None,
         keep_logits: bool = True,
         logits_to_keep: int = 0,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
@@ -157,6 +161,10 @@ class GPT(folder.Pretrained):
             packed: ``input_ids`` (1, N) is one row of these sequences, which together are the whole
                 row. Each attends to itself, and its positions begin at 0; n_positions limits a
                 sequence, not the row. Checked on a CPU only. Excludes a cache.
+            part: ``input_ids`` and ``targets`` are this process's part of rows whose other parts
+                the processes of ``part.group`` have, which call with theirs; ``packed`` is of the
+                whole row. Logits and loss are those of the part. Excludes a cache and
+                ``logits_to_keep``.
             keep_logits: False, with targets: the pair is (None, loss). The loss is the same, but
                 the logits are never there as a whole (`fastattn.linear_cross_entropy`), which in
                 training take more memory than anything else where the vocabulary is large.
@@ -177,14 +185,20 @@ class GPT(folder.Pretrained):
                     targets,
                     cache=cache,
                     packed=packed,
+                    part=part,
                     keep_logits=keep_logits,
                     logits_to_keep=logits_to_keep,
                 )
         check_ids("input_ids", input_ids, self.config.vocab_size)
+        if part is not None:
+            if cache is not None or logits_to_keep:
+                raise ValueError("part excludes cache and logits_to_keep: it is for training")
+            check_part(part, input_ids)
         if packed is not None:
             if cache is not None:
                 raise ValueError("packed and cache exclude each other: a cache has rows of its own")
-            check_packed(packed, input_ids, self.config.n_positions)
+            tokens = input_ids.shape[1] if part is None else part.length
+            check_packed(packed, input_ids, tokens, self.config.n_positions)
         if targets is None and not keep_logits:
             raise ValueError("keep_logits=False needs targets: there would be no result")
         if targets is not None:
@@ -203,7 +217,7 @@ class GPT(folder.Pretrained):
                 f"logits_to_keep must be from 0 to the {input_ids.shape[1]} positions of "
                 f"input_ids, got {logits_to_keep}"
             )
-        hidden = self.features(input_ids, cache, packed)
+        hidden = self.features(input_ids, cache, packed, part)
         if targets is not None and not keep_logits and is_plain(self.lm_head, Head):
             return None, self.lm_head.loss(hidden, targets)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
@@ -219,20 +233,25 @@ class GPT(folder.Pretrained):
         dtype, autocast = self.wte.weight.dtype, modes.autocast_dtype(self.device.type)
         if autocast is not None and dtype != torch.float64:
             dtype = autocast
-        return KVCache(self.config, batch_size, capacity, device=self.device, dtype=dtype)
+        blocks: Any = self.blocks
+        heads = blocks[0].attention.num_kv_heads  # of this process, where several share a layer
+        return KVCache(
+            self.config, batch_size, capacity, kv_heads=heads, device=self.device, dtype=dtype
+        )
 
     def features(
         self,
         input_ids: Tensor,
         cache: KVCache | None = None,
         packed: nn.PackedSequences | None = None,
+        part: nn.SequencePart | None = None,
     ) -> Tensor:
         """The hidden states before the head: (B, T) token ids, unchecked -> (B, T, C).
 
         Raises ValueError if the sequence, tokens in the cache included, passes ``n_positions``, or
         with tokens in the cache ``config.short_positions``, where the rotary frequencies change.
         """
-        seqlen = input_ids.shape[1]
+        seqlen = input_ids.shape[1] if part is None else part.length
         before = 0 if cache is None else cache.longest
         if packed is None and before + seqlen > self.config.n_positions:
             raise ValueError(
@@ -255,6 +274,13 @@ class GPT(folder.Pretrained):
             positions = torch.arange(seqlen, device=input_ids.device)
         else:
             positions = cache.begin(seqlen)
+        if part is not None:
+            rank, size = dist.get_rank(part.group), dist.get_world_size(part.group)
+            places = zigzag.places(rank, size, seqlen, input_ids.device)
+            if short is not None and lengths is None:
+                lengths = torch.full_like(positions, seqlen)
+            positions = positions[places]
+            lengths = None if lengths is None else lengths[places]
         rotary = {kind: angles(positions, lengths) for kind, angles in self.rotary.items()}
         branch = self.wte(input_ids)  # (B, T, C)
         if self.config.embedding_scale != 1.0:
@@ -272,6 +298,7 @@ class GPT(folder.Pretrained):
                 rotary=rotary.get(self.config.layer_type(layer)),
                 cache=None if cache is None else cache.layers[layer],
                 packed=packed,
+                part=part,
             )
         hidden = self.norm_f(branch) if residual is None else self.norm_f(branch, residual)[0]
         if cache is not None:
@@ -285,6 +312,8 @@ class GPT(folder.Pretrained):
 class Head(nn.Linear):
     """The linear layer to the logits, which it caps where ``softcap`` is not 0."""
 
+    cross_entropy = staticmethod(linear_cross_entropy)  # of the weight as it lies
+
     def __init__(self, *sizes: Any, softcap: float = 0.0, **where: Any) -> None:
         super().__init__(*sizes, **where)
         self.softcap = softcap
@@ -296,4 +325,4 @@ class Head(nn.Linear):
 
     def loss(self, input: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of (..., n_embd) and targets (...), without the logits."""
-        return linear_cross_entropy(input, self.weight, targets, self.bias, softcap=self.softcap)
+        return self.cross_entropy(input, self.weight, targets, self.bias, softcap=self.softcap)

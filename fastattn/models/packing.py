@@ -9,8 +9,10 @@ from fastattn.nn import PackedSequences
 from fastattn.ops.common import modes
 
 
-def check_packed(packed: PackedSequences, input_ids: Tensor, n_positions: int) -> None:
-    """Raise unless ``packed`` describes the row ``input_ids`` (1, N); only a CPU's are read."""
+def check_packed(packed: PackedSequences, input_ids: Tensor, tokens: int, n_positions: int) -> None:
+    """Raise unless ``packed`` describes the row of so many ``tokens`` that ``input_ids`` (1, N) is,
+    or is a part of; only a CPU's are read.
+    """
     if not isinstance(packed, PackedSequences):
         raise TypeError(
             "packed must be a fastattn.nn.PackedSequences(cu_seqlens, max_seqlen), got "
@@ -37,9 +39,10 @@ def check_packed(packed: PackedSequences, input_ids: Tensor, n_positions: int) -
     if not (starts.is_cpu and modes.readable(starts)):  # elsewhere looking would make the host wait
         return
     ends = int(starts[0]), int(starts[-1])
-    if ends != (0, input_ids.shape[1]):
+    if ends != (0, tokens):
+        row = "input_ids" if tokens == input_ids.shape[1] else "the whole row"
         raise ValueError(
-            f"cu_seqlens of packed must go from 0 to the {input_ids.shape[1]} tokens of input_ids, "
+            f"cu_seqlens of packed must go from 0 to the {tokens} tokens of {row}, "
             f"got {ends[0]} to {ends[1]}"
         )
     low, high = (int(length) for length in starts.diff().aminmax())

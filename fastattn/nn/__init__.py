@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences
+from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences, SequencePart
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.linear import Linear
@@ -31,6 +31,7 @@ __all__ = [
     "RMSNorm",
     "RelativePositionBias",
     "RotaryEmbedding",
+    "SequencePart",
     "Transformer",
     "TransformerBlock",
     "TransformerDecoder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,16 @@ from torch import Tensor
 from fastattn.nn.checks import check_positive, check_probability
 from fastattn.nn.linear import Linear
 from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
-from fastattn.ops.attention import attention, attention_varlen, attention_with_kv_cache
+from fastattn.ops.attention import (
+    attention,
+    attention_varlen,
+    attention_with_kv_cache,
+    ring_attention,
+)
 from fastattn.ops.rotary import rotary as rotate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 QK_NORMS = (None, "head", "all")
 
@@ -35,6 +43,13 @@ class PackedSequences(NamedTuple):
 
     cu_seqlens: Tensor  # (sequences + 1,), int32 or int64: their starts, and the end of the last
     max_seqlen: int  # of the longest
+
+
+class SequencePart(NamedTuple):
+    """Which part of whole rows a process holds: its share of `fastattn.ops.attention.zigzag`."""
+
+    group: ProcessGroup  # the processes that hold the parts
+    length: int  # of a whole row, a multiple of twice the group's size
 
 
 class Attention(torch.nn.Module):
@@ -148,6 +163,7 @@ class Attention(torch.nn.Module):
         bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
         packed: PackedSequences | None = None,
+        part: SequencePart | None = None,
     ) -> Tensor:
         """Attend from ``x`` to itself, or to ``context``; returns a tensor like ``x``.
 
@@ -164,6 +180,9 @@ class Attention(torch.nn.Module):
                 eval mode if the module has dropout, and excludes key_lengths and mask.
             packed: x is one row, of these sequences, each of which attends to itself. Excludes
                 cache, key_lengths, mask and bias.
+            part: x is this process's part of rows whose other parts the processes of a group have
+                (`ring_attention`). `packed` is then of the whole row. Excludes cache, key_lengths,
+                mask and bias, and dropout.
 
         Raises:
             ValueError: x has another shape, or arguments are missing or exclude each other.
@@ -176,11 +195,11 @@ class Attention(torch.nn.Module):
         if cached and (key_lengths is not None or mask is not None):
             raise ValueError("key_lengths and mask must be None with a cache")
         others = cache, key_lengths, mask, bias
-        if packed is not None and (self.cross or any(other is not None for other in others)):
-            raise ValueError(
-                "packed sequences are for self-attention, with cache, key_lengths, mask and bias "
-                "None"
-            )
+        for name, given in (("packed sequences are", packed), ("a part of a sequence is", part)):
+            if given is not None and (self.cross or any(other is not None for other in others)):
+                raise ValueError(
+                    f"{name} for self-attention, with cache, key_lengths, mask and bias None"
+                )
         if self.cross:
             if context is None or rotary is not None or cache is not None:
                 raise ValueError("cross-attention takes a context, and neither rotary nor cache")
@@ -198,6 +217,8 @@ class Attention(torch.nn.Module):
             q, k = self._placed(q, k, rotary)
         if cache is not None:
             heads = self._cached(q, k, v, cache, causal, bias)
+        elif part is not None:
+            heads = self._of_part(q, k, v, part, packed, causal)
         elif packed is not None:
             heads = self._packed(q, k, v, packed, causal)
         else:
@@ -273,6 +294,32 @@ class Attention(torch.nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         return heads.unsqueeze(0)
+
+    def _of_part(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        part: SequencePart,
+        packed: PackedSequences | None,
+        causal: bool,
+    ) -> Tensor:
+        if self.training and self.dropout:
+            raise ValueError(
+                f"attention weights have dropout={self.dropout}, which parts of a sequence on "
+                "several processes do not support: set it to 0 (attn_pdrop of a GPTConfig)"
+            )
+        return ring_attention(
+            q,
+            k,
+            v,
+            part.group,
+            causal=causal,
+            window=self.window,
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
+            cu_seqlens=None if packed is None else packed.cu_seqlens,
+        )
 
     def _cached(
         self,

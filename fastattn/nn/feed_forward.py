@@ -92,6 +92,10 @@ class FeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., embed_dim) -> (..., embed_dim), in x's dtype (under autocast: in autocast's)."""
+        return self.dropout(self.branch(x))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """`forward` before the dropout of its result."""
         gate = self.gate
         layers = (
             (self.linear1, self.linear2) if gate is None else (self.linear1, self.linear2, gate)
@@ -99,7 +103,7 @@ class FeedForward(torch.nn.Module):
         dropped = self.training and self.activation_dropout > 0
         plain = all(is_plain(layer, torch.nn.Linear) for layer in layers)
         if plain and not x.is_nested and not dropped:
-            out = ffn(
+            return ffn(
                 x,
                 self.linear1.weight,
                 self.linear1.bias,
@@ -111,11 +115,9 @@ class FeedForward(torch.nn.Module):
                 layout="linear",
                 recompute=self.recompute,
             )
-        else:
-            activation, hidden = ACTIVATIONS[self.activation], self.linear1(x)
-            hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
-            out = self.linear2(F.dropout(hidden, self.activation_dropout, self.training))
-        return self.dropout(out)
+        activation, hidden = ACTIVATIONS[self.activation], self.linear1(x)
+        hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
+        return self.linear2(F.dropout(hidden, self.activation_dropout, self.training))
 
     def extra_repr(self) -> str:
         gated = "" if self.gate is None else ", gated=True"

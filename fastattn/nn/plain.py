@@ -23,7 +23,8 @@ def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     a ``forward`` replaced on the instance, forward or backward hooks and pre-hooks (the module's
     own or PyTorch's global ones, registered for every module), and parameters of a tensor
     subclass (DTensor, torchao) or with a layout of their own (sparse). Such a module must be
-    called, or what it adds would be lost.
+    called, or what it adds would be lost. Of tensor subclasses a class that counts as ``cls`` may
+    say that it reads them itself (``_fastattn_reads_dtensors``).
 
     >>> linear = torch.nn.Linear(2, 2)
     >>> is_plain(linear, torch.nn.Linear)
@@ -51,6 +52,7 @@ def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
                 type(parameter) in (torch.nn.Parameter, torch.Tensor)
                 and parameter.layout is torch.strided
             )
+            or vars(type(module)).get("_fastattn_reads_dtensors", False)
             for parameter in module._parameters.values()
         )
     )

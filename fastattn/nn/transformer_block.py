@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences
+from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences, SequencePart
 from fastattn.nn.checks import check_probability
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
@@ -171,6 +171,7 @@ class TransformerBlock(torch.nn.Module):
         bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
         packed: PackedSequences | None = None,
+        part: SequencePart | None = None,
         context: Tensor | KeyValueCache | None = None,
         context_lengths: Tensor | None = None,
         context_mask: Tensor | None = None,
@@ -178,8 +179,8 @@ class TransformerBlock(torch.nn.Module):
         """(branch, residual) -> (branch, residual), all (batch, seqlen, embed_dim).
 
         ``x`` is the branch of the layer before, or the input itself where ``residual`` is None.
-        ``rotary``, ``key_lengths``, ``mask``, ``bias``, ``cache`` and ``packed`` go to the
-        self-attention, ``context`` to the cross-attention, whose keys ``context_lengths`` and
+        ``rotary``, ``key_lengths``, ``mask``, ``bias``, ``cache``, ``packed`` and ``part`` go to
+        the self-attention, ``context`` to the cross-attention, whose keys ``context_lengths`` and
         ``context_mask`` hide (`Attention.forward`).
         """
         hidden, residual = self._read(self.norm1, x, residual)
@@ -192,6 +193,7 @@ class TransformerBlock(torch.nn.Module):
             bias=bias,
             cache=cache,
             packed=packed,
+            part=part,
         )
         x, rest = self._written(self.norm1, self.norm1_out, branch, residual)
         if self.cross_attention is not None and self.cross_norm is not None:

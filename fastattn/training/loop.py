@@ -90,7 +90,18 @@ def train(
             "no parameter of model requires a gradient, so that nothing would be trained: unfreeze "
             "some of them with requires_grad_(True)"
         )
-    check_tensors(parallel.processes, TrainingState.weights_of(model), "at the start")
+    weights = TrainingState.weights_of(model)
+    check_tensors(parallel.processes, weights, "at the start")
+    identity = {
+        # Of the model before it is divided: a run may go on with another number of processes.
+        "model": model_fingerprint(model, weights),
+        "objective": objective.fingerprint(),
+        "training": vars(config),
+        **(checkpoints.fingerprint if checkpoints is not None else {}),
+        "first batch": batches_digest([training.batch(0)]),
+    }
+    check_settings(parallel.processes, identity)
+    del weights
     called = parallel.placed(model, config)
     state = TrainingState(
         model,
@@ -100,14 +111,6 @@ def train(
         History(),
     )
     history = state.history
-    identity = {
-        "model": model_fingerprint(model, state.weights()),
-        "objective": objective.fingerprint(),
-        "training": vars(config),
-        **(checkpoints.fingerprint if checkpoints is not None else {}),
-        "first batch": batches_digest([training.batch(0)]),
-    }
-    check_settings(parallel.processes, identity)
 
     def progress() -> None:
         if on_progress is not None:
@@ -120,8 +123,8 @@ def train(
         if config.activation_checkpointing:
             stack.enter_context(recomputed_blocks(model))
         if checkpoints is not None:
-            stack.enter_context(checkpoints)
-            if checkpoints.restore(state, identity):
+            parallel.processes.together(lambda: stack.enter_context(checkpoints))
+            if checkpoints.restore(state, identity, config):
                 progress()
         first, updating = state.step, False
         try:
@@ -149,13 +152,17 @@ def train(
                     _checkpoint_due(checkpoints, state, config)
                 ):
                     when = f"after step {step}"
-                    check_tensors(parallel.processes, state.weights() | state.tensors(), when)
+                    check_tensors(parallel.processes, state.tensors(), when)
                     checkpoints.save(state, identity)
+            if checkpoints is not None:
+                checkpoints.wait()
         except KeyboardInterrupt:
             if parallel.mesh is not None:
                 raise  # the others are not at the same step
-            if checkpoints is not None and not updating and not checkpoints.has(state.step):
-                checkpoints.save(state, identity)
+            if checkpoints is not None:
+                if not updating and not checkpoints.has(state.step):
+                    checkpoints.save(state, identity)
+                checkpoints.wait()
             history.interrupted = True
         finally:
             model.zero_grad(set_to_none=True)

@@ -143,17 +143,31 @@ def test_a_dry_run_trains_nothing(train: Train) -> None:
 
 
 def test_a_changed_config_is_refused_with_its_key(train: Train) -> None:
-    assert train("training.steps=2")[0] == 0
+    assert train("training.steps=4")[0] == 0
     before = sorted(Path("out").rglob("*"))
-    code, _, err = train("training.steps=2", "training.learning_rate=0.5")
+    code, _, err = train("training.steps=4", "training.learning_rate=0.5")
     assert code == 1 and err.count("\n") == 1
     assert "training.learning_rate is 0.001 there and 0.5 here" in err
-    code, _, err = train("training.steps=3")
-    assert code == 1 and "training.steps is 2 there and 3 here" in err and "train that on" in err
+    code, _, err = train("training.steps=5")
+    assert code == 1 and "training.steps is 4 there and 5 here" in err and "train that on" in err
     Path("texts.txt").write_text(TEXTS[60:], encoding="utf-8")
-    code, _, err = train("training.steps=2")
+    code, _, err = train("training.steps=4")
     assert code == 1 and "data.training is " in err
     assert [path for path in before if not path.exists()] == []
+
+
+def test_more_steps_in_the_same_folder(train: Train) -> None:
+    constant = "training.schedule=constant"
+    assert train(constant, "training.steps=8", "output.folder=whole")[0] == 0
+    assert train(constant, "training.steps=3")[0] == 0
+    code, out, _ = train(constant, "training.steps=8")
+    assert code == 0 and "going on after step 3" in out
+    assert "steps = 8" in Path("out/run.toml").read_text(encoding="utf-8")
+    expected = weights("whole/checkpoints/step-000008/model")
+    found = weights("out/checkpoints/step-000008/model")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    code, _, err = train(constant, "training.steps=5")
+    assert code == 1 and "training.steps is 8 there and 5 here" in err
 
 
 @pytest.mark.parametrize(

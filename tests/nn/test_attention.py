@@ -11,7 +11,7 @@ import pytest
 import torch
 from nn.formulas import attended
 
-from fastattn.nn import Attention, KeyValueCache, PackedSequences, RotaryEmbedding
+from fastattn.nn import Attention, KeyValueCache, PackedSequences, RotaryEmbedding, SequencePart
 from oracle import assert_close_to_reference
 
 EMBED, HEADS, BATCH, LENGTH, KEYS = 24, 4, 3, 7, 9
@@ -281,6 +281,13 @@ def test_forward_refuses() -> None:
         own(x[:1], packed=packed, key_lengths=lengths[:1])
     with pytest.raises(ValueError, match="cache, key_lengths, mask and bias None"):
         cross(x[:1], x[:1], packed=packed)
+    part = SequencePart(None, LENGTH)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a part of a sequence is for self-attention"):
+        cross(x, x, part=part)
+    with pytest.raises(ValueError, match="cache, key_lengths, mask and bias None"):
+        own(x, part=part, key_lengths=lengths)
+    with pytest.raises(ValueError, match="init_process_group"):
+        own(x, part=part)
     dropping = _attention(dropout=0.1).train()
     with torch.no_grad(), pytest.raises(ValueError, match="call eval"):
         dropping(x, cache=cache)

@@ -25,8 +25,8 @@ def model(seed: int = 0, dropout: float = 0.0, **changes: Any) -> fastattn.GPT:
     torch.manual_seed(seed)
     config = fastattn.GPTConfig(
         vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=2,
-        embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout,
-        bos_token_id=0, eos_token_id=0, **changes,
+        embd_pdrop=dropout, resid_pdrop=dropout, bos_token_id=0, eos_token_id=0,
+        **{"attn_pdrop": dropout, **changes},
     )  # fmt: skip
     return fastattn.GPT(config)
 

@@ -56,7 +56,7 @@ def weights_of(model: Any, family: Family) -> tuple[dict[str, Tensor], bool, boo
     shapes = {name: tensor.shape for name, tensor in tensors(apart).items()}
     whole: dict[str, Tensor] = {}
     for name, value in values.items():
-        value = _whole(value)
+        value = places[name].in_order(_whole(value))
         if not first:
             continue
         if value.shape != shapes[name]:
@@ -129,6 +129,11 @@ class _Place:
         if value.is_meta:
             raise ValueError(f"{self.name} is on the meta device and has no values to save")
         return value
+
+    def in_order(self, whole: Tensor) -> Tensor:
+        """The whole weight, whose rows tensor parallelism may have in an order of its own."""
+        order = getattr(self.owner, "one_process_order", None)
+        return whole if order is None else order(whole)
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:

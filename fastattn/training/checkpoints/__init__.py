@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn.training.checkpoints.folder import Checkpoints, save_model
+from fastattn.training.checkpoints.folder import Checkpoints
+from fastattn.training.checkpoints.model import save_model
 
 __all__ = ["Checkpoints", "save_model"]

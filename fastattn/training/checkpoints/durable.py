@@ -9,23 +9,38 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastattn.files import read_json
+from fastattn.training.distributed.processes import Processes
 
+Entry = dict[str, int | str]  # the size and the SHA-256 of a file
 MANIFEST = "manifest.json"
 READ = 2**20  # bytes at a time
 
 
-def seal(folder: Path) -> None:
-    """Make all files of `folder` durable, then write the manifest of their sizes and hashes."""
-    files = _files(folder)
-    for file in files.values():
-        _sync(file)
-    with ThreadPoolExecutor() as pool:  # a hash lets other threads run
-        entries = dict(zip(files, pool.map(_entry, files.values())))
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    _sync(manifest)
-    for inner in {folder, *(file.parent for file in files.values())}:
-        _sync(inner)
+def seal(folder: Path, processes: Processes) -> None:
+    """Make all files of `folder` durable, then write the manifest of their sizes and hashes.
+
+    Several processes, all of which must call it, share the work; the first writes the manifest.
+    """
+    files = processes.gathered(_files(folder))[0]
+    own = list(files)[processes.rank :: processes.count]
+
+    def hashed() -> dict[str, Entry]:
+        for name in own:
+            _sync(files[name])
+        return _entries(folder, own)
+
+    def written() -> None:
+        if not processes.leads:
+            return
+        manifest = folder / MANIFEST
+        manifest.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        _sync(manifest)
+        for inner in {folder, *(file.parent for file in files.values())}:
+            _sync(inner)
+
+    parts = processes.gathered(processes.together(hashed))
+    entries = {name: entry for part in parts for name, entry in part.items()}
+    processes.together(written)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -34,23 +49,29 @@ def rename(source: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def damage(folder: Path) -> str | None:
-    """How `folder` differs from what was sealed, with the file's name; None if it does not."""
+def damage(folder: Path, processes: Processes) -> str | None:
+    """How `folder` differs from what was sealed, with the file's name; None if it does not.
+
+    All processes must call it: each looks at some of the files, and all have the answer.
+    """
+    found = processes.gathered(_damage(folder, processes.rank, processes.count))
+    return next((words for words in found if words is not None), None)
+
+
+def _damage(folder: Path, rank: int, count: int) -> str | None:
     try:
-        entries = read_json(folder / MANIFEST)
-        for name, entry in entries.items():
-            if ".." in Path(name).parts or not (folder / name).is_relative_to(folder):
+        sealed = read_json(folder / MANIFEST)
+        for name, entry in sealed.items():
+            if ".." in Path(name).parts or Path(name).is_absolute():
                 return f"{MANIFEST} names {name!r}, which is not in the folder"
             size = (folder / name).stat().st_size
             if not (folder / name).is_file():
                 return f"{name} is no file"
             if size != entry["size"]:
                 return f"{name} has {size} bytes and had {entry['size']}"
-        with ThreadPoolExecutor() as pool:
-            now = pool.map(_entry, (folder / name for name in entries))
-            for (name, entry), found in zip(entries.items(), now):
-                if found != entry:
-                    return f"{name} has other bytes than were written (SHA-256)"
+        for name, entry in _entries(folder, list(sealed)[rank::count]).items():
+            if entry != sealed[name]:
+                return f"{name} has other bytes than were written (SHA-256)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except OSError as error:
@@ -65,7 +86,12 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in files}
 
 
-def _entry(file: Path) -> dict[str, int | str]:
+def _entries(folder: Path, names: list[str]) -> dict[str, Entry]:
+    with ThreadPoolExecutor() as pool:  # a hash lets other threads run
+        return dict(zip(names, pool.map(_entry, (folder / name for name in names))))
+
+
+def _entry(file: Path) -> Entry:
     digest, size = hashlib.sha256(), 0
     with open(file, "rb") as opened:
         while piece := opened.read(READ):

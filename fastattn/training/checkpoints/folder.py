@@ -5,26 +5,30 @@
         step-000000/              before the first step: whatever hinders a save is found there
         step-001500/
             model/                for use: a folder of the weights that are evaluated
-            weights.safetensors   to go on: the trained parameters and the buffers
-            state.safetensors     the optimisers' tensors, the averaged weights
+            *.safetensors         to go on: trained parameters and buffers, the optimisers' tensors,
+                                  the averaged weights; a file for each process
             state.json            step, record, scalars, and the run's fingerprint
             manifest.json         size and SHA-256 of each file
 
 A checkpoint is written under another name, made durable file by file, the manifest last, and then
 renamed: a folder `step-*` is whole, or was damaged later, which its manifest shows. Their order is
 that of the numbers in their names; no clock is asked.
+
+The state is copied, and written by a thread while training goes on. Several processes write their
+parts of one checkpoint, which any other number of processes reads: all of them must see the folder.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import functools
 import json
 import os
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,37 +38,21 @@ from torch import Tensor
 
 from fastattn.files import local_path, read_json
 from fastattn.nn.checks import check_integer, check_number
-from fastattn.training.checkpoints import durable
+from fastattn.training.checkpoints import durable, tensors
+from fastattn.training.checkpoints.beside import Beside
+from fastattn.training.checkpoints.lock import Lock
+from fastattn.training.checkpoints.model import gathered, save_model
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.fingerprints import as_json, difference
 from fastattn.training.optional import require
+from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.state import TrainingState
 
+FORMAT = 2  # of the files in a checkpoint
+STATE = "state.json"
+LOST_SECONDS = 30.0  # that a save is waited for where the run has failed
 NAME = re.compile(r"step-(\d{6,})")
 UNFINISHED = ".unfinished-"  # being written, or being removed
-
-
-def save_model(model: torch.nn.Module, folder: Path) -> None:
-    """Write `model` by its own `save_pretrained`, or its `state_dict` as model.safetensors."""
-    own: Any = getattr(model, "save_pretrained", None)
-    if own is not None:
-        own(folder)
-        return
-    weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and id(value) not in seen:  # a shared one once
-            seen.add(id(value))
-            weights[name] = value
-    folder.mkdir()
-    save_tensors(weights, folder / "model.safetensors")
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors of any device and strides."""
-    safetensors = require("safetensors.torch", "train", "a checkpoint")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.save_file(plain, path)
 
 
 class Checkpoints:
@@ -84,7 +72,10 @@ class Checkpoints:
         keep: how many of the last ones to keep, at least 1.
         save_model: writes `model/`, called with the model and a path that is not there.
         fingerprint: of whatever else makes the run, as its tokenizer and its data: JSON.
-        processes: of a run on several; rank 0 has the lock.
+        asynchronous: whether training goes on while a checkpoint is written, from a copy of the
+            state in the memory of the CPU. One at a time: the next waits for the last, and raises
+            its error.
+        processes: of a run on several, all of which call the same methods; the first has the lock.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -99,6 +90,7 @@ class Checkpoints:
         keep: int = 2,
         save_model: Callable[[torch.nn.Module, Path], None] = save_model,
         fingerprint: Mapping[str, Any] | None = None,
+        asynchronous: bool = True,
         processes: Processes | None = None,
     ) -> None:
         self.folder = local_path("folder", folder)
@@ -110,38 +102,26 @@ class Checkpoints:
         self.every_minutes = every_minutes
         self.keep = check_integer("keep", keep, at_least=1)
         self.fingerprint = dict(fingerprint or {})
+        self.asynchronous = asynchronous
         self.processes = processes or Processes("auto")
+        self._writers = self.processes  # in the thread that writes
         self._save_model = save_model
-        self._lock: int | None = None
+        self._lock = Lock(self.folder, self.processes)
         self._entered = 0
         self._saved_at = time.monotonic()
-        self._last: int | None = None
+        self._last: int | None = None  # that is on the disk
+        self._newest: int | None = None  # that is, or is being written
+        self._beside = Beside()
 
     def __enter__(self) -> Checkpoints:
-        """Lock the folder.
+        """Lock the folder, by the first process.
 
         Raises:
             RuntimeError: another run has it.
             OSError: it cannot be made or written to.
         """
-        if self._entered == 0 and self.processes.leads:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            except OSError as error:
-                raise OSError(
-                    f"checkpoints cannot be written to {self.folder} ({error.strerror}): give a "
-                    "folder that can be made and written to"
-                ) from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                raise RuntimeError(
-                    f"another run is training in {self.folder}: wait for it or stop it, or give "
-                    "this one a folder of its own"
-                ) from None
-            self._lock = lock
+        if self._entered == 0:
+            self._lock.acquire()
         self._entered += 1
         return self
 
@@ -152,9 +132,11 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         self._entered -= 1
-        if self._entered == 0 and self._lock is not None:
-            os.close(self._lock)  # which unlocks it, as the end of the process does
-            self._lock = None
+        if self._entered == 0:
+            # Another process may be lost, for which the one being written would wait.
+            hurry = error is not None and self.processes.count > 1
+            self._beside.join(LOST_SECONDS if hurry else None)
+            self._lock.release()
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""
@@ -169,100 +151,192 @@ class Checkpoints:
 
     @property
     def last(self) -> Path | None:
-        """The checkpoint that this run wrote last or went on from; None before."""
-        return None if self._last is None else self.path(self._last)
+        """The checkpoint that this run wrote last or went on from; None before.
+
+        One that is being written is waited for.
+        """
+        self._beside.join()
+        return self._last_whole()
 
     def has(self, step: int) -> bool:
-        """Whether this run has a checkpoint after `step` steps, the last one that it has."""
-        return self._last == step
+        """Whether the checkpoint after `step` steps is the newest that this run has or writes."""
+        return self._newest == step
 
     def due(self, step: int) -> bool:
-        """Whether an interval has passed."""
+        """Whether an interval has passed, or the last save has failed, which `save` says."""
         by_steps = self.every_steps is not None and step % self.every_steps == 0
         minutes = (time.monotonic() - self._saved_at) / 60
-        return by_steps or (self.every_minutes is not None and minutes >= self.every_minutes)
+        by_minutes = self.every_minutes is not None and minutes >= self.every_minutes
+        return by_steps or by_minutes or self._beside.failed
 
-    def restore(self, state: TrainingState, fingerprint: Mapping[str, Any]) -> bool:
-        """Go on from the last good checkpoint; False if there is none.
+    def wait(self) -> None:
+        """Wait until what is being written is on the disk.
+
+        Raises:
+            OSError: it could not be written. Those that are there stay, and are named.
+        """
+        self._beside.wait()
+
+    def restore(
+        self, state: TrainingState, fingerprint: Mapping[str, Any], config: TrainingConfig
+    ) -> bool:
+        """Go on from the last good checkpoint; False if there is none. All processes must call it.
+
+        Of the fingerprint, only the number of steps may differ, if `config` extends the run.
 
         Whatever a killed save left is removed. A damaged checkpoint is passed over with a warning,
         and renamed.
 
         Raises:
-            ValueError: the last good one is of another run, and the message names the key; or its
-                files are whole and no checkpoint's.
+            ValueError: the last good one is of another run or version; the message names the key.
+            RuntimeError: the processes do not see the same folder.
         """
-        for left in self.folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left)
+        processes = self.processes
+        self._beside.join()  # of a run before, in the same context
+        self._beside = Beside()
+        self._lock.check_shared()
+        if processes.count > 1:
+            self._writers = Processes("cpu")
+        processes.together(self._remove_unfinished)
         self._saved_at = time.monotonic()
-        for step in reversed(self.steps()):
+        for step in reversed(processes.gathered(self.steps())[0]):
             path = self.path(step)
-            if (damage := durable.damage(path)) is not None:
-                aside = self.folder / f"damaged-{path.name}"
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                warnings.warn(
-                    f"passing over the checkpoint {path}: {damage}. It is {aside.name} now",
-                    stacklevel=2,
-                )
-                continue
-            unread = require("safetensors", "train", "a checkpoint").SafetensorError
-            load_file = require("safetensors.torch", "train", "a checkpoint").load_file
-            try:
-                content = read_json(path / "state.json", finite=False)
-                differs = difference(content["fingerprint"], as_json(fingerprint))
-                weights = load_file(path / "weights.safetensors")
-                tensors = load_file(path / "state.safetensors")
-            except (KeyError, TypeError, OSError, unread) as error:
-                raise ValueError(f"{path} is no checkpoint: {error!r}") from error
-            if differs is not None:
-                raise ValueError(
-                    f"{self.folder} has checkpoints of another run: {differs}. Set it back to go "
-                    "on, or give this run a folder of its own"
-                )
-            try:
-                state.load(weights, tensors, content)
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise ValueError(f"{path} is no checkpoint of this model: {error!r}") from error
-            self._last = step
-            return True
+            damage = durable.damage(path, processes)
+            if damage is None:
+                self._load(path, state, fingerprint, config)
+                self._last = self._newest = step
+                return True
+            processes.together(functools.partial(self._pass_over, path, damage))
         return False
 
     def save(self, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
         """Write a checkpoint of `state`, then remove those that are no longer kept.
 
+        The first one of a run is on the disk when this returns, and each where not `asynchronous`;
+        others are being written. All processes must call it.
+
         Raises:
-            OSError: it could not be written. Those that are there stay, and are named.
+            OSError: it, or the one before, could not be written. Those that are there stay, and are
+                named.
         """
+        self.wait()
+        processes, step = self.processes, state.step
+        beside = self.folder / f"{UNFINISHED}{self.path(step).name}"
+        content = {**state.scalars(), "fingerprint": as_json(fingerprint), "format": FORMAT}
+        best = None if state.history.best is None else state.history.best.step
+
+        def model_written() -> None:
+            if processes.leads:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                self._save_model(state.model, beside / "model")
+
+        with self._writing(step, beside):
+            with state.evaluated(), gathered(state.model, keep=processes.leads):
+                processes.together(model_written)
+            values = state.tensors()
+            if self.asynchronous:
+                values = tensors.copied(values)
+
+        def rest_written() -> None:
+            with self._writing(step, beside):
+                tensors.write(values, beside, self._writers)
+                self._writers.together(lambda: self._finished(beside, content))
+                durable.seal(beside, self._writers)
+                self._writers.together(lambda: self._named(beside, step, best))
+            self._last = step
+
+        first, self._newest = self._last is None, step
+        self._saved_at = time.monotonic()
+        self._beside.start(rest_written)
+        if first or not self.asynchronous:
+            self.wait()
+
+    def _last_whole(self) -> Path | None:
+        return None if self._last is None else self.path(self._last)
+
+    def _remove_unfinished(self) -> None:
+        if self.processes.leads:
+            for left in self.folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(left)
+
+    def _pass_over(self, path: Path, damage: str) -> None:
+        if self.processes.leads:
+            aside = self.folder / f"damaged-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            warnings.warn(
+                f"passing over the checkpoint {path}: {damage}. It is {aside.name} now",
+                stacklevel=4,
+            )
+
+    def _load(
+        self,
+        path: Path,
+        state: TrainingState,
+        fingerprint: Mapping[str, Any],
+        config: TrainingConfig,
+    ) -> None:
+        """Take over what a good checkpoint has, if it is of this run."""
+
+        def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+            content = read_json(path / STATE, finite=False)
+            saved = content["fingerprint"]
+            if config.extends(saved["training"]["steps"], content["step"]):
+                saved["training"]["steps"] = config.steps
+            differs = difference(saved, as_json(fingerprint))
+            if differs is not None:
+                raise ValueError(
+                    f"{self.folder} has checkpoints of another run: {differs}. Set it back to go "
+                    "on, or give this run a folder of its own"
+                )
+            if content.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} was written by another version of fastattn: go on with that, or "
+                    f"start again in another folder, from the weights in {path / 'model'}"
+                )
+            return content, state.empty(tensors.described(path))
+
+        unread = require("safetensors", "train", "a checkpoint").SafetensorError
+        try:
+            content, values = self.processes.together(read)
+            tensors.read(path, values, self.processes)
+            state.load(values, content)
+        except (KeyError, TypeError, AttributeError, unread) as error:
+            raise ValueError(f"{path} is no checkpoint of this run: {error!r}") from error
+
+    @contextlib.contextmanager
+    def _writing(self, step: int, beside: Path) -> Iterator[None]:
+        """Of an error the message, and nothing left of the checkpoint."""
         # How safetensors says that a disk is full.
         unwritten = require("safetensors", "train", "a checkpoint").SafetensorError
-        target = self.path(state.step)
-        beside = self.folder / f"{UNFINISHED}{target.name}"
-        content = {**state.scalars(), "fingerprint": as_json(fingerprint)}
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            with state.evaluated():
-                self._save_model(state.model, beside / "model")
-            save_tensors(state.weights(), beside / "weights.safetensors")
-            save_tensors(state.tensors(), beside / "state.safetensors")
-            (beside / "state.json").write_text(json.dumps(content), encoding="utf-8")
-            durable.seal(beside)
-            durable.rename(beside, target)
-        except (OSError, unwritten) as error:
+            yield
+        except BaseException as error:
+            self._newest = self._last
+            if self.processes.leads:
+                shutil.rmtree(beside, ignore_errors=True)
+            if not isinstance(error, (OSError, unwritten)):
+                raise
             reason = getattr(error, "strerror", None) or error
             raise OSError(
-                f"the checkpoint of step {state.step} could not be written to {self.folder} "
-                f"({reason}); the last good one is {self.last or 'none'}. Make "
+                f"the checkpoint of step {step} could not be written to {self.folder} "
+                f"({reason}); the last good one is {self._last_whole() or 'none'}. Make "
                 "room there and start the run again: it goes on from the last good one"
             ) from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        self._last, self._saved_at = state.step, time.monotonic()
-        best = state.history.best
-        for step in self.steps()[: -self.keep]:
-            if best is None or step != best.step:
+
+    def _finished(self, beside: Path, content: dict[str, Any]) -> None:
+        if self.processes.leads:
+            (beside / STATE).write_text(json.dumps(content), encoding="utf-8")
+
+    def _named(self, beside: Path, step: int, best: int | None) -> None:
+        """Give a sealed checkpoint its name, and remove those that are no longer kept."""
+        if not self.processes.leads:
+            return
+        durable.rename(beside, self.path(step))
+        for old in self.steps()[: -self.keep]:
+            if old != best:
                 # Should the process die meanwhile, no part of it keeps its name.
-                doomed = self.folder / f"{UNFINISHED}{self.path(step).name}-removed"
-                self.path(step).rename(doomed)
+                doomed = self.folder / f"{UNFINISHED}{self.path(old).name}-removed"
+                self.path(old).rename(doomed)
                 shutil.rmtree(doomed)

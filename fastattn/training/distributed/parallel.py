@@ -26,8 +26,10 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from fastattn.training.contract import Batch
+from fastattn.training.distributed.context import part_of
 from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.distributed.processes import Processes, losses_named
+from fastattn.training.distributed.tensor import parallelize
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.precision import reduced_dtype
 
@@ -108,6 +110,8 @@ class Parallel:
             model.to(self.device)
             # A parameter without a gradient in a step is no error of a single process either.
             return DistributedDataParallel(model, find_unused_parameters=True)
+        if self.tensor > 1:
+            parallelize(model.to(self.device), self._weights_mesh["tensor"])
         if self._weights_mesh["replicate"].size() * self._weights_mesh["weights"].size() > 1:
             _shard(model, self._weights_mesh, self.device, config, self.config.offload)
         return model
@@ -121,8 +125,14 @@ class Parallel:
         return 0 if self.mesh is None else -(-len(numbers) // self.readers)
 
     def part(self, batch: Batch) -> Batch:
-        """This process's part of each of the batch's sequences."""
-        return batch
+        """This process's part of each of the batch's sequences.
+
+        Raises:
+            ValueError: as `context.part_of`.
+        """
+        if self.mesh is None or self.context == 1:
+            return batch
+        return part_of(batch, self.mesh.get_group("context"), self._place, self.context)
 
     def summed(self, *values: float) -> list[float]:
         """The sums over all processes that have different tokens; all must call it."""

@@ -37,17 +37,18 @@ class Processes:
     Attributes:
         rank, count: its number, and how many there are.
         device: the one that `joined` was asked for; of several GPUs this process's.
+        control: the group, of gloo, in which they agree; of this object. None for one process.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.rank, self.count = 0, 1
-        self._control: dist.ProcessGroup | None = None
+        self.control: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
             if self.count > 1:
                 # Of its own: a step's time is too short for what `lead_first` waits for.
-                self._control = dist.new_group(backend="gloo", timeout=timedelta(days=LEAD_DAYS))
+                self.control = dist.new_group(backend="gloo", timeout=timedelta(days=LEAD_DAYS))
 
     @property
     def leads(self) -> bool:
@@ -60,7 +61,7 @@ class Processes:
         if self.count > 1:
             values = [None] * self.count
             with losses_named():
-                dist.all_gather_object(values, value, group=self._control)
+                dist.all_gather_object(values, value, group=self.control)
         return values
 
     def together(self, work: Callable[[], T]) -> T:

@@ -48,8 +48,10 @@ from fastattn.training.tokenizer import Tokenizer
 
 SETTINGS, TOKENIZER, CHECKPOINTS = "run.toml", "tokenizer", "checkpoints"
 METRICS, BOARD, CURVE, MODEL = "metrics.jsonl", "tensorboard", "loss.png", "model"
-# The schedule follows from the number of steps, so that more of them are another run.
-_EXTENDED = ', whose [model] folder may be this one\'s "model": train that on'
+_EXTENDED = (
+    ', whose [model] folder may be this one\'s "model": train that on. More steps in one folder '
+    'need a schedule that is the same so far: "constant", or "wsd" before its decay'
+)
 OnProgress = Callable[[History], None]
 
 
@@ -108,6 +110,7 @@ def _opened(run: Run, processes: Processes, stack: contextlib.ExitStack) -> Chec
         every_steps=run.output.checkpoint_steps,
         every_minutes=run.output.checkpoint_minutes,
         keep=run.output.keep,
+        asynchronous=run.output.asynchronous,
         save_model=_saver(run, folder),
         processes=processes,
     )
@@ -238,17 +241,26 @@ def _settle(run: Run, folder: Path, checkpoints: Checkpoints) -> None:
     """Write the run's settings, unless the folder's checkpoints are of other ones."""
     file = folder / SETTINGS
     if file.is_file():
-        former = toml.read(file)
-        if (differs := _differs(former, run.tables())) is None:
+        former, done = toml.read(file), checkpoints.steps()
+        differs = _differs(former, run.tables())
+        if differs is None:
             return
-        if checkpoints.steps():
+        if done and not _only_extends(former, run, done[-1]):
             raise ValueError(
                 f"[output] folder {folder} has checkpoints of another run: {differs}. Set it back "
                 "to go on, or give this run a folder of its own"
                 f"{_EXTENDED if differs.startswith('training.steps ') else ''}"
             )
-        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+        if not done:
+            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     write_text(file, toml.written(run.tables()))
+
+
+def _only_extends(former: dict[str, Any], run: Run, done: int) -> bool:
+    """Whether the run is the former one with another number of steps, and may go on as that."""
+    steps = former["training"]["steps"]
+    same = {**former, "training": {**former["training"], "steps": run.training.steps}}
+    return _differs(same, run.tables()) is None and run.training.extends(steps, done)
 
 
 def _differs(former: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -122,6 +122,8 @@ class OutputSettings:
         checkpoint_minutes: minutes between two checkpoints; none for steps only. There is one in
             the beginning, at the end, and at each validation that is the best so far.
         keep: how many checkpoints to keep, beside the best.
+        asynchronous: whether training goes on while a checkpoint is written, from a copy of the
+            weights and the optimiser's state in the memory of the CPU.
         best: whether the folder "model" gets the weights with the lowest validation loss, or the
             last ones.
         tensorboard: whether metrics go to TensorBoard's files too, in the folder "tensorboard".
@@ -133,6 +135,7 @@ class OutputSettings:
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = 10.0
     keep: int = 2
+    asynchronous: bool = True
     best: bool = True
     tensorboard: bool = False
     samples: tuple[str, ...] = ()

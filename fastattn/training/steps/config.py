@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -106,6 +107,16 @@ class TrainingConfig:
         ):
             value = getattr(self, name)
             _check(name, value, value in known, f"one of {', '.join(map(repr, known))}")
+
+    def extends(self, steps: int, done: int) -> bool:
+        """Whether a run of so many `steps`, of which some are `done`, may go on by this config.
+
+        It may if the learning rates so far are the same: "constant", "wsd" before its decay, the
+        others in the warm-up. The last of them says so, since schedules only fall.
+        """
+        former = dataclasses.replace(self, steps=steps)
+        same = done == 0 or former.learning_rate_at(done) == self.learning_rate_at(done)
+        return same and done <= self.steps
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of optimiser step `step`, counted from 1 to `steps`."""

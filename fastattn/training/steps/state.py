@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ from fastattn.training.history import History
 from fastattn.training.steps.average import Average
 
 
+def as_it_is(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass
 class TrainingState:
     """All that a step changes. The generators are not in it: each step seeds them.
@@ -22,6 +26,9 @@ class TrainingState:
         average: of the weights; None without one.
         scaler: of the loss, for float16.
         history: the record, whose last step is the one that the run is at.
+        canonical: gives a tensor of the parameter of a name, and of its optimiser's state, with the
+            rows in one process' order; `localised` is the reverse. They matter where a model that
+            is divided among processes has another order.
     """
 
     model: torch.nn.Module
@@ -29,6 +36,8 @@ class TrainingState:
     average: Average | None
     scaler: torch.amp.GradScaler
     history: History
+    canonical: Callable[[str, Tensor], Tensor] = as_it_is
+    localised: Callable[[str, Tensor], Tensor] = as_it_is
 
     @property
     def step(self) -> int:
@@ -53,58 +62,80 @@ class TrainingState:
         return dict(found.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimisers' tensors, and the average's."""
-        tensors = {
-            f"optimizer.{number}.{parameter}.{name}": value
-            for number, parameter, name, value in self._optimizer_values()
+        """All tensors of a checkpoint: "weight.NAME", "average.NAME", "optimizer.NAME.VALUE".
+
+        The optimisers' go by the names of the parameters, so that they fit whichever process has
+        which parameter. Those of a sharded model are DTensors, with the rows in one process' order.
+        """
+        tensors = self._own() | {
+            f"optimizer.{name}.{key}": value
+            for name, key, value in self._optimizer_values()
             if isinstance(value, Tensor)
         }
-        if self.average is not None:
-            tensors |= {f"average.{name}": t for name, t in self.average.tensors.items()}
-        return tensors
+        return {name: self.canonical(_parts(name)[1], t) for name, t in tensors.items()}
 
     def scalars(self) -> dict[str, Any]:
         """The rest, as JSON."""
         return {
             "step": self.step,
             "optimizer": {
-                f"{number}.{parameter}.{name}": value
-                for number, parameter, name, value in self._optimizer_values()
+                f"{name}.{key}": value
+                for name, key, value in self._optimizer_values()
                 if not isinstance(value, Tensor)
             },
             "scaler": self.scaler.state_dict(),
             "history": self.history.as_dict(),
         }
 
-    @torch.no_grad()
-    def load(
-        self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], scalars: dict[str, Any]
-    ) -> None:
-        """Take over what `weights`, `tensors` and `scalars` gave for a state of the same run.
+    def empty(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+        """Where the tensors of a checkpoint go, for `load`: parts of them where parameters are.
+
+        Args:
+            saved: the sizes and dtypes in the checkpoint.
 
         Raises:
-            ValueError: a tensor is missing, or has another shape.
-            KeyError, TypeError, AttributeError: something else is not as `scalars` gave it.
+            KeyError: the checkpoint has a tensor of a name that the model does not have.
+            ValueError: it lacks one, or has one of another shape. An optimiser's step would read as
+                many values as the parameter has.
         """
-        for name, tensor in self.weights().items():
-            _take(tensor, name, weights)
-        values: dict[str, Any] = {
-            name.removeprefix("optimizer."): value
-            for name, value in tensors.items()
-            if name.startswith("optimizer.")
-        }
-        values |= scalars["optimizer"]
-        states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
-        for key, value in values.items():
-            number, parameter, name = key.split(".", 2)
-            states[int(number)].setdefault(int(parameter), {})[name] = value
-        for optimizer, state in zip(self.optimizers, states):
-            _check_shapes(optimizer, state)
+        own = self._own()
+        if missing := own.keys() - saved.keys():
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
+        empty: dict[str, Tensor] = {}
+        for name, (size, dtype) in saved.items():
+            like = own[name if name in own else f"weight.{_parts(name)[1]}"].detach()
+            if like.shape == size:
+                empty[name] = torch.empty_like(like, dtype=dtype)
+            elif name not in own and not size:  # a number of the optimiser's
+                empty[name] = torch.empty(size, dtype=dtype)
+            else:
+                shapes = f"{tuple(like.shape)}, got {tuple(size)}"
+                raise ValueError(f"{name} of the checkpoint must have the shape {shapes}")
+        return empty
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], scalars: dict[str, Any]) -> None:
+        """Take over what `tensors` and `scalars` gave for a state of the same run."""
+        for name, tensor in self._own().items():
+            tensor.copy_(self.localised(_parts(name)[1], tensors[name]))
+        states: dict[str, dict[str, Any]] = {}
+        for name, value in tensors.items():
+            kind, parameter, key = _parts(name)
+            if kind == "optimizer":
+                states.setdefault(parameter, {})[key] = self.localised(parameter, value)
+        for name, value in scalars["optimizer"].items():
+            parameter, _, key = name.rpartition(".")
+            states.setdefault(parameter, {})[key] = value
+        names = self._names()
+        for optimizer in self.optimizers:
             groups = optimizer.state_dict()["param_groups"]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                number: states[names[id(parameter)]]
+                for number, parameter in enumerate(parameters)
+                if names[id(parameter)] in states
+            }
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if self.average is not None:
-            for name, tensor in self.average.tensors.items():
-                _take(tensor, f"average.{name}", tensors)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(scalars["scaler"])
         loaded = History.from_dict(scalars["history"])
@@ -115,29 +146,29 @@ class TrainingState:
         """The model with the weights that are evaluated and saved: the average, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.installed()
 
-    def _optimizer_values(self) -> list[tuple[int, int, str, Any]]:
+    def _own(self) -> dict[str, Tensor]:
+        """The weights and their averages, by the names that they have in a checkpoint."""
+        own = {f"weight.{name}": tensor for name, tensor in self.weights().items()}
+        if self.average is not None:
+            own |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
+        return own
+
+    def _names(self) -> dict[int, str]:
+        return {id(tensor): name for name, tensor in self.weights().items()}
+
+    def _optimizer_values(self) -> list[tuple[str, str, Any]]:
+        """The parameter's name, the value's, the value."""
+        names = self._names()
         return [
-            (number, parameter, name, value)
-            for number, optimizer in enumerate(self.optimizers)
-            for parameter, values in optimizer.state_dict()["state"].items()
-            for name, value in values.items()
+            (names[id(parameter)], key, value)
+            for optimizer in self.optimizers
+            for parameter, values in optimizer.state.items()
+            for key, value in values.items()
         ]
 
 
-def _take(tensor: Tensor, name: str, given: Mapping[str, Tensor]) -> None:
-    """Copy; without the check a tensor of another shape would be broadcast."""
-    if given[name].shape != tensor.shape:
-        shapes = f"{tuple(tensor.shape)}, got {tuple(given[name].shape)}"
-        raise ValueError(f"{name} must have the shape {shapes}")
-    tensor.copy_(given[name])
-
-
-def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
-    """A fused step walks through all tensors of a parameter by the parameter's size."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, values in state.items():
-        if not 0 <= number < len(parameters):
-            raise ValueError(f"the optimizer has no parameter {number}")
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape not in (parameters[number].shape, ()):
-                raise ValueError(f"{name} of the optimizer has the shape {tuple(value.shape)}")
+def _parts(name: str) -> tuple[str, str, str]:
+    """What a tensor of a checkpoint is, the parameter's name, and an optimiser's for the value."""
+    kind, _, rest = name.partition(".")
+    parameter, _, key = rest.rpartition(".") if kind == "optimizer" else (rest, "", "")
+    return kind, parameter, key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -32,6 +33,7 @@ from training.small import (
 import fastattn
 from fastattn.training import Checkpoints, History, Windows, loop, train
 from fastattn.training.checkpoints import durable
+from fastattn.training.distributed.processes import Processes
 
 pytest.importorskip("safetensors")
 Whole = tuple[History, dict[str, torch.Tensor]]
@@ -170,8 +172,8 @@ def test_only_what_is_trained_is_saved_to_go_on(tmp_path: Path) -> None:
         subject.norm_f.weight.requires_grad_(True)
         how = {"on_progress": _stop_at(4)} if number else {}
         trained(subject, SHORT, checkpoints=Checkpoints(tmp_path / str(number)), **how)
-    saved = load_file(tmp_path / "1" / "step-000004" / "weights.safetensors")
-    assert set(saved) == {"norm_f.weight"}
+    saved = load_file(tmp_path / "1" / "step-000004" / "tensors.safetensors")
+    assert {name for name in saved if "optimizer" not in name} == {"weight.norm_f.weight"}
     again = model()
     again.requires_grad_(False)
     again.norm_f.weight.requires_grad_(True)
@@ -207,8 +209,8 @@ def test_lora_by_peft_goes_on_too(tmp_path: Path) -> None:
     ("damage", "told"),
     [
         (
-            lambda f: (f / "weights.safetensors").write_bytes(b"x"),
-            "weights.safetensors has 1 bytes",
+            lambda f: (f / "tensors.safetensors").write_bytes(b"x"),
+            "tensors.safetensors has 1 bytes",
         ),
         (lambda f: os.truncate(f / "state.json", 20), "state.json has 20 bytes"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
@@ -246,6 +248,28 @@ def test_checkpoints_of_another_run_are_refused(
     with pytest.raises(ValueError, match=f"has checkpoints of another run: {told}. Set it back"):
         _run(tmp_path, **{**how, **change})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("schedule", "stop"), [("constant", None), ("wsd", 5)])
+def test_more_steps_go_on_to_the_bits_of_a_longer_run(
+    schedule: str, stop: int | None, tmp_path: Path
+) -> None:
+    """A finished run, and one that was stopped before its rate fell."""
+    short, long = (
+        with_changes(steps=steps, schedule=schedule, evaluation_interval=2) for steps in (6, 8)
+    )
+    expected, subject = _run(tmp_path / "long", long)
+    _run(tmp_path / "short", short, on_progress=None if stop is None else _stop_at(stop))
+    history, again = _run(tmp_path / "short", long)
+    assert history == expected and same(weights(again), weights(subject))
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("cosine", 10), ("wsd", 10), ("constant", 7)])
+def test_steps_that_make_another_run_are_refused(schedule: str, steps: int, tmp_path: Path) -> None:
+    config = with_changes(steps=8, schedule=schedule, evaluation_interval=100)
+    _run(tmp_path, config)
+    with pytest.raises(ValueError, match=rf"training.steps is 8 there and {steps} here. Set it"):
+        _run(tmp_path, dataclasses.replace(config, steps=steps))
 
 
 def test_another_model_and_other_data_are_refused(tmp_path: Path) -> None:
@@ -303,7 +327,7 @@ def test_a_full_disk_loses_nothing(
         with pytest.raises(OSError, match=r"step 4 could not be written to .*No space.*000003\. M"):
             _run(tmp_path)
     assert not list(tmp_path.glob(".unfinished*"))
-    assert durable.damage(tmp_path / "step-000003") is None
+    assert durable.damage(tmp_path / "step-000003", Processes("cpu")) is None
     history, again = _run(tmp_path)
     assert history == whole[0] and same(weights(again), whole[1])
 

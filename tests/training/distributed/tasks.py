@@ -16,6 +16,7 @@ from fastattn.training.distributed.layout import DistributedConfig
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.distributed.share import Share
+from fastattn.training.distributed.tensor import canonical
 from fastattn.training.history import History
 from fastattn.training.steps.precision import loss_scaler
 from fastattn.training.steps.state import TrainingState
@@ -44,7 +45,11 @@ def gradients(
     share = Share.of(1, small.windows(config=config), config, layout)
     loss, _ = loop._gradients(state, called, small.OBJECTIVE, share, config, layout)
     found = {name: p.grad for name, p in subject.named_parameters()}
-    return loss, {name: whole(grad) for name, grad in found.items() if grad is not None}
+    return loss, {
+        name: whole(canonical(subject, name, grad))
+        for name, grad in found.items()
+        if grad is not None
+    }
 
 
 def trained(
@@ -54,7 +59,9 @@ def trained(
     subject = small.model(**how)
     history = small.trained(subject, small.with_changes(**changes), parallel=parallel(**numbers))
     steps = [(step.loss, step.gradient_norm, step.tokens) for step in history.steps]
-    weights = {name: whole(value) for name, value in subject.state_dict().items()}
+    weights = {
+        name: whole(canonical(subject, name, value)) for name, value in subject.state_dict().items()
+    }
     return weights, steps, [evaluation.loss for evaluation in history.evaluations]
 
 

@@ -38,6 +38,31 @@ def test_the_other_schedules_are_their_formulas() -> None:
 
 
 @pytest.mark.parametrize(
+    ("schedule", "steps", "done", "may"),
+    [
+        ("constant", 60, 60, True), ("constant", 200, 110, True), ("constant", 200, 111, False),
+        ("cosine", 60, 10, True), ("cosine", 60, 11, False), ("cosine", 200, 60, False),
+        ("cosine", 60, 0, True), ("cosine", 110, 110, True), ("linear", 60, 20, False),
+        ("wsd", 60, 50, True), ("wsd", 60, 56, False), ("wsd", 200, 99, True),
+        ("wsd", 200, 101, False), ("wsd", 60, 60, False),
+    ],
+)  # fmt: skip
+def test_more_steps_where_the_rates_so_far_are_the_same(
+    schedule: str, steps: int, done: int, may: bool
+) -> None:
+    """Of 110 steps, 10 of them warm-up; "wsd" falls in a tenth of the rest."""
+    config, former = (
+        TrainingConfig(steps=count, warmup_steps=10, schedule=schedule) for count in (110, steps)
+    )
+    assert config.extends(steps, done) is may
+    so_far = [
+        former.learning_rate_at(step) == config.learning_rate_at(step)
+        for step in range(1, done + 1)
+    ]
+    assert may == (all(so_far) and done <= 110)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("steps", 0, "steps must be at least 1, got 0"),
