@@ -9,7 +9,6 @@ import contextlib
 import gzip
 import json
 import os
-import random
 import shutil
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from training.small import CONFIG
 
 from fastattn import models
 from fastattn.training import History
@@ -31,12 +31,14 @@ from fastattn.training.checkpoints import Checkpoints, durable
 from fastattn.training.data import formats
 from fastattn.training.data.sources import find_files, read_records
 from fastattn.training.data.storage import Examples, checksums
+from fastattn.training.distributed.processes import Processes
 from fastattn.training.objectives.causal import Causal
 from fastattn.training.objectives.span_corruption import SpanCorruption
 from fastattn.training.runs import building, toml
 from fastattn.training.steps.state import TrainingState
 
 DOCUMENTED = (ValueError, FileNotFoundError)
+FINGERPRINT = {"run": 1, "training": {"steps": CONFIG.steps}}
 DRAWS = [15, pytest.param(1500, marks=pytest.mark.long)]
 
 
@@ -76,15 +78,16 @@ def state() -> TrainingState:
 def go_on(folder: Path) -> None:
     """Restore the checkpoint, and take a step with what it gave."""
     restored = state()
-    if Checkpoints(folder).restore(restored, {"run": 1}):
-        restored.optimizers[0].step()
+    with Checkpoints(folder) as checkpoints:
+        if checkpoints.restore(restored, FINGERPRINT, CONFIG):
+            restored.optimizers[0].step()
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(state(), {"run": 1})
+        checkpoints.save(state(), FINGERPRINT)
     go_on(folder)
     return folder / "step-000000"
 
@@ -92,7 +95,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def sealed(path: Path) -> None:
     """The manifest that a stranger writes to what he changed."""
     (path / durable.MANIFEST).unlink()
-    durable.seal(path)
+    durable.seal(path, Processes("auto"))
 
 
 @pytest.mark.parametrize("draws", DRAWS)
@@ -113,8 +116,8 @@ def test_json_of_a_checkpoint(checkpoint: Path, tmp_path: Path, name: str, draws
 
 
 @pytest.mark.parametrize("draws", DRAWS)
-@pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors"])
-def test_tensors_of_a_checkpoint(checkpoint: Path, tmp_path: Path, name: str, draws: int) -> None:
+def test_tensors_of_a_checkpoint(checkpoint: Path, tmp_path: Path, draws: int) -> None:
+    name = "tensors.safetensors"
     whole = (checkpoint / name).read_bytes()
 
     def check(content: bytes) -> None:
@@ -129,22 +132,22 @@ def test_tensors_of_a_checkpoint(checkpoint: Path, tmp_path: Path, name: str, dr
 
 
 @pytest.mark.parametrize(
-    ("file", "tensor", "message"),
+    ("tensor", "message"),
     [
-        ("weights", "weight", "weight must have the shape"),
-        ("state", "optimizer.0.0.exp_avg", "exp_avg of the optimizer has the shape"),
-        ("state", "optimizer.0.7.exp_avg", "no parameter 7"),
-        ("weights", None, "KeyError"),
+        ("weight.weight", "weight.weight of the checkpoint must have the shape"),
+        ("optimizer.weight.exp_avg", "exp_avg of the checkpoint must have the shape"),
+        ("optimizer.nothing.exp_avg", "KeyError"),
+        (None, "the checkpoint lacks weight.weight"),
     ],
 )
 def test_tensors_of_another_shape_never_reach_a_step(
-    checkpoint: Path, file: str, tensor: str | None, message: str
+    checkpoint: Path, tensor: str | None, message: str
 ) -> None:
     """A fused step reads as many values as the parameter has: one too few is another's memory."""
-    path = checkpoint / f"{file}.safetensors"
+    path = checkpoint / "tensors.safetensors"
     tensors = load_file(path)
     if tensor is None:
-        tensors.popitem()
+        del tensors["weight.weight"]
     else:
         tensors[tensor] = torch.zeros(1, 3)
     save_file(tensors, path)
@@ -159,7 +162,7 @@ def test_a_manifest_that_leaves_the_folder(checkpoint: Path, name: str) -> None:
     path = checkpoint / durable.MANIFEST
     entries = json.loads(path.read_text())
     path.write_text(json.dumps({**entries, name: {"size": 1, "sha256": "0"}}))
-    damage = durable.damage(checkpoint)
+    damage = durable.damage(checkpoint, Processes("auto"))
     assert damage is not None and "which is not in the folder" in damage
 
 
@@ -169,9 +172,8 @@ def test_a_manifest_that_names_a_pipe(checkpoint: Path) -> None:
     os.mkfifo(checkpoint / "state.json")
     entries["state.json"]["size"] = 0
     (checkpoint / durable.MANIFEST).write_text(json.dumps(entries))
-    assert bounded.run(durable.damage, checkpoint, memory=2**30, seconds=20) == (
-        "state.json is no file"
-    )
+    found = bounded.run(durable.damage, checkpoint, Processes("auto"), memory=2**30, seconds=20)
+    assert found == "state.json is no file"
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -364,10 +366,13 @@ def test_the_mutations_change_something() -> None:
     """Else nothing here is a test."""
     seen = set()
 
-    @settings(max_examples=50, database=None, derandomize=True)
+    @settings(
+        max_examples=50, derandomize=True, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
     @given(mutations.changed(RUN))
     def draw(content: bytes) -> None:
         seen.add(content)
 
     draw()
-    assert len(seen - {RUN}) > 25 and random.choice(list(seen)) is not None
+    assert len(seen - {RUN}) > 25
