@@ -7,6 +7,7 @@ text, all its pages and no request left.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import random
 import socket
@@ -30,6 +31,7 @@ serving = importlib.import_module("serving")
 
 from fastattn.cli.serve import guard  # noqa: E402  # needs the two packages
 from fastattn.cli.serve.app import Admission, make_app  # noqa: E402  # needs the two packages
+from fastattn.cli.serve.protocol import SAMPLING  # noqa: E402
 
 DRAWS = [40, pytest.param(3000, marks=pytest.mark.long)]
 REFUSALS = {400, 404, 405, 408, 411, 413, 429, 431}
@@ -102,9 +104,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture(autouse=True)
-def _as_before(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """After each test the server is as it was. It waits less for what does not come."""
-    monkeypatch.setattr(guard, "PATIENCE", 0.3)
+def _as_before(served: Served) -> Iterator[None]:
+    """After each test the server is as it was."""
     expected = served.text()
     yield
     assert served.text() == expected and served.is_idle()
@@ -135,6 +136,14 @@ def test_bodies(served: Served, path: str, whole: dict[str, Any], draws: int) ->
     draw()
 
 
+def test_every_number_of_every_parameter(served: Served) -> None:
+    """An engine's step that fails ends the requests of all: no number may make one fail."""
+    small = {"prompt": "fox", "max_tokens": 2, "temperature": 1.0, "seed": 1}
+    for name, value in itertools.product((*SAMPLING, "max_tokens", "n", "seed"), mutations.NUMBERS):
+        path, body = "completions", {**small, name: value}
+        check(path, *served.ask(path, mutations.text_of(body)))
+
+
 @pytest.mark.parametrize("draws", DRAWS)
 def test_bytes_of_bodies(served: Served, draws: int) -> None:
     @settings(
@@ -162,8 +171,9 @@ def _exchange(port: int, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("draws", DRAWS)
-def test_bytes_of_requests(served: Served, draws: int) -> None:
+def test_bytes_of_requests(served: Served, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads too: any is answered as HTTP, or the connection is closed."""
+    monkeypatch.setattr(guard, "PATIENCE", 0.3)
     body = json.dumps({"prompt": "fox", "max_tokens": 2}).encode()
     whole = (
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -182,6 +192,7 @@ def test_bytes_of_requests(served: Served, draws: int) -> None:
             assert version == b"HTTP/1.1" and int(status) in {200, *REFUSALS, 501}, answer[:500]
 
     draw()
+    monkeypatch.undo()
     assert _exchange(served.port, whole).startswith(b"HTTP/1.1 200")
 
 
@@ -198,8 +209,11 @@ def test_bytes_of_requests(served: Served, draws: int) -> None:
         b"X: a\0b\r\n",
     ],
 )
-def test_heads_that_two_servers_may_read_in_two_ways(served: Served, head: bytes) -> None:
+def test_heads_that_two_servers_may_read_in_two_ways(
+    served: Served, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second request hidden in the first one is never answered."""
+    monkeypatch.setattr(guard, "PATIENCE", 0.3)
     hidden = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     answer = _exchange(
         served.port,
@@ -218,8 +232,11 @@ def test_there_is_no_other_file(served: Served, path: str) -> None:
     assert status in (400, 404, 405) and "root:" not in text and "import" not in text
 
 
-def test_many_clients_with_bad_and_good_requests(served: Served) -> None:
+def test_many_clients_with_bad_and_good_requests(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A good one is answered while others send anything."""
+    monkeypatch.setattr(guard, "PATIENCE", 3.0)
     chance = random.Random(0)
     got: list[int] = []
 

@@ -22,6 +22,11 @@ SAMPLING: dict[str, tuple[type, ...]] = {
     **SHAPING, "repetition_penalty": (float,), "presence_penalty": (float,),
     "frequency_penalty": (float,),
 }  # fmt: skip
+# Beyond these a finite logit may become an infinite one, and the step of all requests fails.
+RANGES = {
+    "temperature": (0.01, 100), "repetition_penalty": (0.01, 100), "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}  # fmt: skip
 COMMON: dict[str, tuple[type, ...]] = {
     "model": (str,), "max_tokens": (int,), "n": (int,), "seed": (int,), "stop": (str, list),
     "stream": (bool,), "stream_options": (dict,), "user": (str,), **SAMPLING,
@@ -140,6 +145,9 @@ def _sampling(given: dict[str, Any]) -> Sampling:
     except (TypeError, ValueError) as error:
         named = next((name for name in fields if str(error).startswith(name)), None)
         raise RequestError(str(error), named) from error
+    for name, (least, most) in RANGES.items():
+        if fields.get(name) and not least <= fields[name] <= most:
+            _refuse(name, f"0, or from {least} to {most}", fields[name])
     if fields.get("temperature") != 0:
         return drawn
     return Sampling(**{name: value for name, value in fields.items() if name not in SHAPING})
