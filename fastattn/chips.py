@@ -6,6 +6,7 @@ Source: CUDA C++ Programming Guide, "Compute Capabilities".
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 REGISTERS = 65536  # of a multiprocessor, 32 bits each
 MOST_REGISTERS = 255  # of a thread
@@ -55,3 +56,30 @@ def peak_flops(name: str) -> float | None:
         if re.search(rf"\b{known}\b", name):
             return teraflops * 1e12
     return None
+
+
+class Device(NamedTuple):
+    """A GPU as a part of a cluster: bytes, and bytes a second in one direction.
+
+    Attributes:
+        memory: of the GPU.
+        inside: to the other GPUs of its machine, by NVLink and NVSwitch.
+        outside: of the GPU's own network card, to other machines.
+        machine: how many GPUs a machine has.
+    """
+
+    memory: float
+    inside: float
+    outside: float
+    machine: int
+
+
+# NVIDIA's data sheets of DGX A100 (80 GB), DGX H100, DGX H200 and DGX B200: memory of the system
+# by 8; NVLink's bandwidth halved, as they count both directions; network cards of 200 or 400 Gb/s,
+# one for each GPU.
+DEVICES = {
+    "A100": Device(80e9, 300e9, 25e9, 8),
+    "H100": Device(80e9, 450e9, 50e9, 8),
+    "H200": Device(141e9, 450e9, 50e9, 8),
+    "B200": Device(180e9, 900e9, 50e9, 8),
+}

@@ -18,6 +18,7 @@ from fastattn.cli import (
     doctor,
     evaluate,
     generate,
+    plan,
     serve,
     train,
     translate,
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
     for module in (
         train,
+        plan,
         evaluate,
         generate,
         chat,

@@ -139,7 +139,7 @@ class EncoderForMaskedLM(EncoderHead):
             if len(counted):  # without one the mean is NaN
                 hidden, labels = hidden[counted], labels[counted]
         hidden = self.transform(hidden)
-        if is_plain(self.decoder, torch.nn.Linear):
+        if is_plain(self.decoder, nn.Linear):
             weight, bias = self.decoder.weight, self.decoder.bias
             return HeadOutput(None, linear_cross_entropy(hidden, weight, labels, bias))
         return HeadOutput(None, cross_entropy(self.decoder(hidden), labels))

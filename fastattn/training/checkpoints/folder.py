@@ -29,6 +29,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,6 +51,7 @@ from fastattn.training.steps.state import TrainingState
 
 FORMAT = 2  # of the files in a checkpoint
 STATE = "state.json"
+SAVE_MINUTES = 30.0  # that one process may take longer than another to write or read its part
 LOST_SECONDS = 30.0  # that a save is waited for where the run has failed
 NAME = re.compile(r"step-(\d{6,})")
 UNFINISHED = ".unfinished-"  # being written, or being removed
@@ -104,7 +106,7 @@ class Checkpoints:
         self.fingerprint = dict(fingerprint or {})
         self.asynchronous = asynchronous
         self.processes = processes or Processes("auto")
-        self._writers = self.processes  # in the thread that writes
+        self._writers = self.processes  # who have a group for the thread that writes
         self._save_model = save_model
         self._lock = Lock(self.folder, self.processes)
         self._entered = 0
@@ -191,12 +193,12 @@ class Checkpoints:
             ValueError: the last good one is of another run or version; the message names the key.
             RuntimeError: the processes do not see the same folder.
         """
-        processes = self.processes
         self._beside.join()  # of a run before, in the same context
         self._beside = Beside()
         self._lock.check_shared()
-        if processes.count > 1:
-            self._writers = Processes("cpu")
+        if self.processes.count > 1:
+            self._writers = Processes("cpu", timedelta(minutes=SAVE_MINUTES))
+        processes = self._writers
         processes.together(self._remove_unfinished)
         self._saved_at = time.monotonic()
         for step in reversed(processes.gathered(self.steps())[0]):
@@ -220,7 +222,7 @@ class Checkpoints:
                 named.
         """
         self.wait()
-        processes, step = self.processes, state.step
+        processes, step = self._writers, state.step
         beside = self.folder / f"{UNFINISHED}{self.path(step).name}"
         content = {**state.scalars(), "fingerprint": as_json(fingerprint), "format": FORMAT}
         best = None if state.history.best is None else state.history.best.step
@@ -240,10 +242,10 @@ class Checkpoints:
 
         def rest_written() -> None:
             with self._writing(step, beside):
-                tensors.write(values, beside, self._writers)
-                self._writers.together(lambda: self._finished(beside, content))
-                durable.seal(beside, self._writers)
-                self._writers.together(lambda: self._named(beside, step, best))
+                tensors.write(values, beside, processes)
+                processes.together(lambda: self._finished(beside, content))
+                durable.seal(beside, processes)
+                processes.together(lambda: self._named(beside, step, best))
             self._last = step
 
         first, self._newest = self._last is None, step
@@ -299,8 +301,8 @@ class Checkpoints:
 
         unread = require("safetensors", "train", "a checkpoint").SafetensorError
         try:
-            content, values = self.processes.together(read)
-            tensors.read(path, values, self.processes)
+            content, values = self._writers.together(read)
+            tensors.read(path, values, self._writers)
             state.load(values, content)
         except (KeyError, TypeError, AttributeError, unread) as error:
             raise ValueError(f"{path} is no checkpoint of this run: {error!r}") from error

@@ -40,7 +40,8 @@ class Processes:
         control: the group, of gloo, in which they agree; of this object. None for one process.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, patience: timedelta = timedelta(days=LEAD_DAYS)) -> None:
+        """`patience` is how long the others may take before they count as lost."""
         self.device = device
         self.rank, self.count = 0, 1
         self.control: dist.ProcessGroup | None = None
@@ -48,7 +49,7 @@ class Processes:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
             if self.count > 1:
                 # Of its own: a step's time is too short for what `lead_first` waits for.
-                self.control = dist.new_group(backend="gloo", timeout=timedelta(days=LEAD_DAYS))
+                self.control = dist.new_group(backend="gloo", timeout=patience)
 
     @property
     def leads(self) -> bool:
