@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+LARGEST_TEXT = 2**28  # bytes of a config, an index or a tokenizer; the largest known have 2**25
+DEEPEST = 64  # objects and lists in one another
 
 
 def local_path(name: str, path: str | os.PathLike[str]) -> Path:
@@ -23,6 +29,82 @@ def local_path(name: str, path: str | os.PathLike[str]) -> Path:
     if not text:
         raise ValueError(f'{name} is an empty path: give "." for the current folder')
     return Path(os.path.expanduser(text))
+
+
+def read_whole(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    """The bytes of a regular file. Links are followed, as the Hugging Face cache is made of them.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is a pipe or a device, which may never end, or has more than `most` bytes.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer does not block
+    with open(opened, "rb") as file:
+        status = os.fstat(opened)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: must be a regular file")
+        if status.st_size > most:
+            raise ValueError(f"{path}: has {status.st_size} bytes, at most {most} are read")
+        return file.read(status.st_size)
+
+
+def read_json(path: Path, *, finite: bool = True) -> Any:
+    """What the JSON in a regular file says; errors of `read_whole` and `parsed_json` name it."""
+    content = read_whole(path)
+    try:
+        return parsed_json(content, finite=finite)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def parsed_json(content: bytes, *, finite: bool = True) -> Any:
+    """What a text in JSON and UTF-8 says, with or without a byte-order mark.
+
+    Refused is what two readers may understand in two ways, and what breaks the code that walks
+    through it: a key that is there twice, half of a surrogate pair, more than `DEEPEST`
+    objects and lists in one another, and NaN and infinities unless `finite` is False.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+        found = json.loads(
+            text, object_pairs_hook=_once, parse_constant=_not_finite if finite else None
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    check_depth(found)
+    return found
+
+
+def check_depth(value: Any) -> None:
+    """Raise ValueError for more than `DEEPEST` dicts and lists in one another."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (dict, list))
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it has more than {DEEPEST} objects and lists in one another")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} is there twice")
+    return found
+
+
+def _not_finite(constant: str) -> Any:
+    raise ValueError(f"it has {constant}, which is no number of JSON")
 
 
 @contextlib.contextmanager

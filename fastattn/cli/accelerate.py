@@ -81,16 +81,16 @@ def _place(model: str) -> str:
 
 def _load(transformers: Any, source: dict[str, str], dtype: torch.dtype) -> Any:
     """The model, of the class that its config names."""
-    config = transformers.AutoConfig.from_pretrained(**source)
+    config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
     (name, *_) = config.architectures or ["AutoModel"]
     cls = getattr(transformers, name, transformers.AutoModel)
-    return cls.from_pretrained(**source, dtype=dtype)
+    return cls.from_pretrained(**source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
 
 
 def _tokens(
     transformers: Any, source: dict[str, str], text: str, batch: int
 ) -> dict[str, torch.Tensor]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     return dict(tokenizer([text] * batch, return_tensors="pt"))
 
 

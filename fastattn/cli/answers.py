@@ -68,7 +68,7 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
     model = models.load(path, dtype=dtype, device=arguments.device, **gguf)
     if not isinstance(model, models.GPT):
         raise ValueError(f"{purpose} takes decoders, and {path} has a {type(model).__name__}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **gguf)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **gguf)
     # A vocabulary that is larger than the tokenizer's is common: it is rounded up.
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= model.config.vocab_size:

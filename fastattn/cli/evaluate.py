@@ -154,7 +154,7 @@ def _of_ours(folder: Path, arguments: argparse.Namespace) -> tuple[Any, type[Obj
 
 def _of_transformers(folder: Path, arguments: argparse.Namespace) -> tuple[Any, type[Objective]]:
     transformers = require("transformers", "hf", "--library transformers")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     name = (config.architectures or ["no class"])[0]
     ends = [end for end in ARCHITECTURES if name.endswith(end)]
     if not ends:
@@ -164,7 +164,12 @@ def _of_transformers(folder: Path, arguments: argparse.Namespace) -> tuple[Any, 
         )
     cls = ARCHITECTURES[ends[0]]
     auto = getattr(transformers, cls.auto_class)
-    model = auto.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
+    model = auto.from_pretrained(
+        folder,
+        dtype=getattr(torch, arguments.dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     fastattn.accelerate(model.to(arguments.device).eval())
     return model, cls
 

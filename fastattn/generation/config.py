@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from fastattn.files import read_json
 from fastattn.generation.sampling import SHAPING, Processor, Sampling
 from fastattn.nn.checks import check_integer, check_number
 
@@ -147,13 +148,11 @@ class GenerationConfig:
         """
         file = Path(path) / FILE
         try:
-            data = json.loads(file.read_bytes())
+            data = read_json(file)
         except FileNotFoundError:
             if not Path(path).is_dir():
                 raise FileNotFoundError(errno.ENOENT, "path must be a folder", str(path)) from None
             return cls()
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
         if not isinstance(data, dict):
             raise ValueError(f"{file}: must hold a JSON object, got a {type(data).__name__}")
         beyond = tuple(

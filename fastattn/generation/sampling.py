@@ -82,9 +82,11 @@ class Sampling:
                     f"{name} must be positive and finite, got {getattr(self, name)}"
                     + ("; for greedy decoding leave do_sample False" if value == 0 else "")
                 )
+            settle(name, value)
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(check_number(name, getattr(self, name))):
+            if not math.isfinite(value := check_number(name, getattr(self, name))):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+            settle(name, value)  # torch subtracts no integer beyond 64 bits
         for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
             check_integer(name, getattr(self, name), at_least=0)
         if self.top_k is not None and check_integer("top_k", self.top_k, otherwise=" or None") < 0:

@@ -85,7 +85,7 @@ class FastattnLM(TemplateLM):
         if tokenizer is None:
             raise ValueError("tokenizer must be given with a model: a folder, or a tokenizer")
         if isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self.model, self.tokenizer = model, tokenizer
         if not str(batch_size).isdecimal():
             raise ValueError(f"batch_size must be a number of requests, got {batch_size!r}")

@@ -19,10 +19,13 @@ def check_integer(name: str, value: Any, at_least: int | None = None, otherwise:
 
 
 def check_number(name: str, value: Any) -> float:
-    """``value`` as a float; TypeError if it is no real number."""
+    """``value`` as a float; TypeError if it is no real number, ValueError if no float holds it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large: {error}") from error
 
 
 def check_probability(name: str, p: Any) -> float:

@@ -22,6 +22,11 @@ SCALINGS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 
+SCALARS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+)  # fmt: skip
+
 # Those that have a number for each frequency.
 PAIRWISE = ("short_factor", "long_factor")
 
@@ -75,6 +80,8 @@ class RotaryEmbedding(torch.nn.Module):
         self.rotary_dim = rotary_dim
         self.theta = theta
         self.scaling = check_scaling(scaling)
+        if theta == 1 and self.scaling.get("rope_type") == "yarn":
+            raise ValueError("theta must not be 1 with yarn, which divides by its logarithm")
         for name in filter(self.scaling.__contains__, PAIRWISE):
             if (count := len(self.scaling[name])) != rotary_dim // 2:
                 raise ValueError(
@@ -153,8 +160,9 @@ def check_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
     if kind == "longrope":  # whose scale of cos and sin divides by the logarithm
         first = "original_max_position_embeddings"
         check_integer(f"{first} of the scaling", scaling[first], at_least=2)
-    for name, value in scaling.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+    for name in filter(scaling.__contains__, SCALARS):
+        value = scaling[name]
+        if value is not None and not 0 < check_number(f"{name} of the scaling", value) < math.inf:
             raise ValueError(f"{name} of the scaling must be positive, got {value}")
     return {
         name: _check_factors(name, value) if name in PAIRWISE else value

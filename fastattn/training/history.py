@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastattn.files import local_path, write_text, written_beside
+from fastattn.files import local_path, read_json, write_text, written_beside
 from fastattn.training.optional import require
 
 
@@ -127,8 +127,13 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(local_path("path", path).read_text(encoding="utf-8")))
+        """Read what `save` wrote; ValueError, naming the file, for anything else."""
+        file = local_path("path", path)
+        content = read_json(file, finite=False)
+        try:
+            return cls.from_dict(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file}: no record of a run ({error!r})") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the training and validation loss over the steps, as a PNG.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from fastattn.files import local_path, write_text, written_beside
+from fastattn.files import local_path, read_json, read_whole, write_text, written_beside
 from fastattn.training.optional import require
 
 END_OF_TEXT = "<|endoftext|>"
@@ -160,7 +160,7 @@ class Tokenizer:
         template = settings.get("chat_template")
         template_file = place / "chat_template.jinja"
         if template_file.is_file():
-            template = template_file.read_text(encoding="utf-8")
+            template = read_whole(template_file).decode()
         try:
             return cls(
                 tokenizers.Tokenizer.from_file(str(path)),
@@ -317,10 +317,7 @@ def _settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold an object, got {type(settings).__name__}")
     return settings

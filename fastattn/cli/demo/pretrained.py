@@ -52,7 +52,11 @@ def _load(device: torch.device) -> tuple[Any, Any]:
     """The model in float32 and its tokenizer."""
     transformers = require("transformers", "hf", "the demo")
     path = gguf_file()
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": path.parent,
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

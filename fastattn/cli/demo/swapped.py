@@ -35,7 +35,9 @@ def show(
         RuntimeError: a module fails its proof.
     """
     transformers = require("transformers", "hf", "the demo")
-    original = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    original = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False
+    )
     original = original.to(device).eval()
     original.generation_config.eos_token_id = None  # all run to the same length
     model, swapped = accelerated(original)

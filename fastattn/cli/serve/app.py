@@ -3,60 +3,102 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fastattn.cli.answers import TextStream
+from fastattn.cli.serve import guard
 from fastattn.cli.serve.protocol import RequestError, Responses, Task, read
+from fastattn.files import parsed_json
 from fastattn.generation import Background, Request
 
 Receive = Callable[[], Coroutine[Any, Any, Any]]
 
-LARGEST_BODY = 16 * 2**20  # bytes
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-)
+LARGEST_BODY = 2**20  # bytes; a prompt of 128k tokens has fewer
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 class Gone(Exception):
     """The client went away."""
 
 
-def make_app(engine: Background, tokenizer: Any, name: str, hosts: list[str]) -> Starlette:
+@dataclasses.dataclass
+class Admission:
+    """How much is taken on at once.
+
+    Attributes:
+        most: choices of all clients together that run or wait; what is beyond them is refused.
+        new_tokens: the most of one choice; None: as many as there is room for.
+        now: choices that run or wait.
+    """
+
+    most: int = 256
+    new_tokens: int | None = None
+    now: int = 0
+
+    def check(self, task: Task) -> None:
+        """Raises RequestError if the task is too much, or too much now."""
+        if self.now + task.n * len(task.prompts) > self.most:
+            raise RequestError.too_many(f"{self.now} choices run or wait already", 1)
+        asked, most = task.max_tokens, self.new_tokens
+        if asked is not None and most is not None and asked > most:
+            raise RequestError(f"max_tokens may be at most {most} here; got {asked}", "max_tokens")
+
+
+def make_app(
+    engine: Background,
+    tokenizer: Any,
+    name: str,
+    hosts: Sequence[str] | None,
+    *,
+    key: str | None = None,
+    rate: int | None = None,
+    admission: Admission | None = None,
+) -> Starlette:
     """
     Args:
         engine: runs.
         tokenizer: transformers'.
         name: of the model.
-        hosts: the names that this server may be called by; "*" is any. (So that a page of another
-            site cannot reach it by a name that it lets point here.)
+        hosts, key, rate: see `guard.Guard`.
+        admission: None: with its defaults.
     """
     page = (resources.files("fastattn.cli.serve") / "chat.html").read_text(encoding="utf-8")
     model = {"id": name, "object": "model", "created": 0, "owned_by": "fastattn"}
+    tokenizing = asyncio.Lock()
+    admitted = admission or Admission()
 
     async def chat_page(_: HttpRequest) -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(page, headers=PAGE_HEADERS)
 
     async def models(_: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def complete(http: HttpRequest) -> Response:
         body = await _json(http)
-        task = read(body, tokenizer, chat=http.url.path.startswith("/v1/chat"))
+        chat = http.url.path.startswith("/v1/chat")
+        async with tokenizing:  # a long text takes a while, in which others are answered
+            task = await asyncio.to_thread(read, body, tokenizer, chat)
         if body.get("model") not in (None, name):
             message = f"there is no model {body['model']!r}; this server has {name!r}"
             raise RequestError(message, "model", 404, "model_not_found")
-        running, responses = Running(engine, task, tokenizer), Responses(task, name)
+        running, responses = Running(engine, task, tokenizer, admitted), Responses(task, name)
         if task.stream:
             return EventStream(running, _events(running, responses, task.usage))
         try:
@@ -73,7 +115,7 @@ def make_app(engine: Background, tokenizer: Any, name: str, hosts: list[str]) ->
             Route("/v1/completions", complete, methods=["POST"]),
             Route("/v1/chat/completions", complete, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=[Middleware(guard.Guard, hosts=hosts, key=key, rate=rate)],
         exception_handlers={RequestError: _refused, HTTPException: _refused, Exception: _refused},
     )
 
@@ -83,7 +125,7 @@ async def _refused(_: HttpRequest, error: Exception) -> Response:
         error = RequestError(error.detail, status=error.status_code)
     elif not isinstance(error, RequestError):
         error = RequestError(f"{type(error).__name__}: {error}", status=500)
-    return JSONResponse(error.body, error.status)
+    return guard.error_response(error)
 
 
 async def _json(http: HttpRequest) -> Any:
@@ -91,23 +133,33 @@ async def _json(http: HttpRequest) -> Any:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError("the body must be JSON, with the header Content-Type: application/json")
+    try:
+        return parsed_json(await asyncio.wait_for(_body(http), guard.PATIENCE))
+    except asyncio.TimeoutError as error:
+        message = f"the body did not come within {guard.PATIENCE:g} s"
+        raise RequestError(message, status=408) from error
+    except ValueError as error:
+        raise RequestError(f"the body is no JSON: {error}") from error
+
+
+async def _body(http: HttpRequest) -> bytes:
     body = bytearray()
     async for chunk in http.stream():
         body += chunk
         if len(body) > LARGEST_BODY:
             raise RequestError(f"the body has more than {LARGEST_BODY} bytes", status=413)
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}") from error
+    return bytes(body)
 
 
 class Running:
     """A task's requests to the engine, one a choice, and their text as it comes."""
 
-    def __init__(self, engine: Background, task: Task, tokenizer: Any) -> None:
+    def __init__(
+        self, engine: Background, task: Task, tokenizer: Any, admission: Admission
+    ) -> None:
         """Raises RequestError if one of them does not fit; then none runs."""
-        self._engine = engine
+        admission.check(task)
+        self._engine, self._admission = engine, admission
         self._events: asyncio.Queue[tuple[int, int | None]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self.requests: list[Request] = []
@@ -125,10 +177,15 @@ class Running:
 
     def _submit(self, task: Task, prompt: list[int], index: int) -> Request:
         def tell(token: int | None) -> None:  # in the engine's thread
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, token))
+            self._loop.call_soon_threadsafe(heard, token)
 
-        room = max(self._engine.engine.longest - len(prompt), 1)
-        return self._engine.submit(
+        def heard(token: int | None) -> None:
+            self._events.put_nowait((index, token))
+            self._admission.now -= token is None
+
+        longest = self._engine.engine.longest - len(prompt)
+        room = max(min(longest, self._admission.new_tokens or longest), 1)
+        request = self._engine.submit(
             prompt,
             max_new_tokens=room if task.max_tokens is None else task.max_tokens,
             sampling=task.sampling,
@@ -136,6 +193,8 @@ class Running:
             on_token=tell,
             on_finish=lambda _: tell(None),
         )
+        self._admission.now += 1
+        return request
 
     async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
         """(choice, its next text, None or why it ended: "stop" or "length") until all have ended.

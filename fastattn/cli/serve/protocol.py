@@ -22,6 +22,11 @@ SAMPLING: dict[str, tuple[type, ...]] = {
     **SHAPING, "repetition_penalty": (float,), "presence_penalty": (float,),
     "frequency_penalty": (float,),
 }  # fmt: skip
+# Beyond these a finite logit may become an infinite one, and the step of all requests fails.
+RANGES = {
+    "temperature": (0.01, 100), "repetition_penalty": (0.01, 100), "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}  # fmt: skip
 COMMON: dict[str, tuple[type, ...]] = {
     "model": (str,), "max_tokens": (int,), "n": (int,), "seed": (int,), "stop": (str, list),
     "stream": (bool,), "stream_options": (dict,), "user": (str,), **SAMPLING,
@@ -38,12 +43,24 @@ class RequestError(Exception):
     """What is wrong with a request, as a response of ``status``."""
 
     def __init__(
-        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @classmethod
+    def too_many(cls, message: str, seconds: int) -> RequestError:
+        """429, and after how many seconds to try again."""
+        headers = {"Retry-After": str(seconds)}
+        text = f"{message}: try again in {seconds} s"
+        return cls(text, status=429, code="rate_limit_exceeded", headers=headers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +110,15 @@ def read(body: Any, tokenizer: Any, chat: bool) -> Task:
     if not -(2**63) <= given.get("seed", 0) < 2**63:
         _refuse("seed", "a 64-bit integer", given["seed"])
     sampling = _sampling(given)
+    prompts = [] if chat else _prompts(given["prompt"])
+    if len(prompts) * n > MOST_CHOICES:
+        message = f"prompt has {len(prompts)} prompts: with n = {n} that is more than"
+        raise RequestError(f"{message} {MOST_CHOICES} choices", "prompt")
     return Task(
         chat=chat,
-        prompts=[_chat(given["messages"], tokenizer)] if chat else _ids(given["prompt"], tokenizer),
+        prompts=[_chat(given["messages"], tokenizer)]
+        if chat
+        else [tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in prompts],
         max_tokens=given.get(
             "max_completion_tokens", given.get("max_tokens", None if chat else MAX_TOKENS)
         ),
@@ -122,18 +145,21 @@ def _sampling(given: dict[str, Any]) -> Sampling:
     except (TypeError, ValueError) as error:
         named = next((name for name in fields if str(error).startswith(name)), None)
         raise RequestError(str(error), named) from error
+    for name, (least, most) in RANGES.items():
+        if fields.get(name) and not least <= fields[name] <= most:
+            _refuse(name, f"0, or from {least} to {most}", fields[name])
     if fields.get("temperature") != 0:
         return drawn
     return Sampling(**{name: value for name, value in fields.items() if name not in SHAPING})
 
 
-def _ids(prompt: Any, tokenizer: Any) -> list[list[int]]:
-    """Of a text or token ids, or of a list of these."""
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts in a text or token ids, or in a list of these."""
     if isinstance(prompt, str) or type(prompt[0]) is int:
         prompt = [prompt]
     if not all(isinstance(one, (str, list)) for one in prompt):
         _refuse("prompt", "a text, token ids, or a list of these", prompt)
-    return [tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in prompt]
+    return list(prompt)
 
 
 def _chat(messages: list[Any], tokenizer: Any) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Names = str | tuple[str, ...]
+MOST_LAYERS = 2**14
 
 
 class Transposed(str):
@@ -138,6 +139,9 @@ class Family:
                     "(fastattn.accelerate takes transformers' own model)"
                 )
         data = {**self.defaults, **data}
+        for key in self.depths.values():  # some families make a list of so many
+            if isinstance(data.get(key), int) and data[key] > MOST_LAYERS:
+                raise ValueError(f'"{key}" is {data[key]}, more than {MOST_LAYERS}')
         values = dict(self.constants)
         for key, names in self.fields.items():
             if key in data:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastattn.models.families import FAMILIES, Family
 from fastattn.models.families.family import GGUF
+from fastattn.models.folder.gguf_lengths import check_lengths
 from fastattn.models.folder.sources import Source
 
 # Keys beside the architecture's own that say something of the model.
@@ -43,6 +44,7 @@ def read_gguf(path: Path) -> tuple[Family, Any, dict[str, Source]]:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such GGUF file", str(path))
     try:
+        check_lengths(path)
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items() if _is_config(key)}
     except Exception as error:  # of many kinds: the reader takes the file at its word

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,19 @@ def skeleton(cls: Any, config: Any) -> Any:
     """A model of a config with shapes and no weights, on the meta device."""
     with _Undrawn():
         return cls(config, device="meta")
+
+
+def laid_out(folder: Path, cls: type, config: Any) -> Any:
+    """`skeleton` of a config that a folder has, whose layers are known to be in its files.
+
+    Raises:
+        ValueError: the config describes no model; the message has the folder.
+    """
+    try:
+        return skeleton(cls, config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        message = str(error).splitlines()[0]  # torch adds its C++ stack
+        raise ValueError(f"{folder}: its config describes no model: {message}") from error
 
 
 class _Undrawn(TorchFunctionMode):

@@ -27,9 +27,9 @@ from fastattn.models.folder.layout import (
     INDEX,
     WEIGHTS,
     Stored,
+    laid_out,
     layout,
     shared_names,
-    skeleton,
     stored_name,
 )
 from fastattn.models.folder.sources import (
@@ -82,13 +82,13 @@ def read(
         if (where / GENERATION).exists() and "eos_token_id" in family.fields:
             settings = GenerationConfig.from_folder(where)
         if read_json(where / CONFIG).get("quantization_config"):
-            weights = rounded.read(where, family, model := skeleton(cls, config), dtype, device)
+            model, weights = rounded.read(where, family, cls, config, dtype, device)
             return family, model, weights, settings
         sources = safetensors_sources(where, family, weight_files(where))
     config = _with_head(family, config, sources)
     family = family.of(config)
     _check_layers(where, family, config, sources)
-    model = skeleton(cls, config)
+    model = laid_out(where, cls, config)
     weights = _weights(where, family, model, sources, dtype, device, int8)
     return family, model, weights, settings
 
@@ -117,7 +117,7 @@ def read_config(path: Path) -> tuple[Family, Any]:
     try:
         family = family_of(data.get("model_type"))
         config = family.read_config(data)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     beside = path.with_name(GENERATION)
     if not beside.exists() or "eos_token_id" not in family.fields:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.models.families import Family
-from fastattn.models.folder.layout import shared_names, skeleton, tensors
+from fastattn.models.folder.layout import laid_out, shared_names, skeleton, tensors
 from fastattn.models.folder.sources import (
     BYTES,
     DTYPES,
@@ -70,16 +70,25 @@ def weights_of(model: Any) -> tuple[dict[str, Tensor], bool]:
 def read(
     folder: Path,
     family: Family,
-    model: torch.nn.Module,
+    cls: type,
+    config: Any,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
-) -> dict[str, Tensor]:
-    """The ``state_dict`` of ``model``, which is on the meta device.
+) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """The model on the meta device, and its ``state_dict``.
 
     Raises ValueError for weights that are missing, unexpected, or of another shape or dtype.
     """
     plain = dataclasses.replace(family, prefix="", renamed={}, ignored=None)
     sources = safetensors_sources(folder, plain, weight_files(folder))
+    for key in family.depths.values():
+        field = family.fields[key]
+        count = getattr(config, field if isinstance(field, str) else field[0])
+        if count > len(sources):  # before so many are laid out
+            raise ValueError(
+                f'{folder}: "{key}" of config.json is {count}, and there are {len(sources)} weights'
+            )
+    model = laid_out(folder, cls, config)
     expected, matrices = tensors(model), names(model)
     wrong = [f"{name} is missing" for name in expected if name not in sources]
     wrong += [f"{name} is unexpected" for name in sorted(sources) if name not in expected]
@@ -107,7 +116,7 @@ def read(
     weights = {name: weight(name) for name in expected}
     for other, first in shared_names(model):
         weights[other] = weights[first]
-    return weights
+    return model, weights
 
 
 def _dtype(sources: dict[str, Source]) -> torch.dtype:

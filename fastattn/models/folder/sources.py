@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import json
 import math
 import mmap
 import re
@@ -23,11 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.files import parsed_json
+from fastattn.files import read_json as read_value
 from fastattn.models.families import Family
 from fastattn.models.folder.layout import INDEX, WEIGHTS
 
 # Pickle files may hold code.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# How other files begin. A safetensors file begins with eight bytes of a length, then "{".
+OTHERS = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes it",
+    **{bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)},
+    b"\x1f\x8b": "a gzip file",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"version ": "a pointer of Git LFS (git lfs pull fetches the file)",
+}
 
 # Frequencies of rotary embeddings, which older versions of transformers saved as buffers.
 FREQUENCIES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
@@ -53,11 +64,9 @@ class Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        data = read_value(path)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "the folder lacks this file", str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must hold a JSON object, got a {type(data).__name__}")
     return data
@@ -114,6 +123,11 @@ def safetensors_sources(
     sources: dict[str, Source] = {}
     for file, promised in files.items():
         path = folder / file
+        if (kind := _other_kind(path)) is not None:
+            raise ValueError(
+                f"{path}: damaged, or not a safetensors file: it begins as {kind}. Pickled weights "
+                "can run any code when read, and are refused whatever their name is"
+            )
         try:
             # Checks the header: its length, JSON, dtypes, and that the tensors tile the file.
             with safe_open(path, framework="pt"):
@@ -122,7 +136,7 @@ def safetensors_sources(
                 memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
-        header, begin = _header(memory)
+        header, begin = _header(path, memory)
         if promised is not None and (lacking := promised - header.keys()):
             raise ValueError(
                 f"{path}: lacks tensors that {INDEX} says it has: {', '.join(sorted(lacking))}"
@@ -146,10 +160,22 @@ def safetensors_sources(
     return sources
 
 
-def _header(memory: mmap.mmap) -> tuple[dict[str, Any], int]:
+def _other_kind(path: Path) -> str | None:
+    """What a file is by its first bytes, where they are known and no safetensors file's."""
+    with path.open("rb") as opened:
+        begin = opened.read(9)
+    if begin[8:] == b"{":
+        return None
+    return next((kind for magic, kind in OTHERS.items() if begin.startswith(magic)), None)
+
+
+def _header(path: Path, memory: mmap.mmap) -> tuple[dict[str, Any], int]:
     """The entries of a file that safetensors has checked, and where its data begins."""
     (size,) = struct.unpack("<Q", memory[:8])
-    header: dict[str, Any] = json.loads(memory[8 : 8 + size])
+    try:
+        header: dict[str, Any] = parsed_json(memory[8 : 8 + size])
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
     header.pop("__metadata__", None)
     return header, 8 + size
 

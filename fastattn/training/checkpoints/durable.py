@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fastattn.files import read_json
 from fastattn.training.distributed.processes import Processes
 
 Entry = dict[str, int | str]  # the size and the SHA-256 of a file
@@ -59,9 +60,13 @@ def damage(folder: Path, processes: Processes) -> str | None:
 
 def _damage(folder: Path, rank: int, count: int) -> str | None:
     try:
-        sealed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sealed = read_json(folder / MANIFEST)
         for name, entry in sealed.items():
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                return f"{MANIFEST} names {name!r}, which is not in the folder"
             size = (folder / name).stat().st_size
+            if not (folder / name).is_file():
+                return f"{name} is no file"
             if size != entry["size"]:
                 return f"{name} has {size} bytes and had {entry['size']}"
         for name, entry in _entries(folder, list(sealed)[rank::count]).items():

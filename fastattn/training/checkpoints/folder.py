@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.files import local_path
+from fastattn.files import local_path, read_json
 from fastattn.nn.checks import check_integer, check_number
 from fastattn.training.checkpoints import durable, tensors
 from fastattn.training.checkpoints.beside import Beside
@@ -282,7 +282,7 @@ class Checkpoints:
         """Take over what a good checkpoint has, if it is of this run."""
 
         def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
-            content = json.loads((path / STATE).read_text(encoding="utf-8"))
+            content = read_json(path / STATE, finite=False)
             saved = content["fingerprint"]
             if config.extends(saved["training"]["steps"], content["step"]):
                 saved["training"]["steps"] = config.steps
@@ -299,9 +299,13 @@ class Checkpoints:
                 )
             return content, state.empty(tensors.described(path))
 
-        content, values = self._writers.together(read)
-        tensors.read(path, values, self._writers)
-        state.load(values, content)
+        unread = require("safetensors", "train", "a checkpoint").SafetensorError
+        try:
+            content, values = self._writers.together(read)
+            tensors.read(path, values, self._writers)
+            state.load(values, content)
+        except (KeyError, TypeError, AttributeError, unread) as error:
+            raise ValueError(f"{path} is no checkpoint of this run: {error!r}") from error
 
     @contextlib.contextmanager
     def _writing(self, step: int, beside: Path) -> Iterator[None]:

@@ -54,7 +54,15 @@ def write(tensors: Mapping[str, Tensor], folder: Path, processes: Processes) -> 
 
 
 def described(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The sizes and dtypes of the tensors in `folder`, by the headers of its files."""
+    """The sizes and dtypes of the tensors in `folder`, by the headers of its files.
+
+    Raises:
+        SafetensorError: a file is none of safetensors, or its header does not fit it.
+    """
+    safe_open = require("safetensors", "train", "a checkpoint").safe_open
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt"):
+            pass
     metadata = _engine().HuggingFaceStorageReader(str(folder)).read_metadata()
     return {
         name: (entry.size, entry.properties.dtype)

@@ -20,6 +20,8 @@ from fastattn.training.optional import require
 
 Documents = Literal["file", "line", "paragraph"]
 PARQUET_ROWS = 1024  # that are in memory at once
+# Bytes of a record that was compressed: a small file may hold one of any size.
+LONGEST_LINE = 2**28
 
 
 class Sourced(NamedTuple):
@@ -35,7 +37,7 @@ def read_text(path: Path, documents: Documents) -> Iterator[Sourced]:
     Paragraphs are what blank lines separate. A byte-order mark is dropped, and "\\r\\n" is "\\n".
     """
     if documents == "file":
-        text = "".join(line for _, line in numbered_lines(path))
+        text = "".join(line for _, line in numbered_lines(path, documents))
         if text.strip():
             yield Sourced(str(path), {"text": text})
     elif documents == "line":
@@ -44,7 +46,7 @@ def read_text(path: Path, documents: Documents) -> Iterator[Sourced]:
                 yield Sourced(f"{path}:{number}", {"text": line.removesuffix("\n")})
     else:
         for full, group in groupby(
-            numbered_lines(path), key=lambda numbered: bool(numbered[1].strip())
+            numbered_lines(path, documents), key=lambda numbered: bool(numbered[1].strip())
         ):
             if full:
                 lines = list(group)
@@ -115,16 +117,26 @@ def reader_of(path: Path) -> Callable[[Path, Documents], Iterator[Sourced]]:
     )
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path, documents: Documents = "line") -> Iterator[tuple[int, str]]:
     """The lines of a text in UTF-8 with their numbers, from 1, and with their "\\n".
 
     Raises:
-        ValueError: a line is damaged, cut off, binary or not in UTF-8.
+        ValueError: a line is damaged, cut off, binary or not in UTF-8; or a record of a compressed
+            file, as `documents` has them, is too long.
     """
-    number = 0
+    number, packed = 0, path.name.lower().endswith(".gz")
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            whole = 0
+            while line := file.readline(LONGEST_LINE if packed else -1):
+                number += 1
+                goes_on = documents == "file" or (documents == "paragraph" and line.strip())
+                whole = len(line) + (whole if goes_on else 0)
+                if packed and whole >= LONGEST_LINE:
+                    raise ValueError(
+                        f"{path}:{number}: a record of a compressed file may have at most "
+                        f"{LONGEST_LINE} bytes: unpack the file, if you trust it"
+                    )
                 yield number, _decoded(line, f"{path}:{number}", number == 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(

@@ -25,12 +25,9 @@ from fastattn.files import folder_written_beside, local_path
 from fastattn.training.contract import Example, Objective
 from fastattn.training.data.formats import Documents, Sourced
 from fastattn.training.data.sources import AnyPath, find_files, read_records
-from fastattn.training.data.storage import BLOCK, FORMAT, INDEX, TABLE, Examples, checksums
+from fastattn.training.data.storage import BLOCK, DTYPES, FORMAT, INDEX, TABLE, Examples, checksums
 
 PENDING = 1 << 20  # values that are in memory before they are written
-# A field's file has the first of these that holds all its values: token ids of most vocabularies
-# have two bytes, masks one.
-DTYPES = tuple(map(numpy.dtype, ("<u1", "<u2", "<i4", "<i8")))
 
 OnProgress = Callable[[int, int], None]
 
@@ -130,8 +127,9 @@ class _Writer:
     def __init__(self, folder: Path, fields: Sequence[str]) -> None:
         self.pending = 0
         self.ends = [0] * len(fields)
-        self._columns = {name: _Column(folder / f"{name}.bin", DTYPES) for name in fields}
-        self._table = _Column(folder / f"{TABLE}.bin", DTYPES[-1:])
+        dtypes = tuple(DTYPES.values())
+        self._columns = {name: _Column(folder / f"{name}.bin", dtypes) for name in fields}
+        self._table = _Column(folder / f"{TABLE}.bin", dtypes[-1:])
 
     def add(self, record: int, example: Example) -> None:
         if example.keys() != self._columns.keys():

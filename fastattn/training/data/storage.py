@@ -21,12 +21,17 @@ from typing import Any
 
 import numpy
 
+from fastattn.files import read_json
+from fastattn.nn.checks import check_integer
 from fastattn.training.contract import Example
 
 BLOCK = 1 << 20  # bytes that have one checksum; a multiple of every dtype's size
 INDEX = "index.json"
 TABLE = "examples"  # a field cannot have this name
 FORMAT = 1  # of these files
+# A field's file has the first of these that holds all its values: token ids of most vocabularies
+# have two bytes, masks one.
+DTYPES = {name: numpy.dtype(name) for name in ("|u1", "<u2", "<i4", "<i8")}
 
 
 class Examples(Sequence[Example]):
@@ -131,11 +136,11 @@ class _Array:
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
-        dtype, count = numpy.dtype(about["dtype"]), about["count"]
+        dtype, count = DTYPES[about["dtype"]], about["count"]
         size = path.stat().st_size
         if size != count * dtype.itemsize:
             raise _damaged(path, f"it has {size} bytes of {count * dtype.itemsize}")
-        self.values = numpy.empty(0, dtype)  # an empty file cannot be mapped
+        self.values: numpy.ndarray = numpy.empty(0, dtype)  # an empty file cannot be mapped
         if count:
             self.values = numpy.asarray(numpy.memmap(path, dtype, mode="r"))
         self._checksums = about["checksums"]
@@ -152,7 +157,7 @@ class _Array:
         blocks = slice(start * itemsize // BLOCK, -(-end * itemsize // BLOCK))
         if self._checked[blocks].all():
             return
-        contents = self.values.view(numpy.uint8)
+        contents: Any = self.values.view(numpy.uint8)
         for block in range(blocks.start, blocks.stop):
             if not self._checked[block]:
                 found = zlib.crc32(contents[block * BLOCK : (block + 1) * BLOCK])
@@ -171,8 +176,14 @@ def _files_of(folder: Path) -> dict[str, Any]:
     """The index's entry for each file: dtype, count, checksums."""
     path = folder / INDEX
     try:
-        files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (ValueError, TypeError, KeyError) as error:
+        files: dict[str, Any] = read_json(path)["files"]
+        for name, about in files.items():
+            dtype, count, sums = (about[key] for key in ("dtype", "count", "checksums"))
+            size = DTYPES[dtype].itemsize * check_integer("count", count, at_least=0)
+            if not name.isidentifier() or len(sums) != -(-size // BLOCK):
+                raise ValueError(f"the entry of {name!r} fits no file")
+        files[TABLE]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, f"it cannot be read ({error})") from error
     return files
 

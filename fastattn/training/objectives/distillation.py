@@ -146,7 +146,9 @@ def _frozen(folder: str, interface: Interface) -> torch.nn.Module:
         require("transformers", "hf", "a teacher of transformers")
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True
+        )
         fastattn.accelerate(model)
     model.requires_grad_(False)
     frozen: torch.nn.Module = model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 import fastattn
 from fastattn import models
+from fastattn.models.families.family import MOST_LAYERS
+from fastattn.models.folder.layout import skeleton
 from fastattn.training.contract import Objective, Record
 from fastattn.training.optional import require
 from fastattn.training.runs import adapters
@@ -88,10 +91,33 @@ def _new(settings: ModelSettings, objective: Objective) -> Any:
     cls = getattr(models, objective.model_class)
     values = {**_tokens(objective, cls.config_class), **settings.config}
     if settings.preset is None:
-        return cls(cls.config_class(**values))
-    if not hasattr(cls.config_class, "preset"):
+        config = cls.config_class(**values)
+    elif hasattr(cls.config_class, "preset"):
+        config = cls.config_class.preset(settings.preset, **values)
+    else:
         raise ValueError(f"preset: {cls.config_class.__name__} has none; give its fields in config")
-    return cls(cls.config_class.preset(settings.preset, **values))
+    _check_size(cls, config)
+    return cls(config)
+
+
+def _check_size(cls: Any, config: Any) -> None:
+    """Raise ValueError for a new model that this machine's memory cannot hold, before it is made.
+
+    Its weights are drawn in float32 on the CPU.
+    """
+    for name in ("n_layer", "encoder_layers", "decoder_layers"):
+        if (layers := getattr(config, name, 0)) > MOST_LAYERS:
+            raise ValueError(f"config: {name} is {layers}, more than {MOST_LAYERS}")
+    try:
+        size = 4 * sum(parameter.numel() for parameter in skeleton(cls, config).parameters())
+    except (RuntimeError, OverflowError) as error:  # numbers that torch cannot count to
+        raise ValueError(f"config: no model has these sizes ({str(error)[:80]})") from error
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"config: the new model's weights take {size / 2**30:.1f} GiB, and this machine has "
+            f"{memory / 2**30:.1f} GiB of memory: make it smaller"
+        )
 
 
 def _tokens(objective: Objective, config_class: Any) -> dict[str, Any]:
@@ -160,7 +186,12 @@ def _of_transformers(
         }
     cls = getattr(transformers, objective.auto_class)
     made, info = cls.from_pretrained(
-        settings.folder, dtype=dtype, output_loading_info=True, **labels
+        settings.folder,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **labels,
     )
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     return made, missing

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastattn.files import local_path
+from fastattn.files import check_depth, local_path, read_whole
 from fastattn.training.optional import require
 from fastattn.training.runs.fields import NONE
 
@@ -27,7 +27,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no config file {file}")
     try:
         # A byte order mark is an editor's habit and no part of the text.
-        return parsed(file.read_text(encoding="utf-8-sig"))
+        return parsed(read_whole(file).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
     except ValueError as error:
@@ -82,7 +82,11 @@ def parsed(text: str) -> dict[str, Any]:
         import tomllib
     else:
         tomllib = require("tomli", "train", "a config in TOML on Python 3.10")
-    tables: dict[str, Any] = tomllib.loads(text)
+    try:
+        tables: dict[str, Any] = tomllib.loads(text.replace("\r\n", "\n"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check_depth(tables)
     return tables
 
 

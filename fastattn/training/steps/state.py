@@ -95,15 +95,22 @@ class TrainingState:
 
         Raises:
             KeyError: the checkpoint has a tensor of a name that the model does not have.
+            ValueError: it lacks one, or has one of another shape. An optimiser's step would read as
+                many values as the parameter has.
         """
         own = self._own()
+        if missing := own.keys() - saved.keys():
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         empty: dict[str, Tensor] = {}
         for name, (size, dtype) in saved.items():
             like = own[name if name in own else f"weight.{_parts(name)[1]}"].detach()
             if like.shape == size:
                 empty[name] = torch.empty_like(like, dtype=dtype)
-            else:
+            elif name not in own and not size:  # a number of the optimiser's
                 empty[name] = torch.empty(size, dtype=dtype)
+            else:
+                shapes = f"{tuple(like.shape)}, got {tuple(size)}"
+                raise ValueError(f"{name} of the checkpoint must have the shape {shapes}")
         return empty
 
     @torch.no_grad()

@@ -193,7 +193,7 @@ def test_links_and_what_is_no_regular_file(tmp_path: Path) -> None:
     (folder / "link").symlink_to(tmp_path / "there")
     assert find_files(folder) == [folder / "link/a.txt"]
     (tmp_path / "there/loop").symlink_to(tmp_path / "there")
-    with pytest.raises(ValueError, match=r"twice: as \S+/link/a.txt and as \S+/link/loop/a.txt"):
+    with pytest.raises(ValueError, match=r"/link/loop: links lead to this folder twice"):
         find_files(folder)
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
