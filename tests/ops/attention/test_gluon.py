@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops.attention.cases import LAYOUTS, Case, call, formula_of
+from ops.attention.cases import LAYOUTS, Case, call, formula_of, poisoned
 
 import fastattn
 from fastattn.backends import explanation_of
@@ -22,11 +22,11 @@ def forward(case: Case) -> None:
     """Only the forward, of the backend that the user names, under the rule."""
     problem = case.draw()
     with torch.no_grad():
-        ours = call(case, problem, "gluon", problem.tensors, return_lse=True)
+        ours = call(case, problem, "gluon", poisoned(case, problem), return_lse=True)
         eager = formula_of(problem, None, problem.tensors)
         exact = formula_of(problem, None, {n: x.double() for n, x in problem.tensors.items()})
     factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.softcap else {}
-    few = 32 if case.seqlen_k <= 2 else 1
+    few = 32 if min(m for _, m in case.packed or [(0, case.seqlen_k)]) <= 2 else 1
     for name, ulps, *triple in zip(("out", "lse"), (4 * few, 16), ours, eager, exact):
         assert_close_to_reference(*triple, name=f"{name} of {case}", ulps=ulps, **factors)
 
@@ -37,7 +37,13 @@ def drawn(seed: int, device: str) -> Case:
     kv_heads = rng.choice((1, 1, 2))
     head_dim = 8 * rng.randint(1, 32 if rng.random() < 0.2 else 16)
     edge = rng.choice((0, 0, 1, -1))
+    packed = rng.random() < 0.3
+    sequences = [(rng.randint(0, 200), rng.randint(0, 300)) for _ in range(rng.randint(1, 3))]
     return Case(
+        packed=(*sequences, (rng.randint(1, 9), rng.randint(1, 9))) if packed else None,
+        used=packed and rng.random() < 0.3,
+        tail=packed * rng.randint(0, 150),
+        lengths=not packed and rng.random() < 0.3,
         seqlen_q=max(1, rng.choice((1, 64, 128, rng.randint(1, 300))) + edge),
         seqlen_k=max(1, rng.choice((1, 64, 128, 256, rng.randint(1, 500))) + edge),
         batch=rng.choice((1, 1, 2)),
