@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -149,3 +150,23 @@ def test_every_width_has_a_tile_that_fits() -> None:
             of_q = 2 * tile.rows * (tile.d + (tile.dv if tile.dv != tile.d else 0))
             shared = 2 * (of_q + tile.stages * tile.keys * (tile.d + tile.dv))
             assert shared + 1024 <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "reason"),
+    [
+        ((1, 0, 2, 64), {}, "no descriptor of an empty tensor"),
+        ((1, 5, 2, 64), {"softcap": 300.0}, "a softcap above 256.0 would lose digits"),
+        ((1, 5, 2, 64), {"dropout_p": 0.5}, "no dropout"),
+        ((1, 5, 2, 60), {}, "head_dim in steps of 8"),
+        ((1, 2**29 + 1, 1, 64), {}, "a sequence of 536870913 tokens is above 2\\^29"),
+    ],
+)
+def test_declines_with_the_reason(
+    shape: tuple[int, ...], options: dict[str, float], reason: str, gluon_seed: Seed, device: str
+) -> None:
+    q = torch.empty(1, dtype=torch.float16, device=device).expand(shape)
+    explanation = explanation_of(fastattn.attention, q, q, q, **options, backend=None)
+    assert re.search(reason, str(explanation.reasons["gluon"]))
+    with pytest.raises(fastattn.UnsupportedError, match=reason):
+        fastattn.attention(q, q, q, **options, backend="gluon")
