@@ -32,6 +32,24 @@ def test_the_newest_assembler_and_only_inside() -> None:
     assert (compiler.get_ptxas(90).path, compiler.get_ptxas_version(90)) == before
 
 
+def test_a_launch_compiles_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the method that Triton's launch calls for a kernel that it has not compiled yet."""
+
+    class Kernel(gluon.gluon.GluonJITFunction):  # type: ignore[misc, name-defined]
+        def _do_compile(self) -> str:
+            return str(compiler.get_ptxas(90).path)
+
+    compiled = []
+    monkeypatch.setattr(
+        gluon.door, "launch", lambda kernel, *_, **__: compiled.append(kernel._do_compile())
+    )
+    kernel = Kernel(test_an_old_assembler_is_refused)
+    for _ in range(2):
+        gluon.launch(kernel, (1,), torch.empty(1, device="meta"))
+    assert compiled == [gluon.assembler().path] * 2
+    assert callable(gluon.gluon.GluonJITFunction._do_compile)
+
+
 @pytest.mark.usefixtures("hopper")
 def test_an_old_assembler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     old = Ptxas("/usr/bin/ptxas", (13, 2))
