@@ -322,6 +322,8 @@ def refusal(case: Case, backend: str) -> str | None:
         if case.documents:
             return "no documents"
         return "no block masks" if case.block_mask else None
+    if backend == "gluon":
+        return refusal_of_gluon(case)
     if backend == "torch":
         if 0 in case.tokens(0) + case.tokens(1):
             return "empty tensors"
@@ -332,6 +334,23 @@ def refusal(case: Case, backend: str) -> str | None:
         if case.packed is not None and case.device != "cpu":
             return "no packed sequences"
     return None
+
+
+def refusal_of_gluon(case: Case) -> str | None:
+    """What `refusal` says of that backend, in the order in which it asks."""
+    width_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
+    reasons = {
+        "float16 and bfloat16": case.dtype.itemsize != 2,
+        "above 256": max(case.head_dim, width_v) > 256,
+        "steps of 8": case.head_dim % 8 or width_v % 8,
+        "empty tensor": 0 in case.tokens(0) + case.tokens(1),
+        "no masks": case.mask,
+        "no bias": case.bias,
+        "no documents": case.documents,
+        "no block masks": case.block_mask,
+        "no dropout": case.dropout_p,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def runnable(case: Case, backend: str) -> Case:
@@ -506,3 +525,16 @@ def kept_weights(case: Case, problem: Problem, backend: str) -> torch.Tensor | N
     for b, place in enumerate(problem.places("q")):
         kept[b, :, : place.stop - place.start] = (weights[place] != 0).transpose(0, 1)
     return kept
+
+
+def check_forward(case: Case, backend: str) -> None:
+    """`check` without gradients, of a case that the backend does."""
+    problem = case.draw()
+    with torch.no_grad():
+        ours = call(case, problem, backend, poisoned(case, problem), return_lse=True)
+        eager = formula_of(problem, None, problem.tensors)
+        exact = formula_of(problem, None, {n: x.double() for n, x in problem.tensors.items()})
+    factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.softcap else {}
+    few = 32 if min(m for _, m in case.packed or [(0, case.seqlen_k)]) <= 2 else 1
+    for name, ulps, *triple in zip(("out", "lse"), (4 * few, 16), ours, eager, exact):
+        assert_close_to_reference(*triple, name=f"{name} of {case}", ulps=ulps, **factors)
