@@ -331,7 +331,9 @@ def select_backward(
     """The module that runs the backward of a call whose forward ran on the kernel `forward`.
 
     It is the same backend if that is able to, as it must be if the user named it (`forced`); else
-    the first able one. What is named around the call of `backward` is about other calls.
+    the first able one. A module whose kernels run forwards that they have no backward of says so
+    with `backward_unsupported(problem)`; another one then follows, whoever named the forward's.
+    What is named around the call of `backward` is about other calls.
 
     Raises:
         UnsupportedError: none can.
@@ -341,7 +343,10 @@ def select_backward(
     for kernel in sorted(kernels, key=lambda kernel: kernel.name != forward):
         if kernel.name == forward or not forced:
             if (reason := kernel.unsupported(problem)) is None:
-                return kernel.module
+                declines = getattr(kernel.module, "backward_unsupported", None)
+                if declines is None or (reason := declines(problem)) is None:
+                    return kernel.module
+                forced = False
             reasons[kernel.name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UnsupportedError(f"no kernel for the backward of {op} on {problem.describe()}: {told}")

@@ -13,9 +13,9 @@ results that it wrote on the device.
 The automatic choice asks `declined`. Without a row it takes the Triton kernels, and does not take
 those in Gluon and CUDA C++: a kernel that nobody has measured on a GPU is not chosen for anybody. A
 row is of plain calls of an op, as the benchmark makes them: other calls have no size (`elements` of
-the op's problem is None). Nobody asks where the user names the backend, nor for a backward that follows a
-kernel's forward. While torch.compile traces, a row counts for every size: a choice by size would
-tie the graph to a sequence length.
+the op's problem is None). Nobody asks where the user names the backend, nor for a backward that
+follows a kernel's forward. While torch.compile traces, a row counts for every size: a choice by
+size would tie the graph to a sequence length.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ and registers are the compiler's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import running
 from .binding import Function, function
 from .copies import Descriptor
-from .memory import Buffer, Pointer
+from .memory import Buffer, Pointer, Storage
 from .scheduler import Machine, Partition, Program
 from .values import tensor
 
@@ -77,9 +76,9 @@ def launch(
     before, machine = running.machine, Machine(sizes, seed, mode, order, strict, steps)
     running.machine = machine
     try:
-        buffers: dict[Any, Buffer] = {}
+        storages: dict[Any, Storage] = {}
         values = {
-            n: _value(n, x, code, buffers)
+            n: _value(n, x, code, storages)
             for n, x in {**dict(zip(code.names, args)), **constants}.items()
         }
         for name in ordered:
@@ -95,8 +94,8 @@ def launch(
         machine.run(programs, resident, patient=in_order)
     finally:
         running.machine = before
-    for buffer in buffers.values():
-        buffer.finish()
+    for storage in storages.values():
+        storage.finish()
     return {"steps": machine.steps, "switches": machine.switches, "mode": machine.mode}
 
 
@@ -116,22 +115,21 @@ def _program(
     return start
 
 
-def _value(name: str, value: Any, code: Function, buffers: dict[Any, Buffer]) -> Any:
+def _value(name: str, value: Any, code: Function, storages: dict[Any, Storage]) -> Any:
     """An argument as the kernel sees it."""
     if isinstance(value, torch.Tensor):
-        return Pointer(_buffer(name, value, buffers), 0)
+        return Pointer(_buffer(name, value, storages), 0)
     if isinstance(value, TensorDescriptor):
-        buffer, padding = _buffer(name, value.base, buffers), getattr(value, "padding", "zero")
+        buffer, padding = _buffer(name, value.base, storages), getattr(value, "padding", "zero")
         parts = (value.shape, value.strides, value.block_shape, value.layout, padding)
         return Descriptor(buffer, 0, *parts)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return tensor(value) if number and name not in code.constants else value
 
 
-def _buffer(name: str, source: torch.Tensor, buffers: dict[Any, Buffer]) -> Buffer:
-    """One for all arguments that are the same memory, as far as it is the same tensor."""
-    extent = math.prod(source.shape)
-    place = (source.data_ptr(), source.dtype, extent)
-    if place not in buffers:
-        buffers[place] = Buffer(name, source)
-    return buffers[place]
+def _buffer(name: str, source: torch.Tensor, storages: dict[Any, Storage]) -> Buffer:
+    """Arguments that share memory, such as parts of one tensor, share what is known of it."""
+    place = (source.untyped_storage().data_ptr(), source.dtype)
+    if place not in storages:
+        storages[place] = Storage(source)
+    return Buffer(name, source, storages[place])

@@ -22,30 +22,50 @@ DTYPES = {
 }  # fmt: skip
 
 
-class Buffer:
-    """The memory of one argument.
+class Storage:
+    """The memory under tensors of one type that share it.
 
     Every element remembers who wrote it last, so that two writes, or a write and a read, that
     nothing orders are an error. Additions commute: two of them are one only where `ordered`.
     """
 
-    def __init__(self, name: str, source: torch.Tensor):
+    def __init__(self, source: torch.Tensor):
         if source.dtype not in DTYPES:
-            raise NotImplementedError(f"{name}: the emulator has no {source.dtype}")
-        self.name, self.dtype, self.source = name, DTYPES[source.dtype], source
-        self.ordered, self.dirty = False, False
-        last = sum((n - 1) * s for n, s in zip(source.shape, source.stride()))
-        flat = torch.as_strided(source, (last + 1 if source.numel() else 0,), (1,))
-        if source.is_floating_point():
-            flat = flat if source.dtype == torch.float64 else flat.float()
-        elif source.dtype != torch.bool:
-            flat = flat.long()
-        self.data = flat.numpy().copy()
+            raise NotImplementedError(f"the emulator has no tensors of {source.dtype}")
+        storage = source.untyped_storage()
+        count = storage.nbytes() // source.element_size()
+        self.flat = source.detach().new_empty(0).set_(storage, 0, (count,), (1,))
+        held = self.flat
+        if not source.is_floating_point():
+            held = held if source.dtype == torch.bool else held.long()
+        elif source.dtype != torch.float64:
+            held = held.float()
+        self.data = held.numpy().copy()
         # Of the last write: its agent (0: none), its count, and whether it was an addition.
-        self.agent = np.zeros(self.data.size, np.int64)
-        self.count = np.zeros(self.data.size, np.int64)
-        self.added = np.zeros(self.data.size, bool)
-        self.released: dict[int, Order] = {}  # what a semaphore's last release knows, by offset
+        self.agent, self.count = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self.added, self.changed = np.zeros(count, bool), np.zeros(count, bool)
+        self.released: dict[int, Order] = {}  # what a semaphore's releases know, by its place
+        self.dirty = False
+
+    def finish(self) -> None:
+        """Give the tensors their new contents."""
+        if self.dirty:
+            at = torch.from_numpy(self.changed)
+            self.flat[at] = torch.from_numpy(self.data)[at].to(self.flat.dtype)
+
+
+class Buffer:
+    """The memory of one argument: its first element to its last one, and nothing beyond."""
+
+    def __init__(self, name: str, source: torch.Tensor, storage: Storage):
+        self.name, self.dtype, self.storage = name, DTYPES[source.dtype], storage
+        self.start, self.ordered = source.storage_offset(), False
+        last = sum((n - 1) * s for n, s in zip(source.shape, source.stride()))
+        part = slice(self.start, self.start + (last + 1 if source.numel() else 0))
+        self.data, self.agent, self.count = (
+            x[part] for x in (storage.data, storage.agent, storage.count)
+        )
+        self.added, self.changed = storage.added[part], storage.changed[part]
 
     def inside(self, at: np.ndarray, act: str) -> None:
         if at.size:
@@ -55,7 +75,7 @@ class Buffer:
 
     def after_writes(self, at: np.ndarray, order: Order, act: str, adds: bool = False) -> None:
         """Fail unless the last write of each of these elements is known to be over."""
-        if not self.dirty or not running.machine.order:
+        if not self.storage.dirty or not running.machine.order:
             return
         agents = self.agent[at]
         if adds and not self.ordered:
@@ -89,13 +109,11 @@ class Buffer:
 
     def _wrote(self, at: np.ndarray, agent: int, count: int, added: bool) -> None:
         self.agent[at], self.count[at], self.added[at] = agent, count, added
-        self.dirty = True
+        self.change(at)
 
-    def finish(self) -> None:
-        """Give the tensor its new contents."""
-        if self.dirty or self.released:
-            flat = torch.as_strided(self.source, (self.data.size,), (1,))
-            flat.copy_(torch.from_numpy(self.data).to(self.source.dtype))
+    def change(self, at: Any) -> None:
+        self.changed[at] = True
+        self.storage.dirty = True
 
 
 class Pointer:
@@ -177,22 +195,23 @@ def _atomic(pointer: Pointer, change: Callable, sem: Any, name: str) -> Tensor:
     machine.step()
     at = int(pointer.at)
     buffer.inside(pointer.at, name)
-    old = buffer.data[at]
-    again = (buffer.name, at, old.item(), partition.acts - 1)
-    if change(old) in (None, old) and partition.polled == again:
+    place, released = buffer.start + at, buffer.storage.released
+    old = buffer.data[at].copy()
+    if change(old) in (None, old) and partition.polled == (place, old, partition.acts - 1):
         text = f"{buffer.name}[{at}] = {old} to change, in {running.line()}"
         partition.block(lambda: buffer.data[at] != old, text, memory=True)
-        old = buffer.data[at]
+        old = buffer.data[at].copy()
     new = change(old)
-    if sem in ("release", "acq_rel") and new is not None:
-        buffer.released.setdefault(at, Order()).join(partition.order)
-        partition.tick()
     if new is not None:
-        buffer.released.setdefault(at, Order())
         buffer.data[at] = rounded(new, buffer.dtype)
-    if sem in ("acquire", "acq_rel") and at in buffer.released:
-        partition.order.join(buffer.released[at])
-    partition.polled = (buffer.name, at, old.item(), partition.acts)
+        buffer.change(at)
+        knows = released.setdefault(place, Order())
+        if sem in ("release", "acq_rel"):
+            knows.join(partition.order)
+            partition.tick()
+    if sem in ("acquire", "acq_rel") and place in released:
+        partition.order.join(released[place])
+    partition.polled = (place, old, partition.acts)
     return Tensor(np.asarray(old), buffer.dtype)
 
 

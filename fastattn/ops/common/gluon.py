@@ -128,6 +128,11 @@ def reads(x: torch.Tensor) -> bool:
     )
 
 
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where a descriptor can be made of it, else a copy."""
+    return x if reads(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def descriptor(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> TensorDescriptor:
     """A host descriptor of `x`, whose boxes are `box`; beyond its bounds it reads zeros.
 

@@ -147,6 +147,11 @@ def test_lengths_are_not_read_where_they_cannot_be() -> None:
         ("cuda", {"dtype": torch.float32}, "float16 and bfloat16, not in torch.float32"),
         ("cuda", {"alibi_slopes": torch.ones(4)}, "no gradient for alibi_slopes"),
         ("cuda", {"bias": torch.ones(5, 7)}, "no gradient for bias"),
+        ("gluon", {"width": 264}, "head_dim 264 is above 256"),
+        ("gluon", {"width": 20}, "head_dim in steps of 8"),
+        ("gluon", {"dtype": torch.float32}, "float16 and bfloat16, not in torch.float32"),
+        ("gluon", {"alibi_slopes": torch.ones(4)}, "no gradient for alibi_slopes"),
+        ("gluon", {"bias": torch.ones(5, 7)}, "no bias"),
     ],
 )
 def test_what_kernels_decline(
