@@ -1,8 +1,9 @@
 """The `gluon` backend of attention: kernels for Hopper in Triton's low-level dialect.
 
 The forward (`forward.py`): float16 and bfloat16, head_dim up to 256 in steps of 8, v's of its own,
-causal masks and windows, softcap, ALiBi, a sink, grouped heads. The backward is the first other
-kernel's that can run the call.
+causal masks and windows, softcap, ALiBi, a sink, grouped heads. The backward
+(`backward.py`): the same but for softcap and ALiBi, up to a head_dim of 128, with equal bits in
+every run; of the others it is the first other kernel's that can run the call.
 """
 
 from __future__ import annotations
