@@ -18,13 +18,16 @@ import torch
 from gluon.errors import GluonError
 from gluon.launching import launch
 from ops.attention.cases import Case, call, check
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+import fastattn
 from fastattn import backends
 from fastattn.ops.attention import gluon as room
 from fastattn.ops.attention.call import NO_GRADIENT, NONE
 from fastattn.ops.attention.problem import describe
 from fastattn.ops.attention.registration import BACKENDS
 from fastattn.ops.common import gluon as kernels
+from oracle import assert_close_to_reference
 
 SOURCE = Path(sys.modules[room.backward.__module__].__file__)
 
@@ -42,6 +45,8 @@ def schedule() -> Iterator[dict[str, Any]]:
     options: dict[str, Any] = {}
 
     def launcher(kernel: Any, *args: Any, **constants: Any) -> Any:
+        bases = [x.base for x in args if isinstance(x, TensorDescriptor)]
+        assert all(x.data_ptr() % kernels.ALIGNMENT == 0 for x in bases)
         ordered = ("dq_desc",) if kernel.fn.__name__ == "attention_backward" else ()
         return launch(kernel, *args, ordered=ordered, **options, **constants)
 
@@ -126,9 +131,42 @@ def test_who_runs_the_backward(
     problem = describe(q, q, q, **features)
     said = room.backward_unsupported(problem)
     assert said is None if reason is None else reason in str(said)
-    if room.unsupported(problem) is None:
-        module = backends.select_backward("attention", BACKENDS, problem, "gluon", forced=True)
-        assert (module is room) == (reason is None)
+    module = backends.select_backward("attention", BACKENDS, problem, "gluon", forced=True)
+    assert (module is room) == (reason is None)
+
+
+def test_tensors_that_no_descriptor_takes_are_copied(schedule: dict[str, Any]) -> None:
+    """One element past an aligned address: as they come, the output's gradient too."""
+    problem = dataclasses.replace(CASES["causal"], dtype=torch.float16).draw()
+    tensors = [*(problem.tensors[name] for name in "qkv"), problem.dout]
+    odd = [x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
+    assert not any(map(kernels.reads, odd))
+    results = []
+    for *inputs, dout in (tensors, odd):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = fastattn.attention(*leaves, causal=True, backend="gluon")
+        results.append(torch.autograd.grad(out, leaves, dout))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+def test_large_scores(sign: int, schedule: dict[str, Any]) -> None:
+    """Weights of keys past the end, or of those that a row does not see, would be infinite."""
+    problem = dataclasses.replace(CASES["causal"], dtype=torch.bfloat16).draw()
+    q, k, v = (problem.tensors[name] for name in "qkv")
+    inputs = [8 * sign * q.abs(), 8 * k.abs(), v]
+
+    def gradients_of(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = fastattn.attention(*leaves, causal=True, backend=backend)
+        return torch.autograd.grad(out, leaves, problem.dout.to(dtype))
+
+    ours = gradients_of("gluon", torch.bfloat16)
+    eager = gradients_of("reference", torch.bfloat16)
+    exact = gradients_of("reference", torch.float64)
+    terms = max(x.abs().max().item() for x in exact)
+    for triple in zip(ours, eager, exact):
+        assert_close_to_reference(*triple, ulps=4, terms=terms)
 
 
 def drawn(seed: int) -> Case:

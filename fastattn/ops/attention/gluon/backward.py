@@ -455,8 +455,9 @@ def backward(
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, kv_heads, head_dim_v = v.shape[1:]
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    q, k, v = (
-        x if kernels.reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)
+    q, k, v, dout = (
+        x if kernels.reads(x) else x.clone(memory_format=torch.contiguous_format)
+        for x in (q, k, v, dout)
     )
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
