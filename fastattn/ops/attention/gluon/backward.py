@@ -262,10 +262,10 @@ def trip(
         if kind.RIGHT:
             seen = seen & (keys <= queries + place.high)
         p = gl.where(seen, p, 0.0)
+    delta = ring.delta.index(slot).load(COLUMN)
     dp = warpgroup_mma_wait(0, [dp])
     weights = gl.convert_layout(p.to(q.dtype), LEFT_OPERAND)
     dv = warpgroup_mma(weights, dout, dv, is_async=True)
-    delta = ring.delta.index(slot).load(COLUMN)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     mbarrier.wait(exchange.ds_empty, turn ^ 1)
     exchange.ds.slice(WHICH * 64, 64).store(ds)
