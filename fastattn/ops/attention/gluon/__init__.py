@@ -1,17 +1,21 @@
 """The `gluon` backend of attention: kernels for Hopper in Triton's low-level dialect.
 
 The forward (`forward.py`): float16 and bfloat16, head_dim up to 256 in steps of 8, v's of its own,
-causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences. The
-backward is the first other kernel's that can run the call.
+causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences.
+
+The backward (`backward.py`): head_dim up to 128, causal masks and windows, a sink, grouped heads,
+and equal bits in every run. That of another call is the first other kernel's that can run it.
 """
 
 from __future__ import annotations
 
+from fastattn.ops.attention.gluon.backward import backward
+from fastattn.ops.attention.gluon.backward import unsupported as backward_unsupported
 from fastattn.ops.attention.gluon.forward import forward
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import gluon
 
-__all__ = ["backward_unsupported", "forward", "unsupported"]
+__all__ = ["backward", "backward_unsupported", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 256
 MAX_SOFTCAP = 256.0  # 1 - 2 / (e^2x + 1) is exact to 2^-23, times the cap
@@ -50,8 +54,3 @@ def unsupported(problem: AttentionProblem) -> str | None:
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
         return f"a sequence of {max(problem.seqlen_q, problem.seqlen_k)} tokens is above 2^29"
     return None
-
-
-def backward_unsupported(problem: AttentionProblem) -> str:
-    """The reason why another kernel runs the backward of a forward that ran here."""
-    return "the Gluon kernels have no backward"
