@@ -27,7 +27,7 @@ def batches_digest(batches: Iterable[Batch]) -> str:
                     digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                     flat = part.detach().cpu().contiguous().flatten()
                     digest.update(flat.view(torch.uint8).numpy().data)
-                else:
+                elif isinstance(part, (int, float, str)):  # a process group has no name to last
                     digest.update(f"{name} {part!r}".encode())
     return digest.hexdigest()[:12]
 

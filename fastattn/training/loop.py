@@ -11,6 +11,7 @@ progress bars, formats of data or commands.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -25,6 +26,7 @@ from fastattn.training.contract import Batch, Batches, Objective
 from fastattn.training.distributed.agreement import check_settings, check_tensors
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.share import Share
+from fastattn.training.distributed.tensor import canonical, localised
 from fastattn.training.fingerprints import batches_digest, model_fingerprint
 from fastattn.training.history import Evaluation, History, Step
 from fastattn.training.steps.average import Average
@@ -102,13 +104,15 @@ def train(
     }
     check_settings(parallel.processes, identity)
     del weights
-    called = parallel.placed(model, config)
+    called = parallel.placed(model, config, objective)
     state = TrainingState(
         model,
         optimizers_of(model, config),
         Average(model, config.ema_decay) if config.ema_decay else None,
         loss_scaler(device, config.precision),
         History(),
+        functools.partial(canonical, model),
+        functools.partial(localised, model),
     )
     history = state.history
 

@@ -1,7 +1,7 @@
 """A model on its mesh of devices, and how much of each step is this process's.
 
     parallel = Parallel(processes, config)
-    called = parallel.placed(model, config)         # divides the weights; call this for a loss
+    called = parallel.placed(model, config, objective)  # divides the weights; call it for a loss
     share = Share.of(step, batches, config, parallel)
 
 Tensor parallel comes first, then FSDP2 or DDP around it. Batches are numbered through, and a step
@@ -25,13 +25,15 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from fastattn.training.contract import Batch
+from fastattn.training.contract import Batch, Objective
 from fastattn.training.distributed.context import part_of
 from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.distributed.processes import Processes, losses_named
 from fastattn.training.distributed.tensor import parallelize
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.precision import reduced_dtype
+
+OF_PARTS = ("causal", "chat")  # objectives whose loss is a sum over the tokens of a sequence
 
 
 class Parallel:
@@ -77,11 +79,17 @@ class Parallel:
         """Which part of each sequence is this process's."""
         return self._place
 
-    def check(self, config: TrainingConfig) -> None:
+    def check(self, config: TrainingConfig, objective: Objective) -> None:
         """
         Raises:
-            ValueError: a step has too few batches for all, or a format that a layout excludes.
+            ValueError: a step has too few batches for all, or a format or an objective that a
+                layout excludes.
         """
+        if self.context > 1 and objective.name not in OF_PARTS:
+            raise ValueError(
+                f"the objective {objective.name!r} reads whole sequences: set [distributed] "
+                f"context = 1, which is for {' and '.join(OF_PARTS)}"
+            )
         if config.accumulation < self.readers:
             raise ValueError(
                 f"training.accumulation={config.accumulation} batches a step are too few for the "
@@ -96,13 +104,15 @@ class Parallel:
         if self.config.offload and (self.device is None or self.device.type == "cpu"):
             raise ValueError("offload=true needs GPUs: on a CPU the weights are there already")
 
-    def placed(self, model: torch.nn.Module, config: TrainingConfig) -> torch.nn.Module:
+    def placed(
+        self, model: torch.nn.Module, config: TrainingConfig, objective: Objective
+    ) -> torch.nn.Module:
         """Divide the weights of `model` in place; what is returned is called for a loss.
 
         Raises:
             ValueError: as `check`, or sizes of the model that do not divide.
         """
-        self.check(config)
+        self.check(config, objective)
         if self.mesh is None:
             return model
         assert self.device is not None

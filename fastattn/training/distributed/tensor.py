@@ -180,10 +180,12 @@ def plan(model: torch.nn.Module, count: int) -> dict[str, ParallelStyle]:
         owns = any(parameter is not None for parameter in module._parameters.values())
         known = any(type(module) is cls for cls in KNOWN)
         if (owns and name not in styles) or (name in styles and not known):
+            kind = type(module)
             raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__}, and tensor parallelism knows "
-                "only the modules of GPT, Encoder and EncoderDecoder as they are built: merge "
-                "adapters, restore swapped modules, or take tensor=1"
+                f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}, and tensor "
+                "parallelism knows only the modules of GPT, Encoder and EncoderDecoder as they are "
+                "built: read a model of transformers as one of these, merge adapters, restore "
+                "swapped modules, or take tensor=1"
             )
     return styles
 

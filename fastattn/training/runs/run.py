@@ -140,7 +140,6 @@ def prepare(
             "[output] samples need the whole model in each process: with shard or tensor above 1 "
             "leave them out"
         )
-    parallel.check(run.training)
     processes = parallel.processes
     objective, examples, held_out = processes.lead_first(lambda: _data(run, checkpoints, on_data))
 
@@ -150,6 +149,7 @@ def prepare(
         # Weights that are to be divided are made in the memory of the CPU.
         device = building.device_named("cpu" if parallel.sharded else processes.device)
         model = _model(run, objective, device)
+        parallel.check(run.training, objective)
         return Prepared(
             run, objective, model, examples, training, validation, checkpoints, parallel
         )

@@ -22,12 +22,14 @@ from training.distributed.tasks import parallel, whole
 
 from fastattn.training import Checkpoints, History, TrainingConfig
 from fastattn.training.distributed.processes import losses_named
+from fastattn.training.distributed.tensor import canonical
 
 CONFIG: TrainingConfig = small.with_changes(
     steps=6, batch_size=2, accumulation=4, evaluation_interval=100, ema_decay=0.8
 )
 SHARDED: dict[str, Any] = {"shard": 2}
 COPIES: dict[str, Any] = {"replicate": 2}
+DIVIDED: dict[str, Any] = {"tensor": 2}
 
 
 @dataclass
@@ -44,12 +46,18 @@ class Stopped(Exception):
     """Raised on all ranks at one step, as if the machine were turned off."""
 
 
-def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, batches: int = 4) -> Result:
+def run(
+    folder: Path,
+    numbers: dict[str, Any],
+    stop: int | None = None,
+    batches: int = 4,
+    **how: Any,
+) -> Result:
     """A run with dropout and a checkpoint every two steps, or only its first `stop` steps.
 
-    `batches` are read in a step.
+    `batches` are read in a step; `how` are settings of the model.
     """
-    subject = small.model(dropout=0.1)
+    subject = small.model(dropout=0.1, **how)
     seen: list[int] = []
 
     def progress(history: History) -> None:
@@ -66,7 +74,9 @@ def run(folder: Path, numbers: dict[str, Any], stop: int | None = None, batches:
                 parallel=parallel(**numbers), on_progress=progress,
                 checkpoints=Checkpoints(folder, every_steps=2, keep=9),
             )  # fmt: skip
-    weights = {name: whole(value) for name, value in subject.state_dict().items()}
+    weights = {
+        name: whole(canonical(subject, name, value)) for name, value in subject.state_dict().items()
+    }
     told = [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
     return Result(weights, history, seen[0] if seen[0] != 1 else 0, told)
 
@@ -90,6 +100,17 @@ def two(rank: int, folder: Path) -> dict[str, Result]:
     results["copies"] = run(folder / "copies", COPIES)
     results["damaged"] = run(folder / "damaged", SHARDED)
     results["alone"] = run(folder / "alone", SHARDED)
+    return results
+
+
+def divided(rank: int, folder: Path) -> dict[str, Result]:
+    """A run whose two processes share each layer: whole, gone on with so, and otherwise."""
+    how = {"attn_pdrop": 0.0}  # processes that share a layer drop attention weights of their own
+    results = {"whole": run(folder / "whole", DIVIDED, **how)}
+    run(folder / "parted", DIVIDED, 5, **how)
+    copied(rank, folder / "parted", "again", "sharded")
+    results["again"] = run(folder / "again", DIVIDED, **how)
+    results["sharded"] = run(folder / "sharded", SHARDED, **how)
     return results
 
 

@@ -63,6 +63,16 @@ def _assert_gone_on(got: tasks.Result, whole: tasks.Result, first: int) -> None:
         assert (weight - whole.weights[name]).abs().max() <= 1e-5
 
 
+def test_processes_that_share_each_layer(tmp_path: Path) -> None:
+    """Their rows of q, k and v have an order of their own, which no checkpoint has."""
+    results = processes.run(2, tasks.divided, tmp_path)[0]
+    got, whole = results["again"], results["whole"]
+    assert got.start == 4 and got.history == whole.history and same(got.weights, whole.weights)
+    _assert_gone_on(results["sharded"], whole, first=4)
+    model = fastattn.models.load(tmp_path / "whole" / "step-000006" / "model")
+    assert same(model.state_dict(), whole.weights)
+
+
 def test_a_checkpoint_has_whole_weights_to_load_and_no_pickle(runs: Runs) -> None:
     folder, results = runs
     last = folder / "whole" / "step-000006"

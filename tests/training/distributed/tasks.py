@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -39,7 +40,7 @@ def gradients(
     subject = small.model(**how)
     config = small.with_changes(max_gradient_norm=float("inf"), **changes)
     layout = parallel(**numbers)
-    called = layout.placed(subject, config)
+    called = layout.placed(subject, config, small.OBJECTIVE)
     scaler = loss_scaler(torch.device("cpu"), "float32")
     state = TrainingState(subject, [], None, scaler, History())
     share = Share.of(1, small.windows(config=config), config, layout)
@@ -102,9 +103,13 @@ def dying(rank: int) -> str:
     return "nothing"
 
 
-def refused(rank: int, numbers: dict[str, Any], changes: dict[str, Any]) -> str:
+def refused(
+    rank: int, numbers: dict[str, Any], changes: dict[str, Any], name: str = "causal"
+) -> str:
+    objective = copy.copy(small.OBJECTIVE)
+    objective.name = name
     try:
-        parallel(**numbers).placed(small.model(), small.with_changes(**changes))
+        parallel(**numbers).placed(small.model(), small.with_changes(**changes), objective)
     except ValueError as error:
         return str(error)
     return "nothing"

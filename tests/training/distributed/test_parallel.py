@@ -27,7 +27,13 @@ LAYOUTS = [
 UNEVEN = {"accumulation": 5, "steps": 6, "evaluation_interval": 4}
 
 
-@pytest.mark.parametrize(("count", "numbers"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("count", "numbers"),
+    [
+        *LAYOUTS,
+        pytest.param(4, {"context": 2, "tensor": 2}, id="CP-TP", marks=pytest.mark.long),
+    ],
+)
 def test_gradients_are_those_of_one_process(count: int, numbers: dict[str, Any]) -> None:
     changes = {"accumulation": 5}
     exact_loss, exact = _float64(changes)
@@ -108,6 +114,11 @@ def test_what_does_not_fit_is_refused_on_all(
 ) -> None:
     for said in processes.run(2, tasks.refused, numbers, {"accumulation": 2, **changes}):
         assert words in said
+
+
+def test_an_objective_that_reads_whole_sequences() -> None:
+    for said in processes.run(2, tasks.refused, {"context": 2}, {}, "distillation"):
+        assert "'distillation' reads whole sequences: set [distributed] context = 1" in said
 
 
 def test_an_error_on_one_is_an_error_on_all() -> None:
