@@ -7,11 +7,13 @@ kernel's that can run the call.
 
 from __future__ import annotations
 
+from fastattn.ops.attention.gluon.backward import backward
+from fastattn.ops.attention.gluon.backward import unsupported as backward_unsupported
 from fastattn.ops.attention.gluon.forward import forward
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import gluon
 
-__all__ = ["backward_unsupported", "forward", "unsupported"]
+__all__ = ["backward", "backward_unsupported", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 256
 MAX_SOFTCAP = 256.0  # 1 - 2 / (e^2x + 1) is exact to 2^-23, times the cap
@@ -52,8 +54,3 @@ def unsupported(problem: AttentionProblem) -> str | None:
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
         return f"a sequence of {max(problem.seqlen_q, problem.seqlen_k)} tokens is above 2^30 - 1"
     return None
-
-
-def backward_unsupported(problem: AttentionProblem) -> str:
-    """The reason why another kernel runs the backward of a forward that ran here."""
-    return "the Gluon kernels have no backward"
