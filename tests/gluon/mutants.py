@@ -10,6 +10,7 @@ import ast
 import linecache
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -44,33 +45,36 @@ def planted(subject: Subject) -> dict[str, str]:
 def mechanical(source: str) -> dict[str, str]:
     """Mutants of every statement of synchronisation, by what was done to which line."""
     found: dict[str, str] = {}
-    for block in _blocks(ast.parse(source)):
+    seen: Counter[str] = Counter()
+    for function, block in _blocks(ast.parse(source)):
         for i, statement in enumerate(block):
             text = _text(source, statement)
-            where = f"{statement.lineno} `{' '.join(text.split())[:70]}`"
+            where = f"{function}: {' '.join(text.split())[:70]}"
+            seen[where] += 1
+            where += f" ({seen[where]})" if seen[where] > 1 else ""
             if SYNCHRONISES.search(text):
-                found[f"delete {where}"] = _moved(source, block, i, None)
+                found[f"delete, {where}"] = _moved(source, block, i, None)
                 for later in (1, 2):
                     if i + later < len(block):
-                        found[f"delay by {later} {where}"] = _moved(source, block, i, i + later)
+                        found[f"delay by {later}, {where}"] = _moved(source, block, i, i + later)
             elif PRODUCT not in text:
                 continue
             for old, new in EDITS:
                 if re.search(old, text):
                     edited = re.sub(old, new, text, count=1)
-                    found[f"{new} in {where}"] = _replaced(source, statement, edited)
+                    found[f"{new}, {where}"] = _replaced(source, statement, edited)
     return {name: mutant for name, mutant in found.items() if mutant != source}
 
 
-def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
-    """The lists of statements of every function in which something is synchronised."""
+def _blocks(tree: ast.AST) -> Iterator[tuple[str, list[ast.stmt]]]:
+    """The lists of statements of every kernel, with its name."""
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and function.decorator_list:
             for node in ast.walk(function):
                 for field in ("body", "orelse"):
                     block = getattr(node, field, None)
                     if isinstance(block, list) and block:
-                        yield [x for x in block if isinstance(x, ast.stmt)]
+                        yield function.name, [x for x in block if isinstance(x, ast.stmt)]
 
 
 def _simple(statement: ast.stmt) -> bool:

@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from oracle import assert_all_close_to_reference, assert_close_to_reference
 
-from .bugs import BACKWARD, FORWARD
+from . import bugs, package
 from .launching import launch
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -133,6 +133,18 @@ def gradients(q: Any, k: Any, v: Any, do: Any, causal: bool, dtype: torch.dtype)
 
 
 SUBJECTS = {
-    "forward": Subject(PROGRAMS / "forward.py", run_forward, FORWARD, len(FORWARDS)),
-    "backward": Subject(PROGRAMS / "backward.py", run_backward, BACKWARD, len(BACKWARDS)),
+    "forward": Subject(PROGRAMS / "forward.py", run_forward, bugs.FORWARD, len(FORWARDS)),
+    "backward": Subject(PROGRAMS / "backward.py", run_backward, bugs.BACKWARD, len(BACKWARDS)),
+    "attention forward": Subject(
+        package.ROOM / "forward.py",
+        package.run_forward,
+        bugs.PACKAGE_FORWARD,
+        len(package.FORWARDS),
+    ),
+    "attention backward": Subject(
+        package.ROOM / "backward.py",
+        package.run_backward,
+        bugs.PACKAGE_BACKWARD,
+        len(package.BACKWARDS),
+    ),
 }

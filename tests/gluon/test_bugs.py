@@ -39,7 +39,9 @@ def test_no_false_alarm(draw: int) -> None:
     sizes = random.Random(draw)
     sq, sk, d = sizes.randint(1, 400), sizes.randint(1, 400), sizes.choice((64, 128))
     causal, group = sizes.random() < 0.5, sizes.randint(1, 2)
-    forward, backward = (mutants.module(x.path.read_text(), n) for n, x in SUBJECTS.items())
+    forward, backward = (
+        mutants.module(SUBJECTS[n].path.read_text(), n) for n in ("forward", "backward")
+    )
     run_forward(forward, draw, (sizes.randint(1, 2), 2, group, sq, sk, d, causal))
     run_backward(backward, draw, (sq, sk, d, causal, draw % 2 == 0))
 
