@@ -70,8 +70,10 @@ def reduce(input: Any, axis: Any, combine_fn: Callable, keep_dims: Any = False) 
 
 def _pair(f: Any) -> Callable:
     def pair(x: Any, y: Any, propagate_nan: Any = None) -> Any:
+        propagates = getattr(propagate_nan, "name", "NONE") == "ALL"
+        act = {np.fmax: np.maximum, np.fmin: np.minimum}[f] if propagates else f
         both_numbers = isinstance(x, SCALARS) and isinstance(y, SCALARS)
-        return f(x, y).item() if both_numbers else tensor(x)._with(y, f)
+        return act(x, y).item() if both_numbers else tensor(x)._with(y, act)
 
     return pair
 
@@ -79,6 +81,8 @@ def _pair(f: Any) -> Callable:
 def _elementwise(f: Callable) -> Callable:
     def elementwise(x: Any) -> Tensor:
         x = tensor(x)
+        if f is np.abs and not is_float(x.dtype):
+            return Tensor(rounded(np.abs(x.data), x.dtype), x.dtype, x.layout)
         dtype = x.dtype if is_float(x.dtype) else gl.float32
         with np.errstate(all="ignore"):
             return Tensor(rounded(f(np.asarray(x.data, F32)), dtype), dtype, x.layout)
@@ -167,8 +171,8 @@ TABLE: dict[str, Any] = {
     "set_auto_layout": convert_layout, "where": where, "to_tensor": tensor,
     "permute": lambda x, order: x.permute(order), "reshape": lambda x, shape: x.reshape(shape),
     "cast": lambda x, dtype: tensor(x).to(dtype), "reduce": reduce,
-    "sum": _reduction(np.add), "max": _reduction(np.maximum), "min": _reduction(np.minimum),
-    "maximum": _pair(np.maximum), "minimum": _pair(np.minimum),
+    "sum": _reduction(np.add), "max": _reduction(np.fmax), "min": _reduction(np.fmin),
+    "maximum": _pair(np.fmax), "minimum": _pair(np.fmin),
     "exp2": _elementwise(np.exp2), "exp": _elementwise(np.exp), "erf": _elementwise(_erf),
     "log2": _elementwise(np.log2), "log": _elementwise(np.log), "sqrt": _elementwise(np.sqrt),
     "abs": _elementwise(np.abs), "rsqrt": _elementwise(lambda x: 1 / np.sqrt(x)),
