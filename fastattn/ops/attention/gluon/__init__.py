@@ -2,7 +2,8 @@
 
 The forward (`forward.py`): float16 and bfloat16, head_dim up to 256 in steps of 8, v's of its own,
 causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences. The
-backward is the first other kernel's that can run the call.
+backward (`backward.py`): causal masks and windows, a sink, grouped heads, up to a head_dim of 128,
+with equal bits in every run; of the others it is the first other kernel's that can run the call.
 """
 
 from __future__ import annotations

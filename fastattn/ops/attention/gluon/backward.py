@@ -21,7 +21,6 @@ the last to the first, so that under a causal mask, where program n has 2 n trip
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,14 +34,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fastattn.ops.attention import sink
 from fastattn.ops.attention.call import Extras, Learnt, Settings
+from fastattn.ops.attention.gluon.forward import LOG2_E, advance
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common.gluon import mbarrier, tma
 
-LOG2_E = math.log2(math.e)
-MAX_WINDOW = 2**30  # positions are 32-bit
 MAX_HEAD_DIM = 128  # at 256 columns dK and dV would take all registers
+MAX_SEQLEN = 2**28  # positions are 32-bit, and so are four of them added
 MAX_ROWS = 2**30  # of all heads, padded: a coordinate is 32-bit
+MISSING = {
+    "alibi_slopes": "no ALiBi",
+    "key_lengths": "no key_lengths",
+    "cu_seqlens_q": "no packed sequences",
+}
 KEYS = 128  # of a program
 QUERIES = 64  # of a tile
 STAGES = 2
@@ -57,8 +61,11 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return f"the Gluon backward has head_dim up to {MAX_HEAD_DIM}, not {widest}"
     if problem.settings.softcap:
         return "the Gluon backward has no softcap"
-    if "alibi_slopes" in problem.given:
-        return "the Gluon backward has no ALiBi"
+    for name, what in MISSING.items():
+        if name in problem.given:
+            return f"the Gluon backward has {what}"
+    if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
+        return "the Gluon backward has sequences of up to 2^28 tokens"
     if problem.batch * problem.heads * (problem.seqlen_q + QUERIES) > MAX_ROWS:
         return "the Gluon backward has up to 2^30 rows of all heads"
     return None
@@ -85,9 +92,9 @@ def attention_rows(
     or it sees no key."""
     TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, TILE)
-    first = gl.program_id(0) * BM
-    plane = gl.program_id(1)
-    rows = first + gl.arange(0, BM, ROW)
+    tiles = gl.cdiv(seqlen_q, BM)
+    plane = gl.program_id(0) // tiles
+    rows = gl.program_id(0) % tiles * BM + gl.arange(0, BM, ROW)
     columns = gl.arange(0, D, gl.SliceLayout(0, TILE))
     token = (plane // heads).to(gl.int64) * seqlen_q + rows
     at = ((token * heads + plane % heads) * head_dim)[:, None] + columns[None, :]
@@ -100,7 +107,7 @@ def attention_rows(
     if dlse_ptr is not None:
         delta -= gl.load(dlse_ptr + line, mask=rows < seqlen_q, other=0.0)
     blind = lse == float("-inf")
-    padded = plane.to(gl.int64) * (gl.num_programs(0) * BM) + rows
+    padded = plane.to(gl.int64) * (tiles * BM) + rows
     gl.store(base2_ptr + padded, gl.where(blind, float("inf"), lse * 1.4426950408889634))
     gl.store(delta_ptr + padded, gl.where(blind, 0.0, delta))
 
@@ -156,15 +163,6 @@ class Place(NamedTuple):
     seqlen_k: Any
     low: Any  # query i sees the keys from i + low
     high: Any  # to i + high
-
-
-@gluon.jit
-def advance(slot, phase, STAGES: gl.constexpr):
-    slot += 1
-    if slot == STAGES:
-        slot = slot * 0
-        phase ^= 1
-    return slot, phase
 
 
 @gluon.jit
@@ -387,9 +385,11 @@ def attention_backward(
     exchange = Exchange(ds_smem, dq_smem, ds_full, ds_empty, dq_full, dq_empty)
 
     # Key tiles of one head one after another: they share its queries in the L2 cache.
-    tile = gl.program_id(0)
-    kv_head = gl.program_id(1)
-    batch = gl.program_id(2)
+    key_tiles = gl.cdiv(seqlen_k, 128)
+    tile = gl.program_id(0) % key_tiles
+    plane = gl.program_id(0) // key_tiles
+    kv_head = plane % kv_heads
+    batch = plane // kv_heads
     key = tile * 128
     end = gl.minimum(key + 128, seqlen_k)
     query_tiles = gl.cdiv(seqlen_q, BM)
@@ -466,16 +466,16 @@ def backward(
         (2, batch * heads, tiles * QUERIES), dtype=torch.float32, device=q.device
     ).unbind()
     kernels.launch(
-        attention_rows, (tiles, batch * heads),
+        attention_rows, (tiles * batch * heads,),
         dout, out, lse, None if dlse is None else dlse.contiguous(), base2, delta,
         heads, seqlen_q, head_dim_v, D=box, BM=QUERIES,
     )  # fmt: skip
 
     corner = 0 if settings.top_left else seqlen_k - seqlen_q
-    left, right = (min(n, MAX_WINDOW) for n in (settings.window_left, settings.window_right))
+    left, right = (min(n, MAX_SEQLEN * 2) for n in (settings.window_left, settings.window_right))
     kernels.launch(
         attention_backward,
-        (-(-seqlen_k // KEYS), kv_heads, batch),
+        (-(-seqlen_k // KEYS) * kv_heads * batch,),
         dk, dv, torch.zeros((batch, heads, tiles), dtype=torch.int32, device=q.device),
         kernels.descriptor(q, [1, QUERIES, 1, box]),
         kernels.descriptor(k, [1, KEYS, 1, box]),
