@@ -159,7 +159,7 @@ class _Step:
         moves = 128 if self.kind == "shuffle" else sass.shared_bytes(op)
         touches = self.copy or self.kind in ("shared", "shuffle")
         self.shared_clocks = max(2.0, 4 * moves / SHARED_RATE if touches else 0)
-        self.loads = op.startswith("LDG") and self.kind == "global"
+        self.loads = op.startswith(("LDG", "ATOM")) and self.kind == "global"
         wide = self.copy or (self.loads and ".128" in op)
         self.l2_bytes = 4 * sass.shared_bytes(op) if wide else 0
 

@@ -1,0 +1,138 @@
+"""The Gluon kernels' machine code for Hopper: rows under version control, and what none may have.
+
+hopper.py makes the rows; the fix of a row that changed on purpose is `hopper.py --write`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import triton
+from compile import hopper, model, sass
+from compile.test_sass import listing
+
+from fastattn import chips
+from fastattn.ops.attention.gluon import tiles
+
+# Compiled by every run: the cheapest of each kernel. The others are long.
+CHEAP = ("forward d 64", "backward d 64")
+GROUPS = {"forward": 2, "backward": 5}  # products of a trip: S and P V; S, dP, dV, dK and dQ
+# Stores to the stack in a loop, by Triton's version; 0 for all others. 3.9's ptxas needs none.
+STORES = {
+    ("3.8.0", "backward d 128"): 2,
+    ("3.8.0", "backward d 128, causal"): 4,
+    ("3.8.0", "backward d 128, window"): 13,
+}
+LAUNCHED = 65536 // (3 * 128)  # registers of a thread: two consumers, and four warps for the others
+
+
+def faults(name: str, row: dict[str, Any], version: str = triton.__version__) -> list[str]:
+    """What a row has that it may not have, by a Triton of this version."""
+    kernel = name.split()[0]
+    stores = row["stores"]
+    spills = row["stores of spills"]
+    if kernel == "forward":
+        spills += row["loads of spills"]
+    found = {
+        "more than the registers of a multiprocessor": row["registers"] > LAUNCHED,
+        "more registers than a consumer has": row["registers of the loop"] > tiles.REGISTERS,
+        "too much shared memory": row["shared"] > chips.shared_memory(90),
+        "spills in a loop": spills > STORES.get((version, name), 0),
+        "wgmmas that wait for each other (ptxas: C7510, C7515)": row["groups"] != GROUPS[kernel],
+        "the operand of a wgmma under way overwritten": row["overwritten"] > 0,
+        "no operand in registers: the check saw nothing": not row["overwritten without waits"],
+        "stores of 1 or 2 bytes": "1" in stores or "2" in stores,
+        "tiles stored without TMA": stores.get("TMA", 0) < 2 and not name.endswith("packed"),
+        "packed rows not stored by 16 bytes": name.endswith("packed") and "16" not in stores,
+    }
+    return [f"{name}: {fault}: {row}" for fault, there in found.items() if there]
+
+
+def check(*names: str) -> None:
+    rows = hopper.report(*names)
+    assert set(rows) == set(names)
+    assert not [x for name, row in rows.items() for x in faults(name, row)]
+    before = hopper.written().get(triton.__version__)
+    for name, row in rows.items() if before else ():
+        assert row == before["rows"][name], f"{name}; if it is meant: hopper.py --write"
+
+
+def test_the_cheapest_of_each_kernel() -> None:
+    check(*CHEAP)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in hopper.NAMES if name not in CHEAP])
+def test_every_kernel(name: str) -> None:
+    check(name)
+
+
+def test_the_rows_under_version_control() -> None:
+    """Of two Tritons, each of all kernels, none with a fault, and the document's are these."""
+    written = hopper.written()
+    assert len(written) >= 2
+    for version, by in written.items():
+        assert list(by["rows"]) == hopper.NAMES
+        assert tuple(map(int, by["ptxas"].split("."))) >= chips.HOPPER_PTXAS
+        assert not [x for n, row in by["rows"].items() for x in faults(n, row, version)]
+    assert hopper.in_document() == hopper.table(written)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("forward d 64", {"stores of spills": 1}),
+        ("forward d 64", {"loads of spills": 1}),
+        ("backward d 64", {"stores of spills": 1}),
+        ("forward d 64", {"groups": 5}),
+        ("backward d 64", {"groups": 6}),
+        ("backward d 64", {"overwritten": 1}),
+        ("forward d 64", {"overwritten without waits": 0}),
+        ("forward d 64", {"registers": 171}),
+        ("forward d 64", {"registers of the loop": 255}),
+        ("forward d 64", {"shared": 232449}),
+        ("forward d 64", {"stores": {"4": 4}}),
+        ("backward d 64", {"stores": {"2": 64, "TMA": 2}}),
+        ("forward d 128, packed", {"stores": {"4": 64}}),
+    ],
+)
+def test_each_fault_is_found(name: str, change: dict[str, Any]) -> None:
+    row = hopper.written()[max(hopper.written())]["rows"][name]
+    assert not faults(name, row)
+    assert len(faults(name, row | change)) == 1
+
+
+# --- the reading ----------------------------------------------------------------------------------
+
+PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24"
+
+
+def consumer(*inside: str) -> sass.Code:
+    """A loop of two products, each of two wgmmas, around `inside`."""
+    lines = [PRODUCT, f"{PRODUCT}, gsb0", *inside, "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    return sass.instructions(listing("MOV R1, R2", *lines * 2, "@P0 BRA 0x10", "EXIT"))
+
+
+def test_a_loop_is_read() -> None:
+    row = hopper.read(consumer("STL [R1], R30", "LDL R239, [R1]"))
+    assert (row["wgmmas"], row["groups"]) == (4, 2)
+    assert (row["stores of spills"], row["loads of spills"]) == (2, 2)
+    assert row["registers of the loop"] == 240
+    assert (row["trip"], row["overwritten"]) == (11, 0)
+    assert hopper.read(consumer("MOV R5, R6"))["overwritten"] > 0
+    stores = hopper.read(consumer("STG.E.U16 [R8.64], R9", "STG.E.128 [R8.64], R12"))["stores"]
+    assert stores == {"2": 2, "16": 2}
+
+
+def test_an_atomic_costs_the_latency_of_a_load_where_its_scoreboard_is_awaited() -> None:
+    """CONTROL, of every instruction of a listing, names a scoreboard only where it is edited."""
+
+    def share(opcode: str) -> float:
+        *products, access = sass.instructions(listing(*[PRODUCT] * 8, f"{opcode} R9, [R8.64]"))
+        access = access._replace(write_barrier=0)
+        first = products[0]._replace(wait=1)
+        return model.estimate([first, *products[1:], access], model.CHIPS[90], 1, 1)[0]
+
+    assert share("ATOMG.E.ADD.STRONG.GPU") < 0.8 * share("STG.E")
+    assert share("ATOMG.E.ADD.STRONG.GPU") == share("LDG.E")
