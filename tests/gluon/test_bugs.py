@@ -27,7 +27,7 @@ def test_planted_bug_is_found(name: str, bug: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", [x for x in counts.load() if x in SUBJECTS])
 def test_counts(name: str) -> None:
     assert counts.count(name) == counts.load()[name]
 
