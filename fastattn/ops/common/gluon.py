@@ -143,9 +143,14 @@ def descriptor(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> Tenso
     """
     size = x.element_size()
     unit = ALIGNMENT // size
-    strides = [unit if n == 1 else s for n, s in zip(x.shape[:-1], x.stride())]
-    layout = gl.NVMMASharedLayout(swizzle, 8 * size, rank=len(box))
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(box), layout)
+    strides = [unit if n == 1 else s for n, s in zip(x.shape, x.stride())]
+    strides[-1] = 1 if x.shape[-1] == 1 else x.stride(-1)
+    return TensorDescriptor(x, list(x.shape), strides, list(box), _layout(swizzle, size, len(box)))
+
+
+@functools.cache
+def _layout(swizzle: int, size: int, rank: int) -> Any:
+    return gl.NVMMASharedLayout(swizzle, 8 * size, rank=rank)
 
 
 def launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -36,6 +37,7 @@ def box(width: int) -> int:
     return next(n for n in _FORWARD if width <= n)
 
 
+@functools.cache
 def forward(head_dim: int, head_dim_v: int) -> Forward:
     """The tile of a call. head_dim and head_dim_v are at most 256."""
     d, dv = box(head_dim), box(head_dim_v)
