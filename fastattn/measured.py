@@ -30,7 +30,7 @@ class Key(NamedTuple):
 
     Attributes:
         op: the op's name; or a part of an op whose kernels have several ways (ops/ffn/cuda.py).
-        backend: "cuda" or "triton".
+        backend: "gluon", "cuda" or "triton".
         dtype: of the problem, without "torch.".
         needs_grad: whether gradients are wanted; None for a norm, whose plans do not know.
         device: as torch names it, e.g. "NVIDIA H200", an architecture, e.g. "sm_90", or "cpu".

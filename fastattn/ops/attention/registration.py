@@ -19,7 +19,7 @@ from fastattn.ops.attention.call import Extras, Learnt, Settings, results
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import autograd, dropout, flops
 
-BACKENDS = backends.of_op("fastattn.ops.attention")
+BACKENDS = backends.of_op("fastattn.ops.attention", without=("gluon",))
 
 # Extras, then Settings, in their order.
 _TENSORS = ", ".join(

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
+from fastattn import backends
 from fastattn.ops.attention.call import Extras, Settings
 
 
@@ -165,8 +166,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     explanation = fastattn.explain(fastattn.attention, **tensors(), causal=True, return_lse=True)
     assert capsys.readouterr().out.strip() == str(explanation)
     assert explanation.backend == "torch"
-    assert set(explanation.reasons) == {"cuda", "triton", "torch", "reference"}
-    assert all(explanation.reasons[name] for name in ("cuda", "triton", "reference"))
+    assert set(explanation.reasons) == set(backends.NAMES)
+    assert all(explanation.reasons[name] for name in ("gluon", "cuda", "triton", "reference"))
     arguments = tensors()
     arguments["q"].requires_grad_()
     explanation = fastattn.explain(fastattn.attention, **arguments, return_lse=True)
