@@ -11,11 +11,10 @@ Backends of `FIRST_PROVED` are not chosen before they pass. The Triton kernels a
 only where a proof failed, which `fastattn doctor --prove` runs for all kernels at once. Nobody asks
 where the user names the backend, nor for a backward that follows a kernel's forward.
 
-No proof runs while calls are recorded, while a CUDA graph is captured, under a dispatch mode of
-torch or inside of another operator, nor while another thread or process proves the family. Such a
-call goes to another backend, and a later one asks again. A process that ends in a proof, because
-the device fails, has a family that failed. FASTATTN_PROVE=0 runs no proof at all; what is
-remembered counts.
+No proof runs while calls are recorded, while a CUDA graph is captured or under a dispatch mode of
+torch, nor while another thread or process proves something. Such a call goes to another backend,
+and a later one asks again. A process that ends in a proof, because the device fails, leaves a
+family that failed. FASTATTN_PROVE=0 runs no proof at all; what is remembered counts.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class Subject(NamedTuple):
 
 
 _proofs: dict[str, Proof] = {}
-_known: dict[Subject, Verdict] = {}  # of this process
+_known: dict[Subject, Verdict | None] = {}  # of this process, None where the disk has none
 _warned: set[Subject] = set()
 _lock = threading.Lock()
 _postponed = 0
@@ -183,13 +182,10 @@ def impossible(device: torch.device) -> str | None:
         return "no proof runs while calls are recorded or watched by a mode of torch"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "no proof runs while a CUDA graph is captured: call it once before"
-    with _modes(device):
-        if not torch.ones(1, requires_grad=True).sum().requires_grad:
-            return "no proof runs inside of another operator"
-        try:
-            torch.zeros(1, device=device).item()
-        except RuntimeError:  # after a fault every call raises
-            return "the device fails, maybe since an earlier proof: start the process again"
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:  # after a fault every call raises
+        return "the device fails, maybe since an earlier proof: start the process again"
     return None
 
 
@@ -336,7 +332,7 @@ def _modes(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        # Those of a caller, such as activation checkpointing's, count the tensors of its graph.
+        # A caller's, such as activation checkpointing's, count the tensors of its graph.
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
@@ -353,10 +349,8 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 def remembered(about: Subject) -> Verdict | None:
     """The verdict of this process or of an earlier one, None if there is none."""
     if about not in _known:
-        note = _read(_path(about))
-        if note is None or note[0] == RUNNING:
-            return None
-        _known[about] = Verdict(note[0] == PASSED, note[1])
+        stands, told = _read(_path(about)) or (RUNNING, "")
+        _known[about] = None if stands == RUNNING else Verdict(stands == PASSED, told)
     return _known[about]
 
 

@@ -30,7 +30,8 @@ def family(problem: AttentionProblem) -> str | None:
         str(problem.dtype).removeprefix("torch."),
         f"head_dim {int(problem.head_dim)}, {int(problem.head_dim_v)}",
         f"{int(problem.group_size)} heads to a key",
-        "one query" if problem.seqlen_q == 1 else "",
+        # The longest sequence of a packed call may be unknown while torch.compile traces.
+        "one query" if not problem.packed and problem.seqlen_q == 1 else "",
         "left bound" if problem.bounded_left else "",
         "causal" if s.window_right == 0 else "right bound" if problem.bounded_right else "",
         "top-left" if s.top_left else "",
@@ -47,7 +48,7 @@ def family(problem: AttentionProblem) -> str | None:
 def inputs(problem: AttentionProblem, draw: Callable[..., torch.Tensor]) -> dict[str, Any]:
     """The tensors of a call of `attention`, or of `attention_varlen`, of the problem's kind."""
     heads, kv_heads = KV_HEADS * problem.group_size, KV_HEADS
-    queries = 1 if problem.seqlen_q == 1 else QUERIES
+    queries = 1 if not problem.packed and problem.seqlen_q == 1 else QUERIES
     head_dim, head_dim_v, given = problem.head_dim, problem.head_dim_v, problem.given
 
     def integers(*values: int) -> torch.Tensor:
@@ -56,7 +57,7 @@ def inputs(problem: AttentionProblem, draw: Callable[..., torch.Tensor]) -> dict
     # (queries, keys) of each sequence; those of a call that is not packed have one length.
     lengths = (
         (queries, KEYS),
-        (max(queries // 3, 1), KEYS // 2) if problem.packed else (queries, KEYS),
+        (queries // 3, KEYS // 2) if problem.packed else (queries, KEYS),
     )
     of_q, of_k = (
         (sum(side),) if problem.packed else (len(side), side[0]) for side in zip(*lengths)
