@@ -20,10 +20,6 @@ family that failed. FASTATTN_PROVE=0 runs no proof at all; what is remembered co
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import importlib.metadata
-import json
 import os
 import threading
 import time
@@ -34,18 +30,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn import extension, files, measured, rule
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two processes may prove the same, with the same verdict
-    fcntl = None  # type: ignore[assignment]
+from fastattn import measured, rule, verdicts
+from fastattn.verdicts import Subject, Verdict
 
 VARIABLE = "FASTATTN_PROVE"
 FIRST_PROVED = ("gluon", "cuda")  # not chosen before they pass: nobody has run them on a GPU
 PROVED = (*FIRST_PROVED, "triton")
 AGAIN = "`fastattn doctor --prove` proves it again"
-RUNNING, PASSED, FAILED = "running", "passed", "failed"
 FEW = 64  # results of fewer elements are compared together: their largest error is chance
 
 
@@ -66,22 +57,6 @@ class Proof(NamedTuple):
     inputs: Callable[[Any, Callable[..., torch.Tensor]], dict[str, Any]]
     kernel: Callable[[Any, dict[str, Any], str], dict[str, torch.Tensor]]
     formula: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]]
-
-
-class Verdict(NamedTuple):
-    """Whether a family passed, and the figures, in a line."""
-
-    passed: bool
-    told: str
-
-
-class Subject(NamedTuple):
-    """What a verdict is about."""
-
-    op: str
-    backend: str
-    family: str
-    device: torch.device
 
 
 _proofs: dict[str, Proof] = {}
@@ -127,16 +102,13 @@ def declined(backend: str, problem: Any, *, prove: bool) -> str | None:
     verdict = remembered(about)
     where = _name(about.device)
     if verdict is None and first:
+        if not _on():
+            return f"not proven on {where}, and {VARIABLE}=0"
         if not prove:
-            return (
-                f"not proven on {where}: the first call proves it, or `fastattn doctor --prove`"
-                if _on()
-                else f"not proven on {where}, and {VARIABLE}=0"
-            )
-        reason = None if _on() else f"{VARIABLE}=0"
-        if reason is None and (reason := impossible(about.device)) is None:
+            return f"not proven on {where}: the first call proves it, or `fastattn doctor --prove`"
+        if (reason := impossible(about.device)) is None:
             verdict = prove_now(about, problem)
-            reason = "another thread or process is proving it now"
+            reason = "another thread or process is proving now, or memory is short"
         if verdict is None:
             global _postponed
             _postponed += 1
@@ -172,6 +144,10 @@ def _traced(op: str, backend: str, family: str, device: torch.device, first: boo
 _traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _name(device: torch.device) -> str:
+    return next(iter(measured.devices(device)), str(device))
+
+
 def _on() -> bool:
     return os.environ.get(VARIABLE, "1").lower() not in ("0", "false", "off", "no")
 
@@ -189,6 +165,16 @@ def impossible(device: torch.device) -> str | None:
     return None
 
 
+def remembered(about: Subject) -> Verdict | None:
+    """The verdict of this process or of an earlier one, None if there is none."""
+    if about not in _known:
+        stands, told = verdicts.read(verdicts.path_of(about)) or (verdicts.RUNNING, "")
+        _known[about] = (
+            None if stands == verdicts.RUNNING else Verdict(stands == verdicts.PASSED, told)
+        )
+    return _known[about]
+
+
 # --- running --------------------------------------------------------------------------------------
 
 
@@ -202,11 +188,11 @@ def prove_now(about: Subject, problem: Any, *, again: bool = False) -> Verdict |
     if not _lock.acquire(blocking=False):
         return None
     try:
-        path = _path(about)
-        with _alone(path) as alone:
+        path = verdicts.path_of(about)
+        with verdicts.alone(path) as alone:
             if not alone:
                 return None
-            verdict = None if again else _left(path)
+            verdict = None if again else verdicts.left(path)
             if verdict is None:
                 verdict = _marked(path, about, problem)
             if verdict is not None:
@@ -218,7 +204,7 @@ def prove_now(about: Subject, problem: Any, *, again: bool = False) -> Verdict |
 
 def _marked(path: Path | None, about: Subject, problem: Any) -> Verdict | None:
     """Run the proof between two notes on the disk; None if the device has no memory left."""
-    _write(path, about, RUNNING, "")
+    verdicts.write(path, about, verdicts.RUNNING, "")
     verdict = None
     try:
         start = time.perf_counter()
@@ -231,7 +217,9 @@ def _marked(path: Path | None, about: Subject, problem: Any) -> Verdict | None:
         verdict = Verdict(False, f"{type(error).__name__}: {lines[0]}")
     finally:
         if verdict is not None:
-            _write(path, about, PASSED if verdict.passed else FAILED, verdict.told)
+            verdicts.write(
+                path, about, verdicts.PASSED if verdict.passed else verdicts.FAILED, verdict.told
+            )
         elif path is not None:  # Ctrl-C says nothing about the kernel
             path.unlink(missing_ok=True)
     return verdict
@@ -341,131 +329,3 @@ def _modes(device: torch.device) -> Iterator[None]:
 
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-# --- what is remembered ---------------------------------------------------------------------------
-
-
-def remembered(about: Subject) -> Verdict | None:
-    """The verdict of this process or of an earlier one, None if there is none."""
-    if about not in _known:
-        stands, told = _read(_path(about)) or (RUNNING, "")
-        _known[about] = None if stands == RUNNING else Verdict(stands == PASSED, told)
-    return _known[about]
-
-
-def folder() -> Path | None:
-    """The folder of the verdicts, None where the user has no home."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard wants a relative path to be ignored.
-    cache = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
-    return Path(cache, "fastattn", "proofs") if os.path.isabs(cache) else None
-
-
-def _path(about: Subject) -> Path | None:
-    """The file of a verdict: its name stands for all that the verdict depends on."""
-    place = folder()
-    if place is None:
-        return None
-    named = [about.op, about.backend, about.family, environment(about.backend, about.device)]
-    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
-    return place / f"{about.op}-{about.backend}-{digest}.json"
-
-
-def _read(path: Path | None) -> tuple[str, str] | None:
-    """(how it stands, the figures) of a file, None if there is none that can be read."""
-    if path is None:
-        return None
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        stands, told = note["verdict"], note["told"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    known = stands in (RUNNING, PASSED, FAILED) and isinstance(told, str)
-    return (stands, told) if known else None
-
-
-def _left(path: Path | None) -> Verdict | None:
-    """The verdict that another process left, for the one that has the family to itself."""
-    note = _read(path)
-    if note is None:
-        return None
-    if note[0] == RUNNING:
-        return Verdict(False, "the process ended while it ran, which a fault of the device does")
-    return Verdict(note[0] == PASSED, note[1])
-
-
-def _write(path: Path | None, about: Subject, stands: str, told: str) -> None:
-    """Note a verdict, whole or not at all; where nothing can be written, this process knows it."""
-    if path is None:
-        return
-    note = {
-        "verdict": stands, "told": told, "op": about.op, "backend": about.backend,
-        "family": about.family, **environment(about.backend, about.device),
-    }  # fmt: skip
-    with contextlib.suppress(OSError):
-        files.write_text(path, json.dumps(note, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _alone(path: Path | None) -> Iterator[bool]:
-    """Whether no other process proves this family until the block ends, or dies."""
-    with contextlib.ExitStack() as stack:
-        alone = True
-        if path is not None and fcntl is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                alone = False
-            except OSError:  # nothing can be written, or the file system knows no locks
-                pass
-        yield alone
-
-
-@functools.cache
-def environment(backend: str, device: torch.device) -> dict[str, str]:
-    """All but the family that a verdict depends on, by name."""
-    found = {
-        "device": " ".join(measured.devices(device)),
-        "driver": _driver() if device.type == "cuda" else "",
-        "torch": torch.__version__,
-    }
-    if backend == "cuda":
-        file = extension.file()
-        found["extension"] = "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
-    else:
-        found["triton"] = _version("triton")
-        names = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_INTERPRET")
-        found["settings"] = " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
-    found["sources"] = _sources()
-    return found
-
-
-@functools.cache
-def _sources() -> str:
-    """A hash of the ops' code: kernels, launchers and tables of tiles."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "ops").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _driver() -> str:
-    """The version of the driver, as it writes it."""
-    try:
-        return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
-    except OSError:  # not Linux, or a container without it
-        return ".".join(map(str, extension.driver()))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _name(device: torch.device) -> str:
-    return next(iter(measured.devices(device)), str(device))

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import backends, extension, measured, proving
+from fastattn import backends, extension, measured, proving, verdicts
 from fastattn.backends import explanation_of
 from fastattn.cli import main
 from fastattn.ops.layer_norm import cuda, triton
@@ -76,7 +76,7 @@ class Chip:
         """Forget what a process knows."""
         proving._known.clear()
         proving._warned.clear()
-        proving.environment.cache_clear()
+        verdicts.environment.cache_clear()
         norms._dispatch.plans.clear()
 
     def call(self, x: torch.Tensor = X, **more: Any) -> list[str]:
@@ -93,7 +93,7 @@ class Chip:
     def notes(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in self.folder.glob("*.json")]
 
-    def about(self) -> proving.Subject:
+    def about(self) -> verdicts.Subject:
         problem = backends.problem_of(fastattn.layer_norm, X, W, residual=X)[0]
         found = proving.subject("cuda", problem)
         assert found is not None
@@ -214,6 +214,9 @@ def test_proofs_can_be_off(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(proving.VARIABLE, "0")
     assert chip.call() == ["triton"]
     assert "not proven on a GPU, and FASTATTN_PROVE=0" in chip.reason()
+    with monkeypatch.context() as later:
+        later.setattr(backends, "select", lambda *_: pytest.fail("it has a plan"))
+        assert chip.call() == ["triton"]
     monkeypatch.delenv(proving.VARIABLE)
     chip.restart()
     assert chip.call() == ["cuda", "cuda"]
@@ -227,7 +230,7 @@ def test_triton_is_out_only_after_a_failed_proof(chip: Chip) -> None:
     assert chip.call() == ["triton"]
     assert chip.notes() == []
     about = chip.about()._replace(backend="triton")
-    proving._known[about] = proving.Verdict(False, "figures")
+    proving._known[about] = verdicts.Verdict(False, "figures")
     norms._dispatch.plans.clear()
     with pytest.warns(RuntimeWarning, match="figures"):
         assert chip.call() == []
@@ -243,13 +246,13 @@ def test_anything_new_is_proven_again(change: str, chip: Chip) -> None:
         chip.named("another GPU", "sm_80")
     elif change == "driver":
         # It counts on a GPU: a CPU has none.
-        chip.set(proving, "_driver", lambda: "1")
+        chip.set(verdicts, "_driver", lambda: "1")
         gpu = torch.device("cuda", 0)
-        proving.environment.cache_clear()
-        before = proving.environment("cuda", gpu)
-        chip.set(proving, "_driver", lambda: "2")
-        proving.environment.cache_clear()
-        assert proving.environment("cuda", gpu) != before
+        verdicts.environment.cache_clear()
+        before = verdicts.environment("cuda", gpu)
+        chip.set(verdicts, "_driver", lambda: "2")
+        verdicts.environment.cache_clear()
+        assert verdicts.environment("cuda", gpu) != before
         return
     elif change == "torch":
         chip.set(torch, "__version__", "9.9")
@@ -258,7 +261,7 @@ def test_anything_new_is_proven_again(change: str, chip: Chip) -> None:
         assert file is not None
         file.write_bytes(b"other kernels")
     else:
-        chip.set(proving, "_sources", lambda: "others")
+        chip.set(verdicts, "_sources", lambda: "others")
     chip.restart()
     assert chip.call() == ["cuda", "cuda"]
     assert len(chip.notes()) == 2
@@ -310,7 +313,7 @@ def test_no_folder(place: str, chip: Chip, tmp_path: Path, monkeypatch: pytest.M
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
         chip.set(os.path, "expanduser", lambda path: path)
-        assert proving.folder() is None
+        assert verdicts.folder() is None
     assert chip.call() == ["cuda", "cuda"]
     assert chip.call(torch.cat([X, X])) == ["cuda"]
     assert chip.notes() == []
@@ -319,7 +322,7 @@ def test_no_folder(place: str, chip: Chip, tmp_path: Path, monkeypatch: pytest.M
 def test_the_users_folder(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/somebody")
-    assert proving.folder() == Path("/somebody/.cache/fastattn/proofs")
+    assert verdicts.folder() == Path("/somebody/.cache/fastattn/proofs")
 
 
 # --- other processes and threads ------------------------------------------------------------------
@@ -327,14 +330,14 @@ def test_the_users_folder(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_while_another_process_proves_the_call_goes_elsewhere(chip: Chip) -> None:
     chip.folder.mkdir(parents=True)
-    path = proving._path(chip.about())
+    path = verdicts.path_of(chip.about())
     assert path is not None
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert chip.call() == ["triton"]
         assert chip.call() == ["triton"]
         # It ends well: what it wrote counts, without a second proof.
-        proving._write(path, chip.about(), proving.PASSED, "by another process")
+        verdicts.write(path, chip.about(), verdicts.PASSED, "by another process")
     assert chip.call() == ["cuda"]
 
 
