@@ -14,7 +14,8 @@ A backend named by 1-3 either runs the call or raises `UnsupportedError` with th
 never replaced in silence. Only an op that does not have the backend named by 2 or 3, as
 cross_entropy has no cuda, chooses by 4. Under 4 a backend may also *decline* a problem that it
 could run (the Triton kernels on a CPU, a kernel that was measured to be slower than the next
-backend, or a Gluon or CUDA C++ kernel that was not measured to be faster).
+backend, a Gluon or CUDA C++ kernel on a GPU that it is not written for and not measured on, or a
+kernel that has not proved itself on the device, proving.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from fastattn import extension, measured
+from fastattn import extension, measured, proving
 
 # The module of an op's folder that is the backend, in the order in which they are tried.
 ROOMS = {
@@ -45,6 +46,11 @@ ROOMS = {
 NAMES = tuple(ROOMS)
 # Run by the op's registered operator; the others are plain PyTorch.
 KERNELS = ("gluon", "cuda", "triton")
+FOR_TESTS = {  # on a CPU
+    "gluon": "the Gluon kernels' emulator is for tests: name backend='gluon' to use it",
+    "cuda": "the CUDA kernels' emulator is for tests: name backend='cuda' to use it",
+    "triton": "Triton kernels on a CPU are for tests: name backend='triton' to use them",
+}
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 
@@ -98,17 +104,17 @@ class Backend:
             missing = triton_unavailable(problem.device)
         return missing or self.module.unsupported(problem)
 
-    def declined(self, problem: Problem) -> str | None:
-        """The reason why the automatic choice passes this backend over although it could run."""
-        if self.name == "triton" and problem.device.type == "cpu":
-            return "Triton kernels on a CPU are for tests: name backend='triton' to use them"
-        if self.name == "gluon" and problem.device.type == "cpu":
-            return "the Gluon kernels' emulator is for tests: name backend='gluon' to use it"
-        if self.name == "cuda" and problem.device.type == "cpu":
-            return "the CUDA kernels' emulator is for tests: name backend='cuda' to use it"
+    def declined(self, problem: Problem, *, prove: bool = False) -> str | None:
+        """The reason why the automatic choice passes this backend over although it could run.
+
+        `prove`: let a kernel that has no verdict on this device prove itself now.
+        """
+        if problem.device.type == "cpu" and self.name in FOR_TESTS:
+            return FOR_TESTS[self.name]
         declines = getattr(self.module, "declined", None)
         reason: str | None = None if declines is None else declines(problem)
-        return reason or measured.declined(self.name, problem)
+        reason = reason or measured.declined(self.name, problem)
+        return reason or proving.declined(self.name, problem, prove=prove)
 
 
 _paths: list[str] = []  # of all backends of all ops
@@ -309,7 +315,8 @@ def select(op: str, backends: tuple[Backend, ...], problem: Any, argument: str |
     chosen = choice(backends, argument)
     if chosen is None:
         for backend in backends:
-            if backend.unsupported(problem) is None and backend.declined(problem) is None:
+            reason = backend.unsupported(problem)
+            if reason is None and backend.declined(problem, prove=True) is None:
                 return backend
         raise UnsupportedError(str(_explain(op, backends, problem, argument)))
     name, source = chosen
@@ -412,6 +419,16 @@ def register(
 ) -> None:
     """Make `function` known to `explain`; `describe` takes its arguments, returns the problem."""
     _explainable[function] = (function.__name__, describe, backends)
+
+
+def problem_of(
+    function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Any, tuple[Backend, ...]]:
+    """The problem of a call of a public op, and the kernel backends that can run it, in order."""
+    _, describe, backends = _explainable[function]
+    problem = describe(*args, **kwargs)
+    kernels = (backend for backend in backends if backend.name in KERNELS)
+    return problem, tuple(backend for backend in kernels if not backend.unsupported(problem))
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

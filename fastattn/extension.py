@@ -96,7 +96,7 @@ def unavailable(device: torch.device) -> str | None:
         library = load()
     except CannotLoad as error:
         return f"the extension cannot be loaded: {error}"
-    return no_code(library, Capability(*torch.cuda.get_device_capability(device)), _driver())
+    return no_code(library, Capability(*torch.cuda.get_device_capability(device)), driver())
 
 
 # torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it.
@@ -130,6 +130,11 @@ def find() -> Path | None:
     """The built library, or None in a pure Python install."""
     found = importlib.util.find_spec("fastattn._C")
     return None if found is None or found.origin is None else Path(found.origin)
+
+
+def file() -> Path | None:
+    """The library that runs, or would run: the built one, or the tests' emulator."""
+    return find() if _emulator is None else _emulator.path
 
 
 @functools.cache
@@ -182,7 +187,7 @@ def registered() -> list[str]:
 
 
 @functools.cache
-def _driver() -> tuple[int, int]:
+def driver() -> tuple[int, int]:
     """The newest CUDA that the driver supports."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -10,12 +10,12 @@ wanted:
 `python benchmarks/never_slower.py --table FILE...` and `--faster FILE...` print the rows, from
 results that it wrote on the device.
 
-The automatic choice asks `declined`. Without a row it takes the Triton kernels, and does not take
-those in Gluon and CUDA C++: a kernel that nobody has measured on a GPU is not chosen for anybody. A
-row is of plain calls of an op, as the benchmark makes them: other calls have no size (`elements` of
-the op's problem is None). Nobody asks where the user names the backend, nor for a backward that
-follows a kernel's forward. While torch.compile traces, a row counts for every size: a choice by
-size would tie the graph to a sequence length.
+The automatic choice asks `declined`. Without a row it takes the Triton kernels, and the others only
+on the architecture that they are written for (`WRITTEN_FOR`). A row is of plain calls of an op, as
+the benchmark makes them: other calls have no size (`elements` of the op's problem is None). Nobody
+asks where the user names the backend, nor for a backward that follows a kernel's forward. While
+torch.compile traces, a row counts for every size: a choice by size would tie the graph to a
+sequence length. Whether a kernel is right on a device is proving.py's question.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ IN_FLOAT32: dict[tuple[torch.dtype, bool, str], Faster] = {
     (torch.bfloat16, True, "AVX2"): Faster("bfloat16", "2026-11-29", 32768),
 }
 
-ONLY_MEASURED = ("gluon", "cuda")  # the backends that are not chosen without a row
+# The backends that are not chosen without a row, but on the architecture of their kernels.
+WRITTEN_FOR = {"gluon": "sm_90", "cuda": "sm_80"}
 
 
 def declined(backend: str, problem: Any) -> str | None:
     """The reason why the automatic choice passes `backend` over, or None if it may run."""
-    if not TABLE and backend not in ONLY_MEASURED:
+    if not TABLE and backend not in WRITTEN_FOR:
         return None
     row, device, size = None, "this GPU", problem.elements
     if size is not None:
@@ -83,10 +84,16 @@ def declined(backend: str, problem: Any) -> str | None:
     if row is not None:
         traced = torch.compiler.is_compiling() or not isinstance(size, int)
         return None if traced else slower(row, device, size)
-    if backend not in ONLY_MEASURED:
+    if backend not in WRITTEN_FOR or WRITTEN_FOR[backend] in devices(problem.device):
         return None
     where = "with these features" if size is None else f"on {device}"
     return f"not measured {where}: name backend={backend!r} to use it"
+
+
+def found(backend: str, problem: Any) -> bool:
+    """Whether there is a row of the problem's kind."""
+    kind = problem.op, backend, problem.dtype, problem.needs_grad, problem.device
+    return problem.elements is not None and find(*kind) is not None
 
 
 def find(
@@ -119,3 +126,7 @@ def devices(device: torch.device) -> tuple[str, ...]:
         return ()
     major, minor = torch.cuda.get_device_capability(device)
     return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
+
+
+# torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it.
+devices._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -192,7 +192,7 @@ def with_gpu(
     """A built extension, a torch and a GPU."""
     monkeypatch.setattr(extension, "find", lambda: LIBRARY.path)
     monkeypatch.setattr(extension, "_loaded", lambda path: LIBRARY)
-    monkeypatch.setattr(extension, "_driver", lambda: (13, 0))
+    monkeypatch.setattr(extension, "driver", lambda: (13, 0))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)

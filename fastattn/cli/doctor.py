@@ -1,4 +1,8 @@
-"""Print versions, devices, the extension, and which backend each op would use, and why."""
+"""Print versions, devices, the extension, and which backend each op would use, and why.
+
+With --prove, first every kernel that can run here computes small problems, which are compared with
+float64; the verdicts are remembered, and a kernel that fails is not chosen (fastattn/proving.py).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn import extension
+from fastattn import extension, proving
 from fastattn.backends import (
     ENVIRONMENT_VARIABLE,
     NAMES,
@@ -20,6 +24,7 @@ from fastattn.backends import (
     Explanation,
     explanation_of,
 )
+from fastattn.cli import proofs
 from fastattn.ops.common import ptxas
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors")
@@ -30,11 +35,12 @@ DTYPES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none of its own."""
+    parser.add_argument("--prove", action="store_true", help="prove all kernels on the devices")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the whole report; 0 whatever it says."""
+    """Print the whole report; 1 if a proof failed, else 0."""
+    code = proofs.prove(_available()) if arguments.prove else 0
     for title, lines in (
         ("versions", _versions()),
         ("devices", _devices()),
@@ -48,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     for device in _available():
         for line in _backends(device):
             print(f"  {line}")
-    return 0
+    return code
 
 
 def _versions() -> Iterator[str]:
@@ -101,7 +107,7 @@ def _driver() -> str:
 
 
 def _settings() -> Iterator[str]:
-    for name in (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", TRITON_ON_CPU):
+    for name in (ENVIRONMENT_VARIABLE, proving.VARIABLE, "TRITON_INTERPRET", TRITON_ON_CPU):
         value = os.environ.get(name)
         yield f"{name:<22}  {'not set' if value is None else repr(value)}"
 

@@ -176,7 +176,7 @@ def _described(
             return settings, extras, None  # "torch" is what was there before
         return settings, extras, backends.select("attention", KERNELS, problem, None).name
     for kernel in KERNELS:
-        if kernel.unsupported(problem) is None and kernel.declined(problem) is None:
+        if kernel.unsupported(problem) is None and kernel.declined(problem, prove=True) is None:
             return settings, extras, kernel.name
     return settings, extras, None
 

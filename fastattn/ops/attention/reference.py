@@ -44,16 +44,21 @@ def _forward(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     precision = modes.at_least_float32(q.dtype)
-    q, k, v = q.to(precision), k.to(precision), v.to(precision)
-    if problem.packed:
-        out, lse = _packed(problem, q, k, v, extras)
-    else:
-        if extras.key_lengths is not None:
-            # Zeros, not only a mask: 0 * NaN of the padding would reach outputs and gradients.
-            padding = ~within(extras.key_lengths, problem.seqlen_k)[:, :, None, None]
-            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
-        out, lse = _dense(problem, q, k, v, extras)
+    out, lse = formula(problem, q.to(precision), k.to(precision), v.to(precision), extras)
     return out.to(problem.dtype), lse
+
+
+def formula(
+    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), computed in the dtype of the tensors."""
+    if problem.packed:
+        return _packed(problem, q, k, v, extras)
+    if extras.key_lengths is not None:
+        # Zeros, not only a mask: 0 * NaN of the padding would reach outputs and gradients.
+        padding = ~within(extras.key_lengths, problem.seqlen_k)[:, :, None, None]
+        k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+    return _dense(problem, q, k, v, extras)
 
 
 def on_lengths(

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fastattn import backends
+from fastattn import backends, proving
 from fastattn.ops.common import modes
 from fastattn.ops.common.plans import PlanCache
 
@@ -76,6 +76,7 @@ class Dispatch(Generic[Problem]):
             fastattn.UnsupportedError: the backend that the user names cannot run it, or none can.
         """
         name = op or problem.op  # type: ignore[attr-defined]
+        postponed = proving.postponed()
         chosen = backends.select(name, self._backends, problem, backend)
         if chosen.name in backends.KERNELS:
             forced = backends.choice(self._backends, backend) is not None
@@ -83,6 +84,6 @@ class Dispatch(Generic[Problem]):
         else:
             run = chosen.module.forward
         plan = problem, run
-        if key is not None:
+        if key is not None and postponed == proving.postponed():
             self.plans.put(key, plan)
         return plan

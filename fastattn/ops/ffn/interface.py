@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from fastattn import backends
+from fastattn import backends, proving
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.ffn import problem as _problem
+from fastattn.ops.ffn import proof as _proof
 from fastattn.ops.ffn import registration
 
 BACKENDS = registration.BACKENDS
@@ -85,3 +88,13 @@ def ffn(
 
 
 backends.register(ffn, _problem.describe, BACKENDS)
+
+
+def _proved(
+    problem: _problem.FFNProblem, given: dict[str, Any], backend: str
+) -> dict[str, torch.Tensor]:
+    """The kernel's result by name on the inputs of a proof."""
+    return {"out": ffn(**given, **_proof.options(problem), backend=backend)}
+
+
+proving.register("ffn", proving.Proof(_proof.family, _proof.inputs, _proved, _proof.formula))

@@ -211,7 +211,7 @@ def test_numbers_of_other_kinds(
 
 def test_backward_under_another_choice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which backend runs a backward is settled by its forward, not by what surrounds it."""
-    monkeypatch.setattr(backends.Backend, "declined", lambda self, problem: None)
+    monkeypatch.setattr(backends.Backend, "declined", lambda self, problem, **_: None)
     monkeypatch.setattr("fastattn.ops.attention.interface._dispatch.plans.get", lambda key: None)
     monkeypatch.setattr("fastattn.ops.attention.straight.run", lambda *call: None)
     inputs = tensors(device, 9, 9, 9)
