@@ -8,13 +8,13 @@ of a tensor:
     1. the `backend=` argument of the call,
     2. `with fastattn.use_backend("torch"):`, process-wide while the block runs,
     3. the environment variable FASTATTN_BACKEND,
-    4. else the first capable one in the op's order: cuda, triton, torch, reference.
+    4. else the first capable one in the op's order: gluon, cuda, triton, torch, reference.
 
 A backend named by 1-3 either runs the call or raises `UnsupportedError` with the reason; it is
 never replaced in silence. Only an op that does not have the backend named by 2 or 3, as
 cross_entropy has no cuda, chooses by 4. Under 4 a backend may also *decline* a problem that it
 could run (the Triton kernels on a CPU, a kernel that was measured to be slower than the next
-backend, or a CUDA C++ kernel that was not measured to be faster).
+backend, or a Gluon or CUDA C++ kernel that was not measured to be faster).
 """
 
 from __future__ import annotations
@@ -35,9 +35,16 @@ import torch
 from fastattn import extension, measured
 
 # The module of an op's folder that is the backend, in the order in which they are tried.
-ROOMS = {"cuda": "cuda", "triton": "triton", "torch": "aten", "reference": "reference"}
+ROOMS = {
+    "gluon": "gluon",
+    "cuda": "cuda",
+    "triton": "triton",
+    "torch": "aten",
+    "reference": "reference",
+}
 NAMES = tuple(ROOMS)
-KERNELS = ("cuda", "triton")  # through the op's registered operator; the others are plain PyTorch
+# Run by the op's registered operator; the others are plain PyTorch.
+KERNELS = ("gluon", "cuda", "triton")
 ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 
@@ -83,7 +90,9 @@ class Backend:
     def unsupported(self, problem: Any) -> str | None:
         """The reason why this backend cannot run `problem`, or None if it can."""
         missing = None
-        if self.name == "cuda":
+        if self.name == "gluon":
+            missing = gluon_unavailable(problem.device)
+        elif self.name == "cuda":
             missing = extension.unavailable(problem.device)
         elif self.name == "triton":
             missing = triton_unavailable(problem.device)
@@ -93,6 +102,8 @@ class Backend:
         """The reason why the automatic choice passes this backend over although it could run."""
         if self.name == "triton" and problem.device.type == "cpu":
             return "Triton kernels on a CPU are for tests: name backend='triton' to use them"
+        if self.name == "gluon" and problem.device.type == "cpu":
+            return "the Gluon kernels' emulator is for tests: name backend='gluon' to use it"
         if self.name == "cuda" and problem.device.type == "cpu":
             return "the CUDA kernels' emulator is for tests: name backend='cuda' to use it"
         declines = getattr(self.module, "declined", None)
@@ -178,6 +189,28 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
+gluon_on_cpu = False  # whether an emulator is there: ops.common.gluon.use
+
+
+def gluon_unavailable(device: torch.device) -> str | None:
+    """The reason why no Gluon kernel can run on `device`, or None, without an import of Triton."""
+    if not _installed("triton"):
+        return "the package triton is not installed"
+    if device.type == "cpu" and gluon_on_cpu:
+        return None
+    if device.type != "cuda":
+        where = "a CPU" if device.type == "cpu" else repr(device.type)
+        return f"the Gluon kernels run on Hopper GPUs, not on {where}"
+    if not torch.cuda.is_available():  # a fake tensor can name a device that is not there
+        return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "the Gluon kernels are written for NVIDIA GPUs; this torch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"the Gluon kernels need compute capability 9.0, this GPU has {major}.{minor}"
+    return None
+
+
 def _known(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
@@ -254,7 +287,7 @@ def use_backend(name: str) -> Iterator[None]:
     `UnsupportedError`.
 
     Args:
-        name: "cuda", "triton", "torch" or "reference".
+        name: "gluon", "cuda", "triton", "torch" or "reference".
 
     Raises:
         ValueError: `name` is no backend.
@@ -298,7 +331,9 @@ def select_backward(
     """The module that runs the backward of a call whose forward ran on the kernel `forward`.
 
     It is the same backend if that is able to, as it must be if the user named it (`forced`); else
-    the first able one. What is named around the call of `backward` is about other calls.
+    the first able one. A module whose kernels run forwards that they have no backward of says so
+    with `backward_unsupported(problem)`; another one then follows, whoever named the forward's.
+    What is named around the call of `backward` is about other calls.
 
     Raises:
         UnsupportedError: none can.
@@ -308,7 +343,10 @@ def select_backward(
     for kernel in sorted(kernels, key=lambda kernel: kernel.name != forward):
         if kernel.name == forward or not forced:
             if (reason := kernel.unsupported(problem)) is None:
-                return kernel.module
+                declines = getattr(kernel.module, "backward_unsupported", None)
+                if declines is None or (reason := declines(problem)) is None:
+                    return kernel.module
+                forced = False
             reasons[kernel.name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UnsupportedError(f"no kernel for the backward of {op} on {problem.describe()}: {told}")

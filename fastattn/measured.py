@@ -11,11 +11,11 @@ wanted:
 results that it wrote on the device.
 
 The automatic choice asks `declined`. Without a row it takes the Triton kernels, and does not take
-the CUDA C++ ones: a kernel that nobody has measured on a GPU is not chosen for anybody. A row is of
-plain calls of an op, as the benchmark makes them: other calls have no size (`elements` of the op's
-problem is None). Nobody asks where the user names the backend, nor for a backward that follows a
-kernel's forward. While torch.compile traces, a row counts for every size: a choice by size would
-tie the graph to a sequence length.
+those in Gluon and CUDA C++: a kernel that nobody has measured on a GPU is not chosen for anybody. A
+row is of plain calls of an op, as the benchmark makes them: other calls have no size (`elements` of
+the op's problem is None). Nobody asks where the user names the backend, nor for a backward that
+follows a kernel's forward. While torch.compile traces, a row counts for every size: a choice by
+size would tie the graph to a sequence length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Key(NamedTuple):
 
     Attributes:
         op: the op's name; or a part of an op whose kernels have several ways (ops/ffn/cuda.py).
-        backend: "cuda" or "triton".
+        backend: "gluon", "cuda" or "triton".
         dtype: of the problem, without "torch.".
         needs_grad: whether gradients are wanted; None for a norm, whose plans do not know.
         device: as torch names it, e.g. "NVIDIA H200", an architecture, e.g. "sm_90", or "cpu".
@@ -68,7 +68,7 @@ IN_FLOAT32: dict[tuple[torch.dtype, bool, str], Faster] = {
     (torch.bfloat16, True, "AVX2"): Faster("bfloat16", "2026-11-29", 32768),
 }
 
-ONLY_MEASURED = ("cuda",)  # the backends that are not chosen without a row
+ONLY_MEASURED = ("gluon", "cuda")  # the backends that are not chosen without a row
 
 
 def declined(backend: str, problem: Any) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import interpreter
@@ -71,6 +71,27 @@ def emulator(_built_emulator: Any) -> Iterator[Any]:
     """The kernels of the `cuda` backend: a GPU's, or those of the emulator, with its knobs."""
     with _built_emulator:
         yield _built_emulator
+
+
+@pytest.fixture
+def gluon_seed() -> Iterator[Callable[[int], None]]:
+    """The kernels of the `gluon` backend: a Hopper GPU's, or those in the emulator of tests/gluon.
+
+    Returns a function that sets the seed of the emulator's schedule.
+    """
+    from fastattn.ops.common import gluon as kernels
+
+    if torch.cuda.is_available():
+        if (reason := kernels.unavailable(torch.device("cuda", 0))) is not None:
+            pytest.skip(reason)
+        yield lambda seed: None
+        return
+    from gluon.launching import launch
+
+    schedule = {"seed": 0}
+    kernels.use(lambda *args, **constants: launch(*args, **schedule, **constants))
+    yield lambda seed: schedule.update(seed=seed)
+    kernels.use(None)
 
 
 @pytest.fixture(autouse=True)

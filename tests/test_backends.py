@@ -62,6 +62,18 @@ def test_a_backward_that_a_module_lacks_goes_to_the_next() -> None:
 
 
 @pytest.mark.usefixtures("both")
+def test_a_backward_that_a_forward_lacks_goes_to_the_next_even_if_named() -> None:
+    lacking = kernel("cuda", backward_unsupported=no("no backward"))
+    kernels = (lacking, kernel("triton"))
+    for forced in (False, True):
+        chosen = backends.select_backward("op", kernels, Problem(), "cuda", forced)
+        assert chosen is kernels[1].module
+    assert backends.select("op", kernels, Problem(), "cuda") is lacking
+    with pytest.raises(fastattn.UnsupportedError, match="cuda: no backward"):
+        backends.select_backward("op", (lacking,), Problem(), "cuda", True)
+
+
+@pytest.mark.usefixtures("both")
 def test_no_backward_at_all_names_every_reason() -> None:
     kernels = (kernel("cuda", unsupported=no("a")), kernel("triton", unsupported=no("b")))
     with pytest.raises(fastattn.UnsupportedError, match="triton: b; cuda: a"):

@@ -152,7 +152,7 @@ def test_every_op_has_its_backend_and_the_reasons(
         assert entry is not None, op
         assert entry[1] == "torch"
         reasons = {line.split()[0]: line for line in entry[2].splitlines()}
-        assert set(reasons) == {"cuda", "triton", "reference"}
+        assert set(reasons) == {"gluon", "cuda", "triton", "reference"}
         assert reasons["reference"].endswith("could, but torch comes first")
         assert reasons["cuda"].endswith("the CUDA kernels run on NVIDIA GPUs, not on a CPU")
 

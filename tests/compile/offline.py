@@ -34,6 +34,7 @@ import triton  # noqa: E402
 from compile import sass  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
 from triton.runtime.jit import compute_cache_key, create_function_from_signature  # noqa: E402
 
 # Classes of a loop's instructions, by how the opcode begins; the rest is arithmetic and control.
@@ -82,7 +83,8 @@ def source_of(
     backend, bind = _binder(kernel, architecture)
     constants = constants | OPTIONS
     options, *rest = kernel._pack_args(backend, constants, *bind(*args, **constants))
-    return ASTSource(kernel, *rest), options.__dict__
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return source(kernel, *rest), options.__dict__
 
 
 def machine_code(architecture: int, source: ASTSource, options: dict[str, Any]) -> tuple[Any, str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-BACKENDS = ("reference", "torch", "triton", "cuda")
+BACKENDS = ("reference", "torch", "triton", "cuda")  # and attention has "gluon"
 
 
 def widest(backend: str | None) -> torch.dtype:
-    """float32, but for the products of `cuda`: its attention and ffn compute in 16 bits."""
-    return torch.float16 if backend == "cuda" else torch.float32
+    """float32, but for the products of `cuda` and `gluon`, which compute in 16 bits."""
+    return torch.float16 if backend in ("cuda", "gluon") else torch.float32
 
 
 def assert_near(

@@ -322,6 +322,8 @@ def refusal(case: Case, backend: str) -> str | None:
         if case.documents:
             return "no documents"
         return "no block masks" if case.block_mask else None
+    if backend == "gluon":
+        return refusal_of_gluon(case)
     if backend == "torch":
         if 0 in case.tokens(0) + case.tokens(1):
             return "empty tensors"
@@ -332,6 +334,25 @@ def refusal(case: Case, backend: str) -> str | None:
         if case.packed is not None and case.device != "cpu":
             return "no packed sequences"
     return None
+
+
+def refusal_of_gluon(case: Case) -> str | None:
+    """What `refusal` says of that backend, in the order in which it asks."""
+    width_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
+    reasons = {
+        "float16 and bfloat16": case.dtype.itemsize != 2,
+        "above 256": max(case.head_dim, width_v) > 256,
+        "steps of 8": case.head_dim % 8 or width_v % 8,
+        "empty tensor": 0 in case.tokens(0) + case.tokens(1),
+        "no masks": case.mask,
+        "no bias": case.bias,
+        "no key_lengths": case.lengths,
+        "no packed sequences": case.packed is not None,
+        "no documents": case.documents,
+        "no block masks": case.block_mask,
+        "no dropout": case.dropout_p,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def runnable(case: Case, backend: str) -> Case:

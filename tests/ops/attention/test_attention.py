@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -134,6 +135,36 @@ OF_DTYPE = [
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(name: str, backend: str, dtype: str, device: str) -> None:
     check(dataclasses.replace(CASES[name], dtype=getattr(torch, dtype), device=device), backend)
+
+
+# `long`: the others, and three more schedules of the emulator.
+ON_GLUON = (
+    "one query", "grouped heads", "head_dim 128", "narrower v", "causal, fewer keys",
+    "top-left, more keys", "window", "window past the keys", "negative scale", "softcap",
+    "alibi by batch", "sink, blind rows", "mask", "packed", "lengths", "dropout",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ("gluon",))
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.long] * (x not in ON_GLUON)) for x in CASES]
+)
+def test_gluon_against_float64(
+    name: str, backend: str, device: str, gluon_seed: Callable[[int], None]
+) -> None:
+    """The gradients are those of the kernels that follow its forward."""
+    check(dataclasses.replace(CASES[name], dtype=torch.float16, device=device), backend)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("backend", ("gluon",))
+@pytest.mark.parametrize("name", CASES)
+def test_gluon_schedules(
+    name: str, backend: str, seed: int, device: str, gluon_seed: Callable[[int], None]
+) -> None:
+    gluon_seed(seed)
+    check(dataclasses.replace(CASES[name], dtype=torch.bfloat16, device=device, seed=seed), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
+from fastattn import backends
 from fastattn.ops.attention.call import Extras, Settings
 
 
@@ -146,6 +147,11 @@ def test_lengths_are_not_read_where_they_cannot_be() -> None:
         ("cuda", {"dtype": torch.float32}, "float16 and bfloat16, not in torch.float32"),
         ("cuda", {"alibi_slopes": torch.ones(4)}, "no gradient for alibi_slopes"),
         ("cuda", {"bias": torch.ones(5, 7)}, "no gradient for bias"),
+        ("gluon", {"width": 264}, "head_dim 264 is above 256"),
+        ("gluon", {"width": 20}, "head_dim in steps of 8"),
+        ("gluon", {"dtype": torch.float32}, "float16 and bfloat16, not in torch.float32"),
+        ("gluon", {"alibi_slopes": torch.ones(4)}, "no gradient for alibi_slopes"),
+        ("gluon", {"bias": torch.ones(5, 7)}, "no bias"),
     ],
 )
 def test_what_kernels_decline(
@@ -165,8 +171,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     explanation = fastattn.explain(fastattn.attention, **tensors(), causal=True, return_lse=True)
     assert capsys.readouterr().out.strip() == str(explanation)
     assert explanation.backend == "torch"
-    assert set(explanation.reasons) == {"cuda", "triton", "torch", "reference"}
-    assert all(explanation.reasons[name] for name in ("cuda", "triton", "reference"))
+    assert set(explanation.reasons) == set(backends.NAMES)
+    assert all(explanation.reasons[name] for name in ("gluon", "cuda", "triton", "reference"))
     arguments = tensors()
     arguments["q"].requires_grad_()
     explanation = fastattn.explain(fastattn.attention, **arguments, return_lse=True)

@@ -13,7 +13,7 @@ from fastattn.ops.attention.cache.problem import CacheProblem
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.common import autograd
 
-BACKENDS = backends.of_op("fastattn.ops.attention.cache")
+BACKENDS = backends.of_op("fastattn.ops.attention.cache", without=("gluon",))
 
 
 def run_kernel(

@@ -1,0 +1,430 @@
+"""Attention forward on Hopper: two consumers of 64 queries each, and a producer that fetches.
+
+A program has 128 queries of one head. Its producer copies tiles of keys and values by TMA into a
+ring of shared memory; each consumer, a warpgroup of its own, runs for its rows
+
+    S = Q K^T of this tile and O += P V of the last one   (wgmma, both in flight)
+    m' = max(m, rowmax S);  P = 2^(S - m');  l = l 2^(m - m') + rowsum P;  O = O 2^(m - m')
+
+so that one consumer's exponentials run under the other one's products (Shah et al. 2024,
+arXiv:2407.08608, without its named barriers). The tiles run from the last key to the first. Those
+that the end of the keys or an edge of the band crosses are masked, in loops of their own; the loop
+between them has no arithmetic of positions.
+
+Each stage of the ring has four barriers. `k_full` and `v_full` wait for the copy's bytes, `k_empty`
+and `v_empty` for both consumers' products: the producer waits for the last before it copies again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fastattn.ops.attention import call
+from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.gluon import tiles
+from fastattn.ops.common import gluon as kernels
+from fastattn.ops.common.gluon import mbarrier, tma
+
+LOG2_E = math.log2(math.e)
+LN_2 = gl.constexpr(math.log(2))
+LOWEST = gl.constexpr(-3e38)  # below any score, and finite: rows without keys give no NaN
+# A scale below may be zero in float32, and zero times -inf is NaN.
+LEAST_SCALE = 1e-37
+MAX_WINDOW = 2**30  # positions are 32-bit
+
+
+class Kind(NamedTuple):
+    """The constants of a kernel."""
+
+    D: gl.constexpr  # of q and k: the box, a power of two
+    DV: gl.constexpr
+    BM: gl.constexpr  # queries of a consumer
+    BN: gl.constexpr  # keys of a tile
+    STAGES: gl.constexpr
+    LEFT: gl.constexpr  # whether the band has this side
+    RIGHT: gl.constexpr
+    SCALED: gl.constexpr  # scores are scaled one by one, before the maximum
+    CAPPED: gl.constexpr
+    SLOPED: gl.constexpr  # ALiBi
+
+
+class Ring(NamedTuple):
+    """Shared memory of keys and values, and its barriers."""
+
+    k: Any
+    v: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+
+
+class Rule(NamedTuple):
+    """How a head's scores come about; all to base 2."""
+
+    scale: Any  # if CAPPED 2 / cap of it
+    cap: Any
+    slope: Any
+    corner: Any  # seqlen_k - seqlen_q
+    low: Any  # query i sees the keys from i + low
+    high: Any  # to i + high
+    keys: Any  # seqlen_k
+
+
+class Place(NamedTuple):
+    """The part of the scores that a program has."""
+
+    batch: Any
+    head: Any
+    kv_head: Any
+    query: Any  # the first
+    tile: Any  # the first tile of keys
+    tiles: Any  # how many
+
+
+class Results(NamedTuple):
+    """Where the results go."""
+
+    lse: Any  # the pointer of this head's query 0
+    out: Any  # descriptor
+    smem: Any  # on the way to it
+    queries: Any  # seqlen_q
+
+
+@gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    slot += 1
+    if slot == STAGES:
+        slot = slot * 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def produce(k_desc, v_desc, place, ring, kind: gl.constexpr):
+    slot = place.tiles * 0
+    phase = slot + 1  # the ring begins empty
+    for i in range(place.tiles):
+        key = (place.tile + place.tiles - 1 - i) * kind.BN
+        mbarrier.wait(ring.k_empty.index(slot), phase)
+        mbarrier.expect(ring.k_full.index(slot), kind.BN * kind.D * 2)
+        tma.async_load(
+            k_desc,
+            [place.batch, key, place.kv_head, 0],
+            ring.k_full.index(slot),
+            ring.k.index(slot),
+        )
+        mbarrier.wait(ring.v_empty.index(slot), phase)
+        mbarrier.expect(ring.v_full.index(slot), kind.BN * kind.DV * 2)
+        tma.async_load(
+            v_desc,
+            [place.batch, key, place.kv_head, 0],
+            ring.v_full.index(slot),
+            ring.v.index(slot),
+        )
+        slot, phase = advance(slot, phase, kind.STAGES)
+
+
+@gluon.jit
+def scores(s, row, key, rule, kind: gl.constexpr, MASKED: gl.constexpr):
+    """Of the products of a tile: to base 2 if kind.SCALED, else without the scale."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
+    if kind.SCALED:
+        s = s * rule.scale
+    if kind.CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1)
+        s = rule.cap - 2 * rule.cap / (gl.exp2(s) + 1)
+    if MASKED or kind.SLOPED:
+        rows = (row + gl.arange(0, kind.BM, gl.SliceLayout(1, S)))[:, None]
+        columns = (key + gl.arange(0, kind.BN, gl.SliceLayout(0, S)))[None, :]
+        if kind.SLOPED:
+            distance = gl.abs((columns - rows - rule.corner).to(gl.float32))
+            s = s - rule.slope * distance
+        if MASKED:
+            seen = columns < rule.keys
+            if kind.LEFT:
+                seen = seen & (columns >= rows + rule.low)
+            if kind.RIGHT:
+                seen = seen & (columns <= rows + rule.high)
+            s = gl.where(seen, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def exponentials(s, top, rule, kind: gl.constexpr):
+    """(2^(S - m'), m')."""
+    if kind.SCALED:
+        new_top = gl.maximum(top, gl.max(s, 1))
+        return gl.exp2(s - new_top[:, None]), new_top
+    else:
+        new_top = gl.maximum(top, gl.max(s, 1) * rule.scale)
+        return gl.exp2(s * rule.scale - new_top[:, None]), new_top
+
+
+@gluon.jit
+def trip(
+    acc, total, top, p, old, old_phase, slot, phase,  # of the last trip
+    i, q, row, place, rule, ring, kind: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """The scores of tile `i`, and the products of the last tile's `p` with its values."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.DV, 16])
+    key = (place.tile + place.tiles - 1 - i) * kind.BN
+    zero = gl.zeros([kind.BM, kind.BN], gl.float32, S)
+    mbarrier.wait(ring.k_full.index(slot), phase)
+    k = ring.k.index(slot).reshape([kind.BN, kind.D]).permute((1, 0))
+    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    mbarrier.wait(ring.v_full.index(old), old_phase)
+    v = ring.v.index(old).reshape([kind.BN, kind.DV])
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    s = warpgroup_mma_wait(1, [s])
+    mbarrier.arrive(ring.k_empty.index(slot), count=1)
+    s = scores(s, row, key, rule, kind, MASKED)
+    e, new_top = exponentials(s, top, rule, kind)
+    alpha = gl.exp2(top - new_top)
+    total = total * alpha + gl.sum(e, 1)
+    acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(ring.v_empty.index(old), count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+    p = gl.convert_layout(e.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
+    old = slot
+    old_phase = phase
+    slot, phase = advance(slot, phase, kind.STAGES)
+    return acc, total, new_top, p, old, old_phase, slot, phase
+
+
+@gluon.jit
+def consume(
+    results, sink, place, rule, q_smem, q_full, ring, kind: gl.constexpr, WHICH: gl.constexpr
+):
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.DV, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    row = place.query + WHICH * kind.BM
+    q = q_smem.index(WHICH).reshape([kind.BM, kind.D])
+    acc = gl.zeros([kind.BM, kind.DV], gl.float32, OUT)
+    zero = gl.zeros([kind.BM, kind.BN], gl.float32, S)
+    top = gl.full([kind.BM], LOWEST, gl.float32, ROW)
+    top = gl.maximum(top, sink)  # a first score without a value; -inf if there is none
+    total = gl.exp2(sink - top)
+
+    # The first tile, which has no products of values before it.
+    mbarrier.wait(q_full, 0)
+    slot = place.tiles * 0
+    phase = slot
+    mbarrier.wait(ring.k_full.index(slot), phase)
+    k = ring.k.index(slot).reshape([kind.BN, kind.D]).permute((1, 0))
+    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    mbarrier.arrive(ring.k_empty.index(slot), count=1)
+    s = scores(s, row, (place.tile + place.tiles - 1) * kind.BN, rule, kind, True)
+    e, new_top = exponentials(s, top, rule, kind)
+    total = total * gl.exp2(top - new_top) + gl.sum(e, 1)
+    top = new_top
+    p = gl.convert_layout(e.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
+    old = slot
+    old_phase = phase
+    slot, phase = advance(slot, phase, kind.STAGES)
+
+    # Trips before `right` cross the end of the keys or the band's right edge, those from `left` on
+    # its left edge.
+    end = place.tile + place.tiles
+    whole = rule.keys // kind.BN
+    if kind.RIGHT:
+        whole = gl.minimum(whole, gl.maximum(row + rule.high + 1, 0) // kind.BN)
+    right = gl.minimum(gl.maximum(end - whole, 1), place.tiles)
+    left = place.tiles
+    if kind.LEFT:
+        whole = gl.cdiv(gl.maximum(row + kind.BM - 1 + rule.low, 0), kind.BN)
+        left = gl.minimum(gl.maximum(end - whole, right), place.tiles)
+    for i in range(1, right):
+        acc, total, top, p, old, old_phase, slot, phase = trip(
+            acc, total, top, p, old, old_phase, slot, phase,
+            i, q, row, place, rule, ring, kind, True,
+        )  # fmt: skip
+    for i in range(right, left):
+        acc, total, top, p, old, old_phase, slot, phase = trip(
+            acc, total, top, p, old, old_phase, slot, phase,
+            i, q, row, place, rule, ring, kind, False,
+        )  # fmt: skip
+    if kind.LEFT:
+        for i in range(left, place.tiles):
+            acc, total, top, p, old, old_phase, slot, phase = trip(
+                acc, total, top, p, old, old_phase, slot, phase,
+                i, q, row, place, rule, ring, kind, True,
+            )  # fmt: skip
+
+    mbarrier.wait(ring.v_full.index(old), old_phase)
+    v = ring.v.index(old).reshape([kind.BN, kind.DV])
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(ring.v_empty.index(old), count=1)
+
+    blind = total == 0.0
+    inverse = gl.where(blind, 0.0, 1.0 / total)
+    out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, OUT))[:, None]
+    # By shared memory and TMA, which cuts off the rows and columns that are not there.
+    results.smem.index(WHICH).reshape([kind.BM, kind.DV]).store(out.to(q.dtype))
+    fence_async_shared()
+    tma.async_store(results.out, [place.batch, row, place.head, 0], results.smem.index(WHICH))
+    rows = row + gl.arange(0, kind.BM, ROW)
+    lse = gl.where(blind, float("-inf"), (top + gl.log2(total)) * LN_2)
+    gl.store(results.lse + rows, lse, mask=rows < results.queries)
+    tma.store_wait(0)
+
+
+SIZES = [
+    "heads", "group", "planes", "seqlen_q", "seqlen_k", "query_tiles", "stride_slope", "low",
+    "high",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def attention_forward(
+    lse_ptr,  # (batch, heads, seqlen_q), float32, contiguous
+    sink_ptr,  # (heads,) or None
+    slopes_ptr,  # (batch or 1, heads), float32, or None
+    q_desc,  # of (batch, seqlen, heads, head_dim), like those of k, v and out
+    k_desc,
+    v_desc,
+    o_desc,
+    heads, group, planes, seqlen_q, seqlen_k, query_tiles,  # planes: batch * heads
+    stride_slope,  # of the batch
+    low, high,  # query i sees the keys i + low <= j <= i + high, if LEFT and RIGHT
+    scale,  # float32, to base 2
+    cap,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    SCALED: gl.constexpr,
+    CAPPED: gl.constexpr,
+    SINK: gl.constexpr,
+    SLOPED: gl.constexpr,
+    REGISTERS: gl.constexpr,  # of a consumer's thread
+):  # fmt: skip
+    kind: gl.constexpr = Kind(D, DV, BM, BN, STAGES, LEFT, RIGHT, SCALED, CAPPED, SLOPED)
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, DV], v_desc.layout)
+    if D == DV:
+        o_smem = q_smem  # which nobody reads any more then
+    else:
+        o_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, DV], o_desc.layout)
+    q_full = mbarrier.allocate_mbarrier()
+    k_full = mbarrier.allocate_mbarrier(batch=STAGES)
+    k_empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    v_full = mbarrier.allocate_mbarrier(batch=STAGES)
+    v_empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)  # both consumers
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()  # before the copies see the barriers
+    ring = Ring(k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+
+    # Under a right edge the last queries have the most keys: they begin first, those of all heads.
+    pid = gl.program_id(0)
+    if RIGHT:
+        plane = pid % planes
+        tile = query_tiles - 1 - pid // planes
+    else:
+        plane = pid // query_tiles
+        tile = pid % query_tiles
+    batch = plane // heads
+    head = plane % heads
+    query = tile * (2 * BM)
+    end = seqlen_k
+    if RIGHT:
+        end = gl.minimum(end, gl.maximum(query + 2 * BM + high, 0))
+    first = pid * 0
+    if LEFT:
+        first = gl.maximum(query + low, 0) // BN
+    tiles = gl.maximum(gl.cdiv(end, BN) - first, 1)  # one is masked whole if no key is seen
+    place = Place(batch, head, head // group, query, first, tiles)
+
+    slope = scale * 0.0
+    if SLOPED:
+        slope = gl.load(slopes_ptr + batch * stride_slope + head) * 1.4426950408889634
+    sink = scale * 0.0 + float("-inf")
+    if SINK:
+        sink = gl.load(sink_ptr + head).to(gl.float32) * 1.4426950408889634
+    rule = Rule(scale, cap, slope, seqlen_k - seqlen_q, low, high, seqlen_k)
+    lse_ptr += plane.to(gl.int64) * seqlen_q
+
+    mbarrier.expect(q_full, 2 * BM * D * 2)
+    tma.async_load(q_desc, [batch, query, head, 0], q_full, q_smem.index(0))
+    tma.async_load(q_desc, [batch, query + BM, head, 0], q_full, q_smem.index(1))
+    results = Results(lse_ptr, o_desc, o_smem, seqlen_q)
+    gl.warp_specialize(
+        [
+            (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 0)),
+            (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 1)),
+            (produce, (k_desc, v_desc, place, ring, kind)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a registered call; lse float32.
+
+    A tensor that no descriptor can be made of is copied.
+    """
+    out, lse = call.results(q, v)
+    q, k, v = map(kernels.readable, (q, k, v))
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_k, head_dim_v = k.shape[1], v.shape[3]
+    tile = tiles.forward(head_dim, head_dim_v)
+    rows, keys = tile.rows, tile.keys
+    descriptors = [
+        kernels.descriptor(x, [1, n, 1, d])
+        for x, n, d in (
+            (q, rows, tile.d),
+            (k, keys, tile.d),
+            (v, keys, tile.dv),
+            (out, rows, tile.dv),
+        )
+    ]
+    corner = 0 if settings.top_left else seqlen_k - seqlen_q
+    left, right = (min(n, MAX_WINDOW) for n in (settings.window_left, settings.window_right))
+    scale, cap = settings.softmax_scale * LOG2_E, 0.0
+    if settings.softcap:
+        cap = max(settings.softcap, 1e-20)
+        scale, cap = 2 * scale / cap, cap * LOG2_E
+    slopes, sink = extras.alibi_slopes, extras.sink
+    query_tiles = -(-seqlen_q // (2 * tile.rows))
+    kernels.launch(
+        attention_forward,
+        (query_tiles * heads * batch,),
+        lse, sink, slopes, *descriptors, heads, heads // k.shape[2], batch * heads, seqlen_q,
+        seqlen_k, query_tiles, 0 if slopes is None or slopes.shape[0] == 1 else heads,
+        corner - left, corner + right, float(scale), float(cap),
+        D=tile.d, DV=tile.dv, BM=tile.rows, BN=tile.keys, STAGES=tile.stages,
+        LEFT=left >= 0, RIGHT=right >= 0,
+        SCALED=bool(settings.softcap) or slopes is not None or scale < LEAST_SCALE,
+        CAPPED=bool(settings.softcap), SINK=sink is not None, SLOPED=slopes is not None,
+        REGISTERS=tile.registers,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,189 @@
+"""Kernels in Gluon, Triton's low-level dialect, for Hopper: names, launching, and who may run them.
+
+A kernel imports `tma` and `mbarrier` from here, where they have Triton 3.8's names on Triton 3.6 to
+3.9. Its first argument is a tensor, its tiles come by host descriptors, and its programs have 4
+warps, as every partition has (triton-lang/triton#11047). `launch` runs it: on a GPU with the newest
+ptxas that Triton carries, because one before 13.3 may overwrite registers that a wgmma still reads.
+For tests, `use` gives the launch of an emulator, which runs kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.nvidia import compiler
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fastattn import backends, chips
+from fastattn.ops.common import launch as door
+from fastattn.ops.common.ptxas import Ptxas
+
+WARPS = 4
+ALIGNMENT = 16  # bytes, of a descriptor's address and strides
+BEFORE_3_8 = {
+    "async_load": "async_copy_global_to_shared",
+    "async_store": "async_copy_shared_to_global",
+}
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def _completed(module: types.ModuleType, **missing: Any) -> types.ModuleType:
+    """A copy of `module` with the names that it lacks."""
+    copy = types.ModuleType(module.__name__)
+    copy.__dict__.update({**missing, **vars(module)})
+    return copy
+
+
+_barrier_layout = gl.constexpr(hopper.mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def _allocate_mbarrier(batch: gl.constexpr = None):
+    shape: gl.constexpr = [1] if batch is None else [batch, 1]
+    return gl.allocate_shared_memory(gl.int64, shape, _barrier_layout)
+
+
+tma: Any = _completed(
+    hopper.tma,
+    **{
+        new: getattr(hopper.tma, old)
+        for new, old in BEFORE_3_8.items()
+        if hasattr(hopper.tma, old) and not hasattr(hopper.tma, new)
+    },
+)
+mbarrier: Any = _completed(hopper.mbarrier, allocate_mbarrier=_allocate_mbarrier)
+REDUCES = hasattr(tma, "async_atomic_add")  # Triton 3.8
+
+
+# --- who may run them -----------------------------------------------------------------------------
+
+
+@functools.cache
+def assembler() -> Ptxas:
+    """The newest ptxas that the installed Triton carries, or that its variables name."""
+    found = []
+    for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell):
+        major, minor = tool.version.split(".")
+        found.append(Ptxas(tool.path, (int(major), int(minor))))
+    return max(found, key=lambda ptxas: ptxas.version)
+
+
+def unavailable(device: torch.device, *, reduces: bool = False) -> str | None:
+    """The reason why no Gluon kernel can run on `device`, or None.
+
+    Args:
+        reduces: the kernel adds to global memory by TMA, which Triton 3.8 has first.
+    """
+    if (reason := backends.gluon_unavailable(device)) is not None:
+        return reason
+    if reduces and not REDUCES:
+        return "this kernel needs TMA reductions, which Triton has from 3.8"
+    if device.type == "cuda" and (newest := assembler()).version < chips.HOPPER_PTXAS:
+        return (
+            "on Hopper, ptxas before 13.3 may assemble wgmma wrongly, and Triton's newest is "
+            f"{newest}: update Triton, or set TRITON_PTXAS_PATH"
+        )
+    return None
+
+
+def use(launcher: Callable[..., Any] | None) -> None:
+    """Run Gluon kernels on CPU tensors by an emulator's `launcher`, or no longer. Only for tests.
+
+    Args:
+        launcher: (kernel, grid, *args, num_warps=, **constants).
+    """
+    global _launcher
+    _launcher = launcher
+    backends.gluon_on_cpu = launcher is not None
+
+
+_launcher: Callable[..., Any] | None = None
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+
+def reads(x: torch.Tensor) -> bool:
+    """Whether a descriptor can be made of `x`: 16-byte aligned, its last dimension contiguous.
+
+    A dimension of size 1 may have any stride: `descriptor` gives it another one.
+    """
+    strides = (s for n, s in zip(x.shape[:-1], x.stride()) if n != 1)
+    size = x.element_size()
+    return (
+        (x.stride(-1) == 1 or x.shape[-1] == 1)
+        and x.data_ptr() % ALIGNMENT == 0
+        and all(s * size % ALIGNMENT == 0 and 0 <= s * size < 2**40 for s in strides)
+        and x.numel() > 0
+    )
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where a descriptor can be made of it, else a copy."""
+    return x if reads(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptor(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> TensorDescriptor:
+    """A host descriptor of `x`, whose boxes are `box`; beyond its bounds it reads zeros.
+
+    Args:
+        x: a tensor that `reads` accepts.
+        box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
+        swizzle: bytes of a row of the swizzled layout in shared memory.
+    """
+    size = x.element_size()
+    unit = ALIGNMENT // size
+    strides = [unit if n == 1 else s for n, s in zip(x.shape[:-1], x.stride())]
+    layout = gl.NVMMASharedLayout(swizzle, 8 * size, rank=len(box))
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(box), layout)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = WARPS, **constants: Any
+) -> None:
+    """Run `kernel` over `grid`; an empty grid does nothing.
+
+    Args:
+        args: a tensor first, whose device runs it.
+    """
+    if _launcher is not None and args[0].is_cpu:
+        if 0 not in grid:
+            _launcher(kernel, grid, *args, num_warps=num_warps, **constants)
+        return
+    if not hasattr(kernel, "_fastattn_assembled"):  # Triton's method compiles, and runs nothing
+        kernel._do_compile = _assembled(kernel._do_compile)
+        kernel._fastattn_assembled = True
+    door.launch(kernel, grid, *args, num_warps=num_warps, **constants)
+
+
+def _assembled(compile: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compile)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with newest_assembler():
+            return compile(*args, **kwargs)
+
+    return inside
+
+
+@contextlib.contextmanager
+def newest_assembler() -> Iterator[None]:
+    """Triton compiles with `assembler()` inside, whatever it takes for the architecture."""
+    path = assembler().path
+    with knobs.nvidia.scope():
+        knobs.nvidia.ptxas = path
+        knobs.nvidia.ptxas_blackwell = path
+        compiler.get_ptxas_version.cache_clear()  # it is part of the key of Triton's cache
+        try:
+            yield
+        finally:
+            compiler.get_ptxas_version.cache_clear()

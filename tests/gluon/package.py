@@ -1,0 +1,123 @@
+"""The package's kernels as subjects for mutants: calls of the public function, and their bugs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fastattn
+from fastattn.ops.attention import gluon as room
+from fastattn.ops.common import gluon as kernels
+from oracle import assert_all_close_to_reference
+
+from .launching import launch
+
+ROOM = Path(room.__file__).parent
+# Batch, queries, keys, heads, heads of K and V, head_dim, that of V, and features. Between them: both edges
+# of a band, rows that see no key, a padded head_dim, tiles that end inside of a head and of a box.
+FORWARDS: list[tuple[Any, ...]] = [
+    (2, 200, 191, 4, 2, 64, 64, {}),
+    (1, 300, 520, 1, 1, 64, 64, {"causal": True}),
+    (1, 130, 700, 2, 1, 64, 64, {"window": (150, 40)}),
+    (1, 130, 400, 2, 2, 72, 40, {"causal": True, "sink": True}),
+    (2, 140, 14, 2, 1, 64, 64, {"causal": True}),
+    (1, 90, 511, 3, 1, 128, 64, {"alibi_slopes": True, "softcap": 20.0}),
+    (1, 128, 448, 1, 1, 256, 256, {"causal": "top_left"}),
+]
+BACKWARDS: list[tuple[Any, ...]] = [
+    (2, 256, 300, 2, 1, 64, 64, {}),
+    (1, 300, 200, 1, 1, 64, 64, {"causal": True}),
+    (1, 391, 129, 2, 2, 128, 96, {"causal": True, "sink": True}),
+    (1, 200, 300, 2, 1, 64, 64, {"window": (90, 30)}),
+    (1, 256, 300, 1, 1, 72, 64, {"low": True}),
+]
+
+
+@contextmanager
+def emulated(**options: Any) -> Iterator[None]:
+    """The `gluon` backend runs in the emulator; dQ must be added to in an order."""
+
+    def launcher(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        ordered = [x for x in ("dq_desc",) if x in kernel.arg_names]
+        launch(kernel, grid, *args, ordered=ordered, **options, **constants)
+
+    kernels.use(launcher)
+    try:
+        yield
+    finally:
+        kernels.use(None)
+
+
+def draw(shape: tuple[Any, ...], seed: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors that a call differentiates, and the rest of its arguments."""
+    torch.manual_seed(seed)
+    batch, sq, sk, heads, kv_heads, d, dv, features = shape
+    sizes = {"q": (sq, heads, d), "k": (sk, kv_heads, d), "v": (sk, kv_heads, dv)}
+    tensors = {name: torch.randn(batch, n, h, w).half() for name, (n, h, w) in sizes.items()}
+    given = dict(features)
+    if given.pop("low", False):  # scores so low that exp(-lse) is infinite
+        tensors["q"] += 4.0
+        tensors["k"] -= 4.0
+    if given.pop("sink", False):
+        tensors["sink"] = torch.randn(heads).half()
+    if given.pop("alibi_slopes", False):
+        given["alibi_slopes"] = torch.rand(heads)
+    return tensors, given
+
+
+def run_forward(module: ModuleType, seed: int, **options: Any) -> None:
+    """The forward of a module with the source of ops/attention/gluon/forward.py, by a seed."""
+    tensors, given = draw(FORWARDS[seed % len(FORWARDS)], seed)
+    with torch.no_grad(), mock.patch.object(room, "forward", module.forward):
+        with emulated(seed=seed, **options):
+            ours = _call(tensors, given, "gluon")
+        eager, exact = (
+            _call(tensors, given, "reference"),
+            _call(_doubled(tensors), given, "reference"),
+        )
+    # A cap's tanh has an error of its own.
+    factors = {"max_factor": 3.0, "rms_factor": 2.0} if "softcap" in given else {}
+    named = {name: (ours[i], eager[i], exact[i]) for i, name in enumerate(("out", "lse"))}
+    assert_all_close_to_reference(named, ulps=16, **factors)
+
+
+def run_backward(module: ModuleType, seed: int, **options: Any) -> None:
+    """The backward of a module with the source of ops/attention/gluon/backward.py, by a seed."""
+    tensors, given = draw(BACKWARDS[seed % len(BACKWARDS)], seed)
+    batch, sq, heads, _ = tensors["q"].shape
+    dout = torch.randn(batch, sq, heads, tensors["v"].shape[3]).half()
+    dlse = torch.randn(batch, heads, sq)
+    options = {"seed": seed, "resident": 1 + seed % 3, "in_order": True, **options}
+    with mock.patch.object(room, "backward", module.backward), emulated(**options):
+        ours = _gradients(tensors, given, "gluon", dout, dlse)
+    eager = _gradients(tensors, given, "reference", dout, dlse)
+    exact = _gradients(_doubled(tensors), given, "reference", dout.double(), dlse.double())
+    assert_all_close_to_reference(
+        {name: (ours[name], eager[name], exact[name]) for name in tensors}
+    )
+
+
+def _call(tensors: dict[str, Any], given: dict[str, Any], backend: str) -> tuple[Any, Any]:
+    return fastattn.attention(**tensors, **given, return_lse=True, backend=backend)
+
+
+def _doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: x.double() for name, x in tensors.items()}
+
+
+def _gradients(
+    tensors: dict[str, torch.Tensor], given: dict[str, Any], backend: str, dout: Any, dlse: Any
+) -> dict[str, torch.Tensor]:
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    out, lse = _call(leaves, given, backend)
+    seen = lse.isfinite()  # the LSE of a row that sees no key has no gradient
+    found = torch.autograd.grad(
+        (out, lse[seen]), list(leaves.values()), (dout, dlse[seen].to(lse.dtype))
+    )
+    return dict(zip(leaves, found))

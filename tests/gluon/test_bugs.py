@@ -1,0 +1,54 @@
+"""Planted bugs and mechanical mutants are found, as many as counts.json says; right kernels pass."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from gluon import counts, mutants
+from gluon.subjects import BACKWARDS, FORWARDS, SUBJECTS, run_backward, run_forward
+
+BUGS = [(name, bug) for name, subject in SUBJECTS.items() for bug in subject.bugs]
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_right_kernels_pass(name: str) -> None:
+    subject = SUBJECTS[name]
+    right = mutants.module(subject.path.read_text(), name)
+    for seed in range(2 * subject.shapes):
+        subject.run(right, seed)
+
+
+@pytest.mark.parametrize("name, bug", BUGS)
+def test_planted_bug_is_found(name: str, bug: str) -> None:
+    subject = SUBJECTS[name]
+    seed = mutants.first_seed(subject, mutants.planted(subject)[bug], subject.shapes)
+    assert seed is not None, f"{subject.shapes} seeds do not find it"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_counts(name: str) -> None:
+    assert counts.count(name) == counts.load()[name]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("draw", range(300))
+def test_no_false_alarm(draw: int) -> None:
+    """Random shapes, and every scheduler."""
+    sizes = random.Random(draw)
+    sq, sk, d = sizes.randint(1, 400), sizes.randint(1, 400), sizes.choice((64, 128))
+    causal, group = sizes.random() < 0.5, sizes.randint(1, 2)
+    forward, backward = (
+        mutants.module(SUBJECTS[n].path.read_text(), n) for n in ("forward", "backward")
+    )
+    run_forward(forward, draw, (sizes.randint(1, 2), 2, group, sq, sk, d, causal))
+    run_backward(backward, draw, (sq, sk, d, causal, draw % 2 == 0))
+
+
+def test_shapes_are_those_that_bugs_need() -> None:
+    assert any(sk % 64 == 63 for _, _, _, _, sk, _, _ in FORWARDS)
+    assert any(causal and sk < sq for _, _, _, sq, sk, _, causal in FORWARDS)
+    assert any(h != hk for _, h, hk, *_ in FORWARDS)
+    assert any(low for *_, low in BACKWARDS)
+    assert any(sk % 64 for _, sk, *_ in BACKWARDS)
