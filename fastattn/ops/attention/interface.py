@@ -163,7 +163,7 @@ def attention(
         fp32_precision: how the kernels multiply float32: "ieee", or "tf32x3", three products on the
             tensor cores that together keep nearly float32's precision.
         return_lse: return the log-sum-exp of the scores too. Its gradient counts.
-        backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
+        backend: "gluon", "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; with `return_lse` the pair

@@ -346,8 +346,6 @@ def refusal_of_gluon(case: Case) -> str | None:
         "empty tensor": 0 in case.tokens(0) + case.tokens(1),
         "no masks": case.mask,
         "no bias": case.bias,
-        "no key_lengths": case.lengths,
-        "no packed sequences": case.packed is not None,
         "no documents": case.documents,
         "no block masks": case.block_mask,
         "no dropout": case.dropout_p,

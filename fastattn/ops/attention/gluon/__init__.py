@@ -1,8 +1,8 @@
 """The `gluon` backend of attention: kernels for Hopper in Triton's low-level dialect.
 
 The forward (`forward.py`): float16 and bfloat16, head_dim up to 256 in steps of 8, v's of its own,
-causal masks and windows, softcap, ALiBi, a sink, grouped heads. The backward is the first other
-kernel's that can run the call.
+causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences. The
+backward is the first other kernel's that can run the call.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ __all__ = ["backward", "backward_unsupported", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 256
 MAX_SOFTCAP = 256.0  # 1 - 2 / (e^2x + 1) is exact to 2^-23, times the cap
-MAX_SEQLEN = 2**30 - 1  # positions are 32-bit, and so is a position and a side of the window
+MAX_SEQLEN = 2**29  # positions are 32-bit, and so are three of them added
 MISSING = {
     "mask": "no masks",
     "bias": "no bias",
-    "key_lengths": "no key_lengths: a tile would read what lies beyond them",
-    "cu_seqlens_q": "no packed sequences: a tile would read the next sequence",
     "q_documents": "no documents",
     "blocks": "no block masks",
 }
@@ -52,5 +50,5 @@ def unsupported(problem: AttentionProblem) -> str | None:
     if problem.needs_slope_grad:
         return "the kernels have no gradient for alibi_slopes"
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
-        return f"a sequence of {max(problem.seqlen_q, problem.seqlen_k)} tokens is above 2^30 - 1"
+        return f"a sequence of {max(problem.seqlen_q, problem.seqlen_k)} tokens is above 2^29"
     return None

@@ -40,7 +40,6 @@ LN_2 = gl.constexpr(math.log(2))
 LOWEST = gl.constexpr(-3e38)  # below any score, and finite: rows without keys give no NaN
 # A scale below may be zero in float32, and zero times -inf is NaN.
 LEAST_SCALE = 1e-37
-MAX_WINDOW = 2**30  # positions are 32-bit
 
 
 class Kind(NamedTuple):
@@ -56,6 +55,8 @@ class Kind(NamedTuple):
     SCALED: gl.constexpr  # scores are scaled one by one, before the maximum
     CAPPED: gl.constexpr
     SLOPED: gl.constexpr  # ALiBi
+    BOUNDED: gl.constexpr  # a tile may read what lies beyond the keys
+    PACKED: gl.constexpr
 
 
 class Ring(NamedTuple):
@@ -67,6 +68,7 @@ class Ring(NamedTuple):
     k_empty: Any
     v_full: Any
     v_empty: Any
+    clean: Any  # no value beyond the keys is left, if BOUNDED
 
 
 class Rule(NamedTuple):
@@ -78,7 +80,7 @@ class Rule(NamedTuple):
     corner: Any  # seqlen_k - seqlen_q
     low: Any  # query i sees the keys from i + low
     high: Any  # to i + high
-    keys: Any  # seqlen_k
+    keys: Any  # how many
 
 
 class Place(NamedTuple):
@@ -87,6 +89,8 @@ class Place(NamedTuple):
     batch: Any
     head: Any
     kv_head: Any
+    start_q: Any  # of the sequence, in the packed tensors
+    start_k: Any
     query: Any  # the first
     tile: Any  # the first tile of keys
     tiles: Any  # how many
@@ -98,7 +102,17 @@ class Results(NamedTuple):
     lse: Any  # the pointer of this head's query 0
     out: Any  # descriptor
     smem: Any  # on the way to it
-    queries: Any  # seqlen_q
+    out_ptr: Any  # of this head's query 0, if PACKED
+    stride: Any  # of a query in it
+    width: Any  # columns
+    queries: Any  # how many
+
+
+@gluon.constexpr_function
+def wide(columns):
+    """A layout in which a thread has 16 bytes of a row, for four warps."""
+    threads = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -120,7 +134,7 @@ def produce(k_desc, v_desc, place, ring, kind: gl.constexpr):
         mbarrier.expect(ring.k_full.index(slot), kind.BN * kind.D * 2)
         tma.async_load(
             k_desc,
-            [place.batch, key, place.kv_head, 0],
+            [place.batch, place.start_k + key, place.kv_head, 0],
             ring.k_full.index(slot),
             ring.k.index(slot),
         )
@@ -128,7 +142,7 @@ def produce(k_desc, v_desc, place, ring, kind: gl.constexpr):
         mbarrier.expect(ring.v_full.index(slot), kind.BN * kind.DV * 2)
         tma.async_load(
             v_desc,
-            [place.batch, key, place.kv_head, 0],
+            [place.batch, place.start_k + key, place.kv_head, 0],
             ring.v_full.index(slot),
             ring.v.index(slot),
         )
@@ -203,6 +217,24 @@ def trip(
 
 
 @gluon.jit
+def clear(ring, limit, kind: gl.constexpr, WHICH: gl.constexpr):
+    """Zero instead of the values from row `limit` of the first tile on: 0 times NaN is NaN.
+
+    Each consumer clears half of the tile, and both wait for both.
+    """
+    HALF: gl.constexpr = kind.BN // 2
+    WIDE: gl.constexpr = wide(kind.DV)
+    mbarrier.wait(ring.v_full.index(0), 0)
+    values = ring.v.index(0).reshape([kind.BN, kind.DV]).slice(WHICH * HALF, HALF)
+    v = values.load(WIDE)
+    inside = WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, WIDE)) < limit
+    values.store(gl.where(inside[:, None], v, gl.zeros_like(v)))
+    fence_async_shared()  # before the products read them
+    mbarrier.arrive(ring.clean, count=1)
+    mbarrier.wait(ring.clean, 0)
+
+
+@gluon.jit
 def consume(
     results, sink, place, rule, q_smem, q_full, ring, kind: gl.constexpr, WHICH: gl.constexpr
 ):
@@ -226,11 +258,14 @@ def consume(
     s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(ring.k_empty.index(slot), count=1)
-    s = scores(s, row, (place.tile + place.tiles - 1) * kind.BN, rule, kind, True)
+    key = (place.tile + place.tiles - 1) * kind.BN
+    s = scores(s, row, key, rule, kind, True)
     e, new_top = exponentials(s, top, rule, kind)
     total = total * gl.exp2(top - new_top) + gl.sum(e, 1)
     top = new_top
     p = gl.convert_layout(e.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
+    if kind.BOUNDED:  # only the tile of the last keys crosses their end
+        clear(ring, rule.keys - key, kind, WHICH)
     old = slot
     old_phase = phase
     slot, phase = advance(slot, phase, kind.STAGES)
@@ -272,34 +307,60 @@ def consume(
     blind = total == 0.0
     inverse = gl.where(blind, 0.0, 1.0 / total)
     out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, OUT))[:, None]
-    # By shared memory and TMA, which cuts off the rows and columns that are not there.
-    results.smem.index(WHICH).reshape([kind.BM, kind.DV]).store(out.to(q.dtype))
-    fence_async_shared()
-    tma.async_store(results.out, [place.batch, row, place.head, 0], results.smem.index(WHICH))
+    smem = results.smem.index(WHICH)
+    tile = smem.reshape([kind.BM, kind.DV])
+    tile.store(out.to(q.dtype))
+    if kind.PACKED:  # the rows after these are another sequence's
+        WIDE: gl.constexpr = wide(kind.DV)
+        r = row + gl.arange(0, kind.BM, gl.SliceLayout(1, WIDE))[:, None]
+        c = gl.arange(0, kind.DV, gl.SliceLayout(0, WIDE))[None, :]
+        inside = (r < results.queries) & (c < results.width)
+        gl.store(
+            results.out_ptr + r.to(gl.int64) * results.stride + c, tile.load(WIDE), mask=inside
+        )
+    else:  # TMA cuts off the rows and columns that are not there
+        fence_async_shared()
+        tma.async_store(results.out, [place.batch, row, place.head, 0], smem)
     rows = row + gl.arange(0, kind.BM, ROW)
     lse = gl.where(blind, float("-inf"), (top + gl.log2(total)) * LN_2)
     gl.store(results.lse + rows, lse, mask=rows < results.queries)
     tma.store_wait(0)
 
 
+@gluon.jit
+def length(cu_seqlens, used, sequence):
+    """(first token, how many) of a packed sequence."""
+    start = gl.load(cu_seqlens + sequence).to(gl.int32)
+    tokens = gl.load(cu_seqlens + sequence + 1).to(gl.int32) - start
+    if used is not None:
+        tokens = gl.minimum(tokens, gl.load(used + sequence).to(gl.int32))
+    return start, gl.maximum(tokens, 0)
+
+
 SIZES = [
-    "heads", "group", "planes", "seqlen_q", "seqlen_k", "query_tiles", "stride_slope", "low",
-    "high",
+    "heads", "group", "planes", "seqlen_q", "seqlen_k", "query_tiles", "stride_slope", "eighth",
+    "left", "right",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def attention_forward(
-    lse_ptr,  # (batch, heads, seqlen_q), float32, contiguous
+    lse_ptr,  # (batch, heads, seqlen_q), float32, contiguous; packed: (heads, total_q)
+    out_ptr,  # (total_q, heads, head_dim_v), contiguous, if packed
     sink_ptr,  # (heads,) or None
     slopes_ptr,  # (batch or 1, heads), float32, or None
-    q_desc,  # of (batch, seqlen, heads, head_dim), like those of k, v and out
+    key_lengths_ptr,  # (batch,) or None
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,  # (batch + 1,) or None
+    seqused_q_ptr, seqused_k_ptr,  # (batch,) or None
+    q_desc,  # of (batch, seqlen, heads, head_dim), like those of k, v and out; packed: batch 1
     k_desc,
     v_desc,
     o_desc,
-    heads, group, planes, seqlen_q, seqlen_k, query_tiles,  # planes: batch * heads
+    heads, group, planes,  # planes: batch * heads
+    seqlen_q, seqlen_k,  # packed: total
+    query_tiles, eighth,  # of head_dim_v
     stride_slope,  # of the batch
-    low, high,  # query i sees the keys i + low <= j <= i + high, if LEFT and RIGHT
+    left, right,  # of the window, if LEFT and RIGHT
     scale,  # float32, to base 2
     cap,
     D: gl.constexpr,
@@ -309,34 +370,18 @@ def attention_forward(
     STAGES: gl.constexpr,
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
+    TOP_LEFT: gl.constexpr,
     SCALED: gl.constexpr,
     CAPPED: gl.constexpr,
-    SINK: gl.constexpr,
-    SLOPED: gl.constexpr,
     REGISTERS: gl.constexpr,  # of a consumer's thread
 ):  # fmt: skip
-    kind: gl.constexpr = Kind(D, DV, BM, BN, STAGES, LEFT, RIGHT, SCALED, CAPPED, SLOPED)
+    SLOPED: gl.constexpr = slopes_ptr is not None
+    PACKED: gl.constexpr = cu_seqlens_q_ptr is not None
+    BOUNDED: gl.constexpr = PACKED or key_lengths_ptr is not None
+    kind: gl.constexpr = Kind(
+        D, DV, BM, BN, STAGES, LEFT, RIGHT, SCALED, CAPPED, SLOPED, BOUNDED, PACKED
+    )
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, DV], v_desc.layout)
-    if D == DV:
-        o_smem = q_smem  # which nobody reads any more then
-    else:
-        o_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, DV], o_desc.layout)
-    q_full = mbarrier.allocate_mbarrier()
-    k_full = mbarrier.allocate_mbarrier(batch=STAGES)
-    k_empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    v_full = mbarrier.allocate_mbarrier(batch=STAGES)
-    v_empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    mbarrier.init(q_full, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)  # both consumers
-        mbarrier.init(v_empty.index(i), count=2)
-    fence_async_shared()  # before the copies see the barriers
-    ring = Ring(k_smem, v_smem, k_full, k_empty, v_full, v_empty)
 
     # Under a right edge the last queries have the most keys: they begin first, those of all heads.
     pid = gl.program_id(0)
@@ -349,28 +394,80 @@ def attention_forward(
     batch = plane // heads
     head = plane % heads
     query = tile * (2 * BM)
-    end = seqlen_k
+    width = eighth * 8  # so that Triton stores 16 bytes at once
+
+    # Its sequence, and the end of its keys.
+    of_slopes = slopes_ptr
+    if SLOPED:
+        of_slopes += batch * stride_slope + head
+    start_q = pid * 0
+    start_k = start_q
+    if PACKED:
+        lse_ptr += head.to(gl.int64) * seqlen_q
+        start_q, seqlen_q = length(cu_seqlens_q_ptr, seqused_q_ptr, batch)
+        start_k, seqlen_k = length(cu_seqlens_k_ptr, seqused_k_ptr, batch)
+        if query >= seqlen_q:
+            return
+        lse_ptr += start_q
+        out_ptr += (start_q.to(gl.int64) * heads + head) * width
+        batch = batch * 0
+    else:
+        lse_ptr += plane.to(gl.int64) * seqlen_q
+    keys = seqlen_k
+    if key_lengths_ptr is not None:
+        keys = gl.minimum(keys, gl.maximum(gl.load(key_lengths_ptr + batch).to(gl.int32), 0))
+
+    # Its tiles.
+    corner = seqlen_k - seqlen_q
+    shift = corner
+    if TOP_LEFT:
+        shift = corner * 0
+    low = shift - left
+    high = shift + right
+    end = keys
     if RIGHT:
         end = gl.minimum(end, gl.maximum(query + 2 * BM + high, 0))
-    first = pid * 0
+    first = start_q * 0
     if LEFT:
         first = gl.maximum(query + low, 0) // BN
     tiles = gl.maximum(gl.cdiv(end, BN) - first, 1)  # one is masked whole if no key is seen
-    place = Place(batch, head, head // group, query, first, tiles)
+    place = Place(batch, head, head // group, start_q, start_k, query, first, tiles)
 
     slope = scale * 0.0
     if SLOPED:
-        slope = gl.load(slopes_ptr + batch * stride_slope + head) * 1.4426950408889634
+        slope = gl.load(of_slopes) * 1.4426950408889634
     sink = scale * 0.0 + float("-inf")
-    if SINK:
+    if sink_ptr is not None:
         sink = gl.load(sink_ptr + head).to(gl.float32) * 1.4426950408889634
-    rule = Rule(scale, cap, slope, seqlen_k - seqlen_q, low, high, seqlen_k)
-    lse_ptr += plane.to(gl.int64) * seqlen_q
+    rule = Rule(scale, cap, slope, corner, low, high, keys)
+
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, DV], v_desc.layout)
+    if D == DV:
+        o_smem = q_smem  # which nobody reads any more then
+    else:
+        o_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, DV], o_desc.layout)
+    q_full = mbarrier.allocate_mbarrier()
+    k_full = mbarrier.allocate_mbarrier(batch=STAGES)
+    k_empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    v_full = mbarrier.allocate_mbarrier(batch=STAGES)
+    v_empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    clean = mbarrier.allocate_mbarrier()
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(clean, count=2)  # both consumers
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()  # before the copies see the barriers
+    ring = Ring(k_smem, v_smem, k_full, k_empty, v_full, v_empty, clean)
+    results = Results(lse_ptr, o_desc, o_smem, out_ptr, heads * width, width, seqlen_q)
 
     mbarrier.expect(q_full, 2 * BM * D * 2)
-    tma.async_load(q_desc, [batch, query, head, 0], q_full, q_smem.index(0))
-    tma.async_load(q_desc, [batch, query + BM, head, 0], q_full, q_smem.index(1))
-    results = Results(lse_ptr, o_desc, o_smem, seqlen_q)
+    tma.async_load(q_desc, [batch, start_q + query, head, 0], q_full, q_smem.index(0))
+    tma.async_load(q_desc, [batch, start_q + query + BM, head, 0], q_full, q_smem.index(1))
     gl.warp_specialize(
         [
             (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 0)),
@@ -393,9 +490,19 @@ def forward(
     A tensor that no descriptor can be made of is copied.
     """
     out, lse = call.results(q, v)
+    packed = extras.cu_seqlens_q is not None
+    if packed:  # not every token is a sequence's
+        out.zero_()
+        lse.fill_(float("-inf"))
+    q, k, v, o = (x[None] if packed else x for x in (q, k, v, out))
     q, k, v = map(kernels.readable, (q, k, v))
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, head_dim_v = k.shape[1], v.shape[3]
+    longest_q, longest_k = seqlen_q, seqlen_k
+    if extras.cu_seqlens_q is not None:
+        batch = extras.cu_seqlens_q.shape[0] - 1
+        longest_q = min(settings.max_seqlen_q, seqlen_q)
+        longest_k = min(settings.max_seqlen_k, seqlen_k)
     tile = tiles.forward(head_dim, head_dim_v)
     rows, keys = tile.rows, tile.keys
     descriptors = [
@@ -404,27 +511,31 @@ def forward(
             (q, rows, tile.d),
             (k, keys, tile.d),
             (v, keys, tile.dv),
-            (out, rows, tile.dv),
+            (o, rows, tile.dv),
         )
     ]
-    corner = 0 if settings.top_left else seqlen_k - seqlen_q
-    left, right = (min(n, MAX_WINDOW) for n in (settings.window_left, settings.window_right))
+    # Whoever sees this far sees all.
+    sides = (min(n, max(longest_q, longest_k)) for n in settings[:2])
     scale, cap = settings.softmax_scale * LOG2_E, 0.0
     if settings.softcap:
         cap = max(settings.softcap, 1e-20)
         scale, cap = 2 * scale / cap, cap * LOG2_E
-    slopes, sink = extras.alibi_slopes, extras.sink
-    query_tiles = -(-seqlen_q // (2 * tile.rows))
+    slopes = extras.alibi_slopes
+    vectors = (
+        extras.sink, slopes, extras.key_lengths, extras.cu_seqlens_q, extras.cu_seqlens_k,
+        extras.seqused_q, extras.seqused_k,
+    )  # fmt: skip
+    query_tiles = -(-longest_q // (2 * rows))
     kernels.launch(
         attention_forward,
         (query_tiles * heads * batch,),
-        lse, sink, slopes, *descriptors, heads, heads // k.shape[2], batch * heads, seqlen_q,
-        seqlen_k, query_tiles, 0 if slopes is None or slopes.shape[0] == 1 else heads,
-        corner - left, corner + right, float(scale), float(cap),
-        D=tile.d, DV=tile.dv, BM=tile.rows, BN=tile.keys, STAGES=tile.stages,
-        LEFT=left >= 0, RIGHT=right >= 0,
+        lse, out, *(x if x is None else x.contiguous() for x in vectors), *descriptors,
+        heads, heads // k.shape[2], batch * heads, seqlen_q, seqlen_k, query_tiles, head_dim_v // 8,
+        0 if slopes is None or slopes.shape[0] == 1 else heads, *sides, float(scale), float(cap),
+        D=tile.d, DV=tile.dv, BM=rows, BN=keys, STAGES=tile.stages,
+        LEFT=settings.window_left >= 0, RIGHT=settings.window_right >= 0,
+        TOP_LEFT=settings.top_left,
         SCALED=bool(settings.softcap) or slopes is not None or scale < LEAST_SCALE,
-        CAPPED=bool(settings.softcap), SINK=sink is not None, SLOPED=slopes is not None,
-        REGISTERS=tile.registers,
+        CAPPED=bool(settings.softcap), REGISTERS=tile.registers,
     )  # fmt: skip
     return out, lse

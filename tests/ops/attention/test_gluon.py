@@ -1,0 +1,162 @@
+"""The `gluon` backend: random problems, hostile tensors, and who is chosen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from ops.attention.cases import LAYOUTS, Case, call, formula_of, poisoned
+
+import fastattn
+from fastattn.backends import explanation_of
+from fastattn.ops.attention.gluon import tiles
+from fastattn.ops.common import gluon
+from oracle import assert_close_to_reference
+
+Seed = Callable[[int], None]
+
+
+def forward(case: Case) -> None:
+    """Only the forward, of the backend that the user names, under the rule."""
+    problem = case.draw()
+    with torch.no_grad():
+        ours = call(case, problem, "gluon", poisoned(case, problem), return_lse=True)
+        eager = formula_of(problem, None, problem.tensors)
+        exact = formula_of(problem, None, {n: x.double() for n, x in problem.tensors.items()})
+    factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.softcap else {}
+    few = 32 if min(m for _, m in case.packed or [(0, case.seqlen_k)]) <= 2 else 1
+    for name, ulps, *triple in zip(("out", "lse"), (4 * few, 16), ours, eager, exact):
+        assert_close_to_reference(*triple, name=f"{name} of {case}", ulps=ulps, **factors)
+
+
+def drawn(seed: int, device: str) -> Case:
+    """A case of any shape and features that the kernels have, small enough for the emulator."""
+    rng = random.Random(seed)
+    kv_heads = rng.choice((1, 1, 2))
+    head_dim = 8 * rng.randint(1, 32 if rng.random() < 0.2 else 16)
+    edge = rng.choice((0, 0, 1, -1))
+    packed = rng.random() < 0.3
+    sequences = [(rng.randint(0, 200), rng.randint(0, 300)) for _ in range(rng.randint(1, 3))]
+    return Case(
+        packed=(*sequences, (rng.randint(1, 9), rng.randint(1, 9))) if packed else None,
+        used=packed and rng.random() < 0.3,
+        tail=packed * rng.randint(0, 150),
+        lengths=not packed and rng.random() < 0.3,
+        seqlen_q=max(1, rng.choice((1, 64, 128, rng.randint(1, 300))) + edge),
+        seqlen_k=max(1, rng.choice((1, 64, 128, 256, rng.randint(1, 500))) + edge),
+        batch=rng.choice((1, 1, 2)),
+        heads=kv_heads * rng.choice((1, 2, 3)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        head_dim_v=rng.choice((None, None, 8 * rng.randint(1, 16))),
+        causal=rng.choice((False, True, "top_left")),
+        window=rng.choice((None, None, (rng.randint(-1, 200), rng.randint(-1, 200)))),
+        softmax_scale=rng.choice((None, None, None, -0.2, 0.0, 0.5)),
+        softcap=rng.choice((0.0, 0.0, 20.0)),
+        alibi=rng.choice((None, None, "heads", "batch")),
+        sink=rng.random() < 0.25,
+        layout=rng.choice(LAYOUTS),
+        dtype=rng.choice((torch.float16, torch.bfloat16)),
+        device=device,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize(
+    "first", (0, *(pytest.param(n, marks=pytest.mark.long) for n in range(12, 1000, 12)))
+)
+def test_random_problems(first: int, gluon_seed: Seed, device: str) -> None:
+    for seed in range(first, first + 12):
+        gluon_seed(seed)
+        forward(drawn(seed, device))
+
+
+def tensors(device: str) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.randn(1, n, 2, 64, dtype=torch.float16, device=device)
+        for name, n in (("q", 70), ("k", 150), ("v", 150))
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout: str, gluon_seed: Seed, device: str) -> None:
+    forward(Case(70, 150, layout=layout, head_dim=64, dtype=torch.float16, device=device))
+
+
+def test_tensors_that_no_descriptor_takes_are_copied(gluon_seed: Seed, device: str) -> None:
+    """One element past an aligned address, and rows that are no multiple of 16 bytes apart."""
+    given = tensors(device)
+    expected = fastattn.attention(**given, causal=True, backend="gluon")
+    wide = {name: torch.cat([x[..., :1], x, x[..., :2]], -1) for name, x in given.items()}
+    views = {name: x[..., 1:65] for name, x in wide.items()}
+    assert not any(map(gluon.reads, views.values()))
+    before = {name: x.clone() for name, x in wide.items()}
+    assert torch.equal(fastattn.attention(**views, causal=True, backend="gluon"), expected)
+    assert all(torch.equal(wide[name], before[name]) for name in wide)
+
+
+def test_dimensions_of_size_1_may_have_any_stride(gluon_seed: Seed, device: str) -> None:
+    q = torch.randn(1, 40, 1, 64, dtype=torch.float16, device=device)
+    odd = q.as_strided(q.shape, (3, 64, 7, 1))
+    assert gluon.reads(odd)
+    outs = [fastattn.attention(x, x, x, backend="gluon") for x in (q, odd)]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+def test_a_row_that_is_not_finite_stays_alone(value: float, gluon_seed: Seed, device: str) -> None:
+    given = tensors(device)
+    expected = fastattn.attention(**given, backend="gluon")
+    given["q"][0, 13, 1, 5] = value
+    out = fastattn.attention(**given, backend="gluon")
+    assert out[0, 13, 1].isnan().all()
+    out[0, 13, 1] = expected[0, 13, 1]
+    assert torch.equal(out, expected)
+
+
+def test_large_scores(gluon_seed: Seed, device: str) -> None:
+    """Far beyond what 2^x holds, in both directions."""
+    given = tensors(device)
+    for sign in (1, -1):
+        q = sign * 200 * given["q"].abs()
+        out = fastattn.attention(q, given["k"].abs(), given["v"], backend="gluon")
+        exact = [x.double() for x in (q, given["k"].abs(), given["v"])]
+        eager = fastattn.attention(q, given["k"].abs(), given["v"], backend="reference")
+        assert_close_to_reference(
+            out, eager, fastattn.attention(*exact, backend="reference"), ulps=4
+        )
+
+
+def test_the_schedule_changes_no_bit(gluon_seed: Seed, device: str) -> None:
+    given = tensors(device)
+    outs = []
+    for seed in range(4):
+        gluon_seed(seed)
+        outs.append(fastattn.attention(**given, causal=True, backend="gluon"))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_it_is_chosen_only_by_name(gluon_seed: Seed, device: str) -> None:
+    given = tensors(device)
+    explanation = explanation_of(fastattn.attention, **given)
+    assert explanation.backend != "gluon"
+    assert "name backend='gluon' to use it" in str(explanation.reasons["gluon"])
+    assert explanation_of(fastattn.attention, **given, backend="gluon").backend == "gluon"
+
+
+def test_a_cpu_without_the_emulator_is_refused() -> None:
+    q = torch.randn(1, 9, 1, 64, dtype=torch.float16)  # of no other test, whose plan is kept
+    with pytest.raises(fastattn.UnsupportedError, match="run on Hopper GPUs, not on a CPU"):
+        fastattn.attention(q, q, q, backend="gluon")
+
+
+def test_every_width_has_a_tile_that_fits() -> None:
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            tile = tiles.forward(head_dim, head_dim_v)
+            assert tile.d >= head_dim and tile.dv >= head_dim_v
+            of_q = 2 * tile.rows * (tile.d + (tile.dv if tile.dv != tile.d else 0))
+            shared = 2 * (of_q + tile.stages * tile.keys * (tile.d + tile.dv))
+            assert shared + 1024 <= 227 * 1024
