@@ -147,4 +147,5 @@ SUBJECTS = {
         bugs.PACKAGE_BACKWARD,
         len(package.BACKWARDS),
     ),
+    "ffn forward": Subject(package.FFN, package.run_ffn, bugs.PACKAGE_FFN, len(package.FFNS)),
 }
