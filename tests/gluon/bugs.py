@@ -105,7 +105,7 @@ BACKWARD = {
     "descriptor one key too long": ("tma.make_tensor_descriptor(v, [sk, D]", "tma.make_tensor_descriptor(v, [sk + 1, D]"),
 }  # fmt: skip
 
-# Of the package's kernels, in ops/attention/gluon.
+# Of ops/attention/gluon/forward.py; the backward's are in tests/ops/attention.
 PACKAGE_FORWARD = {
     "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
     "V's slot not waited for": ("        mbarrier.wait(ring.v_empty.index(slot), phase)\n", ""),
@@ -116,7 +116,7 @@ PACKAGE_FORWARD = {
     "phase never flips": ("        phase ^= 1\n", ""),
     "scores read under their product": ("warpgroup_mma_wait(1, [s])", "warpgroup_mma_wait(2, [s])"),
     "no fence after the barriers' init": ("    fence_async_shared()  # before the copies see the barriers\n", ""),
-    "no fence before the output's store": ("    fence_async_shared()\n    tma.async_store", "    tma.async_store"),
+    "no fence before the output's store": ("        fence_async_shared()\n        tma.async_store", "        tma.async_store"),
     "output's store not waited for": ("    tma.store_wait(0)\n", ""),
     "lse stored beyond its rows": ("mask=rows < results.queries", "mask=rows <= results.queries"),
     "keys beyond the last not masked": ("columns < rule.keys", "columns <= rule.keys"),
@@ -125,29 +125,6 @@ PACKAGE_FORWARD = {
     "masked tiles end one early": ("gl.maximum(end - whole, 1)", "gl.maximum(end - whole - 1, 1)"),
     "sink not scaled": ("total = total * gl.exp2(top - new_top) + gl.sum(e, 1)", "total = total + gl.sum(e, 1)"),
     "wrong head of K and V": ("head // group", "head % group"),
-}  # fmt: skip
-
-PACKAGE_BACKWARD = {
-    "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
-    "slot not waited for": ("            mbarrier.wait(ring.empty.index(slot), phase)\n", ""),
-    "dS stored under the last product of dQ": ("    mbarrier.wait(exchange.empty, turn ^ 1)\n", ""),
-    "the other's dS not waited for": ("    mbarrier.wait(exchange.full, turn)\n", ""),
-    "dS waits for one consumer": ("mbarrier.init(ds_full, count=2)", "mbarrier.init(ds_full, count=1)"),
-    "no fence after the store of dS": ("store(ds)\n    fence_async_shared()\n", "store(ds)\n"),
-    "no fence before dQ is added": ("store(dq * scale)\n    fence_async_shared()\n", "store(dq * scale)\n"),
-    "no fence after the barriers' init": ("    fence_async_shared()  # before the copies see the barriers\n", ""),
-    "dP read under its product": ("dp = warpgroup_mma_wait(0, [dp])", "dp = warpgroup_mma_wait(1, [dp])"),
-    "slot released with two products in flight": ("warpgroup_mma_wait(1, [dv, dk])", "warpgroup_mma_wait(2, [dv, dk])"),
-    "turn given before dQ is written": ("tma.store_wait(0, read_only=False)", "tma.store_wait(0)"),
-    "turn given without a release": ('mask=last >= 0, sem="release"', 'mask=last >= 0, sem="relaxed"'),
-    "turn taken without an acquire": ('last, 0, sem="acquire"', 'last, 0, sem="relaxed"'),
-    "turn not waited for": ("!= before:", "< 0:"),
-    "turns of a window counted from 0": ("        before -= gl.maximum(tile * kind.BM + place.low, 0) // 128\n", "        before -= 0\n"),
-    "last turn not given": ("    release(semaphores, last)\n    keys", "    keys"),
-    "keys beyond the last not masked": ("seen = keys < place.seqlen_k", "seen = keys <= place.seqlen_k"),
-    "right edge one off": ("keys <= queries + place.high", "keys < queries + place.high"),
-    "dK without the scale": ("(dk * scale)", "dk"),
-    "gradient of the lse not subtracted": ("        delta -= gl.load(dlse_ptr", "        delta += gl.load(dlse_ptr"),
 }  # fmt: skip
 
 # Of ops/ffn/gluon.py.

@@ -1,7 +1,8 @@
 """The table of mutants that the emulator finds, counts.json.
 
-    python tests/gluon/counts.py            # try them all again, and print the table (minutes)
-    python tests/gluon/counts.py --write    # and write it
+    python tests/gluon/counts.py                     # try them all again (minutes), and print
+    python tests/gluon/counts.py --write             # and write the table
+    python tests/gluon/counts.py --write forward     # only that subject's part
 
 `planted` are the bugs of bugs.py: how many there are, and how many seed 0, as many seeds as there
 are shapes, and 16 seeds find, with both detectors and with that of data only. `mechanical` are the
@@ -70,10 +71,14 @@ def count(name: str) -> dict[str, Any]:
 def main() -> None:
     from gluon.subjects import SUBJECTS
 
-    text = json.dumps({name: count(name) for name in SUBJECTS}, indent=2) + "\n"
-    if "--write" in sys.argv:
-        TABLE.write_text(text)
-    print(text, end="")
+    names = [x for x in sys.argv[1:] if x != "--write"] or list(SUBJECTS)
+    for name in names:
+        part = {name: count(name)}
+        print(json.dumps(part, indent=2), flush=True)
+        if "--write" in sys.argv:
+            table = {**(load() if TABLE.exists() else {}), **part}
+            ordered = {x: table[x] for x in SUBJECTS if x in table}
+            TABLE.write_text(json.dumps(ordered, indent=2) + "\n")
 
 
 if __name__ == "__main__":

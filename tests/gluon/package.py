@@ -31,6 +31,7 @@ FORWARDS: list[tuple[Any, ...]] = [
     (1, 130, 400, 2, 2, 72, 40, {"causal": True, "sink": True}),
     (2, 140, 14, 2, 1, 64, 64, {"causal": True}),
     (1, 90, 511, 3, 1, 128, 64, {"alibi_slopes": True, "softcap": 20.0}),
+    (2, 70, 300, 1, 1, 64, 64, {"key_lengths": (300, 130)}),
     (1, 128, 448, 1, 1, 256, 256, {"causal": "top_left"}),
 ]
 BACKWARDS: list[tuple[Any, ...]] = [
@@ -77,6 +78,8 @@ def draw(shape: tuple[Any, ...], seed: int) -> tuple[dict[str, torch.Tensor], di
         tensors["k"] -= 4.0
     if given.pop("sink", False):
         tensors["sink"] = torch.randn(heads).half()
+    if "key_lengths" in given:
+        given["key_lengths"] = torch.tensor(given["key_lengths"], dtype=torch.int32)
     if given.pop("alibi_slopes", False):
         given["alibi_slopes"] = torch.rand(heads)
     return tensors, given

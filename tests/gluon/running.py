@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import sys
 import threading
@@ -39,16 +40,22 @@ def line_of(error: BaseException) -> str:
 
 
 def assigned() -> str | None:
-    """The name on the left of `name = ...` in the kernel's line that runs."""
+    """The name on the left of `name = ...` in the kernel's line that runs.
+
+    Where that line is `return ...`, in the line that called.
+    """
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename in _OURS:
+    while frame is not None:
+        if frame.f_code.co_filename not in _OURS:
+            source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            if not source.startswith("return"):
+                name = source.split("=")[0].strip()
+                return name if name.isidentifier() else None
         frame = frame.f_back
-    if frame is None:
-        return None
-    name = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split("=")[0].strip()
-    return name if name.isidentifier() else None
+    return None
 
 
+@functools.lru_cache(4096)
 def _text(code: Any, number: int) -> str:
     source = linecache.getline(code.co_filename, number).strip()[:110]
     return f"{Path(code.co_filename).name}:{number} in {code.co_name} `{source}`"

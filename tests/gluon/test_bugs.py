@@ -6,7 +6,7 @@ import random
 
 import pytest
 from gluon import counts, mutants
-from gluon.subjects import BACKWARDS, FORWARDS, SUBJECTS, run_backward, run_forward
+from gluon.subjects import BACKWARDS, FORWARDS, SUBJECTS
 
 BUGS = [(name, bug) for name, subject in SUBJECTS.items() for bug in subject.bugs]
 
@@ -27,7 +27,7 @@ def test_planted_bug_is_found(name: str, bug: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", [x for x in counts.load() if x in SUBJECTS])
 def test_counts(name: str) -> None:
     assert counts.count(name) == counts.load()[name]
 
@@ -39,11 +39,13 @@ def test_no_false_alarm(draw: int) -> None:
     sizes = random.Random(draw)
     sq, sk, d = sizes.randint(1, 400), sizes.randint(1, 400), sizes.choice((64, 128))
     causal, group = sizes.random() < 0.5, sizes.randint(1, 2)
-    forward, backward = (
-        mutants.module(SUBJECTS[n].path.read_text(), n) for n in ("forward", "backward")
-    )
-    run_forward(forward, draw, (sizes.randint(1, 2), 2, group, sq, sk, d, causal))
-    run_backward(backward, draw, (sq, sk, d, causal, draw % 2 == 0))
+    shapes = {
+        "forward": (sizes.randint(1, 2), 2, group, sq, sk, d, causal),
+        "backward": (sq, sk, d, causal, draw % 2 == 0),
+    }
+    for name in shapes.keys() & SUBJECTS.keys():
+        subject = SUBJECTS[name]
+        subject.run(mutants.module(subject.path.read_text(), name), draw, shapes[name])
 
 
 def test_shapes_are_those_that_bugs_need() -> None:

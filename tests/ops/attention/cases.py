@@ -525,3 +525,16 @@ def kept_weights(case: Case, problem: Problem, backend: str) -> torch.Tensor | N
     for b, place in enumerate(problem.places("q")):
         kept[b, :, : place.stop - place.start] = (weights[place] != 0).transpose(0, 1)
     return kept
+
+
+def check_forward(case: Case, backend: str) -> None:
+    """`check` without gradients, of a case that the backend does."""
+    problem = case.draw()
+    with torch.no_grad():
+        ours = call(case, problem, backend, poisoned(case, problem), return_lse=True)
+        eager = formula_of(problem, None, problem.tensors)
+        exact = formula_of(problem, None, {n: x.double() for n, x in problem.tensors.items()})
+    factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.softcap else {}
+    few = 32 if min(m for _, m in case.packed or [(0, case.seqlen_k)]) <= 2 else 1
+    for name, ulps, *triple in zip(("out", "lse"), (4 * few, 16), ours, eager, exact):
+        assert_close_to_reference(*triple, name=f"{name} of {case}", ulps=ulps, **factors)

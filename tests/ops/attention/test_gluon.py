@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops.attention.cases import LAYOUTS, Case, call, formula_of, poisoned
+from ops.attention.cases import LAYOUTS, Case, check_forward
 
 import fastattn
 from fastattn.backends import explanation_of
@@ -16,19 +16,6 @@ from fastattn.ops.common import gluon
 from oracle import assert_close_to_reference
 
 Seed = Callable[[int], None]
-
-
-def forward(case: Case) -> None:
-    """Only the forward, of the backend that the user names, under the rule."""
-    problem = case.draw()
-    with torch.no_grad():
-        ours = call(case, problem, "gluon", poisoned(case, problem), return_lse=True)
-        eager = formula_of(problem, None, problem.tensors)
-        exact = formula_of(problem, None, {n: x.double() for n, x in problem.tensors.items()})
-    factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.softcap else {}
-    few = 32 if min(m for _, m in case.packed or [(0, case.seqlen_k)]) <= 2 else 1
-    for name, ulps, *triple in zip(("out", "lse"), (4 * few, 16), ours, eager, exact):
-        assert_close_to_reference(*triple, name=f"{name} of {case}", ulps=ulps, **factors)
 
 
 def drawn(seed: int, device: str) -> Case:
@@ -70,7 +57,7 @@ def drawn(seed: int, device: str) -> Case:
 def test_random_problems(first: int, gluon_seed: Seed, device: str) -> None:
     for seed in range(first, first + 12):
         gluon_seed(seed)
-        forward(drawn(seed, device))
+        check_forward(drawn(seed, device), "gluon")
 
 
 def tensors(device: str) -> dict[str, torch.Tensor]:
@@ -82,7 +69,9 @@ def tensors(device: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout: str, gluon_seed: Seed, device: str) -> None:
-    forward(Case(70, 150, layout=layout, head_dim=64, dtype=torch.float16, device=device))
+    check_forward(
+        Case(70, 150, layout=layout, head_dim=64, dtype=torch.float16, device=device), "gluon"
+    )
 
 
 def test_tensors_that_no_descriptor_takes_are_copied(gluon_seed: Seed, device: str) -> None:

@@ -1,8 +1,10 @@
 """The `gluon` backend of attention: kernels for Hopper in Triton's low-level dialect.
 
 The forward (`forward.py`): float16 and bfloat16, head_dim up to 256 in steps of 8, v's of its own,
-causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences. The
-backward is the first other kernel's that can run the call.
+causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences.
+
+The backward (`backward.py`): head_dim up to 128, causal masks and windows, a sink, grouped heads,
+and equal bits in every run. That of another call is the first other kernel's that can run it.
 """
 
 from __future__ import annotations

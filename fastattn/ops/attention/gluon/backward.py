@@ -9,8 +9,8 @@ warpgroup of its own, has 64 of the keys and computes
     dQ  = dS K                                     (of half of the columns, over all 128 keys)
 
 with delta = rowsum(dO out) - dlse (Dao 2023, arXiv:2307.08691; `rows` computes it first). The
-consumers exchange dS through shared memory, because dQ's sum is over the keys of both. dQ's tile
-is added to a float32 buffer by a TMA reduction.
+consumers exchange dS through shared memory, because dQ's sum is over the keys of both. A partition
+of one warp adds dQ's tile to a float32 buffer by TMA reductions.
 
 Equal bits in every run: a query tile's additions come in the order of the keys. A semaphore of
 each tile counts the key tiles that have been added; a program adds when the count is its turn. It
@@ -21,7 +21,6 @@ the last to the first, so that under a causal mask, where program n has 2 n trip
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,14 +34,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fastattn.ops.attention import sink
 from fastattn.ops.attention.call import Extras, Learnt, Settings
+from fastattn.ops.attention.gluon.forward import LOG2_E, advance
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common.gluon import mbarrier, tma
 
-LOG2_E = math.log2(math.e)
-MAX_WINDOW = 2**30  # positions are 32-bit
 MAX_HEAD_DIM = 128  # at 256 columns dK and dV would take all registers
+MAX_SEQLEN = 2**28  # positions are 32-bit, and so are four of them added
 MAX_ROWS = 2**30  # of all heads, padded: a coordinate is 32-bit
+MISSING = {
+    "alibi_slopes": "no ALiBi",
+    "key_lengths": "no key_lengths",
+    "cu_seqlens_q": "no packed sequences",
+}
 KEYS = 128  # of a program
 QUERIES = 64  # of a tile
 STAGES = 2
@@ -57,8 +61,11 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return f"the Gluon backward has head_dim up to {MAX_HEAD_DIM}, not {widest}"
     if problem.settings.softcap:
         return "the Gluon backward has no softcap"
-    if "alibi_slopes" in problem.given:
-        return "the Gluon backward has no ALiBi"
+    for name, what in MISSING.items():
+        if name in problem.given:
+            return f"the Gluon backward has {what}"
+    if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
+        return "the Gluon backward has sequences of up to 2^28 tokens"
     if problem.batch * problem.heads * (problem.seqlen_q + QUERIES) > MAX_ROWS:
         return "the Gluon backward has up to 2^30 rows of all heads"
     return None
@@ -85,9 +92,9 @@ def attention_rows(
     or it sees no key."""
     TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, TILE)
-    first = gl.program_id(0) * BM
-    plane = gl.program_id(1)
-    rows = first + gl.arange(0, BM, ROW)
+    tiles = gl.cdiv(seqlen_q, BM)
+    plane = gl.program_id(0) // tiles
+    rows = gl.program_id(0) % tiles * BM + gl.arange(0, BM, ROW)
     columns = gl.arange(0, D, gl.SliceLayout(0, TILE))
     token = (plane // heads).to(gl.int64) * seqlen_q + rows
     at = ((token * heads + plane % heads) * head_dim)[:, None] + columns[None, :]
@@ -100,7 +107,7 @@ def attention_rows(
     if dlse_ptr is not None:
         delta -= gl.load(dlse_ptr + line, mask=rows < seqlen_q, other=0.0)
     blind = lse == float("-inf")
-    padded = plane.to(gl.int64) * (gl.num_programs(0) * BM) + rows
+    padded = plane.to(gl.int64) * (tiles * BM) + rows
     gl.store(base2_ptr + padded, gl.where(blind, float("inf"), lse * 1.4426950408889634))
     gl.store(delta_ptr + padded, gl.where(blind, 0.0, delta))
 
@@ -131,12 +138,14 @@ class Ring(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """Shared memory of dS and dQ, and the barriers of dS."""
+    """Shared memory of dS and dQ, and its barriers."""
 
     ds: Any
-    dq: Any
-    full: Any
-    empty: Any
+    dq: Any  # (2, ...), a half of the columns each
+    ds_full: Any  # both consumers have written
+    ds_empty: Any  # both have read
+    dq_full: Any
+    dq_empty: Any  # its addition has read it
 
 
 class Place(NamedTuple):
@@ -157,53 +166,74 @@ class Place(NamedTuple):
 
 
 @gluon.jit
-def advance(slot, phase, STAGES: gl.constexpr):
-    slot += 1
-    if slot == STAGES:
-        slot = slot * 0
-        phase ^= 1
-    return slot, phase
+def visited(n, place):
+    """(query head, tile of queries) of trip `n`: of all heads the whole tiles, then the others."""
+    whole = place.group * place.whole
+    if n < whole:
+        group = n // place.whole
+        trip = n % place.whole
+    else:
+        masked = place.trips - place.whole
+        group = (n - whole) // masked
+        trip = place.whole + (n - whole) % masked
+    return place.head + group, place.stop - 1 - trip
 
 
 @gluon.jit
 def produce(q_desc, dout_desc, lse_desc, delta_desc, place, ring, kind: gl.constexpr):
     slot = place.tile * 0
     phase = slot + 1  # the ring begins empty
-    for g in range(place.group):
-        head = place.head + g
+    for n in range(place.group * place.trips):
+        head, tile = visited(n, place)
         plane = place.batch * place.heads + head
-        for i in range(place.trips):
-            tile = place.stop - 1 - i
-            query = tile * kind.BM
-            line = (plane * place.query_tiles + tile) * kind.BM
-            q_full = ring.q_full.index(slot)
-            dout_full = ring.dout_full.index(slot)
-            mbarrier.wait(ring.empty.index(slot), phase)
-            mbarrier.expect(q_full, kind.BM * kind.D * 2 + kind.BM * 4)
-            tma.async_load(q_desc, [place.batch, query, head, 0], q_full, ring.q.index(slot))
-            tma.async_load(lse_desc, [line], q_full, ring.lse.index(slot))
-            mbarrier.expect(dout_full, kind.BM * kind.D * 2 + kind.BM * 4)
-            tma.async_load(
-                dout_desc, [place.batch, query, head, 0], dout_full, ring.dout.index(slot)
-            )
-            tma.async_load(delta_desc, [line], dout_full, ring.delta.index(slot))
-            slot, phase = advance(slot, phase, kind.STAGES)
+        query = tile * kind.BM
+        line = (plane * place.query_tiles + tile) * kind.BM
+        q_full = ring.q_full.index(slot)
+        dout_full = ring.dout_full.index(slot)
+        mbarrier.wait(ring.empty.index(slot), phase)
+        mbarrier.expect(q_full, kind.BM * kind.D * 2 + kind.BM * 4)
+        tma.async_load(q_desc, [place.batch, query, head, 0], q_full, ring.q.index(slot))
+        tma.async_load(lse_desc, [line], q_full, ring.lse.index(slot))
+        mbarrier.expect(dout_full, kind.BM * kind.D * 2 + kind.BM * 4)
+        tma.async_load(dout_desc, [place.batch, query, head, 0], dout_full, ring.dout.index(slot))
+        tma.async_load(delta_desc, [line], dout_full, ring.delta.index(slot))
+        slot, phase = advance(slot, phase, kind.STAGES)
 
 
 @gluon.jit
-def release(semaphores, last):
-    """The addition before, if there is one, is over: the next key tile's turn."""
-    tma.store_wait(0, read_only=False)
-    gl.barrier()  # the thread that waited and the one that releases may be two
-    gl.atomic_add(semaphores + last, 1, mask=last >= 0, sem="release", scope="gpu")
+def add(dq_desc, semaphores, place, exchange, kind: gl.constexpr):
+    """Adds dQ's tiles to global memory, each when it is its turn."""
+    phase = place.tile * 0
+    for n in range(place.group * place.trips):
+        head, tile = visited(n, place)
+        plane = place.batch * place.heads + head
+        semaphore = semaphores + (plane * place.query_tiles + tile)
+        before = place.tile  # key tiles that add to this tile of queries before this one
+        if kind.LEFT:
+            before -= gl.maximum(tile * kind.BM + place.low, 0) // 128
+        mbarrier.wait(exchange.dq_full, phase)
+        while gl.atomic_add(semaphore, 0, sem="acquire", scope="gpu") != before:
+            pass
+        for half in gl.static_range(2):
+            tma.async_atomic_add(
+                dq_desc,
+                [place.batch, tile * kind.BM, head, half * (kind.D // 2)],
+                exchange.dq.index(half),
+            )
+        tma.store_wait(0)
+        mbarrier.arrive(exchange.dq_empty, count=1)
+        tma.store_wait(0, read_only=False)
+        gl.barrier()  # the thread that waited and the one that releases may be two
+        gl.atomic_add(semaphore, 1, sem="release", scope="gpu")
+        phase ^= 1
 
 
 @gluon.jit
 def trip(
-    dk, dv, slot, phase, turn, last, head, tile, dq_desc, semaphores, k_smem, v_smem, scale, scale2,
-    place, ring, exchange, kind: gl.constexpr, WHICH: gl.constexpr, MASKED: gl.constexpr,
+    dk, dv, slot, phase, turn, tile, k_smem, v_smem, scale2, place, ring, exchange,
+    kind: gl.constexpr, WHICH: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. `last` is the semaphore of the addition before, or -1."""
+    """One tile of queries; `turn` is the parity of the trips before."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BM, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.D, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.D // 2, 16])
@@ -220,7 +250,6 @@ def trip(
     mbarrier.wait(ring.dout_full.index(slot), phase)
     dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     lse = ring.lse.index(slot).load(COLUMN)
-    delta = ring.delta.index(slot).load(COLUMN)
     s = warpgroup_mma_wait(1, [s])
     p = gl.exp2(s * scale2 - lse[None, :])
     if MASKED:
@@ -236,44 +265,33 @@ def trip(
     dp = warpgroup_mma_wait(0, [dp])
     weights = gl.convert_layout(p.to(q.dtype), LEFT_OPERAND)
     dv = warpgroup_mma(weights, dout, dv, is_async=True)
+    delta = ring.delta.index(slot).load(COLUMN)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
-    mbarrier.wait(exchange.empty, turn ^ 1)
+    mbarrier.wait(exchange.ds_empty, turn ^ 1)
     exchange.ds.slice(WHICH * 64, 64).store(ds)
     fence_async_shared()
-    mbarrier.arrive(exchange.full, count=1)
+    mbarrier.arrive(exchange.ds_full, count=1)
     dk = warpgroup_mma(gl.convert_layout(ds, LEFT_OPERAND), q, dk, is_async=True)
-    mbarrier.wait(exchange.full, turn)
+    mbarrier.wait(exchange.ds_full, turn)
     half = k_smem.slice(WHICH * (kind.D // 2), kind.D // 2, dim=1)
     none = gl.zeros([kind.BM, kind.D // 2], gl.float32, DQ)
     dq = warpgroup_mma(exchange.ds.permute((1, 0)), half, none, use_acc=False, is_async=True)
     dv, dk = warpgroup_mma_wait(1, [dv, dk])
     mbarrier.arrive(ring.empty.index(slot), count=1)
     dq = warpgroup_mma_wait(0, [dq])
-    mbarrier.arrive(exchange.empty, count=1)
-
-    release(semaphores, last)
-    exchange.dq.index(WHICH).reshape([kind.BM, kind.D // 2]).store(dq * scale)
+    mbarrier.arrive(exchange.ds_empty, count=1)
+    mbarrier.wait(exchange.dq_empty, turn ^ 1)
+    exchange.dq.index(WHICH).reshape([kind.BM, kind.D // 2]).store(dq)
     fence_async_shared()
-    plane = place.batch * place.heads + head
-    last = (plane * place.query_tiles + tile) * 2 + WHICH
-    before = place.tile  # key tiles that add to this tile of queries before this one
-    if kind.LEFT:
-        before -= gl.maximum(tile * kind.BM + place.low, 0) // 128
-    while gl.atomic_add(semaphores + last, 0, sem="acquire", scope="gpu") != before:
-        pass
-    tma.async_atomic_add(
-        dq_desc,
-        [place.batch, tile * kind.BM, head, WHICH * (kind.D // 2)],
-        exchange.dq.index(WHICH),
-    )
+    mbarrier.arrive(exchange.dq_full, count=1)
     slot, phase = advance(slot, phase, kind.STAGES)
-    return dk, dv, slot, phase, turn ^ 1, last
+    return dk, dv, slot, phase, turn ^ 1
 
 
 @gluon.jit
 def consume(
-    dk_ptr, dv_ptr, dq_desc, semaphores, stride, head_dim, head_dim_v, scale, scale2, k4, v4,
-    kv_full, place, ring, exchange, kind: gl.constexpr, WHICH: gl.constexpr,
+    dk_ptr, dv_ptr, stride, head_dim, head_dim_v, scale, scale2, k4, v4, kv_full, place, ring,
+    exchange, kind: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.D, 16])
     k_smem = k4.reshape([128, kind.D])
@@ -284,21 +302,19 @@ def consume(
     slot = place.tile * 0
     phase = slot
     turn = slot
-    last = slot - 1
-    for g in range(place.group):
-        head = place.head + g
-        if not kind.LEFT:
-            for i in range(place.whole):
-                dk, dv, slot, phase, turn, last = trip(
-                    dk, dv, slot, phase, turn, last, head, place.stop - 1 - i, dq_desc, semaphores,
-                    k_smem, v_smem, scale, scale2, place, ring, exchange, kind, WHICH, False,
-                )  # fmt: skip
-        for i in range(place.whole, place.trips):
-            dk, dv, slot, phase, turn, last = trip(
-                dk, dv, slot, phase, turn, last, head, place.stop - 1 - i, dq_desc, semaphores,
-                k_smem, v_smem, scale, scale2, place, ring, exchange, kind, WHICH, True,
+    whole = place.group * place.whole
+    if not kind.LEFT:
+        for _ in range(whole):
+            dk, dv, slot, phase, turn = trip(
+                dk, dv, slot, phase, turn, 0, k_smem, v_smem, scale2, place, ring, exchange, kind,
+                WHICH, False,
             )  # fmt: skip
-    release(semaphores, last)
+    for n in range(whole, place.group * place.trips):
+        _, tile = visited(n, place)
+        dk, dv, slot, phase, turn = trip(
+            dk, dv, slot, phase, turn, tile, k_smem, v_smem, scale2, place, ring, exchange, kind,
+            WHICH, True,
+        )  # fmt: skip
     keys = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
     columns = gl.arange(0, kind.D, gl.SliceLayout(0, OUT))[None, :]
     inside = (place.tile * 128 + keys < place.seqlen_k)[:, None]
@@ -317,12 +333,12 @@ def consume(
 def attention_backward(
     dk_ptr,  # (batch, seqlen_k, kv_heads, head_dim), contiguous
     dv_ptr,
-    semaphores,  # int32 of (batch, heads, query tiles, 2), 0
+    semaphores,  # int32 of (batch, heads, query tiles), 0
     q_desc,  # of (batch, seqlen, heads, head_dim), like those of k, v, dout and dq
     k_desc,
     v_desc,
     dout_desc,
-    dq_desc,  # float32, 0
+    dq_desc,  # float32, 0; without the scale
     lse_desc,  # of attention_rows, as one dimension
     delta_desc,
     heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v,
@@ -350,24 +366,30 @@ def attention_backward(
     kv_full = mbarrier.allocate_mbarrier()
     ds_full = mbarrier.allocate_mbarrier()
     ds_empty = mbarrier.allocate_mbarrier()
+    dq_full = mbarrier.allocate_mbarrier()
+    dq_empty = mbarrier.allocate_mbarrier()
     q_full = mbarrier.allocate_mbarrier(batch=STAGES)
     dout_full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(ds_full, count=2)  # both consumers
     mbarrier.init(ds_empty, count=2)
+    mbarrier.init(dq_full, count=2)
+    mbarrier.init(dq_empty, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(dout_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()  # before the copies see the barriers
     ring = Ring(q_smem, dout_smem, lse_smem, delta_smem, q_full, dout_full, empty)
-    exchange = Exchange(ds_smem, dq_smem, ds_full, ds_empty)
+    exchange = Exchange(ds_smem, dq_smem, ds_full, ds_empty, dq_full, dq_empty)
 
     # Key tiles of one head one after another: they share its queries in the L2 cache.
-    tile = gl.program_id(0)
-    kv_head = gl.program_id(1)
-    batch = gl.program_id(2)
+    key_tiles = gl.cdiv(seqlen_k, 128)
+    tile = gl.program_id(0) % key_tiles
+    plane = gl.program_id(0) // key_tiles
+    kv_head = plane % kv_heads
+    batch = plane // kv_heads
     key = tile * 128
     end = gl.minimum(key + 128, seqlen_k)
     query_tiles = gl.cdiv(seqlen_q, BM)
@@ -398,14 +420,15 @@ def attention_backward(
     tma.async_load(v_desc, [batch, key, kv_head, 0], kv_full, v_smem)
     gl.warp_specialize(
         [
-            (consume, (dk_ptr, dv_ptr, dq_desc, semaphores, kv_heads, head_dim, head_dim_v, scale,
-                       scale2, k_smem, v_smem, kv_full, place, ring, exchange, kind, 0)),
-            (consume, (dk_ptr, dv_ptr, dq_desc, semaphores, kv_heads, head_dim, head_dim_v, scale,
-                       scale2, k_smem, v_smem, kv_full, place, ring, exchange, kind, 1)),
+            (consume, (dk_ptr, dv_ptr, kv_heads, head_dim, head_dim_v, scale, scale2, k_smem,
+                       v_smem, kv_full, place, ring, exchange, kind, 0)),
+            (consume, (dk_ptr, dv_ptr, kv_heads, head_dim, head_dim_v, scale, scale2, k_smem,
+                       v_smem, kv_full, place, ring, exchange, kind, 1)),
             (produce, (q_desc, dout_desc, lse_desc, delta_desc, place, ring, kind)),
+            (add, (dq_desc, semaphores, place, exchange, kind)),
         ],
-        [4, 1],
-        [REGISTERS, 24],
+        [4, 1, 1],
+        [REGISTERS, 24, 24],
     )  # fmt: skip
 
 
@@ -432,8 +455,9 @@ def backward(
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, kv_heads, head_dim_v = v.shape[1:]
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    q, k, v = (
-        x if kernels.reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)
+    q, k, v, dout = (
+        x if kernels.reads(x) else x.clone(memory_format=torch.contiguous_format)
+        for x in (q, k, v, dout)
     )
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -443,17 +467,17 @@ def backward(
         (2, batch * heads, tiles * QUERIES), dtype=torch.float32, device=q.device
     ).unbind()
     kernels.launch(
-        attention_rows, (tiles, batch * heads),
+        attention_rows, (tiles * batch * heads,),
         dout, out, lse, None if dlse is None else dlse.contiguous(), base2, delta,
         heads, seqlen_q, head_dim_v, D=box, BM=QUERIES,
     )  # fmt: skip
 
     corner = 0 if settings.top_left else seqlen_k - seqlen_q
-    left, right = (min(n, MAX_WINDOW) for n in (settings.window_left, settings.window_right))
+    left, right = (min(n, MAX_SEQLEN * 2) for n in (settings.window_left, settings.window_right))
     kernels.launch(
         attention_backward,
-        (-(-seqlen_k // KEYS), kv_heads, batch),
-        dk, dv, torch.zeros((batch, heads, tiles, 2), dtype=torch.int32, device=q.device),
+        (-(-seqlen_k // KEYS) * kv_heads * batch,),
+        dk, dv, torch.zeros((batch, heads, tiles), dtype=torch.int32, device=q.device),
         kernels.descriptor(q, [1, QUERIES, 1, box]),
         kernels.descriptor(k, [1, KEYS, 1, box]),
         kernels.descriptor(v, [1, KEYS, 1, box]),
@@ -466,9 +490,10 @@ def backward(
         D=box, BM=QUERIES, STAGES=STAGES, LEFT=left >= 0, RIGHT=right >= 0, REGISTERS=REGISTERS,
     )  # fmt: skip
 
+    dq = torch.mul(sums, settings.softmax_scale, out=q.new_empty(q.shape))
     dbias, dsink = q.new_empty((0,)), q.new_empty((0,))  # two: outputs may not alias
     if wanted.sink:
         assert extras.sink is not None
         of_rows = delta.view(batch, heads, -1)[..., :seqlen_q].contiguous()
         dsink = sink.gradient(lse, of_rows, extras.sink)
-    return sums.to(q.dtype), dk, dv, dbias, dsink
+    return dq, dk, dv, dbias, dsink

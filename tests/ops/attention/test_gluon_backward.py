@@ -1,0 +1,195 @@
+"""Attention's backward in Gluon: equal bits at any schedule, planted bugs, and what it leaves out.
+
+test_attention.py holds it to float64, as every backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gluon.errors import GluonError
+from gluon.launching import launch
+from ops.attention.cases import Case, call, check
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+import fastattn
+from fastattn import backends
+from fastattn.ops.attention import gluon as room
+from fastattn.ops.attention.call import NO_GRADIENT, NONE
+from fastattn.ops.attention.problem import describe
+from fastattn.ops.attention.registration import BACKENDS
+from fastattn.ops.common import gluon as kernels
+from oracle import assert_close_to_reference
+
+SOURCE = Path(sys.modules[room.backward.__module__].__file__)
+
+# Three key tiles and three of queries; two heads share a key head.
+CASES = {
+    "full": Case(150, 300, batch=1, heads=2, kv_heads=1, head_dim=64),
+    "causal": Case(190, 300, batch=1, heads=2, kv_heads=1, head_dim=64, causal=True),
+    "window": Case(190, 300, batch=1, heads=2, kv_heads=1, head_dim=64, window=(70, 20)),
+}
+
+
+@pytest.fixture
+def schedule() -> Iterator[dict[str, Any]]:
+    """Options of the emulator; additions to dQ that nothing orders are an error in it."""
+    options: dict[str, Any] = {}
+
+    def launcher(kernel: Any, *args: Any, **constants: Any) -> Any:
+        bases = [x.base for x in args if isinstance(x, TensorDescriptor)]
+        assert all(x.data_ptr() % kernels.ALIGNMENT == 0 for x in bases)
+        ordered = ("dq_desc",) if kernel.fn.__name__ == "attention_backward" else ()
+        return launch(kernel, *args, ordered=ordered, **options, **constants)
+
+    kernels.use(launcher)
+    yield options
+    kernels.use(None)
+
+
+def gradients(
+    case: Case, backward: Callable[..., tuple[torch.Tensor, ...]] = room.backward
+) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv) of a case, and of an LSE made up: the backward runs by itself."""
+    problem = dataclasses.replace(case, dtype=torch.bfloat16).draw()
+    tensors = [problem.tensors[name] for name in "qkv"]
+    out, lse = call(case, problem, "reference", problem.tensors, return_lse=True)
+    settings = describe(*tensors, **problem.options).settings
+    return backward(problem.dout, problem.dlse, out, lse, NO_GRADIENT, *tensors, NONE, settings)[:3]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_bits_at_any_schedule(name: str, schedule: dict[str, Any]) -> None:
+    """Programs in any order, or as a GPU starts them; one at once, or all."""
+    schedule.update(seed=0, resident=1, in_order=True)
+    expected = gradients(CASES[name])
+    assert all(x.any() for x in expected)
+    for seed in range(1, 7):
+        schedule.update(seed=seed, resident=seed, in_order=seed % 2 == 0)
+        assert all(map(torch.equal, gradients(CASES[name]), expected))
+
+
+# What is replaced in the source by what, and how the emulator calls the bug.
+BUGS = {
+    "no turns": ("        while gl.atomic_add(semaphore, 0, sem=\"acquire\", scope=\"gpu\") != before:\n            pass\n", "", "global-race"),
+    "turn not acquired": ('sem="acquire"', 'sem="relaxed"', "global-race"),
+    "turn not released": ('sem="release"', 'sem="relaxed"', "global-race"),
+    "turn given too early": ("        tma.store_wait(0, read_only=False)\n", "", "global-race"),
+    "turn never given": ('        gl.atomic_add(semaphore, 1, sem="release", scope="gpu")\n', "", "deadlock"),
+    "turns of higher programs": ("before = place.tile ", "before = gl.cdiv(place.seqlen_k, 128) - 1 - place.tile ", "deadlock"),
+    "dQ freed too early": ("        tma.store_wait(0)\n        mbarrier.arrive(exchange.dq_empty, count=1)\n", "        mbarrier.arrive(exchange.dq_empty, count=1)\n", "race"),
+    "dQ without a fence": ("store(dq)\n    fence_async_shared()\n", "store(dq)\n", "fence"),
+    "dS without a fence": ("store(ds)\n    fence_async_shared()\n", "store(ds)\n", "fence"),
+    "dS not waited for": ("    mbarrier.wait(exchange.ds_full, turn)\n", "", "race"),
+    "dS freed too early": ("    dq = warpgroup_mma_wait(0, [dq])\n    mbarrier.arrive(exchange.ds_empty, count=1)\n", "    mbarrier.arrive(exchange.ds_empty, count=1)\n    dq = warpgroup_mma_wait(0, [dq])\n", "race"),
+    "queries freed too early": ("    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n    mbarrier.arrive(ring.empty.index(slot), count=1)\n", "    mbarrier.arrive(ring.empty.index(slot), count=1)\n    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n", "race"),
+    "dO not waited for": ("    mbarrier.wait(ring.dout_full.index(slot), phase)\n", "", "race"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_found(bug: str, schedule: dict[str, Any], tmp_path: Path) -> None:
+    old, new, kind = BUGS[bug]
+    text = SOURCE.read_text()
+    assert text.count(old) == 1
+    file = tmp_path / "mutant.py"
+    file.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutant", file)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    schedule.update(seed=1, resident=2, in_order=True)
+    with pytest.raises(GluonError) as error:
+        gradients(CASES["full"], mutant.backward)
+    assert error.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("features", "width", "reason"),
+    [
+        ({}, 64, None),
+        ({"causal": True, "sink": torch.zeros(2).half()}, 128, None),
+        ({"window": (3, 4)}, 24, None),
+        ({}, 136, "head_dim up to 128, not 136"),
+        ({"softcap": 2.0}, 64, "no softcap"),
+        ({"alibi_slopes": torch.ones(2)}, 64, "no ALiBi"),
+        ({"key_lengths": torch.tensor([5])}, 64, "no key_lengths"),
+    ],
+)
+def test_who_runs_the_backward(
+    features: dict[str, Any], width: int, reason: str | None, schedule: dict[str, Any]
+) -> None:
+    """These kernels, or the next ones, even if the user named the forward's backend."""
+    q = torch.zeros(1, 8, 2, width, dtype=torch.float16)
+    problem = describe(q, q, q, **features)
+    said = room.backward_unsupported(problem)
+    assert said is None if reason is None else reason in str(said)
+    module = backends.select_backward("attention", BACKENDS, problem, "gluon", forced=True)
+    assert (module is room) == (reason is None)
+
+
+def test_tensors_that_no_descriptor_takes_are_copied(schedule: dict[str, Any]) -> None:
+    """One element past an aligned address: as they come, the output's gradient too."""
+    problem = dataclasses.replace(CASES["causal"], dtype=torch.float16).draw()
+    tensors = [*(problem.tensors[name] for name in "qkv"), problem.dout]
+    odd = [x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
+    assert not any(map(kernels.reads, odd))
+    results = []
+    for *inputs, dout in (tensors, odd):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = fastattn.attention(*leaves, causal=True, backend="gluon")
+        results.append(torch.autograd.grad(out, leaves, dout))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+def test_large_scores(sign: int, schedule: dict[str, Any]) -> None:
+    """Weights of keys past the end, or of those that a row does not see, would be infinite."""
+    problem = dataclasses.replace(CASES["causal"], dtype=torch.bfloat16).draw()
+    q, k, v = (problem.tensors[name] for name in "qkv")
+    inputs = [8 * sign * q.abs(), 8 * k.abs(), v]
+
+    def gradients_of(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = fastattn.attention(*leaves, causal=True, backend=backend)
+        return torch.autograd.grad(out, leaves, problem.dout.to(dtype))
+
+    ours = gradients_of("gluon", torch.bfloat16)
+    eager = gradients_of("reference", torch.bfloat16)
+    exact = gradients_of("reference", torch.float64)
+    terms = max(x.abs().max().item() for x in exact)
+    for triple in zip(ours, eager, exact):
+        assert_close_to_reference(*triple, ulps=4, terms=terms)
+
+
+def drawn(seed: int) -> Case:
+    draw = random.Random(seed)
+    kv_heads = draw.choice((1, 2))
+    width = 8 * draw.randint(1, 16)
+    sides = draw.randint(-1, 200), draw.randint(-1, 200)
+    bands = ({}, {"causal": True}, {"causal": "top_left"}, {"window": sides})
+    band: dict[str, Any] = draw.choice(bands)
+    return Case(
+        draw.randint(1, 300), draw.randint(1, 400), batch=draw.choice((1, 2)),
+        heads=kv_heads * draw.choice((1, 2, 3)), kv_heads=kv_heads, head_dim=width,
+        head_dim_v=draw.choice((None, 8 * draw.randint(1, 16))), sink=draw.random() < 0.2,
+        softmax_scale=draw.choice((None, None, -0.2, 0.0)), dtype=draw.choice((torch.float16, torch.bfloat16)),
+        layout=draw.choice(("contiguous", "heads first", "expanded", "sliced")), seed=seed, **band,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 51))]
+)
+def test_random_shapes(part: int, schedule: dict[str, Any]) -> None:
+    count = 8 if part == 0 else 40
+    for seed in range(40 * part, 40 * part + count):
+        schedule.update(seed=seed, resident=1 + seed % 4, in_order=seed % 3 == 0)
+        check(drawn(seed), "gluon")
