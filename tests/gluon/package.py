@@ -42,8 +42,9 @@ BACKWARDS: list[tuple[Any, ...]] = [
     (1, 256, 300, 1, 1, 72, 64, {"low": True}),
 ]
 
-# Of ffn: tokens, in_features, hidden, activation, whether gated. Between them: more terms than
-# stages, more tiles than programs, a group of rows of tiles that is not full, columns beyond the last.
+# Of ffn: tokens, in_features, hidden, activation, whether gated; the last has the layout conv1d.
+# Between them: more terms than stages, more tiles than programs, a group of rows of tiles that is
+# not full, columns beyond the last.
 FFNS = [
     (130, 264, 264, "gelu_tanh", False),
     (250, 72, 392, "silu", True),
@@ -127,7 +128,9 @@ def run_ffn(module: ModuleType, seed: int, **options: Any) -> None:
     gates = (gate, gate_bias) if gated else (None, None)
     identity = torch.eye(hidden).half()
     with emulated(seed=seed, **options):
-        out, pre = module.forward(x, w1, b1, identity, None, *gates, activation, "linear", True)
+        conv1d = seed % len(FFNS) == len(FFNS) - 1
+        into, layout = (w1.t().contiguous(), "conv1d") if conv1d else (w1, "linear")
+        out, pre = module.forward(x, into, b1, identity, None, *gates, activation, layout, True)
     functions = {
         "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
         "silu": F.silu,
