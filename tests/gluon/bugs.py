@@ -126,3 +126,24 @@ PACKAGE_FORWARD = {
     "sink not scaled": ("total = total * gl.exp2(top - new_top) + gl.sum(e, 1)", "total = total + gl.sum(e, 1)"),
     "wrong head of K and V": ("head // group", "head % group"),
 }  # fmt: skip
+
+# Of ops/ffn/gluon.py.
+PACKAGE_FFN = {
+    "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
+    "slot not waited for": ("            mbarrier.wait(ring.empty.index(slot), phase)\n", ""),
+    "slot waits for two consumers": ("init(empty.index(i), count=CONSUMERS)", "init(empty.index(i), count=2)"),
+    "operands not waited for": ("            mbarrier.wait(ring.full.index(slot), phase)\n", ""),
+    "bytes of one weight expected": ("kind.ROWS + 2 * kind.HALF)", "kind.ROWS + kind.HALF)"),
+    "phase never flips": ("        phase ^= 1\n", ""),
+    "slot released under its products": ("warpgroup_mma_wait(0, [acc, second])", "warpgroup_mma_wait(1, [acc, second])"),
+    "all consumers have the first tokens": ("slot * kind.CONSUMERS + WHICH", "slot * kind.CONSUMERS"),
+    "no fence after the barriers' init": ("    fence_async_shared()  # before the copies see the barriers\n", ""),
+    "no fence before a result's store": ("    fence_async_shared()  # before the copy reads it\n", ""),
+    "a result overwrites the last one": ("    tma.store_wait(0)  # the last one has left\n", ""),
+    "the last store not waited for": ("kind)\n    tma.store_wait(0)\n", "kind)\n"),
+    "bias read beyond its end": ("mask=columns < width", "mask=columns <= width"),
+    "second half has the first half's bias": ("        column += kind.HALF\n", ""),
+    "second weight's columns are the first's": ("            second += kind.HALF\n", "            second += 0\n"),
+    "last group of rows as high as the others": ("height = gl.minimum(walk.rows - group * kind.GROUP, kind.GROUP)", "height = kind.GROUP"),
+    "walk repeats the first tiles": ("gl.num_programs(0)):\n        row, column = corner(tile, walk, kind)\n        acc", "gl.num_programs(0) + 1):\n        row, column = corner(tile, walk, kind)\n        acc"),
+}  # fmt: skip

@@ -10,15 +10,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 import fastattn
 from fastattn.ops.attention import gluon as room
 from fastattn.ops.common import gluon as kernels
+from fastattn.ops.ffn import gluon as ffn
 from oracle import assert_all_close_to_reference
 
 from .launching import launch
 
 ROOM = Path(room.__file__).parent
+FFN = Path(ffn.__file__)
 # Batch, queries, keys, heads, heads of K and V, head_dim, that of V, and features. Between them: both edges
 # of a band, rows that see no key, a padded head_dim, tiles that end inside of a head and of a box.
 FORWARDS: list[tuple[Any, ...]] = [
@@ -37,6 +40,15 @@ BACKWARDS: list[tuple[Any, ...]] = [
     (1, 391, 129, 2, 2, 128, 96, {"causal": True, "sink": True}),
     (1, 200, 300, 2, 1, 64, 64, {"window": (90, 30)}),
     (1, 256, 300, 1, 1, 72, 64, {"low": True}),
+]
+
+# Of ffn: tokens, in_features, hidden, activation, whether gated; the last has the layout conv1d.
+# Between them: more terms than stages, more tiles than programs, a group of rows of tiles that is
+# not full, columns beyond the last.
+FFNS = [
+    (130, 264, 264, "gelu_tanh", False),
+    (250, 72, 392, "silu", True),
+    (1800, 8, 264, "relu", False),
 ]
 
 
@@ -104,6 +116,41 @@ def run_backward(module: ModuleType, seed: int, **options: Any) -> None:
     assert_all_close_to_reference(
         {name: (ours[name], eager[name], exact[name]) for name in tensors}
     )
+
+
+def run_ffn(module: ModuleType, seed: int, **options: Any) -> None:
+    """The forward of a module with the source of ops/ffn/gluon.py, and its pre, by a seed."""
+    tokens, features, hidden, activation, gated = FFNS[seed % len(FFNS)]
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, features).half()
+    w1, gate = ((torch.randn(hidden, features) / features**0.5).half() for _ in range(2))
+    b1, gate_bias = torch.randn(2, hidden).half()
+    gates = (gate, gate_bias) if gated else (None, None)
+    identity = torch.eye(hidden).half()
+    with emulated(seed=seed, **options):
+        conv1d = seed % len(FFNS) == len(FFNS) - 1
+        into, layout = (w1.t().contiguous(), "conv1d") if conv1d else (w1, "linear")
+        out, pre = module.forward(x, into, b1, identity, None, *gates, activation, layout, True)
+    functions = {
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "silu": F.silu,
+        "relu": F.relu,
+    }
+
+    def formula(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        y, w, b, g, h = (t.to(dtype) for t in (x, w1, b1, gate, gate_bias))
+        up, gated_up = F.linear(y, w, b), F.linear(y, g, h)
+        activate = functions[activation]
+        if gated:
+            return activate(gated_up) * up, torch.stack([up, gated_up])
+        return activate(up), up
+
+    eager, exact = formula(torch.float16), formula(torch.float64)
+    named = {
+        name: (ours, eager[i], exact[i])
+        for i, (name, ours) in enumerate((("out", out), ("pre", pre)))
+    }
+    assert_all_close_to_reference(named)
 
 
 def _call(tensors: dict[str, Any], given: dict[str, Any], backend: str) -> tuple[Any, Any]:

@@ -148,6 +148,7 @@ ALL = {
         {},
         len(package.BACKWARDS),
     ),
+    "ffn forward": Subject(package.FFN, package.run_ffn, bugs.PACKAGE_FFN, len(package.FFNS)),
 }
 # Without those that add by TMA where the installed Triton cannot.
 SUBJECTS = {

@@ -22,7 +22,7 @@ from fastattn.ops.common.matrices import gradient_like
 from fastattn.ops.ffn import reference
 from fastattn.ops.ffn.problem import FFNProblem, describe
 
-BACKENDS = backends.of_op("fastattn.ops.ffn", without=("gluon",))
+BACKENDS = backends.of_op("fastattn.ops.ffn")
 
 
 def run_kernel(

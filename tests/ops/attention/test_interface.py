@@ -83,7 +83,7 @@ NESTED_JAGGED = torch.nested.nested_tensor([torch.randn(3, 4, 8)], layout=torch.
         ({"key_lengths": torch.tensor([1.0, 2.0])}, TypeError, "key_lengths must be int32 or int64"),
         ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths must have the shape \(batch,\) = \(2,\)"),
         ({"key_lengths": [1, 2]}, TypeError, "key_lengths must be a torch.Tensor; got list"),
-        ({"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', 'torch', 'reference'; got 'fast'"),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'gluon', 'cuda', 'triton', 'torch', 'reference'; got 'fast'"),
     ],
 )  # fmt: skip
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -68,7 +68,7 @@ def call(options: dict[str, Any]) -> torch.Tensor:
         ({"activation": ["relu"]}, ValueError, "activation must be one of .* got"),
         ({"layout": "conv"}, ValueError, "layout must be one of 'linear', 'conv1d'; got 'conv'"),
         ({"recompute": 1}, TypeError, "recompute must be True or False; got int"),
-        ({"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', .* got 'fast'"),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'gluon', 'cuda', 'triton', .* got 'fast'"),
     ],
 )  # fmt: skip
 def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -47,7 +47,7 @@ W = torch.randn(8)
         (X, {"dropout_p": -0.1, "residual": X}, ValueError, r"dropout_p must lie in \[0, 1\); got -0.1"),
         (X, {"dropout_p": float("nan"), "residual": X}, ValueError, r"must lie in \[0, 1\); got nan"),
         (X, {"dropout_p": 0.5}, ValueError, "dropout_p=0.5 drops .*: give a residual, or normalise"),
-        (X, {"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', .* got 'fast'"),
+        (X, {"backend": "fast"}, ValueError, "backend must be one of 'gluon', 'cuda', 'triton', .* got 'fast'"),
     ],
 )  # fmt: skip
 def test_errors(x: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

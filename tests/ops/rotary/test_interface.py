@@ -56,7 +56,7 @@ W = torch.randn(8)
         ({"eps": -1.0}, ValueError, "eps must not be negative; got -1.0"),
         ({"eps": float("nan")}, ValueError, "eps must be finite; got nan"),
         ({"weight_offset": "1"}, TypeError, "weight_offset must be a float; got str"),
-        ({"backend": "fast"}, ValueError, "backend must be one of 'cuda', 'triton', .* got 'fast'"),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'gluon', 'cuda', 'triton', .* got 'fast'"),
     ],
 )  # fmt: skip
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
