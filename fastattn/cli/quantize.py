@@ -98,7 +98,9 @@ def _tokenizer(path: Path) -> tuple[Tokenizer, Any]:
         tokenizer = Tokenizer.load(path)
         return tokenizer, tokenizer.save
     transformers = require("transformers", "hf", "the tokenizer of a GGUF file")
-    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False
+    )
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return Tokenizer.load(folder), theirs.save_pretrained

@@ -139,7 +139,8 @@ class EncoderForMaskedLM(EncoderHead):
             if len(counted):  # without one the mean is NaN
                 hidden, labels = hidden[counted], labels[counted]
         hidden = self.transform(hidden)
-        if is_plain(self.decoder, nn.Linear):
+        # The decoder of a model that is divided among processes has a class of its own.
+        if type(self.decoder) is nn.Linear and is_plain(self.decoder, nn.Linear):
             weight, bias = self.decoder.weight, self.decoder.bias
             return HeadOutput(None, linear_cross_entropy(hidden, weight, labels, bias))
         return HeadOutput(None, cross_entropy(self.decoder(hidden), labels))

@@ -90,6 +90,7 @@ def train(
         RuntimeError: another run has the folder of the checkpoints, or another process ended.
     """
     parallel = parallel or Parallel()
+    parallel.check(config, objective)
     device = parallel.device or _device(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -111,7 +112,7 @@ def train(
     }
     check_settings(parallel.processes, identity)
     del weights
-    called = parallel.placed(model, config, objective)
+    called = parallel.placed(model, config)
     state = TrainingState(
         model,
         optimizers_of(model, config),

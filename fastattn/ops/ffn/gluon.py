@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fastattn import measured
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common import launch
 from fastattn.ops.common.gluon import mbarrier, tma
@@ -68,7 +69,18 @@ def unsupported(problem: FFNProblem) -> str | None:
     return None
 
 
+def declined(problem: FFNProblem) -> str | None:
+    """The reason why the automatic choice passes the kernel over, until it is measured."""
+    if measured.found("gluon", problem):
+        return None
+    return (
+        "a tile of 192 tokens is too much for a few, and it is not measured where it pays: name "
+        "backend='gluon' to use it"
+    )
+
+
 def backward_unsupported(problem: FFNProblem) -> str:
+    """The reason why another kernel runs the backward of a forward that ran here."""
     return "the Gluon backend of ffn has no backward"
 
 

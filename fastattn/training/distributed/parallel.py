@@ -1,7 +1,8 @@
 """A model on its mesh of devices, and how much of each step is this process's.
 
     parallel = Parallel(processes, config)
-    called = parallel.placed(model, config, objective)  # divides the weights; call it for a loss
+    parallel.check(config, objective)
+    called = parallel.placed(model, config)  # divides the weights; call it for a loss
     share = Share.of(step, batches, config, parallel)
 
 Tensor parallel comes first, then FSDP2 or DDP around it. Batches are numbered through, and a step
@@ -104,15 +105,12 @@ class Parallel:
         if self.config.offload and (self.device is None or self.device.type == "cpu"):
             raise ValueError("offload=true needs GPUs: on a CPU the weights are there already")
 
-    def placed(
-        self, model: torch.nn.Module, config: TrainingConfig, objective: Objective
-    ) -> torch.nn.Module:
+    def placed(self, model: torch.nn.Module, config: TrainingConfig) -> torch.nn.Module:
         """Divide the weights of `model` in place; what is returned is called for a loss.
 
         Raises:
-            ValueError: as `check`, or sizes of the model that do not divide.
+            ValueError: sizes of the model do not divide.
         """
-        self.check(config, objective)
         if self.mesh is None:
             return model
         assert self.device is not None

@@ -40,7 +40,7 @@ def gradients(
     subject = small.model(**how)
     config = small.with_changes(max_gradient_norm=float("inf"), **changes)
     layout = parallel(**numbers)
-    called = layout.placed(subject, config, small.OBJECTIVE)
+    called = layout.placed(subject, config)
     scaler = loss_scaler(torch.device("cpu"), "float32")
     state = TrainingState(subject, [], None, scaler, History())
     share = Share.of(1, small.windows(config=config), config, layout)
@@ -109,7 +109,7 @@ def refused(
     objective = copy.copy(small.OBJECTIVE)
     objective.name = name
     try:
-        parallel(**numbers).placed(small.model(), small.with_changes(**changes), objective)
+        parallel(**numbers).check(small.with_changes(**changes), objective)
     except ValueError as error:
         return str(error)
     return "nothing"
