@@ -39,14 +39,14 @@ from fastattn.training.steps.state import TrainingState
 
 DOCUMENTED = (ValueError, FileNotFoundError)
 FINGERPRINT = {"run": 1, "training": {"steps": CONFIG.steps}}
-DRAWS = [15, pytest.param(1500, marks=pytest.mark.long)]
+DRAWS = [15, pytest.param(300, marks=pytest.mark.long)]
 
 
 def fuzz(cases: st.SearchStrategy[Any], draws: int, check: Callable[[Any], Any]) -> None:
     """`check` of so many cases in a bounded process: it returns, or raises what is documented."""
 
     @settings(
-        max_examples=draws, derandomize=draws <= 100, database=None, deadline=None,
+        max_examples=draws, derandomize=True, database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(cases)
