@@ -54,16 +54,21 @@ FFNS = [
 
 @contextmanager
 def emulated(**options: Any) -> Iterator[None]:
-    """The `gluon` backend runs in the emulator; dQ must be added to in an order."""
+    """The `gluon` backend runs in the emulator; dQ must be added to in an order.
+
+    New memory is filled with NaN: else a part of a result that nobody writes may be right by chance.
+    """
 
     def launcher(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
         ordered = [x for x in ("dq_desc",) if x in kernel.arg_names]
         launch(kernel, grid, *args, ordered=ordered, **options, **constants)
 
     kernels.use(launcher)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
+        torch.use_deterministic_algorithms(False)
         kernels.use(None)
 
 
