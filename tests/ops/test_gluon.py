@@ -8,6 +8,7 @@ import pytest
 import torch
 from triton import knobs
 from triton.backends.nvidia import compiler
+from triton.experimental.gluon._runtime import GluonJITFunction
 
 from fastattn import backends, chips
 from fastattn.ops.common import gluon
@@ -35,7 +36,7 @@ def test_the_newest_assembler_and_only_inside() -> None:
 def test_a_launch_compiles_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the method that Triton's launch calls for a kernel that it has not compiled yet."""
 
-    class Kernel(gluon.gluon.GluonJITFunction):  # type: ignore[misc, name-defined]
+    class Kernel(GluonJITFunction):  # type: ignore[misc]
         def _do_compile(self) -> str:
             return str(compiler.get_ptxas(90).path)
 
@@ -47,7 +48,7 @@ def test_a_launch_compiles_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         gluon.launch(kernel, (1,), torch.empty(1, device="meta"))
     assert compiled == [gluon.assembler().path] * 2
-    assert callable(gluon.gluon.GluonJITFunction._do_compile)
+    assert callable(GluonJITFunction._do_compile)
 
 
 @pytest.mark.usefixtures("hopper")
