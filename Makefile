@@ -52,7 +52,7 @@ test-ir: $(READY) ## run the ops' Triton kernels as compiled: their IR, executed
 	@if $(BIN)/python tests/ir.py; then \
 	    echo "== pytest --triton ir on $(JOBS) processes, one thread each $(PYTEST_ARGS)"; \
 	    $(PYTEST) --triton ir tests/test_ir.py tests/ops \
-	        -k 'not cuda and not torch and not reference' $(PYTEST_ARGS); \
+	        -k 'not cuda and not gluon and not torch and not reference' $(PYTEST_ARGS); \
 	elif test -z '$(TRITON)'; then \
 	    $(MAKE) --no-print-directory test-ir VENV='$(VENV)/ir' TRITON=triton==3.8.0; \
 	else exit 1; fi
