@@ -60,7 +60,8 @@ def test_every_public_name_is_there() -> None:
 def test_import_is_cheap() -> None:
     """A small part of what torch's takes, and nothing heavy is loaded."""
     code = (
-        "import sys, time; start = time.process_time();"
+        # A collection of torch's objects falls on whichever import makes it due.
+        "import gc, sys, time; gc.disable(); start = time.process_time();"
         "import torch; middle = time.process_time(); before = set(sys.modules);"
         "import fastattn; print((time.process_time() - middle) / (middle - start));"
         "print(*(set(sys.modules) - before))"
@@ -70,7 +71,7 @@ def test_import_is_cheap() -> None:
     assert not heavy & {name.split(".")[0] for name in loaded.split()}
     # The first run compiled what had changed; then processor time, as the cores are shared.
     tries = (float(python(code).splitlines()[0]) for _ in range(3))
-    assert any(share < 0.05 for share in itertools.chain([float(share)], tries))
+    assert any(share < 0.04 for share in itertools.chain([float(share)], tries))
 
 
 def test_works_without_triton_and_without_the_extras() -> None:
