@@ -70,7 +70,7 @@ def test_import_is_cheap() -> None:
     heavy = {"triton", "setuptools", *OPTIONAL}
     assert not heavy & {name.split(".")[0] for name in loaded.split()}
     # The first run compiled what had changed; then processor time, as the cores are shared.
-    tries = (float(python(code).splitlines()[0]) for _ in range(3))
+    tries = (float(python(code).splitlines()[0]) for _ in range(8))
     assert any(share < 0.04 for share in itertools.chain([float(share)], tries))
 
 
