@@ -59,8 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         require(package, "serve", "fastattn serve")
     import uvicorn
 
-    from fastattn.cli.serve.app import Admission, make_app
+    from fastattn.cli.serve.app import make_app
     from fastattn.cli.serve.guard import Impatient
+    from fastattn.cli.serve.running import Admission
 
     for name in ("rate", "max_choices", "max_new_tokens"):
         if (most := getattr(arguments, name)) is not None and most < 1:
