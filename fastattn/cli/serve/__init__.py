@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     guard.add_argument("--max-new-tokens", type=int, help="of a choice; default: what has room")
     answers.add_model(parser)
+    answers.add_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             page_size=arguments.page_size,
             max_batch=arguments.max_batch,
             prefill_chunk=arguments.prefill_chunk,
+            cache_dtype=arguments.cache_dtype,
         )
         name = arguments.name or Path(arguments.folder or "SmolLM2-135M-Instruct").resolve().name
         hosts = [*LOOPBACK, arguments.host] if here else None
