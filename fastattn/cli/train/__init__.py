@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     _require(settings)
     with (
-        joined(settings.model.device) as processes,
+        joined(settings.model.device, settings.distributed) as processes,
         only_lead_prints(processes),
         opened(settings, processes) as checkpoints,
     ):
