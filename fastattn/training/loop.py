@@ -24,6 +24,7 @@ from fastattn.nn.mode import in_mode
 from fastattn.training.checkpoints import Checkpoints
 from fastattn.training.contract import Batch, Batches, Objective
 from fastattn.training.distributed.agreement import check_settings, check_tensors
+from fastattn.training.distributed.evaluation import observations, shared
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.share import Share
 from fastattn.training.distributed.tensor import canonical, localised
@@ -161,7 +162,7 @@ def train(
                     progress()
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
-                        measures = evaluate(model, objective, validation, config, device)
+                        measures = evaluate(model, objective, validation, config, device, parallel)
                     if privacy is not None:
                         measures["epsilon"] = privacy.epsilon(step)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
@@ -292,6 +293,7 @@ def evaluate(
     batches: Batches,
     config: TrainingConfig,
     device: torch.device | None = None,
+    parallel: Parallel | None = None,
 ) -> dict[str, float]:
     """The measures of `objective`, with "loss", over each of the data's examples once.
 
@@ -300,10 +302,14 @@ def evaluate(
     Args:
         config: of it `precision` and `evaluation_tokens`, at which the data end.
         device: where the model computes; default that of its parameters.
+        parallel: of a divided run: each group of processes reads a part of the data.
     """
-    device = device or _device(model)
+    device, tokens = device or _device(model), config.evaluation_tokens
     with in_mode(model, training=False), autocast(device, config.precision):
-        return objective.measure(model, _first(batches.once(), config.evaluation_tokens, device))
+        if parallel is not None and parallel.readers > 1 and shared(objective):
+            found = observations(model, objective, batches, tokens, device, parallel)
+            return objective.conclude(list(found))
+        return objective.measure(model, _first(batches.once(), tokens, device))
 
 
 def _first(batches: Iterable[Batch], tokens: int, device: torch.device) -> Iterator[Batch]:

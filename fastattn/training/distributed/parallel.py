@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ from fastattn.training.distributed.processes import Processes, losses_named
 from fastattn.training.distributed.tensor import parallelize
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.precision import reduced_dtype
+
+T = TypeVar("T")
 
 OF_PARTS = ("causal", "chat")  # objectives whose loss is a sum over the tokens of a sequence
 
@@ -74,6 +77,11 @@ class Parallel:
     def sharded(self) -> bool:
         """Whether a process has only a part of each weight."""
         return self.shard > 1 or self.tensor > 1
+
+    @property
+    def reader(self) -> int:
+        """Which group of those that have batches of their own is this process's."""
+        return self._reader
 
     @property
     def place(self) -> int:
@@ -150,6 +158,10 @@ class Parallel:
         with losses_named():
             dist.all_reduce(total)
         return (total / self.tensor).tolist()
+
+    def of_readers(self, value: T) -> list[T]:
+        """The `value` of each group that has batches of its own; all processes must call it."""
+        return self.processes.gathered(value)[:: self.context * self.tensor]
 
     def agreed(self, value: bool) -> bool:
         """`value` of rank 0; all must call it."""
