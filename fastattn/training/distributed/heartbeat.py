@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import Store
 
 ROUNDS = 20  # in the time after which a process counts as lost
 LOST = "lost"  # the key of the words that end all
-LEFT = b"left"
+LEFT = "left"
 BYTES_A_SECOND = 50e6  # at least, of what keeps Python's lock while it copies
 
 
@@ -42,7 +42,7 @@ class Heartbeat:
         self._seconds, self._pause = seconds, seconds / ROUNDS
         self._patience = 0.0  # that this process asks for, beyond `seconds`
         self._number = 0
-        self._watched, self._seen, self._missed = rank, b"", 0
+        self._watched, self._seen, self._missed = rank, "", 0
         self._over, self._clean = threading.Event(), False
         self._store.set(self._key(rank), self._sign())
         self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -61,7 +61,8 @@ class Heartbeat:
         """Ask for more patience during work that copies `size` bytes under Python's lock."""
         seconds = size / BYTES_A_SECOND
         self._patience += seconds
-        self._store.set(self._key(self._rank), self._sign())
+        if not self._over.is_set():
+            self._store.set(self._key(self._rank), self._sign())
         try:
             yield
         finally:
@@ -101,18 +102,17 @@ class Heartbeat:
             self._store.set(LOST, words)
             self._end(words)
 
-    def _of_watched(self) -> bytes:
-        """The last sign of the next rank that has not left; b"" where this process is the last."""
+    def _of_watched(self) -> str:
+        """The last sign of the next rank that has not left; "" where this process is the last."""
         for step in range(1, self._count):
             rank = (self._rank + step) % self._count
-            sign = (
-                self._store.get(self._key(rank)) if self._store.check([self._key(rank)]) else b"0 0"
-            )
+            key = self._key(rank)  # which is not there before its first sign
+            sign = self._store.get(key).decode() if self._store.check([key]) else "0 0"
             if sign != LEFT:
                 if rank != self._watched:
-                    self._watched, self._seen = rank, b""
+                    self._watched, self._seen = rank, ""
                 return sign
-        return b""
+        return ""
 
     def _end(self, words: str) -> None:
         """End this process, when the others had the time to read why."""
