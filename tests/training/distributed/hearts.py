@@ -27,15 +27,13 @@ def run(rank: int, port: int, scenario: str, said: Path) -> None:
     with joined("cpu", DistributedConfig(lost_seconds=LIMIT)) as processes:
         processes.gathered(None)
         _act(scenario, rank, processes)
-    if scenario == "left" and rank == 1:
-        time.sleep(LONG)  # as a process that still writes something of its own
 
 
 def _act(scenario: str, rank: int, processes: Processes) -> None:
     if scenario == f"rank {rank} stops":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if scenario == "left":
-        if rank == 0:
+    if "leaves" in scenario:
+        if scenario != f"rank {rank} leaves":
             time.sleep(LONG)
         return
     if rank == 1:

@@ -13,7 +13,8 @@ from training.distributed import hearts
 from fastattn.training.distributed.layout import DistributedConfig
 
 SCENARIOS = (
-    "rank 0 stops", "rank 1 stops", "computes", "left", "keeps Python's lock", "is patient",
+    "rank 0 stops", "rank 1 stops", "rank 0 leaves", "rank 1 leaves", "computes",
+    "keeps Python's lock", "is patient",
 )  # fmt: skip
 SECONDS = 25
 
@@ -68,9 +69,16 @@ def test_the_keeper_of_the_store_is_stopped(ended: dict[str, list[Ended]]) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scenario", ["computes", "left", "is patient"])
+@pytest.mark.parametrize("scenario", ["computes", "rank 1 leaves", "is patient"])
 def test_a_rank_that_lives_is_waited_for(scenario: str, ended: dict[str, list[Ended]]) -> None:
     assert ended[scenario] == [Ended(0, ""), Ended(0, "")]
+
+
+@pytest.mark.long
+def test_the_keeper_of_the_store_leaves(ended: dict[str, list[Ended]]) -> None:
+    """The other has to do something yet: torch may say that the store is gone."""
+    assert [one.code for one in ended["rank 0 leaves"]] == [0, 0]
+    assert "sign of life" not in ended["rank 0 leaves"][1].said
 
 
 @pytest.mark.long
