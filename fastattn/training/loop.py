@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from fastattn.models.folder.layout import Weights
 from fastattn.nn.mode import in_mode
 from fastattn.training.checkpoints import Checkpoints
 from fastattn.training.contract import Batch, Batches, Objective
@@ -53,6 +54,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     parallel: Parallel | None = None,
     privacy: PrivateGradients | None = None,
+    weights: Weights | None = None,
     on_progress: Callable[[History], None] | None = None,
 ) -> History:
     """Train `model` in place, on its own device, and return the record.
@@ -79,6 +81,8 @@ def train(
             data and config. Afterwards the model is divided still.
         privacy: makes the gradients of each step differentially private; evaluations then have
             the score "epsilon".
+        weights: of a model on the meta device, which `parallel` divides: each is whole in a process
+            only for a moment.
         on_progress: called after each step and each validation with the record so far, and first of
             all where a run goes on.
 
@@ -100,11 +104,12 @@ def train(
         )
     if privacy is not None:
         privacy.check(training, config, parallel.processes.count)
-    weights = TrainingState.weights_of(model)
-    check_tensors(parallel.processes, weights, "at the start")
+    trained = TrainingState.weights_of(model)
+    if weights is None:
+        check_tensors(parallel.processes, trained, "at the start")
     identity = {
         # Of the model before it is divided: a run may go on with another number of processes.
-        "model": model_fingerprint(model, weights),
+        "model": model_fingerprint(model, trained),
         "objective": objective.fingerprint(),
         "training": vars(config),
         **({"privacy": privacy.fingerprint()} if privacy is not None else {}),
@@ -112,8 +117,8 @@ def train(
         "first batch": batches_digest([training.batch(0)]),
     }
     check_settings(parallel.processes, identity)
-    del weights
-    called = parallel.placed(model, config)
+    del trained
+    called = parallel.placed(model, config, weights)
     state = TrainingState(
         model,
         optimizers_of(model, config),
