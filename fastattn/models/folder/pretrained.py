@@ -13,6 +13,7 @@ from fastattn.models.folder.reading import described, read
 from fastattn.models.folder.writing import save_pretrained
 from fastattn.models.sharing import SharedParameters
 from fastattn.nn.int8_weight import Int8Weight
+from fastattn.nn.torchao_weight import is_torchaos
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -74,7 +75,7 @@ class Pretrained(SharedParameters):
         )
         model.load_state_dict(weights, assign=True)
         for parameter in model.parameters():
-            if isinstance(parameter, Int8Weight):
+            if isinstance(parameter, Int8Weight) or is_torchaos(parameter):
                 parameter.requires_grad_(False)
         where = next(iter(weights.values())).device
         for module in model.modules():

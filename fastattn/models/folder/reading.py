@@ -133,7 +133,7 @@ def read_config(path: Path) -> tuple[Family, Any]:
     it does not name them: by them transformers generates.
     """
     data = read_json(path)
-    if data.get("quantization_config") == rounded.QUANTIZATION:
+    if rounded.is_known(data.get("quantization_config")):
         del data["quantization_config"]
     try:
         family = family_of(data.get("model_type"))
