@@ -279,8 +279,8 @@ def test_the_default_order_by_architecture(chip: Chip) -> None:
 
 def test_features_without_a_proof(chip: Chip) -> None:
     """They are not chosen, but where a row of what was measured says so."""
-    q = torch.randn(1, 4, 2, 16, dtype=torch.float16)
-    call = {"dropout_p": 0.1, "return_lse": True}
+    q = torch.randn(1, 0, 2, 16, dtype=torch.float16)
+    call = {"causal": True}
     reasons = explanation_of(fastattn.attention, q, q, q, **call).reasons
     assert "no proof of these features" in str(reasons["cuda"])
     problem = backends.problem_of(fastattn.attention, q, q, q, **call)[0]
@@ -517,10 +517,13 @@ def test_doctor_stops_where_the_device_fails(
 def test_doctor_proves_what_has_a_proof(chip: Chip) -> None:
     from fastattn.cli import proofs
 
-    found = list(proofs._kernels(CPU))
-    assert {name for name, _ in found} == {"cuda", "triton"}
-    assert {problem.op for _, problem in found} == {"attention", "ffn", "layer_norm", "rms_norm"}
-    assert all(proving.subject(name, problem) for name, problem in found)
+    subjects = [about for about, _ in proofs._families(CPU)]
+    assert {about.backend for about in subjects} == {"cuda", "triton"}
+    assert {about.op for about in subjects} == proving._proofs.keys()
+    assert len(subjects) == len(set(subjects))
+    families = [about.family for about in subjects if about.backend == "cuda"]
+    for feature in ("dropout", "stored as int8", "stored as float8_e4m3fn", "paged", "bias"):
+        assert any(feature in family for family in families)
 
 
 def test_doctor_without_a_device(capsys: pytest.CaptureFixture[str]) -> None:
