@@ -116,7 +116,7 @@ FULL = {
 }  # fmt: skip
 BAND = {"window": (1, 1), "softcap": 2.0, "mask": torch.ones(3, 7, dtype=torch.bool)}
 
-ANGLES = {"rotary_cos": torch.zeros(9, 8), "rotary_sin": torch.zeros(9, 8)}
+ANGLES: dict[str, Any] = {"rotary_cos": torch.zeros(9, 8), "rotary_sin": torch.zeros(9, 8)}
 
 CALLS: dict[str, tuple[Any, ...]] = {
     "attention": (fastattn.attention, qkv(), {}),
@@ -183,10 +183,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def compared(call: tuple[Any, ...]) -> tuple[bool, str]:
+def compared(call: tuple[Any, ...], backend: str = "triton") -> tuple[bool, str]:
     function, args, kwargs = call
     problem, _ = backends.problem_of(function, *args, **kwargs)
-    about = proving.subject("triton", problem)
+    about = proving.subject(backend, problem)
     assert about is not None
     return proving._compared(about, problem)
 
@@ -430,6 +430,27 @@ def test_bugs_of_a_family_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -
     passed, told = compared(CALLS[name])
     assert not passed, told
     assert "against float64" in told
+
+
+@pytest.mark.parametrize("bug", [False, True])
+@pytest.mark.parametrize(
+    ("name", "room", "wrong"),
+    [
+        ("dropout", "attention.cuda", of_extras(3, dropout_seed=another)),
+        ("cache of float8", "attention.cache.cuda", of_extras(3, lengths=lambda n: n - 1)),
+    ],
+)
+def test_kernels_in_the_emulator(
+    name: str, room: str, wrong: Callable[[Run], Run], bug: bool, emulator: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The CUDA C++ ones of attention with dropout, and of decoding on an 8-bit cache."""
+    emulator.checks(0)
+    kernels = importlib.import_module(f"fastattn.ops.{room}")
+    if bug:
+        monkeypatch.setattr(kernels, "forward", wrong(kernels.forward))
+    passed, told = compared(CALLS[name], "cuda")
+    assert passed is not bug, told
 
 
 def test_families_are_told_apart() -> None:
