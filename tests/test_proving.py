@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import backends, extension, measured, proving, verdicts
+from fastattn import backends, extension, measured, proving, user_cache, verdicts
 from fastattn.backends import explanation_of
 from fastattn.cli import main
 from fastattn.ops.layer_norm import cuda, triton
@@ -77,6 +77,7 @@ class Chip:
         proving._known.clear()
         proving._warned.clear()
         verdicts.environment.cache_clear()
+        measured.of_user.cache_clear()
         norms._dispatch.plans.clear()
 
     def call(self, x: torch.Tensor = X, **more: Any) -> list[str]:
@@ -189,6 +190,25 @@ def test_a_wrong_gradient_is_found(chip: Chip) -> None:
         assert chip.call() == ["cuda", "triton"]
 
 
+def test_doctor_names_every_family_that_failed(
+    chip: Chip, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of an op and of features that its table of backends does not show."""
+    about = chip.about()._replace(op="rotary", backend="triton", family="of a kind\nof its own")
+    verdicts.write(verdicts.path_of(about), about, verdicts.FAILED, "q: max error 1.0\x1b[2J")
+    of_another = about._replace(family="another", device=torch.device("cpu", 1))
+    verdicts.write(verdicts.path_of(of_another), of_another, verdicts.PASSED, "q: 1e-7")
+    (chip.folder / "rotary-triton-moved.json").write_text(
+        verdicts.path_of(about).read_text()  # type: ignore[union-attr]
+    )
+    assert main(["doctor"]) == 0
+    lines = [line for line in capsys.readouterr().out.split("\n") if "rotary" in line]
+    assert lines == [
+        "  not used on cpu, its proof failed: triton rotary, of a kind of its own: "
+        "q: max error 1.0 [2J"
+    ]
+
+
 def test_doctor_says_it(chip: Chip, capsys: pytest.CaptureFixture[str]) -> None:
     chip.bug = scaled
     x = torch.empty(2, 512, 512)
@@ -261,7 +281,7 @@ def test_anything_new_is_proven_again(change: str, chip: Chip) -> None:
         assert file is not None
         file.write_bytes(b"other kernels")
     else:
-        chip.set(verdicts, "_sources", lambda: "others")
+        chip.set(user_cache, "sources", lambda: "others")
     chip.restart()
     assert chip.call() == ["cuda", "cuda"]
     assert len(chip.notes()) == 2
@@ -275,6 +295,40 @@ def test_the_default_order_by_architecture(chip: Chip) -> None:
             reason = measured.declined(backend, problem)
             assert (reason is None) == (backend == first)
     assert measured.declined("triton", problem) is None
+
+
+ROW = measured.Key("layer_norm", "cuda", "float32", None, "a GPU")
+
+
+@pytest.mark.parametrize(
+    ("chip_is", "limits", "small", "large"),
+    [
+        ("sm_80", None, "cuda", "cuda"),
+        ("sm_80", (0, 0), "triton", "triton"),
+        ("sm_80", (200, None), "triton", "cuda"),
+        ("sm_120", None, "triton", "triton"),
+        ("sm_120", (0, 200), "cuda", "triton"),
+    ],
+)
+def test_the_users_measurements_choose_among_proven_kernels(
+    chip_is: str, limits: Any, small: str, large: str, chip: Chip
+) -> None:
+    chip.named("a GPU", chip_is)
+    if limits is not None:
+        measured.write("a GPU", {ROW: measured.Faster("triton", "2026-11-30", *limits)})
+    chip.call(), chip.call(torch.cat([X, X]))  # prove it
+    chip.restart()
+    assert chip.call() == [small]  # of 120 elements
+    assert chip.call(torch.cat([X, X])) == [large]
+    assert chip.ran[-1] == large
+
+
+def test_no_measurement_makes_a_wrong_kernel_right(chip: Chip) -> None:
+    chip.bug = scaled
+    measured.write("a GPU", {ROW: measured.Faster("triton", "2026-11-30")})
+    chip.restart()
+    with pytest.warns(RuntimeWarning, match="its proof failed"):
+        assert chip.call() == ["cuda", "triton"]
 
 
 def test_features_without_a_proof(chip: Chip) -> None:
@@ -293,8 +347,13 @@ def test_features_without_a_proof(chip: Chip) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"verdict": "good", "told": ""}', '{"verdict": "passed"}', "\0"],
-)
+    [
+        "", "{", "[]", "null", '{"verdict": "good", "told": ""}', '{"verdict": "passed"}', "\0",
+        '{"verdict": "failed", "verdict": "passed", "told": ""}', '{"verdict": {}, "told": ""}',
+        '{"verdict": "passed", "told": "\\u001b[2J"}', '{"verdict": "passed", "told": NaN}',
+        '{"verdict": "passed", "told": ""}' + " " * verdicts.LARGEST,
+    ],
+)  # fmt: skip
 def test_a_file_that_cannot_be_read_is_proven_again(text: str, chip: Chip) -> None:
     chip.call()
     (path,) = chip.folder.glob("*.json")
@@ -313,7 +372,7 @@ def test_no_folder(place: str, chip: Chip, tmp_path: Path, monkeypatch: pytest.M
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
         chip.set(os.path, "expanduser", lambda path: path)
-        assert verdicts.folder() is None
+        assert user_cache.folder(verdicts.FOLDER) is None
     assert chip.call() == ["cuda", "cuda"]
     assert chip.call(torch.cat([X, X])) == ["cuda"]
     assert chip.notes() == []
@@ -322,7 +381,7 @@ def test_no_folder(place: str, chip: Chip, tmp_path: Path, monkeypatch: pytest.M
 def test_the_users_folder(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/somebody")
-    assert verdicts.folder() == Path("/somebody/.cache/fastattn/proofs")
+    assert user_cache.folder(verdicts.FOLDER) == Path("/somebody/.cache/fastattn/proofs")
 
 
 # --- other processes and threads ------------------------------------------------------------------
@@ -441,6 +500,10 @@ def test_torch_compile_takes_what_is_remembered(chip: Chip) -> None:
     assert chip.notes() == []
     chip.call()
     assert backend_of(X) == "cuda"
+    # A row counts for every size, if it has one.
+    for limits, backend in (((10**6, None), "cuda"), ((0, 0), "triton")):
+        measured.write("a GPU", {ROW: measured.Faster("triton", "2026-11-30", *limits)})
+        assert backend_of(X) == backend
 
 
 @pytest.mark.parametrize(
