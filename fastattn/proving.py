@@ -96,7 +96,7 @@ def declined(backend: str, problem: Any, *, prove: bool) -> str | None:
     if about is None:
         if not first or measured.found(backend, problem):
             return None
-        return f"no proof of these features yet: name backend={backend!r} to use it"
+        return f"no proof of such a call: name backend={backend!r} to use it"
     if torch.compiler.is_compiling():
         return _traced(*about, first)
     verdict = remembered(about)
@@ -258,7 +258,10 @@ def _results(
     if leaves:
         generator = torch.Generator().manual_seed(1)
         # Of so few bits that they are the same in every dtype.
-        directions = [torch.randn(x.shape, generator=generator).bfloat16() for x in found.values()]
+        directions = [
+            torch.randn(x.shape, generator=generator, device="cpu").bfloat16()
+            for x in found.values()
+        ]
         # The LSE of a query without a key is constant.
         cotangents = [
             torch.where(x.detach().isfinite(), direction.to(x), 0.0)

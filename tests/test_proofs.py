@@ -22,7 +22,7 @@ from fastattn.ops.rotary import proof as rotary_proof
 HALF = torch.float16
 
 
-SMALL = {
+SMALL: dict[Any, dict[str, Any]] = {
     attention_proof: {"QUERIES": 37, "KEYS": 69, "DOCUMENT": 17, "LEFT": 21, "RIGHT": 9},
     cache_proof: {
         "CAPACITY": 280, "LENGTHS": (265, 77), "PAGE": 24, "ROWS": (16,), "MANY_QUERIES": 33,
@@ -209,13 +209,20 @@ def test_right_kernels_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_no_result_is_vacuous(name: str) -> None:
-    """Most elements of each result and gradient are of the size of the largest one."""
+    """Most elements of each result and gradient are of the size of the largest one.
+
+    Also where tensors are made on another device unless it is named.
+    """
     function, args, kwargs = CALLS[name]
     problem, _ = backends.problem_of(function, *args, **kwargs)
     proof = proving._proofs[problem.op]
-    inputs = proof.inputs(problem, lambda *shape, dtype=torch.float64: torch.randn(shape).to(dtype))
-    inputs = proving._cast(inputs, torch.float64)
-    found = proving._results(lambda given: proof.formula(problem, given), inputs)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(shape, device="cpu").to(dtype)
+
+    with torch.device("meta"):
+        inputs = proving._cast(proof.inputs(problem, draw), torch.float64)
+        found = proving._results(lambda given: proof.formula(problem, given), inputs)
     assert any(name[0] == "d" for name in found) == (
         getattr(problem, "needs_grad", True) is not False
     )

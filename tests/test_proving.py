@@ -336,7 +336,7 @@ def test_features_without_a_proof(chip: Chip) -> None:
     q = torch.randn(1, 0, 2, 16, dtype=torch.float16)
     call = {"causal": True}
     reasons = explanation_of(fastattn.attention, q, q, q, **call).reasons
-    assert "no proof of these features" in str(reasons["cuda"])
+    assert "no proof of such a call" in str(reasons["cuda"])
     problem = backends.problem_of(fastattn.attention, q, q, q, **call)[0]
     chip.set(measured, "found", lambda backend, problem: True)
     assert proving.declined("cuda", problem, prove=False) is None
@@ -507,7 +507,7 @@ def test_torch_compile_takes_what_is_remembered(chip: Chip) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", ["inference", "no_grad", "autocast", "checkpoint", "hooks", "operator"]
+    "mode", ["inference", "no_grad", "autocast", "device", "checkpoint", "hooks", "operator"]
 )
 def test_a_proof_does_not_depend_on_the_callers_modes(mode: str, chip: Chip) -> None:
     x = X.clone().requires_grad_()
@@ -520,6 +520,9 @@ def test_a_proof_does_not_depend_on_the_callers_modes(mode: str, chip: Chip) -> 
             chip.call()
     elif mode == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            chip.call()
+    elif mode == "device":
+        with torch.device("meta"):  # of tensors that are made without one
             chip.call()
     elif mode == "operator":  # inside of one, below autograd
         with torch._C._AutoDispatchBelowAutograd():  # type: ignore[attr-defined]
