@@ -101,15 +101,14 @@ def _compare(
     arguments: argparse.Namespace, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
     """Compare the backends, and write the user's rows."""
-    print("backends, the first of each row before the others in the order of the backends")
+    print("backends, median times of plain calls")
     dtypes = [tuning.DTYPES[name] for name in arguments.dtype]
     rows = tune_backends.compare(device, dtypes, seconds, tune_backends.interleaved)
     for line in tune_backends.described(rows):
         print(f"  {line}")
     if rows:
-        print(
-            f"written to {measured.write(measured.devices(device)[0], rows)}: dispatch reads it\n"
-        )
+        path = measured.write(measured.devices(device)[0], rows)
+        print(f"written to {path}, where dispatch reads it\n")
     else:
         print("  no kernel could be compared\n")
     return [key._asdict() | row._asdict() for key, row in rows.items()]

@@ -2,7 +2,7 @@
 
 Plain calls of every op run on each backend that is able to, that has proved itself, interleaved in
 one run. A backend is good at a size if no later one in the order is faster by more than the noise;
-one that is not chosen here without a measurement, if it is faster than all later ones. The sizes at
+one that is not written for this architecture, if it is faster than all later ones. The sizes at
 which it is good make a row of the user's table (fastattn/measured.py).
 """
 
@@ -24,6 +24,15 @@ from fastattn.timing import Candidate, Sample
 FASTER = 0.98  # of another one's time, in four of five rounds
 CELL_SECONDS, ROUNDS = 0.5, 15
 OTHER = "torch"  # what runs if no kernel does
+
+SIZES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "attention": ((1, 256), (2, 1024), (2, 4096), (1, 16384)),  # batch, seqlen
+    "ffn": ((16, 1024, 4096), (512, 1024, 4096), (4096, 1024, 4096), (4096, 4096, 16384)),
+    "losses": ((256, 1024, 32000), (4096, 1024, 32000)),  # rows, features, classes
+    "rotary": ((1, 256), (2, 4096)),  # batch, seqlen
+    "norms": ((256, 1024), (4096, 1024), (4096, 4096), (16384, 8192)),  # rows, hidden
+    "decoding": ((1, 4096), (8, 4096), (64, 4096)),  # batch, capacity
+}
 
 Timer = Callable[[Sequence[Candidate]], Mapping[str, Sample]]
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -96,16 +105,6 @@ def calls(dtype: torch.dtype, device: torch.device, grad: bool) -> Iterator[Call
         yield fastattn.attention_with_kv_cache, (q, k, v, lengths), {}
 
 
-SIZES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "attention": ((1, 256), (2, 1024), (2, 4096), (1, 16384)),  # batch, seqlen
-    "ffn": ((16, 1024, 4096), (512, 1024, 4096), (4096, 1024, 4096), (4096, 4096, 16384)),
-    "losses": ((256, 1024, 32000), (4096, 1024, 32000)),  # rows, features, classes
-    "rotary": ((1, 256), (2, 4096)),  # batch, seqlen
-    "norms": ((256, 1024), (4096, 1024), (4096, 4096), (16384, 8192)),  # rows, hidden
-    "decoding": ((1, 4096), (8, 4096), (64, 4096)),  # batch, capacity
-}
-
-
 def _measure(call: Call, kinds: dict[tuple[Any, ...], Kind], timer: Timer) -> None:
     """Time a call on each backend, and add to its kind what was found."""
     function, args, kwargs = call
@@ -122,7 +121,7 @@ def _measure(call: Call, kinds: dict[tuple[Any, ...], Kind], timer: Timer) -> No
     label = f"{problem.op} on {problem.describe()}"
     try:
         samples = timer(candidates)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except RuntimeError as error:  # of memory, or of what a backend has no gradient of
         torch.cuda.empty_cache()
         print(f"  {label}: left out, {' '.join(str(error).split())[:160]}", flush=True)
         return
@@ -133,7 +132,9 @@ def _measure(call: Call, kinds: dict[tuple[Any, ...], Kind], timer: Timer) -> No
     for place, name in enumerate(names[:-1]):
         later = [samples[other] for other in names[place + 1 :]]
         sizes, size = kind.good.setdefault(name, {}), problem.elements
-        good = _good(samples[name], later, surely=_only_if_measured(name, problem.device))
+        written_for = measured.WRITTEN_FOR.get(name)
+        surely = written_for is not None and written_for not in measured.devices(problem.device)
+        good = _good(samples[name], later, surely=surely)
         sizes[size] = good and sizes.get(size, True)
         kind.than[name] = names[place + 1]
 
@@ -156,14 +157,10 @@ def _run(
 
 
 def _good(ours: Sample, later: Sequence[Sample], *, surely: bool) -> bool:
+    """Whether none of the later ones is faster; `surely`: whether all are slower."""
     if surely:
         return all(timing.ratio(ours, other).p80 < FASTER for other in later)
     return not any(timing.ratio(other, ours).p80 < FASTER for other in later)
-
-
-def _only_if_measured(backend: str, device: torch.device) -> bool:
-    written_for = measured.WRITTEN_FOR.get(backend)
-    return written_for is not None and written_for not in measured.devices(device)
 
 
 def rows(kinds: Iterable[Kind], device: torch.device) -> dict[Key, Faster]:
@@ -171,13 +168,11 @@ def rows(kinds: Iterable[Kind], device: torch.device) -> dict[Key, Faster]:
     name, date = measured.devices(device)[0], datetime.date.today().isoformat()
     found = {}
     for kind in kinds:
+        dtype = str(kind.dtype).removeprefix("torch.")
         for backend, sizes in kind.good.items():
-            limits = measured.limits(sizes)
-            if limits is None and _only_if_measured(backend, device):
-                continue  # without a row it is not chosen
-            dtype = str(kind.dtype).removeprefix("torch.")
             key = Key(kind.op, backend, dtype, kind.needs_grad, name)
-            found[key] = Faster(kind.than[backend], date, *(limits or (0, 0)))
+            limits = measured.limits(sizes) or (0, 0)
+            found[key] = Faster(kind.than[backend], date, *limits)
     return found
 
 

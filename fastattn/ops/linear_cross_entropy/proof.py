@@ -65,13 +65,13 @@ def kernel(
 ) -> dict[str, torch.Tensor]:
     """The result by name, from a backend."""
     small, tensors = _call(problem, given)
-    return _named(problem, registration.run_kernel(backend, True, small, *tensors))
+    return _named(registration.run_kernel(backend, True, small, *tensors), given)
 
 
 def formula(problem: LinearLossProblem, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The result by name: the logits in the dtype of the tensors, the rest in float32 at least."""
     small, tensors = _call(problem, given)
-    return _named(problem, reference.forward(small, *tensors))
+    return _named(reference.forward(small, *tensors), given)
 
 
 def _call(
@@ -83,9 +83,9 @@ def _call(
     return describe(**given, **options._asdict()), tuple(given[name] for name in names)
 
 
-def _named(problem: LinearLossProblem, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A sum is divided by the rows, so that the gradients are those of a mean."""
-    return {"losses": loss} if loss.dim() else {"mean": loss / ROWS}
+def _named(loss: torch.Tensor, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A sum is made a mean, in the dtype of x: plain PyTorch's error of one number is chance."""
+    return {"losses": loss} if loss.dim() else {"mean": (loss / ROWS).to(given["x"].dtype)}
 
 
 PROOF = proving.Proof(family, inputs, kernel, formula)
