@@ -102,7 +102,7 @@ def declined(backend: str, problem: Any, *, prove: bool) -> str | None:
     verdict = remembered(about)
     where = _name(about.device)
     if verdict is None and first:
-        if not _on():
+        if not enabled():
             return f"not proven on {where}, and {VARIABLE}=0"
         if not prove:
             return f"not proven on {where}: the first call proves it, or `fastattn doctor --prove`"
@@ -148,7 +148,8 @@ def _name(device: torch.device) -> str:
     return next(iter(measured.devices(device)), str(device))
 
 
-def _on() -> bool:
+def enabled() -> bool:
+    """Whether proofs may run: FASTATTN_PROVE is not 0."""
     return os.environ.get(VARIABLE, "1").lower() not in ("0", "false", "off", "no")
 
 

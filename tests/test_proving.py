@@ -6,6 +6,7 @@ them, so that its proof, its dispatch and its gradients are real.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,6 +25,10 @@ import fastattn
 from fastattn import backends, extension, measured, proving, user_cache, verdicts
 from fastattn.backends import explanation_of
 from fastattn.cli import main
+from fastattn.ops.attention.cache import cuda as cache_cuda
+from fastattn.ops.attention.cache import interface as decoding
+from fastattn.ops.attention.cache import proof as cache_proof
+from fastattn.ops.attention.cache import triton as cache_triton
 from fastattn.ops.layer_norm import cuda, triton
 from fastattn.ops.layer_norm import interface as norms
 
@@ -79,6 +84,7 @@ class Chip:
         verdicts.environment.cache_clear()
         measured.of_user.cache_clear()
         norms._dispatch.plans.clear()
+        decoding._dispatch.plans.clear()
 
     def call(self, x: torch.Tensor = X, **more: Any) -> list[str]:
         """Which kernels a call runs, those of its proof too."""
@@ -176,6 +182,41 @@ def test_a_wrong_kernel_is_never_chosen(
     with pytest.warns(RuntimeWarning, match=figures):  # the next process says so too
         assert chip.call() == ["triton"]
     assert chip.reason() == reason
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_decoding_too(wrong: bool, chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paged cache: the kernel that reads a key too few is never chosen."""
+    sizes = {"CAPACITY": 40, "PAGE": 24, "LENGTHS": (33, 17), "STARTS": (1, 2)}
+    for name, size in sizes.items():
+        monkeypatch.setattr(cache_proof, name, size)
+    ran, forward = list[str](), cache_triton.forward
+
+    def planted(q: Any, extras: Any, settings: Any, call: Any) -> Any:
+        ran.append("cuda")
+        return forward(q, extras, settings, call._replace(lengths=call.lengths - int(wrong)))
+
+    def spied(*args: Any) -> Any:
+        ran.append("triton")
+        return forward(*args)
+
+    chip.set(cache_cuda, "forward", planted)
+    chip.set(cache_triton, "forward", spied)
+    q, cache = torch.randn(1, 1, 2, 16).half(), torch.randn(2, 8, 2, 16).half()
+    table, lengths = torch.tensor([[1, 0]]), torch.tensor([11])
+    call = q, cache, cache, lengths
+    with contextlib.ExitStack() as stack:
+        if wrong:
+            told = r"attention_with_kv_cache .* paged: its proof failed .*against float64"
+            stack.enter_context(pytest.warns(RuntimeWarning, match=told))
+        out = fastattn.attention_with_kv_cache(*call, block_table=table)
+    assert ran == ["cuda", "cuda", "triton" if wrong else "cuda"]  # the proof has two calls
+    keys = cache[[1, 0]].flatten(0, 1)[None, :11]
+    torch.testing.assert_close(
+        out, fastattn.attention(q, keys, keys, backend="reference"), rtol=2e-3, atol=2e-3
+    )
+    reasons = explanation_of(fastattn.attention_with_kv_cache, *call, block_table=table).reasons
+    assert ("against float64" in str(reasons["cuda"])) == wrong
 
 
 def test_a_wrong_gradient_is_found(chip: Chip) -> None:
@@ -567,6 +608,16 @@ def test_doctor_proves_all(chip: Chip, capsys: pytest.CaptureFixture[str]) -> No
     chip.bug = None
     assert main(["doctor", "--prove"]) == 0
     assert chip.reason() == "runs"
+
+
+def test_doctor_proves_nothing_where_proofs_are_off(
+    chip: Chip, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(proving.VARIABLE, "0")
+    assert main(["doctor", "--prove"]) == 1
+    out = capsys.readouterr().out
+    assert "FASTATTN_PROVE turns them off" in out and "versions" in out
+    assert chip.ran == chip.notes() == []
 
 
 def test_doctor_stops_where_the_device_fails(
