@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import backends, proving
+from fastattn import backends, measured, proving, verdicts
 from fastattn.ops.attention import proof as attention_proof
 from fastattn.ops.attention.cache import proof as cache_proof
 from fastattn.ops.ffn import proof as ffn_proof
@@ -469,6 +469,33 @@ def test_families_are_told_apart() -> None:
     assert len(set(families.values())) == len(CALLS)
     longer = backends.problem_of(fastattn.attention, *(x.repeat(2, 9, 1, 1) for x in qkv()))[0]
     assert attention_proof.family(longer) == families["attention"][1]
+
+
+TRACED = ("norm dropout", "block mask", "cache of int8", "cross_entropy, all", "head", "rotary")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name != TRACED[0] else ()) for name in TRACED],
+)
+def test_torch_compile_asks_for_a_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where sizes are symbols: it is told in what torch.compile can trace."""
+    monkeypatch.setattr(backends, "FOR_TESTS", {})
+    monkeypatch.setattr(measured, "devices", lambda device: ("a GPU", "sm_80"))
+    monkeypatch.setattr(proving, "_known", {})
+    monkeypatch.setattr(verdicts, "path_of", lambda about: None)
+    function, args, kwargs = CALLS[name]
+
+    def stop(graph: torch.fx.GraphModule, _: object) -> Any:
+        assert "'triton'" in graph.code
+        raise NotImplementedError("nothing is to run")
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="nothing is to run"):
+        torch.compile(function, backend=stop, fullgraph=True, dynamic=True)(*args, **kwargs)
+    asked = {about.family for about in proving._known}
+    problem, _ = backends.problem_of(function, *args, **kwargs)
+    assert asked == {proving._proofs[problem.op].family(problem)}
 
 
 def test_autocast() -> None:

@@ -27,7 +27,7 @@ def family(problem: AttentionProblem) -> str | None:
     if problem.is_empty:
         return None
     s = problem.settings
-    tile = f"blocks {s.block_q} x {s.block_k}"
+    tile = f"blocks {int(s.block_q)} x {int(s.block_k)}"
     facts = [
         *of_scores(problem),
         # The longest sequence of a packed call may be unknown while torch.compile traces.
