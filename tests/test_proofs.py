@@ -474,10 +474,8 @@ def test_families_are_told_apart() -> None:
 TRACED = ("norm dropout", "block mask", "cache of int8", "cross_entropy, all", "head", "rotary")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.long if name != TRACED[0] else ()) for name in TRACED],
-)
+@pytest.mark.long  # test_proving.py has one
+@pytest.mark.parametrize("name", TRACED)
 def test_torch_compile_asks_for_a_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, where sizes are symbols: it is told in what torch.compile can trace."""
     monkeypatch.setattr(backends, "FOR_TESTS", {})
