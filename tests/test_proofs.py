@@ -339,94 +339,58 @@ def of_targets_only(run: Run) -> Run:
 
 BUGS: dict[str, tuple[str, str, str, Callable[[Run], Run]]] = {
     "another mask of dropout": (
-        "dropout",
-        "attention.triton",
-        "forward",
-        of_extras(3, dropout_seed=another),
+        "dropout", "attention.triton", "forward", of_extras(3, dropout_seed=another),
     ),
     "another mask in the backward": (
-        "packed dropout",
-        "attention.triton",
-        "backward",
-        of_extras(8, dropout_seed=another),
+        "packed dropout", "attention.triton", "backward", of_extras(8, dropout_seed=another),
     ),
     "a norm's mask": ("norm dropout", "layer_norm.triton", "forward", of_argument(7, another)),
     "a norm's mask in the backward": (
-        "norm dropout",
-        "layer_norm.triton",
-        "backward",
-        of_argument(10, another),
+        "norm dropout", "layer_norm.triton", "backward", of_argument(10, another),
     ),
     "partial tiles seen whole": (
-        "block mask",
-        "attention.triton",
-        "forward",
-        of_extras(3, blocks=whole),
+        "block mask", "attention.triton", "forward", of_extras(3, blocks=whole),
     ),
     "a bias's row": ("row of a bias", "attention.triton", "backward", of_result(3, last_element)),
     "new keys not written": (
-        "cache",
-        "attention.cache.triton",
-        "forward",
-        of_extras(3, new_k=torch.zeros_like),
+        "cache", "attention.cache.triton", "forward", of_extras(3, new_k=torch.zeros_like),
     ),
     "pages out of order": (
-        "cache, paged",
-        "attention.cache.triton",
-        "forward",
+        "cache, paged", "attention.cache.triton", "forward",
         of_extras(3, block_table=lambda table: table.flip(1)),
     ),
     "left padding seen": (
-        "cache, rows",
-        "attention.cache.triton",
-        "forward",
-        of_extras(3, starts=nowhere),
+        "cache, rows", "attention.cache.triton", "forward", of_extras(3, starts=nowhere),
     ),
     "pairs never interleaved": (
-        "cache, rotary",
-        "attention.cache.triton",
-        "forward",
+        "cache, rotary", "attention.cache.triton", "forward",
         of_extras(3, rotary_interleaved=lambda given: False),
     ),
     "scales of one sequence": (
-        "cache of int8",
-        "attention.cache.triton",
-        "forward",
+        "cache of int8", "attention.cache.triton", "forward",
         of_extras(3, k_scale=lambda scale: scale if scale.dim() == 1 else scale[0]),
     ),
     "half of the scale": (
-        "cache of float8",
-        "attention.cache.triton",
-        "forward",
+        "cache of float8", "attention.cache.triton", "forward",
         of_extras(3, v_scale=lambda scale: scale / 2),
     ),
     "classes without gradients": (
-        "cross_entropy",
-        "cross_entropy.triton",
-        "kernel_backward",
-        of_targets_only,
+        "cross_entropy", "cross_entropy.triton", "kernel_backward", of_targets_only,
     ),
     "no cap": (
-        "cross_entropy, all",
-        "cross_entropy.triton",
-        "kernel_forward",
+        "cross_entropy, all", "cross_entropy.triton", "kernel_forward",
         of_extras(3, softcap=lambda cap: 0.0),
     ),
     "a head's losses": (
-        "head, losses",
-        "linear_cross_entropy.triton",
-        "kernel_forward",
-        of_result(0, last_element),
+        "head, losses", "linear_cross_entropy.triton", "kernel_forward", of_result(0, last_element),
     ),
     "a head's gradient": (
-        "head, losses",
-        "linear_cross_entropy.triton",
-        "kernel_backward",
+        "head, losses", "linear_cross_entropy.triton", "kernel_backward",
         of_result(1, off_by_a_percent),
     ),
     "the rotation's sense": ("rotary", "rotary.triton", "backward", of_argument(5, torch.neg)),
     "a linear layer of few tokens": ("linear", "linear.triton", "forward", of_few_tokens),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", BUGS)
