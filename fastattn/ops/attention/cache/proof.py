@@ -17,7 +17,7 @@ from fastattn.ops.attention import proof as of_attention
 from fastattn.ops.attention import reference as attention
 from fastattn.ops.attention.cache import reference, registration, stored
 from fastattn.ops.attention.cache.call import CacheCall
-from fastattn.ops.attention.cache.problem import CacheProblem, describe, extras_of
+from fastattn.ops.attention.cache.problem import CacheProblem, describe
 from fastattn.ops.attention.call import UNBOUNDED, Extras
 
 # More keys than a part of a sequence that is split has; pages of no power of two.
@@ -163,7 +163,8 @@ def _calls(problem: CacheProblem, given: dict[str, Any]) -> Iterator[Call]:
         fields |= {FIELDS.get(name, name): x for name, x in tensors.items()}
         fields["rotary_interleaved"] = odd
         fields["rotary_advances"] = of.bounded_left or of.bounded_right
-        yield f"of call {number}", small, q, extras_of(q.dtype, slopes, sink), CacheCall(**fields)
+        extras = Extras(alibi_slopes=None if slopes is None else slopes[None].float(), sink=sink)
+        yield f"of call {number}", small, q, extras, CacheCall(**fields)
 
 
 def _options(problem: CacheProblem) -> dict[str, Any]:
