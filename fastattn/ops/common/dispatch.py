@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from fastattn import backends, proving
-from fastattn.ops.common import modes
+from fastattn.ops.common import launch, modes
 from fastattn.ops.common.plans import PlanCache
 
 Problem = TypeVar("Problem")
 Run = Callable[..., Any]  # (problem, *inputs) -> the results
+
+
+_all: weakref.WeakSet[Dispatch[Any]] = weakref.WeakSet()
+
+
+def forget() -> None:
+    """Drop the plans of all ops: a kernel that they may have chosen turned out to fail."""
+    for dispatch in _all:
+        dispatch.plans.clear()
 
 
 class Dispatch(Generic[Problem]):
@@ -36,6 +46,7 @@ class Dispatch(Generic[Problem]):
         self.plans: PlanCache[tuple[Problem, Run]] = PlanCache()
         self._backends = op_backends
         self._kernel = kernel
+        _all.add(self)
 
     def find(
         self, tensors: tuple[torch.Tensor | None, ...], *settings: Hashable
@@ -78,12 +89,37 @@ class Dispatch(Generic[Problem]):
         name = op or problem.op  # type: ignore[attr-defined]
         postponed = proving.postponed()
         chosen = backends.select(name, self._backends, problem, backend)
-        if chosen.name in backends.KERNELS:
-            forced = backends.choice(self._backends, backend) is not None
-            run: Run = functools.partial(self._kernel, chosen.name, forced)
-        else:
-            run = chosen.module.forward
-        plan = problem, run
+        forced = backends.choice(self._backends, backend) is not None
+        plan = problem, self._runner(chosen, forced)
         if key is not None and postponed == proving.postponed():
             self.plans.put(key, plan)
         return plan
+
+    def _runner(self, backend: backends.Backend, forced: bool) -> Run:
+        if backend.name in backends.KERNELS:
+            return functools.partial(self._run, backend, forced)
+        run: Run = backend.module.forward
+        return run
+
+    def _run(self, backend: backends.Backend, forced: bool, problem: Problem, *inputs: Any) -> Any:
+        """Run a call on a kernel backend, or on the next one if its launch is refused."""
+        try:
+            return self._kernel(backend.name, forced, problem, *inputs)
+        except Exception as error:
+            which = launch.refused(error)
+            if forced or which is None:
+                raise
+            if which == launch.KERNEL and proving.fail(backend.name, [problem], error):
+                forget()
+            other = self._after(backend, problem)
+            if other is None:
+                raise
+        return self._runner(other, forced)(problem, *inputs)
+
+    def _after(self, backend: backends.Backend, problem: Problem) -> backends.Backend | None:
+        """The next one that can run `problem`, however fast."""
+        for other in self._backends[self._backends.index(backend) + 1 :]:
+            reason = other.unsupported(problem)
+            if not (reason or proving.declined(other.name, problem, prove=False)):
+                return other
+        return None
