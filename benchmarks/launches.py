@@ -1,8 +1,10 @@
-"""Host time of the Triton launchers of attention, without a GPU.
+"""Host time of the launchers of attention, without a GPU.
 
 Each launcher runs as on a GPU, but for the driver's launch, which does nothing (stub_driver.py). It
 is timed with the compiled kernels that its plan keeps, and interleaved with the same launches
 handed to Triton's own binder. Targets: 20 us for a forward, 45 us for a forward and its backward.
+Of a Gluon kernel's TMA descriptors, all but the driver's own encoding (cuTensorMapEncodeTiled) is
+in the time.
 
     python benchmarks/launches.py
 """
@@ -20,11 +22,12 @@ import torch
 from fastattn.ops.common import launch
 from fastattn.timing import Candidate, interleave, ratio
 
-TARGETS = {"forward": 20.0, "forward + backward": 45.0}
+TARGETS = {"forward": 20.0, "forward + backward": 45.0, "gluon forward": 20.0}
 
 
 def launchers() -> dict[str, Callable[[], object]]:
     """Causal self-attention on tensors so small that allocating them costs what it must."""
+    from fastattn.ops.attention import gluon
     from fastattn.ops.attention import triton as kernels
     from fastattn.ops.attention.call import NO_GRADIENT, NONE, Settings
 
@@ -38,7 +41,10 @@ def launchers() -> dict[str, Callable[[], object]]:
         out, lse = forward()
         kernels.backward(out, None, out, lse, NO_GRADIENT, q, k, v, NONE, settings)
 
-    return {"forward": forward, "forward + backward": both}
+    def with_gluon() -> tuple[torch.Tensor, torch.Tensor]:
+        return gluon.forward(q, k, v, NONE, settings)
+
+    return {"forward": forward, "forward + backward": both, "gluon forward": with_gluon}
 
 
 @contextmanager

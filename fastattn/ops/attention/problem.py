@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
@@ -14,7 +16,7 @@ import torch
 
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import UNBOUNDED, Extras, Learnt, Settings
-from fastattn.ops.common import modes
+from fastattn.ops.common import descriptors, modes
 from fastattn.ops.common.dense import check_dense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,6 +54,7 @@ class AttentionProblem:
     needs_bias_grad: bool
     needs_slope_grad: bool
     transformed: bool
+    misfit: str | None = None  # why TMA cannot read q, k or v where they lie; only `explain` asks
 
     @classmethod
     def of(
@@ -177,6 +180,17 @@ def describe_varlen(
     """The problem of a call of `attention_varlen`. Raises for every error of the caller."""
     settings, extras = check_varlen(q, k, v, *lengths, **features)
     return AttentionProblem.of(q, k, v, extras, settings, return_lse=return_lse)
+
+
+def describe_place(describe: Callable[..., AttentionProblem]) -> Callable[..., AttentionProblem]:
+    """`describe` that also looks at addresses and strides: no plan may depend on them."""
+
+    @functools.wraps(describe)
+    def described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **features: Any):  # type: ignore[no-untyped-def]
+        problem = describe(q, k, v, *rest, **features)
+        return replace(problem, misfit=descriptors.misfit(q=q, k=k, v=v))
+
+    return described
 
 
 # --- checks: the only place of the op that raises for what the caller got wrong -------------------

@@ -24,11 +24,23 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastattn import backends, chips
+from fastattn.ops.common import descriptors
 from fastattn.ops.common import launch as door
+from fastattn.ops.common.descriptors import ALIGNMENT, reads
 from fastattn.ops.common.ptxas import Ptxas
 
+__all__ = [
+    "Geometry",
+    "Prepared",
+    "descriptor",
+    "launch",
+    "readable",
+    "reads",
+    "unavailable",
+    "use",
+]
+
 WARPS = 4
-ALIGNMENT = 16  # bytes, of a descriptor's address and strides
 BEFORE_3_8 = {
     "async_load": "async_copy_global_to_shared",
     "async_store": "async_copy_shared_to_global",
@@ -113,19 +125,44 @@ _launcher: Callable[..., Any] | None = None
 # --- launching ------------------------------------------------------------------------------------
 
 
-def reads(x: torch.Tensor) -> bool:
-    """Whether a descriptor can be made of `x`: 16-byte aligned, its last dimension contiguous.
+class Geometry:
+    """A host descriptor apart from its address, of which any number are made for little.
 
-    A dimension of size 1 may have any stride: `descriptor` gives it another one.
+    Beyond the bounds of its tensor it reads zeros.
     """
-    strides = (s for n, s in zip(x.shape[:-1], x.stride()) if n != 1)
-    size = x.element_size()
-    return (
-        (x.stride(-1) == 1 or x.shape[-1] == 1)
-        and x.data_ptr() % ALIGNMENT == 0
-        and all(s * size % ALIGNMENT == 0 and 0 <= s * size < 2**40 for s in strides)
-        and x.numel() > 0
-    )
+
+    def __init__(self, name: str, x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> None:
+        """
+        Args:
+            name: of the tensor, for errors.
+            x: a tensor of these sizes, strides and dtype.
+            box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
+            swizzle: bytes of a row of the swizzled layout in shared memory.
+
+        Raises:
+            launch.CannotRun: no descriptor can be made of `x`.
+        """
+        if (reason := descriptors.misfit(**{name: x})) is not None:
+            raise door.CannotRun(reason)
+        size = x.element_size()
+        strides = [ALIGNMENT // size if n == 1 else s for n, s in zip(x.shape, x.stride())]
+        strides[-1] = 1
+        layout = _layout(swizzle, size, len(box))
+        self._name = name
+        self._parts = vars(TensorDescriptor(x, list(x.shape), strides, list(box), layout))
+        del self._parts["base"]
+
+    def at(self, x: torch.Tensor) -> TensorDescriptor:
+        """The descriptor of a tensor, of whose metadata only the address is read.
+
+        Raises:
+            launch.CannotRun: its address is not aligned.
+        """
+        if x.data_ptr() % ALIGNMENT:
+            raise door.CannotRun(descriptors.misfit(**{self._name: x}))
+        made = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take 2 us
+        made.__dict__ = {"base": x, **self._parts}
+        return made
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
@@ -134,23 +171,54 @@ def readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def descriptor(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> TensorDescriptor:
-    """A host descriptor of `x`, whose boxes are `box`; beyond its bounds it reads zeros.
-
-    Args:
-        x: a tensor that `reads` accepts.
-        box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
-        swizzle: bytes of a row of the swizzled layout in shared memory.
-    """
-    size = x.element_size()
-    unit = ALIGNMENT // size
-    strides = [unit if n == 1 else s for n, s in zip(x.shape, x.stride())]
-    strides[-1] = 1 if x.shape[-1] == 1 else x.stride(-1)
-    return TensorDescriptor(x, list(x.shape), strides, list(box), _layout(swizzle, size, len(box)))
+    """A host descriptor of `x`; `box` and `swizzle` as of `Geometry`."""
+    return Geometry("a tensor", x, box, swizzle).at(x)
 
 
 @functools.cache
 def _layout(swizzle: int, size: int, rank: int) -> Any:
     return gl.NVMMASharedLayout(swizzle, 8 * size, rank=rank)
+
+
+class Prepared:
+    """A launch apart from its tensors, for a plan that is used many times (launch.Prepared).
+
+    It keeps what its descriptors say of sizes and strides. Triton's launcher encodes each of them
+    for the device from the address that it then has, so that no address outlives a call, and a CUDA
+    graph keeps the encoded one with the launch.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int],
+        geometries: Sequence[Geometry],
+        numbers: tuple[Any, ...],
+        **constants: Any,
+    ) -> None:
+        self._geometries = geometries
+        self._emulated = kernel, grid, numbers, constants
+        self._run = door.Prepared(
+            _with_newest_ptxas(kernel), grid, numbers, num_warps=WARPS, **constants
+        )
+
+    def __call__(self, pointers: Sequence[torch.Tensor | None], *described: torch.Tensor) -> None:
+        """Run it.
+
+        Args:
+            pointers: the kernel's first arguments; a tensor first, whose device runs it.
+            described: the tensors of its descriptors.
+
+        Raises:
+            launch.CannotRun: one of them is at an address of which no descriptor can be made.
+            launch.NotCompiled: by the compiler's error.
+        """
+        given = [geometry.at(x) for geometry, x in zip(self._geometries, described, strict=True)]
+        if _launcher is None or not pointers[0].is_cpu:  # type: ignore[union-attr]
+            self._run(*pointers, *given)
+        else:
+            kernel, grid, numbers, constants = self._emulated
+            launch(kernel, grid, *pointers, *given, *numbers, **constants)
 
 
 def launch(
@@ -165,10 +233,15 @@ def launch(
         if 0 not in grid:
             _launcher(kernel, grid, *args, num_warps=num_warps, **constants)
         return
+    door.launch(_with_newest_ptxas(kernel), grid, *args, num_warps=num_warps, **constants)
+
+
+def _with_newest_ptxas(kernel: Any) -> Any:
+    """`kernel`, which from here on is compiled with the newest ptxas."""
     if not hasattr(kernel, "_fastattn_assembled"):  # Triton's method compiles, and runs nothing
         kernel._do_compile = _assembled(kernel._do_compile)
         kernel._fastattn_assembled = True
-    door.launch(kernel, grid, *args, num_warps=num_warps, **constants)
+    return kernel
 
 
 def _assembled(compile: Callable[..., Any]) -> Callable[..., Any]:
