@@ -21,6 +21,7 @@ from fastattn.ops.common.dense import check_dense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+MAX_TRACED_SEQLEN = 2**29  # of a sequence of which torch.compile knows no length
 FP32_PRECISIONS = ("ieee", "tf32x3")
 # Where a nested tensor belongs.
 VARLEN = (
@@ -259,6 +260,9 @@ def check_varlen(
                         "under vmap, with fake tensors, and while calls are traced"
                     )
                 found = int(cu.diff().max()) if cu.shape[0] > 1 else 0
+                if torch.compiler.is_compiling():  # for the backends that ask for a limit
+                    torch._check(found >= 0)
+                    torch._check(found <= MAX_TRACED_SEQLEN)
             maximum = found
         longest.append(maximum)
     documents = features.get("document_ids")

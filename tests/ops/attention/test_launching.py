@@ -165,7 +165,7 @@ def of_gluon() -> None:
         assert len(bound_by_triton) == 1
         other = tensors(tokens)
         others, second = call(other, extras)
-        assert second == first and not set(addresses) & set(others)
+        assert second == first and not set(addresses[:3]) & set(others)
         assert len(bound_by_triton) == 1, "the second call launches what the plan keeps"
         with launch.recorded() as recorded:
             assert call(given, extras)[1] == first
