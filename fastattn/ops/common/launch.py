@@ -95,6 +95,25 @@ def recorded() -> Iterator[list[Launch]]:
         _recorders.pop()
 
 
+@contextlib.contextmanager
+def compilations() -> Iterator[dict[str, float | None]]:
+    """Collect the Triton kernels compiled inside, by name: seconds, None for one from the cache."""
+    from triton import knobs
+
+    seconds: dict[str, float | None] = {}
+
+    def note(metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
+        name = metadata["name"]
+        if cache_hit:
+            seconds.setdefault(name, None)
+        else:
+            seconds[name] = (seconds.get(name) or 0.0) + 1e-6 * times.total
+
+    with knobs.compilation.scope():
+        knobs.compilation.listener = note
+        yield seconds
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
     """Run `kernel` over `grid` on the device of its first argument; an empty grid does nothing.
 

@@ -161,7 +161,9 @@ def of_gluon() -> None:
     for tokens, extras in (((1, 5), NONE), ((5,), packed)):
         bound_by_triton.clear()
         given = tensors(tokens)
-        addresses, first = call(given, extras)
+        with launch.compilations() as seconds:
+            addresses, first = call(given, extras)
+        assert list(seconds) == ["attention_forward"]
         assert len(bound_by_triton) == 1
         other = tensors(tokens)
         others, second = call(other, extras)
