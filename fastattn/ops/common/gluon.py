@@ -13,7 +13,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -26,21 +26,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fastattn import backends, chips
 from fastattn.ops.common import descriptors
 from fastattn.ops.common import launch as door
-from fastattn.ops.common.descriptors import ALIGNMENT, reads
+from fastattn.ops.common.plans import PlanCache
 from fastattn.ops.common.ptxas import Ptxas
 
-__all__ = [
-    "Geometry",
-    "Prepared",
-    "descriptor",
-    "launch",
-    "readable",
-    "reads",
-    "unavailable",
-    "use",
-]
-
 WARPS = 4
+ALIGNMENT = descriptors.ALIGNMENT
+reads = descriptors.reads
 BEFORE_3_8 = {
     "async_load": "async_copy_global_to_shared",
     "async_store": "async_copy_shared_to_global",
@@ -125,44 +116,47 @@ _launcher: Callable[..., Any] | None = None
 # --- launching ------------------------------------------------------------------------------------
 
 
-class Geometry:
-    """A host descriptor apart from its address, of which any number are made for little.
+class _Geometry:
+    """A descriptor apart from its address, checked; there is one for each sizes and strides."""
 
-    Beyond the bounds of its tensor it reads zeros.
-    """
-
-    def __init__(self, name: str, x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> None:
-        """
-        Args:
-            name: of the tensor, for errors.
-            x: a tensor of these sizes, strides and dtype.
-            box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
-            swizzle: bytes of a row of the swizzled layout in shared memory.
-
-        Raises:
-            launch.CannotRun: no descriptor can be made of `x`.
-        """
+    def __init__(self, name: str, x: torch.Tensor, box: Sequence[int], swizzle: int) -> None:
         if (reason := descriptors.misfit(**{name: x})) is not None:
             raise door.CannotRun(reason)
         size = x.element_size()
         strides = [ALIGNMENT // size if n == 1 else s for n, s in zip(x.shape, x.stride())]
         strides[-1] = 1
-        layout = _layout(swizzle, size, len(box))
-        self._name = name
-        self._parts = vars(TensorDescriptor(x, list(x.shape), strides, list(box), layout))
-        del self._parts["base"]
+        layout = gl.NVMMASharedLayout(swizzle, 8 * size, rank=len(box))
+        made = TensorDescriptor(x, list(x.shape), strides, list(box), layout)
+        self.parts = {**vars(made), "base": None, "geometry": self}
 
-    def at(self, x: torch.Tensor) -> TensorDescriptor:
-        """The descriptor of a tensor, of whose metadata only the address is read.
 
-        Raises:
-            launch.CannotRun: its address is not aligned.
-        """
-        if x.data_ptr() % ALIGNMENT:
-            raise door.CannotRun(descriptors.misfit(**{self._name: x}))
-        made = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take 2 us
-        made.__dict__ = {"base": x, **self._parts}
-        return made
+_geometries: PlanCache[_Geometry] = PlanCache()
+
+
+def descriptor(
+    x: torch.Tensor, box: Sequence[int], swizzle: int = 128, name: str = "a tensor"
+) -> TensorDescriptor:
+    """A host descriptor of `x`, whose boxes are `box`; beyond its bounds it reads zeros.
+
+    Args:
+        box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
+        swizzle: bytes of a row of the swizzled layout in shared memory.
+        name: of the tensor, for the error.
+
+    Raises:
+        launch.CannotRun: no descriptor can be made of `x` (descriptors.misfit).
+    """
+    key = x.shape, x.stride(), x.dtype, swizzle, *box
+    geometry = _geometries.get(key)
+    if geometry is None:
+        geometry = _Geometry(name, x, box, swizzle)
+        _geometries.put(key, geometry)
+    if x.data_ptr() % ALIGNMENT:
+        raise door.CannotRun(descriptors.misfit(**{name: x}))
+    made: TensorDescriptor = TensorDescriptor.__new__(TensorDescriptor)  # its checks take 2 us
+    made.__dict__.update(geometry.parts)
+    made.base = x
+    return made
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
@@ -170,70 +164,54 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if reads(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def descriptor(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> TensorDescriptor:
-    """A host descriptor of `x`; `box` and `swizzle` as of `Geometry`."""
-    return Geometry("a tensor", x, box, swizzle).at(x)
+class _Kept(NamedTuple):
+    """The launches that agree in all but their addresses."""
+
+    pointers: int  # tensors and descriptors, the first arguments
+    run: door.Prepared
 
 
-@functools.cache
-def _layout(swizzle: int, size: int, rank: int) -> Any:
-    return gl.NVMMASharedLayout(swizzle, 8 * size, rank=rank)
-
-
-class Prepared:
-    """A launch apart from its tensors, for a plan that is used many times (launch.Prepared).
-
-    It keeps what its descriptors say of sizes and strides. Triton's launcher encodes each of them
-    for the device from the address that it then has, so that no address outlives a call, and a CUDA
-    graph keeps the encoded one with the launch.
-    """
-
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int],
-        geometries: Sequence[Geometry],
-        numbers: tuple[Any, ...],
-        **constants: Any,
-    ) -> None:
-        self._geometries = geometries
-        self._emulated = kernel, grid, numbers, constants
-        self._run = door.Prepared(
-            _with_newest_ptxas(kernel), grid, numbers, num_warps=WARPS, **constants
-        )
-
-    def __call__(self, pointers: Sequence[torch.Tensor | None], *described: torch.Tensor) -> None:
-        """Run it.
-
-        Args:
-            pointers: the kernel's first arguments; a tensor first, whose device runs it.
-            described: the tensors of its descriptors.
-
-        Raises:
-            launch.CannotRun: one of them is at an address of which no descriptor can be made.
-            launch.NotCompiled: by the compiler's error.
-        """
-        given = [geometry.at(x) for geometry, x in zip(self._geometries, described, strict=True)]
-        if _launcher is None or not pointers[0].is_cpu:  # type: ignore[union-attr]
-            self._run(*pointers, *given)
-        else:
-            kernel, grid, numbers, constants = self._emulated
-            launch(kernel, grid, *pointers, *given, *numbers, **constants)
+_kept: PlanCache[_Kept] = PlanCache()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = WARPS, **constants: Any
+    kernel: Any, grid: tuple[int], *args: Any, num_warps: int = WARPS, **constants: Any
 ) -> None:
     """Run `kernel` over `grid`; an empty grid does nothing.
 
+    A launch that agrees with an earlier one in all but addresses takes what that one has compiled
+    (launch.Prepared). Triton's launcher encodes each descriptor for the device from the address
+    that it has then: no address outlives a call, and a CUDA graph keeps the encoded one.
+
     Args:
-        args: a tensor first, whose device runs it.
+        args: tensors, the first of which says where it runs, or None; descriptors; numbers.
+
+    Raises:
+        launch.NotCompiled: by the error of the compiler.
     """
     if _launcher is not None and args[0].is_cpu:
         if 0 not in grid:
             _launcher(kernel, grid, *args, num_warps=num_warps, **constants)
         return
-    door.launch(_with_newest_ptxas(kernel), grid, *args, num_warps=num_warps, **constants)
+    facts = [
+        x if x is None or type(x) in _NUMBERS
+        else x.dtype if isinstance(x, torch.Tensor)
+        else x.geometry
+        for x in args
+    ]  # fmt: skip
+    key = kernel, grid, args[0].device, num_warps, *facts, *constants.values()
+    kept = _kept.get(key)
+    if kept is None:
+        pointers = sum(type(x) not in _NUMBERS for x in args)
+        run = door.Prepared(
+            _with_newest_ptxas(kernel), grid, args[pointers:], num_warps=num_warps, **constants
+        )
+        kept = _Kept(pointers, run)
+        _kept.put(key, kept)
+    kept.run(*args[: kept.pointers])
+
+
+_NUMBERS = (int, float)
 
 
 def _with_newest_ptxas(kernel: Any) -> Any:

@@ -34,7 +34,6 @@ from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.gluon import tiles
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common.gluon import mbarrier, tma
-from fastattn.ops.common.plans import PlanCache
 
 LOG2_E = math.log2(math.e)
 LN_2 = gl.constexpr(math.log(2))
@@ -483,9 +482,6 @@ def attention_forward(
 # --- launching ------------------------------------------------------------------------------------
 
 
-_plans: PlanCache[kernels.Prepared] = PlanCache()
-
-
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -495,36 +491,11 @@ def forward(
         launch.CannotRun: no descriptor can be made of q, k or v.
     """
     out, lse = call.results(q, v)
-    if extras.cu_seqlens_q is not None:
-        # Only the device knows which tokens no sequence has, or seqused leaves out.
+    packed = extras.cu_seqlens_q is not None
+    if packed:  # only the device knows which tokens no sequence has, or seqused leaves out
         out.zero_()
         lse.fill_(float("-inf"))
-    tensors: tuple[Any, ...] = (q, k, v, *extras)
-    facts = tuple([x if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
-    key = facts, settings, q.device
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plan(q, k, v, out, extras, settings)
-        _plans.put(key, plan)
-    vectors = (
-        extras.sink, extras.alibi_slopes, extras.key_lengths, extras.cu_seqlens_q,
-        extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k,
-    )  # fmt: skip
-    plan((lse, out, *(x if x is None else x.contiguous() for x in vectors)), q, k, v, out)
-    return out, lse
-
-
-def _plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    extras: Extras,
-    settings: Settings,
-) -> kernels.Prepared:
-    """The launch of calls with this metadata."""
-    packed = extras.cu_seqlens_q is not None
-    q, k, v, out = (x[None] if packed else x for x in (q, k, v, out))
+    q, k, v, o = (x[None] if packed else x for x in (q, k, v, out))
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, head_dim_v = k.shape[1], v.shape[3]
     longest_q, longest_k = seqlen_q, seqlen_k
@@ -534,13 +505,13 @@ def _plan(
         longest_k = min(settings.max_seqlen_k, seqlen_k)
     tile = tiles.forward(head_dim, head_dim_v)
     rows, keys = tile.rows, tile.keys
-    geometries = [
-        kernels.Geometry(name, x, [1, n, 1, d])
+    descriptors = [
+        kernels.descriptor(x, [1, n, 1, d], name=name)
         for name, x, n, d in (
             ("q", q, rows, tile.d),
             ("k", k, keys, tile.d),
             ("v", v, keys, tile.dv),
-            ("out", out, rows, tile.dv),
+            ("out", o, rows, tile.dv),
         )
     ]
     # Whoever sees this far sees all.
@@ -550,16 +521,21 @@ def _plan(
         cap = max(settings.softcap, 1e-20)
         scale, cap = 2 * scale / cap, cap * LOG2_E
     slopes = extras.alibi_slopes
+    vectors = (
+        extras.sink, slopes, extras.key_lengths, extras.cu_seqlens_q, extras.cu_seqlens_k,
+        extras.seqused_q, extras.seqused_k,
+    )  # fmt: skip
     query_tiles = -(-longest_q // (2 * rows))
-    numbers = (
+    kernels.launch(
+        attention_forward,
+        (query_tiles * heads * batch,),
+        lse, out, *(x if x is None else x.contiguous() for x in vectors), *descriptors,
         heads, heads // k.shape[2], batch * heads, seqlen_q, seqlen_k, query_tiles, head_dim_v // 8,
         0 if slopes is None or slopes.shape[0] == 1 else heads, *sides, float(scale), float(cap),
-    )  # fmt: skip
-    return kernels.Prepared(
-        attention_forward, (query_tiles * heads * batch,), geometries, numbers,
         D=tile.d, DV=tile.dv, BM=rows, BN=keys, STAGES=tile.stages,
         LEFT=settings.window_left >= 0, RIGHT=settings.window_right >= 0,
         TOP_LEFT=settings.top_left,
         SCALED=bool(settings.softcap) or slopes is not None or scale < LEAST_SCALE,
         CAPPED=bool(settings.softcap), REGISTERS=tile.registers,
     )  # fmt: skip
+    return out, lse
