@@ -230,10 +230,10 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def fail(backend: str, problems: Iterable[Any], error: Exception) -> bool:
+def fail(backend: str, problems: Iterable[Any], error: Exception) -> bool | None:
     """Note that the families of `problems` fail, as a kernel of theirs cannot be launched; warn.
 
-    Returns whether any of them counted as right before.
+    Returns whether any of them counted as right before; None if there is no such family.
     """
     told = f"in a later call, {_named(error)}"
     families = {about for x in problems if (about := subject(backend, x)) is not None}
@@ -249,7 +249,7 @@ def fail(backend: str, problems: Iterable[Any], error: Exception) -> bool:
             RuntimeWarning,
             stacklevel=2,
         )
-    return bool(news)
+    return bool(news) if families else None
 
 
 def _compared(about: Subject, problem: Any) -> tuple[bool, str]:

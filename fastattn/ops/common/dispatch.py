@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -24,6 +25,28 @@ def forget() -> None:
     """Drop the plans of all ops: a kernel that they may have chosen turned out to fail."""
     for dispatch in _all:
         dispatch.plans.clear()
+
+
+def note(error: Exception, backend: str, problems: Sequence[Any]) -> None:
+    """Make known that a launch of `backend` was refused, and that another backend runs the call.
+
+    Args:
+        problems: of all families that the kernel belongs to, one at least.
+    """
+    if type(error) is launch.CannotRun:  # `explain` says it
+        return
+    new = None
+    if launch.refused(error) == launch.KERNEL:
+        new = proving.fail(backend, problems, error)
+        if new:
+            forget()
+    if new is None:
+        warnings.warn(
+            f"fastattn: the {backend} backend of {problems[0].op} could not run "
+            f"{problems[0].describe()}, and another one does: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class Dispatch(Generic[Problem]):
@@ -106,19 +129,19 @@ class Dispatch(Generic[Problem]):
         try:
             return self._kernel(backend.name, forced, problem, *inputs)
         except Exception as error:
-            which = launch.refused(error)
-            if forced or which is None:
-                raise
-            if which == launch.KERNEL and proving.fail(backend.name, [problem], error):
-                forget()
-            other = self._after(backend, problem)
+            failed = getattr(error, "failed", backend.name)  # the operator may have tried others
+            other = None
+            if not forced and launch.refused(error) is not None:
+                other = self._after(failed, problem)
             if other is None:
                 raise
+            note(error, failed, [problem])
         return self._runner(other, forced)(problem, *inputs)
 
-    def _after(self, backend: backends.Backend, problem: Problem) -> backends.Backend | None:
+    def _after(self, failed: str, problem: Problem) -> backends.Backend | None:
         """The next one that can run `problem`, however fast."""
-        for other in self._backends[self._backends.index(backend) + 1 :]:
+        names = [backend.name for backend in self._backends]
+        for other in self._backends[names.index(failed) + 1 :]:
             reason = other.unsupported(problem)
             if not (reason or proving.declined(other.name, problem, prove=False)):
                 return other

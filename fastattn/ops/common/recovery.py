@@ -8,7 +8,7 @@ named the backend. A fault of the device, or an error of the caller, passes thro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from fastattn import backends, proving
@@ -21,7 +21,7 @@ def next_kernel(
     failed: str,
     forced: bool,
     problem: Any,
-    families: Iterable[Any],
+    families: Sequence[Any],
     *,
     backward: bool = False,
 ) -> str:
@@ -38,15 +38,12 @@ def next_kernel(
         UnsupportedError: no descriptor can be made of a tensor, and the user named `failed`.
         Exception: `error`, where it says something else, or no other kernel can run.
     """
-    which = launch.refused(error)
-    if which is None:
+    if launch.refused(error) is None:
         raise error
     if forced:
         if type(error) is launch.CannotRun:
             raise backends.refusal(problem.op, failed, problem, str(error)) from None
         raise error
-    if which == launch.KERNEL and proving.fail(failed, families, error):
-        dispatch.forget()
     names = [backend.name for backend in op_backends]
     for backend in op_backends[names.index(failed) + 1 :]:
         if backend.name not in backends.KERNELS:
@@ -55,5 +52,7 @@ def next_kernel(
             continue
         declines = getattr(backend.module, "backward_unsupported", None) if backward else None
         if declines is None or declines(problem) is None:
+            dispatch.note(error, failed, families)
             return backend.name
+    error.failed = failed  # type: ignore[attr-defined]  # Dispatch goes on after it
     raise error

@@ -6,6 +6,7 @@ The `gluon` backend runs here in its emulator, on a CPU where it is proven and c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 import fastattn
 from fastattn import backends, measured, proving, verdicts
 from fastattn.backends import explanation_of
-from fastattn.ops.attention import gluon, reference, triton
+from fastattn.ops.attention import aten, gluon, reference, triton
 from fastattn.ops.attention import interface as attentions
 from fastattn.ops.attention.call import NONE, Settings
 from fastattn.ops.common import descriptors, launch
@@ -43,6 +44,7 @@ class Kernels:
         for module, entries in (
             (gluon, ("forward", "backward")),
             (triton, ("forward", "backward")),
+            (aten, ("forward",)),
             (reference, ("forward",)),
             (ffn_gluon, ("forward",)),
             (ffn_triton, ("forward", "backward")),
@@ -231,6 +233,24 @@ def test_where_no_kernel_can_be_launched_plain_torch_runs_with_gradients(kernels
     out.sum().backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in inputs[1:])
     assert kernels.of(lambda: attention(*inputs)) == ["reference.forward"]
+
+
+@pytest.mark.parametrize("features", ({}, {"mask": torch.ones(24, 24, dtype=torch.bool)}))
+def test_a_refusal_that_is_no_familys_is_told(
+    features: dict[str, torch.Tensor], kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call's arguments, or a kernel of which there is no proof."""
+    name = "triton" if features else "gluon"
+    if features:
+        monkeypatch.setattr(proving, "subject", lambda backend, problem: None)
+    error = BAD_TILE if features else RuntimeError(TRITONS + "invalid argument")
+    kernels.raises[f"{name}.forward"] = error
+    told = f"the {name} backend of attention could not run q .* and another one does: .*{error}"
+    with pytest.warns(RuntimeWarning, match=re.escape(told).replace(r"\.\*", ".*")):
+        attention(*tensors(), **features)
+    after = "aten.forward" if features else "triton.forward"
+    assert kernels.ran == [f"{name}.forward fails", after]
+    assert explanation_of(fastattn.attention, *tensors()).backend == "gluon"
 
 
 def test_whoever_names_the_backend_gets_its_error(kernels: Kernels) -> None:
