@@ -14,7 +14,8 @@ where the user names the backend, nor for a backward that follows a kernel's for
 No proof runs while calls are recorded, while a CUDA graph is captured or under a dispatch mode of
 torch, nor while another thread or process proves something. Such a call goes to another backend,
 and a later one asks again. A process that ends in a proof, because the device fails, leaves a
-family that failed. FASTATTN_PROVE=0 runs no proof at all; what is remembered counts.
+family that failed, and so does a later call whose kernel cannot be compiled or loaded (`fail`).
+FASTATTN_PROVE=0 runs no proof at all; what is remembered counts.
 """
 
 from __future__ import annotations

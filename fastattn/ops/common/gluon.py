@@ -73,11 +73,19 @@ REDUCES = hasattr(tma, "async_atomic_add")  # Triton 3.8
 
 @functools.cache
 def assembler() -> Ptxas:
-    """The newest ptxas that the installed Triton carries, or that its variables name."""
+    """The newest ptxas that the installed Triton carries, or that its variables name.
+
+    Raises:
+        RuntimeError: none of them can be run.
+    """
     found = []
-    for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell):
-        major, minor = tool.version.split(".")
-        found.append(Ptxas(tool.path, (int(major), int(minor))))
+    for name in ("ptxas", "ptxas_blackwell"):
+        with contextlib.suppress(RuntimeError):  # Triton cannot run this one
+            tool = getattr(knobs.nvidia, name)
+            major, minor = tool.version.split(".")
+            found.append(Ptxas(tool.path, (int(major), int(minor))))
+    if not found:
+        raise RuntimeError("Triton finds no ptxas that can be run: set TRITON_PTXAS_PATH")
     return max(found, key=lambda ptxas: ptxas.version)
 
 
@@ -91,7 +99,13 @@ def unavailable(device: torch.device, *, reduces: bool = False) -> str | None:
         return reason
     if reduces and not REDUCES:
         return "this kernel needs TMA reductions, which Triton has from 3.8"
-    if device.type == "cuda" and (newest := assembler()).version < chips.HOPPER_PTXAS:
+    if device.type != "cuda":
+        return None
+    try:
+        newest = assembler()
+    except RuntimeError as error:
+        return str(error)
+    if newest.version < chips.HOPPER_PTXAS:
         return (
             "on Hopper, ptxas before 13.3 may assemble wgmma wrongly, and Triton's newest is "
             f"{newest}: update Triton, or set TRITON_PTXAS_PATH"
@@ -199,7 +213,8 @@ def launch(
         else x.geometry
         for x in args
     ]  # fmt: skip
-    key = kernel, grid, args[0].device, num_warps, *facts, *constants.values()
+    # The plan holds the kernel, whose own hash is that of all its sources.
+    key = id(kernel), grid, args[0].device, num_warps, *facts, *constants.values()
     kept = _kept.get(key)
     if kept is None:
         pointers = sum(type(x) not in _NUMBERS for x in args)
