@@ -119,10 +119,12 @@ class Dispatch(Generic[Problem]):
         return plan
 
     def _runner(self, backend: backends.Backend, forced: bool) -> Run:
-        if backend.name in backends.KERNELS:
-            return functools.partial(self._run, backend, forced)
-        run: Run = backend.module.forward
-        return run
+        if backend.name not in backends.KERNELS:
+            run: Run = backend.module.forward
+            return run
+        if torch.compiler.is_compiling():  # a graph cannot break inside of a `try`
+            return functools.partial(self._kernel, backend.name, forced)
+        return functools.partial(self._run, backend, forced)
 
     def _run(self, backend: backends.Backend, forced: bool, problem: Problem, *inputs: Any) -> Any:
         """Run a call on a kernel backend, or on the next one if its launch is refused."""
