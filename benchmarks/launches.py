@@ -1,8 +1,10 @@
-"""Host time of the Triton launchers of attention, without a GPU.
+"""Host time of the launchers of attention, without a GPU.
 
 Each launcher runs as on a GPU, but for the driver's launch, which does nothing (stub_driver.py). It
 is timed with the compiled kernels that its plan keeps, and interleaved with the same launches
 handed to Triton's own binder. Targets: 20 us for a forward, 45 us for a forward and its backward.
+Of a Gluon kernel's TMA descriptors, all but the driver's own encoding (cuTensorMapEncodeTiled) is
+in the time.
 
     python benchmarks/launches.py
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import checkout  # noqa: F401
 import stub_driver
@@ -23,9 +26,8 @@ from fastattn.timing import Candidate, interleave, ratio
 TARGETS = {"forward": 20.0, "forward + backward": 45.0}
 
 
-def launchers() -> dict[str, Callable[[], object]]:
+def launchers(kernels: Any) -> dict[str, Callable[[], object]]:
     """Causal self-attention on tensors so small that allocating them costs what it must."""
-    from fastattn.ops.attention import triton as kernels
     from fastattn.ops.attention.call import NO_GRADIENT, NONE, Settings
 
     q, k, v = torch.randn(3, 1, 128, 2, 64, dtype=torch.bfloat16)
@@ -56,16 +58,20 @@ def main() -> int:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     missed = False
-    print(f"{'launcher':20}{'us':>8}{'target':>8}{'through Triton':>16}{'ratio':>8}")
+    print(f"{'launcher':28}{'us':>8}{'target':>8}{'through Triton':>16}{'ratio':>8}")
     stub_driver.install()
+    from fastattn.ops.attention import gluon, triton
+
+    calls = [(kernels, *item) for kernels in (triton, gluon) for item in launchers(kernels).items()]
     with torch.no_grad():
-        for name, call in launchers().items():
+        for kernels, name, call in calls:
             candidates = [Candidate("kept", call), Candidate("bound", call, through_triton)]
             samples = interleave(candidates, rounds=rounds)
             kept, bound = (1e6 * samples[n].median for n in ("kept", "bound"))
             times = ratio(samples["bound"], samples["kept"]).median
             missed |= kept > TARGETS[name]
-            print(f"{name:20}{kept:8.1f}{TARGETS[name]:8g}{bound:16.1f}{times:8.2f}")
+            title = f"{kernels.__name__.rsplit('.', 1)[-1]} {name}"
+            print(f"{title:28}{kept:8.1f}{TARGETS[name]:8g}{bound:16.1f}{times:8.2f}")
     return int(missed)
 
 

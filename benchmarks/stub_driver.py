@@ -23,6 +23,9 @@ class _Utilities:
             "warpSize": 32,
         }
 
+    def fill_tma_descriptor_tiled(self, *facts: Any) -> tuple[Any, ...]:
+        return facts  # of which the driver makes 128 bytes
+
     def unload_module(self, module: int) -> None:
         pass
 
@@ -34,7 +37,16 @@ class _Driver:
         self.run = run
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return self.run
+        described, run = getattr(metadata, "tensordesc_meta", None), self.run
+        if not described:
+            return run
+        from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
+        # Triton's own, from 3.8: of a descriptor, what is encoded, its sizes, its strides.
+        launch = wrap_handle_tensordesc(
+            lambda *given: run(*given[:-1], *given[-1]), source.signature, described
+        )
+        return lambda *given: launch(*given[:9], given[9:])
 
     def get_current_device(self) -> int:
         return 0
@@ -56,7 +68,7 @@ def install(run: Callable[..., None] = _nothing) -> None:
     """From here on, every launch of the process calls `run` with what Triton hands to the driver.
 
     That is the grid (3 numbers), the stream, the function, metadata (2), hooks (2), and then the
-    kernel's arguments.
+    kernel's arguments, in which TMA descriptors are expanded.
     """
     from triton.runtime import driver
 

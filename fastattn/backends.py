@@ -152,6 +152,11 @@ def module_of(backends: tuple[Backend, ...], name: str) -> ModuleType:
     return next(backend for backend in backends if backend.name == name).module
 
 
+def name_of(backends: tuple[Backend, ...], module: ModuleType) -> str:
+    """The name of the backend whose module this is."""
+    return next(backend.name for backend in backends if backend.module is module)
+
+
 @_constant
 def triton_runs() -> Literal["compiled", "interpreted", "executed"]:
     """The way in which Triton kernels run in this process; fixed when Triton is imported.
@@ -325,11 +330,21 @@ def select(op: str, backends: tuple[Backend, ...], problem: Any, argument: str |
             reason = backend.unsupported(problem)
             if reason is None:
                 return backend
-            raise UnsupportedError(
-                f"{source}: the {name} backend cannot run {op} on {problem.describe()}: {reason}. "
-                f"Leave the backend open, or see fastattn.explain(fastattn.{op}, ...)."
-            )
+            raise refusal(op, name, problem, reason, source)
     raise UnsupportedError(f"{source}: {op} has no {name} backend")
+
+
+def refusal(
+    op: str, name: str, problem: Any, reason: str, source: str | None = None
+) -> UnsupportedError:
+    """The error for a user who names a backend that cannot run a call."""
+    if source is None:
+        around = named(None)
+        source = f"backend={name!r}" if around is None or around[0] != name else around[1]
+    return UnsupportedError(
+        f"{source}: the {name} backend cannot run {op} on {problem.describe()}: {reason}. "
+        f"Leave the backend open, or see fastattn.explain(fastattn.{op}, ...)."
+    )
 
 
 def select_backward(

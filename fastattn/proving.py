@@ -14,7 +14,8 @@ where the user names the backend, nor for a backward that follows a kernel's for
 No proof runs while calls are recorded, while a CUDA graph is captured or under a dispatch mode of
 torch, nor while another thread or process proves something. Such a call goes to another backend,
 and a later one asks again. A process that ends in a proof, because the device fails, leaves a
-family that failed. FASTATTN_PROVE=0 runs no proof at all; what is remembered counts.
+family that failed, and so does a later call whose kernel cannot be compiled or loaded (`fail`).
+FASTATTN_PROVE=0 runs no proof at all; what is remembered counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ VARIABLE = "FASTATTN_PROVE"
 FIRST_PROVED = ("gluon", "cuda")  # not chosen before they pass: nobody has run them on a GPU
 PROVED = (*FIRST_PROVED, "triton")
 AGAIN = "`fastattn doctor --prove` proves it again"
+RIGHT = Verdict(True, "")
 FEW = 64  # results of fewer elements are compared together: their largest error is chance
 
 
@@ -214,8 +216,7 @@ def _marked(path: Path | None, about: Subject, problem: Any) -> Verdict | None:
     except torch.OutOfMemoryError:
         pass
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        verdict = Verdict(False, f"{type(error).__name__}: {lines[0]}")
+        verdict = Verdict(False, _named(error))
     finally:
         if verdict is not None:
             verdicts.write(
@@ -224,6 +225,33 @@ def _marked(path: Path | None, about: Subject, problem: Any) -> Verdict | None:
         elif path is not None:  # Ctrl-C says nothing about the kernel
             path.unlink(missing_ok=True)
     return verdict
+
+
+def _named(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def fail(backend: str, problems: Iterable[Any], error: Exception) -> bool | None:
+    """Note that the families of `problems` fail, as a kernel of theirs cannot be launched; warn.
+
+    Returns whether any of them counted as right before; None if there is no such family.
+    """
+    told = f"in a later call, {_named(error)}"
+    families = {about for x in problems if (about := subject(backend, x)) is not None}
+    news = [about for about in families if (remembered(about) or RIGHT).passed]
+    for about in news:
+        verdicts.write(verdicts.path_of(about), about, verdicts.FAILED, told)
+        _known[about] = Verdict(False, told)
+        _warned.add(about)
+    if news:
+        warnings.warn(
+            f"fastattn: the {backend} backend of {news[0].op} is no longer used for "
+            f"{news[0].family}: {told}; {AGAIN}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return bool(news) if families else None
 
 
 def _compared(about: Subject, problem: Any) -> tuple[bool, str]:

@@ -620,6 +620,21 @@ def test_doctor_proves_nothing_where_proofs_are_off(
     assert chip.ran == chip.notes() == []
 
 
+def test_doctor_says_how_long_a_first_call_compiles(
+    chip: Chip, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastattn.cli import proofs
+
+    chip.set(proofs, "DTYPES", (torch.float32,))
+    chip.set(proofs, "_calls", few)
+    compiled = {"rows_kernel": 1.25, "sums_kernel": None}
+    chip.set(proofs.launch, "compilations", lambda: contextlib.nullcontext(compiled))
+    assert main(["doctor", "--prove"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = "            compiled: rows_kernel 1.2 s, sums_kernel from the cache"
+    assert lines.count(told) == 2  # cuda and triton
+
+
 def test_doctor_stops_where_the_device_fails(
     chip: Chip, capsys: pytest.CaptureFixture[str]
 ) -> None:

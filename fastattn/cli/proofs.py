@@ -1,7 +1,11 @@
-"""`fastattn doctor --prove`: every kernel that can run here proves itself, and the figures."""
+"""`fastattn doctor --prove`: every kernel that can run here proves itself, and the figures.
+
+The seconds in which Triton compiled the kernels of a proof are the wait of a first call.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +14,7 @@ import torch
 import fastattn
 from fastattn import backends, proving
 from fastattn.ops.attention.cache import stored
+from fastattn.ops.common import launch
 from fastattn.verdicts import Subject
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,7 +38,8 @@ def prove(devices: list[torch.device]) -> int:
             if (reason := proving.impossible(device)) is not None:
                 print(f"  stopped: {reason}")
                 return 1
-            verdict = proving.prove_now(about, problem, again=True)
+            with _compilations() as compiled:
+                verdict = proving.prove_now(about, problem, again=True)
             label = f"{about.backend} {about.op}, {about.family}"
             if verdict is None:
                 print(f"  left out  {label}: another process proves it, or memory is short")
@@ -41,12 +47,29 @@ def prove(devices: list[torch.device]) -> int:
             proved.append(verdict.passed)
             told = "passed" if verdict.passed else "FAILED"
             print(f"  {told:<8}  {label}: {verdict.told}", flush=True)
+            if compiled:
+                print(f"{'':12}compiled: {', '.join(_seconds(compiled))}")
         print()
     if not proved:
         print("no kernel to prove: none can run on a device of this machine")
     else:
         print(f"{sum(proved)} of {len(proved)} families passed\n")
     return 0 if all(proved) else 1
+
+
+@contextlib.contextmanager
+def _compilations() -> Iterator[dict[str, float | None]]:
+    """`launch.compilations`, where Triton is installed."""
+    with contextlib.ExitStack() as stack:
+        compiled: dict[str, float | None] = {}
+        with contextlib.suppress(ImportError):
+            compiled = stack.enter_context(launch.compilations())
+        yield compiled
+
+
+def _seconds(compiled: dict[str, float | None]) -> Iterator[str]:
+    for name, seconds in compiled.items():
+        yield f"{name} {'from the cache' if seconds is None else f'{seconds:.1f} s'}"
 
 
 def _families(device: torch.device) -> Iterator[tuple[Subject, Any]]:

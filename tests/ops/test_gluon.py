@@ -8,10 +8,12 @@ import pytest
 import torch
 from triton import knobs
 from triton.backends.nvidia import compiler
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastattn import backends, chips
-from fastattn.ops.common import gluon
+from fastattn.ops.common import gluon, launch
 from fastattn.ops.common.ptxas import Ptxas
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -62,6 +64,23 @@ def test_an_old_assembler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
+def test_a_triton_whose_assemblers_do_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = knobs.nvidia.ptxas.path
+    gluon.assembler.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(knobs, "NvidiaTool", type("None_", (), {"from_path": lambda path: None}))
+        assert gluon.unavailable(GPU) == (
+            "Triton finds no ptxas that can be run: set TRITON_PTXAS_PATH"
+        )
+    one = knobs.NvidiaTool(there, "13.3")
+    with monkeypatch.context() as patch:
+        found = {"from_path": lambda path: None if "blackwell" in path else one}
+        patch.setattr(knobs, "NvidiaTool", type("One", (), found))
+        assert gluon.assembler() == Ptxas(there, (13, 3))
+    gluon.assembler.cache_clear()
+
+
+@pytest.mark.usefixtures("hopper")
 def test_a_triton_without_reductions_is_refused_where_they_are_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -109,12 +128,16 @@ X = torch.randn(2, 6, 4, 64, dtype=torch.float16)
     ],
 )
 def test_a_descriptor_takes_what_reads_says(view: torch.Tensor, reads: bool) -> None:
-    """Triton checks the same when it is made."""
+    """Triton checks the same when one is made."""
     assert gluon.reads(view) == reads
+    sizes, strides = list(view.shape), list(view.stride())
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
     if reads:
         made = gluon.descriptor(view, [1, 8, 1, 64])
-        assert made.shape == list(view.shape) and made.strides == list(view.stride())
+        assert made == TensorDescriptor(view, sizes, strides, [1, 8, 1, 64], layout)
     elif view.numel():
         with pytest.raises(AssertionError):
-            gluon.descriptor(view, [1, 8, 1, 64])
+            TensorDescriptor(view, sizes, strides, [1, 8, 1, 64], layout)
+        with pytest.raises(launch.CannotRun, match=r"x begins 8 bytes after|give x\.contiguous"):
+            gluon.descriptor(view, [1, 8, 1, 64], name="x")
     assert gluon.reads(gluon.readable(view)) == (view.numel() > 0)

@@ -326,6 +326,6 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
     return (out, lse) if return_lse else out
 
 
-backends.register(attention, _problem.describe, BACKENDS)
-backends.register(attention_varlen, _problem.describe_varlen, BACKENDS)
+backends.register(attention, _problem.describe_place(_problem.describe), BACKENDS)
+backends.register(attention_varlen, _problem.describe_place(_problem.describe_varlen), BACKENDS)
 proving.register("attention", _proof.PROOF)

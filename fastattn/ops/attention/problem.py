@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
@@ -14,11 +16,12 @@ import torch
 
 from fastattn.ops.attention.block_mask import BlockMask
 from fastattn.ops.attention.call import UNBOUNDED, Extras, Learnt, Settings
-from fastattn.ops.common import modes
+from fastattn.ops.common import descriptors, modes
 from fastattn.ops.common.dense import check_dense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+MAX_TRACED_SEQLEN = 2**29  # of a sequence of which torch.compile knows no length
 FP32_PRECISIONS = ("ieee", "tf32x3")
 # Where a nested tensor belongs.
 VARLEN = (
@@ -54,6 +57,7 @@ class AttentionProblem:
     bias_is_row: bool  # one row of scores' terms for all queries
     needs_slope_grad: bool
     transformed: bool
+    misfit: str | None = None  # why TMA cannot read q, k or v where they lie; only `explain` asks
 
     @classmethod
     def of(
@@ -187,6 +191,17 @@ def describe_varlen(
     return AttentionProblem.of(q, k, v, extras, settings, return_lse=return_lse)
 
 
+def describe_place(describe: Callable[..., AttentionProblem]) -> Callable[..., AttentionProblem]:
+    """`describe` that also looks at addresses and strides: no plan may depend on them."""
+
+    @functools.wraps(describe)
+    def described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **features: Any):  # type: ignore[no-untyped-def]
+        problem = describe(q, k, v, *rest, **features)
+        return replace(problem, misfit=descriptors.misfit(q=q, k=k, v=v))
+
+    return described
+
+
 # --- checks: the only place of the op that raises for what the caller got wrong -------------------
 
 
@@ -253,6 +268,9 @@ def check_varlen(
                         "under vmap, with fake tensors, and while calls are traced"
                     )
                 found = int(cu.diff().max()) if cu.shape[0] > 1 else 0
+                if torch.compiler.is_compiling():  # for the backends that ask for a limit
+                    torch._check(found >= 0)
+                    torch._check(found <= MAX_TRACED_SEQLEN)
             maximum = found
         longest.append(maximum)
     documents = features.get("document_ids")

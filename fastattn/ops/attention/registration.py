@@ -17,7 +17,7 @@ from fastattn import backends
 from fastattn.ops.attention import reference
 from fastattn.ops.attention.call import Extras, Learnt, Settings, results
 from fastattn.ops.attention.problem import AttentionProblem
-from fastattn.ops.common import autograd, dropout, flops
+from fastattn.ops.common import autograd, dropout, flops, recovery
 
 BACKENDS = backends.of_op("fastattn.ops.attention")
 
@@ -64,8 +64,30 @@ def _split(call: tuple[Any, ...]) -> tuple[Extras, Settings, str, bool]:
 
 
 def _forward(q, k, v, *call):  # type: ignore[no-untyped-def]
-    extras, settings, backend, _ = _split(call)
-    return backends.module_of(BACKENDS, backend).forward(q, k, v, extras, settings)
+    extras, settings, backend, forced = _split(call)
+    try:
+        return backends.module_of(BACKENDS, backend).forward(q, k, v, extras, settings)
+    except Exception as error:
+        problem = _problem(q, k, v, extras, settings)
+        kernel = recovery.next_kernel(error, BACKENDS, backend, forced, problem, _families(problem))
+    return _forward(q, k, v, *call[:-2], kernel, forced)
+
+
+def _problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, settings: Settings
+) -> AttentionProblem:
+    """The call that an operator got; transforms around it are about other calls."""
+    problem = AttentionProblem.of(q, k, v, extras, settings, return_lse=False)
+    return dataclasses.replace(problem, transformed=False)
+
+
+def _families(problem: AttentionProblem) -> list[AttentionProblem]:
+    """The calls that the same kernels run; the operator does not know which of them it is."""
+    return [
+        dataclasses.replace(problem, return_lse=return_lse, needs_grad=needs_grad)
+        for return_lse in (False, True)
+        for needs_grad in (False, True)
+    ]
 
 
 def _forward_fake(q, k, v, *call):  # type: ignore[no-untyped-def]
@@ -120,11 +142,16 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 def _backward(dout, dlse, out, lse, wanted, q, k, v, *call):  # type: ignore[no-untyped-def]
     extras, settings, backend, forced = _split(call)
     wanted = Learnt(*wanted)
-    problem = AttentionProblem.of(q, k, v, extras, settings, return_lse=True)
-    # Transforms around the call of `backward` are about other calls.
-    problem = dataclasses.replace(problem, transformed=False, needs_bias_grad=wanted.bias)
+    problem = _problem(q, k, v, extras, settings)
+    problem = dataclasses.replace(problem, needs_bias_grad=wanted.bias)
     kernel = backends.select_backward("attention", BACKENDS, problem, backend, forced)
-    return kernel.backward(dout, dlse, out, lse, wanted, q, k, v, extras, settings)
+    try:
+        return kernel.backward(dout, dlse, out, lse, wanted, q, k, v, extras, settings)
+    except Exception as error:
+        families = [x for x in _families(problem) if x.needs_grad]
+        name = backends.name_of(BACKENDS, kernel)
+        name = recovery.next_kernel(error, BACKENDS, name, forced, problem, families, backward=True)
+    return _backward(dout, dlse, out, lse, wanted, q, k, v, *call[:-2], name, forced)
 
 
 def _backward_fake(dout, dlse, out, lse, wanted, q, k, v, *call):  # type: ignore[no-untyped-def]

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from fastattn import backends, proving
-from fastattn.ops.common import modes
+from fastattn.ops.common import launch, modes
 from fastattn.ops.common.plans import PlanCache
 
 Problem = TypeVar("Problem")
 Run = Callable[..., Any]  # (problem, *inputs) -> the results
+
+
+_all: weakref.WeakSet[Dispatch[Any]] = weakref.WeakSet()
+
+
+def forget() -> None:
+    """Drop the plans of all ops: a kernel that they may have chosen turned out to fail."""
+    for dispatch in _all:
+        dispatch.plans.clear()
+
+
+def note(error: Exception, backend: str, problems: Sequence[Any]) -> None:
+    """Make known that a launch of `backend` was refused, and that another backend runs the call.
+
+    Args:
+        problems: of all families that the kernel belongs to, one at least.
+    """
+    if type(error) is launch.CannotRun:  # `explain` says it
+        return
+    new = None
+    if launch.refused(error) == launch.KERNEL:
+        new = proving.fail(backend, problems, error)
+        if new:
+            forget()
+    if new is None:
+        warnings.warn(
+            f"fastattn: the {backend} backend of {problems[0].op} could not run "
+            f"{problems[0].describe()}, and another one does: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class Dispatch(Generic[Problem]):
@@ -36,6 +69,7 @@ class Dispatch(Generic[Problem]):
         self.plans: PlanCache[tuple[Problem, Run]] = PlanCache()
         self._backends = op_backends
         self._kernel = kernel
+        _all.add(self)
 
     def find(
         self, tensors: tuple[torch.Tensor | None, ...], *settings: Hashable
@@ -78,12 +112,39 @@ class Dispatch(Generic[Problem]):
         name = op or problem.op  # type: ignore[attr-defined]
         postponed = proving.postponed()
         chosen = backends.select(name, self._backends, problem, backend)
-        if chosen.name in backends.KERNELS:
-            forced = backends.choice(self._backends, backend) is not None
-            run: Run = functools.partial(self._kernel, chosen.name, forced)
-        else:
-            run = chosen.module.forward
-        plan = problem, run
+        forced = backends.choice(self._backends, backend) is not None
+        plan = problem, self._runner(chosen, forced)
         if key is not None and postponed == proving.postponed():
             self.plans.put(key, plan)
         return plan
+
+    def _runner(self, backend: backends.Backend, forced: bool) -> Run:
+        if backend.name not in backends.KERNELS:
+            run: Run = backend.module.forward
+            return run
+        if torch.compiler.is_compiling():  # a graph cannot break inside of a `try`
+            return functools.partial(self._kernel, backend.name, forced)
+        return functools.partial(self._run, backend, forced)
+
+    def _run(self, backend: backends.Backend, forced: bool, problem: Problem, *inputs: Any) -> Any:
+        """Run a call on a kernel backend, or on the next one if its launch is refused."""
+        try:
+            return self._kernel(backend.name, forced, problem, *inputs)
+        except Exception as error:
+            failed = getattr(error, "failed", backend.name)  # the operator may have tried others
+            other = None
+            if not forced and launch.refused(error) is not None:
+                other = self._after(failed, problem)
+            if other is None:
+                raise
+            note(error, failed, [problem])
+        return self._runner(other, forced)(problem, *inputs)
+
+    def _after(self, failed: str, problem: Problem) -> backends.Backend | None:
+        """The next one that can run `problem`, however fast."""
+        names = [backend.name for backend in self._backends]
+        for other in self._backends[names.index(failed) + 1 :]:
+            reason = other.unsupported(problem)
+            if not (reason or proving.declined(other.name, problem, prove=False)):
+                return other
+        return None

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -24,11 +24,14 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastattn import backends, chips
+from fastattn.ops.common import descriptors
 from fastattn.ops.common import launch as door
+from fastattn.ops.common.plans import PlanCache
 from fastattn.ops.common.ptxas import Ptxas
 
 WARPS = 4
-ALIGNMENT = 16  # bytes, of a descriptor's address and strides
+ALIGNMENT = descriptors.ALIGNMENT
+reads = descriptors.reads
 BEFORE_3_8 = {
     "async_load": "async_copy_global_to_shared",
     "async_store": "async_copy_shared_to_global",
@@ -70,11 +73,19 @@ REDUCES = hasattr(tma, "async_atomic_add")  # Triton 3.8
 
 @functools.cache
 def assembler() -> Ptxas:
-    """The newest ptxas that the installed Triton carries, or that its variables name."""
+    """The newest ptxas that the installed Triton carries, or that its variables name.
+
+    Raises:
+        RuntimeError: none of them can be run.
+    """
     found = []
-    for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell):
-        major, minor = tool.version.split(".")
-        found.append(Ptxas(tool.path, (int(major), int(minor))))
+    for name in ("ptxas", "ptxas_blackwell"):
+        with contextlib.suppress(RuntimeError):  # Triton cannot run this one
+            tool = getattr(knobs.nvidia, name)
+            major, minor = tool.version.split(".")
+            found.append(Ptxas(tool.path, (int(major), int(minor))))
+    if not found:
+        raise RuntimeError("Triton finds no ptxas that can be run: set TRITON_PTXAS_PATH")
     return max(found, key=lambda ptxas: ptxas.version)
 
 
@@ -88,7 +99,13 @@ def unavailable(device: torch.device, *, reduces: bool = False) -> str | None:
         return reason
     if reduces and not REDUCES:
         return "this kernel needs TMA reductions, which Triton has from 3.8"
-    if device.type == "cuda" and (newest := assembler()).version < chips.HOPPER_PTXAS:
+    if device.type != "cuda":
+        return None
+    try:
+        newest = assembler()
+    except RuntimeError as error:
+        return str(error)
+    if newest.version < chips.HOPPER_PTXAS:
         return (
             "on Hopper, ptxas before 13.3 may assemble wgmma wrongly, and Triton's newest is "
             f"{newest}: update Triton, or set TRITON_PTXAS_PATH"
@@ -113,19 +130,47 @@ _launcher: Callable[..., Any] | None = None
 # --- launching ------------------------------------------------------------------------------------
 
 
-def reads(x: torch.Tensor) -> bool:
-    """Whether a descriptor can be made of `x`: 16-byte aligned, its last dimension contiguous.
+class _Geometry:
+    """A descriptor apart from its address, checked; there is one for each sizes and strides."""
 
-    A dimension of size 1 may have any stride: `descriptor` gives it another one.
+    def __init__(self, name: str, x: torch.Tensor, box: Sequence[int], swizzle: int) -> None:
+        if (reason := descriptors.misfit(**{name: x})) is not None:
+            raise door.CannotRun(reason)
+        size = x.element_size()
+        strides = [ALIGNMENT // size if n == 1 else s for n, s in zip(x.shape, x.stride())]
+        strides[-1] = 1
+        layout = gl.NVMMASharedLayout(swizzle, 8 * size, rank=len(box))
+        made = TensorDescriptor(x, list(x.shape), strides, list(box), layout)
+        self.parts = {**vars(made), "base": None, "geometry": self}
+
+
+_geometries: PlanCache[_Geometry] = PlanCache()
+
+
+def descriptor(
+    x: torch.Tensor, box: Sequence[int], swizzle: int = 128, name: str = "a tensor"
+) -> TensorDescriptor:
+    """A host descriptor of `x`, whose boxes are `box`; beyond its bounds it reads zeros.
+
+    Args:
+        box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
+        swizzle: bytes of a row of the swizzled layout in shared memory.
+        name: of the tensor, for the error.
+
+    Raises:
+        launch.CannotRun: no descriptor can be made of `x` (descriptors.misfit).
     """
-    strides = (s for n, s in zip(x.shape[:-1], x.stride()) if n != 1)
-    size = x.element_size()
-    return (
-        (x.stride(-1) == 1 or x.shape[-1] == 1)
-        and x.data_ptr() % ALIGNMENT == 0
-        and all(s * size % ALIGNMENT == 0 and 0 <= s * size < 2**40 for s in strides)
-        and x.numel() > 0
-    )
+    key = x.shape, x.stride(), x.dtype, swizzle, *box
+    geometry = _geometries.get(key)
+    if geometry is None:
+        geometry = _Geometry(name, x, box, swizzle)
+        _geometries.put(key, geometry)
+    if x.data_ptr() % ALIGNMENT:
+        raise door.CannotRun(descriptors.misfit(**{name: x}))
+    made: TensorDescriptor = TensorDescriptor.__new__(TensorDescriptor)  # its checks take 2 us
+    made.__dict__.update(geometry.parts)
+    made.base = x
+    return made
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
@@ -133,42 +178,63 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if reads(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def descriptor(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> TensorDescriptor:
-    """A host descriptor of `x`, whose boxes are `box`; beyond its bounds it reads zeros.
+class _Kept(NamedTuple):
+    """The launches that agree in all but their addresses."""
 
-    Args:
-        x: a tensor that `reads` accepts.
-        box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
-        swizzle: bytes of a row of the swizzled layout in shared memory.
-    """
-    size = x.element_size()
-    unit = ALIGNMENT // size
-    strides = [unit if n == 1 else s for n, s in zip(x.shape, x.stride())]
-    strides[-1] = 1 if x.shape[-1] == 1 else x.stride(-1)
-    return TensorDescriptor(x, list(x.shape), strides, list(box), _layout(swizzle, size, len(box)))
+    pointers: int  # tensors and descriptors, the first arguments
+    run: door.Prepared
 
 
-@functools.cache
-def _layout(swizzle: int, size: int, rank: int) -> Any:
-    return gl.NVMMASharedLayout(swizzle, 8 * size, rank=rank)
+_kept: PlanCache[_Kept] = PlanCache()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = WARPS, **constants: Any
+    kernel: Any, grid: tuple[int], *args: Any, num_warps: int = WARPS, **constants: Any
 ) -> None:
     """Run `kernel` over `grid`; an empty grid does nothing.
 
+    A launch that agrees with an earlier one in all but addresses takes what that one has compiled
+    (launch.Prepared). Triton's launcher encodes each descriptor for the device from the address
+    that it has then: no address outlives a call, and a CUDA graph keeps the encoded one.
+
     Args:
-        args: a tensor first, whose device runs it.
+        args: tensors, the first of which says where it runs, or None; descriptors; numbers.
+
+    Raises:
+        launch.NotCompiled: by the error of the compiler.
     """
     if _launcher is not None and args[0].is_cpu:
         if 0 not in grid:
             _launcher(kernel, grid, *args, num_warps=num_warps, **constants)
         return
+    facts = [
+        x if x is None or type(x) in _NUMBERS
+        else x.dtype if isinstance(x, torch.Tensor)
+        else x.geometry
+        for x in args
+    ]  # fmt: skip
+    # The plan holds the kernel, whose own hash is that of all its sources.
+    key = id(kernel), grid, args[0].device, num_warps, *facts, *constants.values()
+    kept = _kept.get(key)
+    if kept is None:
+        pointers = sum(type(x) not in _NUMBERS for x in args)
+        run = door.Prepared(
+            _with_newest_ptxas(kernel), grid, args[pointers:], num_warps=num_warps, **constants
+        )
+        kept = _Kept(pointers, run)
+        _kept.put(key, kept)
+    kept.run(*args[: kept.pointers])
+
+
+_NUMBERS = (int, float)
+
+
+def _with_newest_ptxas(kernel: Any) -> Any:
+    """`kernel`, which from here on is compiled with the newest ptxas."""
     if not hasattr(kernel, "_fastattn_assembled"):  # Triton's method compiles, and runs nothing
         kernel._do_compile = _assembled(kernel._do_compile)
         kernel._fastattn_assembled = True
-    door.launch(kernel, grid, *args, num_warps=num_warps, **constants)
+    return kernel
 
 
 def _assembled(compile: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,12 +12,13 @@ other gradients have no elements.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd, flops
+from fastattn.ops.common import autograd, flops, recovery
 from fastattn.ops.common.matrices import gradient_like
 from fastattn.ops.ffn import reference
 from fastattn.ops.ffn.problem import FFNProblem, describe
@@ -53,8 +54,24 @@ def run_kernel(
 def _forward(  # type: ignore[no-untyped-def]
     x, w1, b1, w2, b2, gate, gate_bias, activation, layout, save_pre, backend, forced
 ):
-    kernel = backends.module_of(BACKENDS, backend)
-    return kernel.forward(x, w1, b1, w2, b2, gate, gate_bias, activation, layout, save_pre)
+    tensors = x, w1, b1, w2, b2, gate, gate_bias
+    try:
+        kernel = backends.module_of(BACKENDS, backend)
+        return kernel.forward(*tensors, activation, layout, save_pre)
+    except Exception as error:
+        problem = _problem(tensors, activation, layout)
+        families = _families(problem)
+        name = recovery.next_kernel(error, BACKENDS, backend, forced, problem, families)
+    return _forward(*tensors, activation, layout, save_pre, name, forced)
+
+
+def _families(problem: FFNProblem) -> list[FFNProblem]:
+    """The calls that the same kernels run; the operator does not know which of them it is."""
+    return [
+        dataclasses.replace(problem, needs_grad=needs_grad, recompute=recompute)
+        for needs_grad in (False, True)
+        for recompute in (False, True)
+    ]
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
@@ -97,7 +114,13 @@ def _backward(  # type: ignore[no-untyped-def]
     tensors = x, w1, b1, w2, b2, gate, gate_bias
     problem = _problem(tensors, activation, layout)
     kernel = backends.select_backward("ffn", BACKENDS, problem, backend, forced)
-    return kernel.backward(dout, *tensors, pre, needs, activation, layout)
+    try:
+        return kernel.backward(dout, *tensors, pre, needs, activation, layout)
+    except Exception as error:
+        families = [x for x in _families(problem) if x.needs_grad]
+        name = backends.name_of(BACKENDS, kernel)
+        name = recovery.next_kernel(error, BACKENDS, name, forced, problem, families, backward=True)
+    return _backward(dout, *tensors, pre, needs, activation, layout, name, forced)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

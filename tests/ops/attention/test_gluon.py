@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops.attention.cases import LAYOUTS, Case, check_forward
+from ops.attention.cases import Case, check_forward
 
 import fastattn
 from fastattn.backends import explanation_of
 from fastattn.ops.attention.gluon import tiles
 from fastattn.ops.common import gluon
 from oracle import assert_close_to_reference
+
+LAYOUTS = ("contiguous", "heads first", "expanded")  # of which descriptors can be made
 
 Seed = Callable[[int], None]
 
@@ -75,16 +77,26 @@ def test_strides(layout: str, gluon_seed: Seed, device: str) -> None:
     )
 
 
-def test_tensors_that_no_descriptor_takes_are_copied(gluon_seed: Seed, device: str) -> None:
+@pytest.mark.parametrize("name", ("q", "k", "v"))
+def test_tensors_that_no_descriptor_takes_are_refused(
+    name: str, gluon_seed: Seed, device: str
+) -> None:
     """One element past an aligned address, and rows that are no multiple of 16 bytes apart."""
     given = tensors(device)
-    expected = fastattn.attention(**given, causal=True, backend="gluon")
-    wide = {name: torch.cat([x[..., :1], x, x[..., :2]], -1) for name, x in given.items()}
-    views = {name: x[..., 1:65] for name, x in wide.items()}
-    assert not any(map(gluon.reads, views.values()))
-    before = {name: x.clone() for name, x in wide.items()}
-    assert torch.equal(fastattn.attention(**views, causal=True, backend="gluon"), expected)
-    assert all(torch.equal(wide[name], before[name]) for name in wide)
+    x = given[name]
+    shifted = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+    for odd, told in (
+        (shifted, rf"{name} begins 2 bytes after one: give {name}.clone\(\)"),
+        (torch.cat([x, x[..., :2]], -1)[..., :64], rf"132, 66, 1\): give {name}.contiguous\(\)"),
+        (torch.stack([x, x], -1)[..., 0], rf"128, 2\): give {name}.contiguous\(\)"),
+    ):
+        assert not gluon.reads(odd)
+        call = {**given, name: odd}
+        assert re.search(told, str(explanation_of(fastattn.attention, **call).reasons["gluon"]))
+        for _ in range(2):  # a plan is kept after the first call, if any
+            with pytest.raises(fastattn.UnsupportedError, match=told):
+                fastattn.attention(**call, backend="gluon")
+            fastattn.attention(**given, backend="gluon")
 
 
 def test_dimensions_of_size_1_may_have_any_stride(gluon_seed: Seed, device: str) -> None:

@@ -138,14 +138,15 @@ def test_who_runs_the_backward(
     assert (module is room) == (reason is None)
 
 
-def test_tensors_that_no_descriptor_takes_are_copied(schedule: dict[str, Any]) -> None:
-    """One element past an aligned address: as they come, the output's gradient too."""
+def test_a_gradient_that_no_descriptor_takes_is_copied(schedule: dict[str, Any]) -> None:
+    """One element past an aligned address: autograd's, for which the user has no choice."""
     problem = dataclasses.replace(CASES["causal"], dtype=torch.float16).draw()
-    tensors = [*(problem.tensors[name] for name in "qkv"), problem.dout]
-    odd = [x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
-    assert not any(map(kernels.reads, odd))
+    inputs = [problem.tensors[name] for name in "qkv"]
+    odd = problem.dout.new_empty(problem.dout.numel() + 1)[1:].view(problem.dout.shape)
+    odd.copy_(problem.dout)
+    assert not kernels.reads(odd)
     results = []
-    for *inputs, dout in (tensors, odd):
+    for dout in (problem.dout, odd):
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = fastattn.attention(*leaves, causal=True, backend="gluon")
         results.append(torch.autograd.grad(out, leaves, dout))
@@ -184,7 +185,7 @@ def drawn(seed: int) -> Case:
         heads=kv_heads * draw.choice((1, 2, 3)), kv_heads=kv_heads, head_dim=width,
         head_dim_v=draw.choice((None, 8 * draw.randint(1, 16))), sink=draw.random() < 0.2,
         softmax_scale=draw.choice((None, None, -0.2, 0.0)), dtype=draw.choice((torch.float16, torch.bfloat16)),
-        layout=draw.choice(("contiguous", "heads first", "expanded", "sliced")), seed=seed, **band,
+        layout=draw.choice(("contiguous", "heads first", "expanded")), seed=seed, **band,
     )  # fmt: skip
 
 

@@ -295,6 +295,26 @@ def test_compiles_packed(backend: str | None, device: str) -> None:
         torch.testing.assert_close(compiled(q, cu, max(lengths)), step(q, cu, max(lengths)))
 
 
+@pytest.mark.parametrize("backend", (pytest.param("triton", marks=pytest.mark.long), "cuda"))
+@pytest.mark.parametrize("dynamic", (None, pytest.param(True, marks=pytest.mark.long)))
+def test_compiles_packed_of_unknown_lengths(
+    dynamic: bool | None, backend: str, device: str
+) -> None:
+    """The longest sequence is a number that the graph reads, and the kernels have a limit of it."""
+    torch._dynamo.reset()
+
+    def step(q: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention_varlen(q, q, q, cu, cu, causal=True, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in ((3, 4), (7, 1, 2)):
+        cu = torch.tensor([0, *lengths], device=device).cumsum(0)
+        q = torch.randn(sum(lengths), 2, 8, dtype=widest(backend), device=device)
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            out = compiled(q, cu)
+        torch.testing.assert_close(out, step(q, cu))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
     """One graph for all lengths: a second length neither breaks nor specialises again."""

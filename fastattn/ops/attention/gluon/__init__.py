@@ -53,4 +53,4 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return "the kernels have no gradient for alibi_slopes"
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
         return f"a sequence of {max(problem.seqlen_q, problem.seqlen_k)} tokens is above 2^29"
-    return None
+    return problem.misfit

@@ -487,15 +487,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a registered call; lse float32.
 
-    A tensor that no descriptor can be made of is copied.
+    Raises:
+        launch.CannotRun: no descriptor can be made of q, k or v.
     """
     out, lse = call.results(q, v)
     packed = extras.cu_seqlens_q is not None
-    if packed:  # not every token is a sequence's
+    if packed:  # only the device knows which tokens no sequence has, or seqused leaves out
         out.zero_()
         lse.fill_(float("-inf"))
     q, k, v, o = (x[None] if packed else x for x in (q, k, v, out))
-    q, k, v = map(kernels.readable, (q, k, v))
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, head_dim_v = k.shape[1], v.shape[3]
     longest_q, longest_k = seqlen_q, seqlen_k
@@ -506,12 +506,12 @@ def forward(
     tile = tiles.forward(head_dim, head_dim_v)
     rows, keys = tile.rows, tile.keys
     descriptors = [
-        kernels.descriptor(x, [1, n, 1, d])
-        for x, n, d in (
-            (q, rows, tile.d),
-            (k, keys, tile.d),
-            (v, keys, tile.dv),
-            (o, rows, tile.dv),
+        kernels.descriptor(x, [1, n, 1, d], name=name)
+        for name, x, n, d in (
+            ("q", q, rows, tile.d),
+            ("k", k, keys, tile.d),
+            ("v", v, keys, tile.dv),
+            ("out", o, rows, tile.dv),
         )
     ]
     # Whoever sees this far sees all.
