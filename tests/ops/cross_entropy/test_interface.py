@@ -38,7 +38,7 @@ W = torch.rand(8)
         (X, T, {"weight": W[:7]}, ValueError, r"weight must have the shape \(V,\) = \(8,\).* got \(7,\)"),
         (X, T, {"weight": W.long()}, TypeError, "weight must have one of the dtypes"),
         (X, T, {"weight": 1.0}, TypeError, "weight must be a torch.Tensor; got float"),
-        (X, T, {"weight": W.to("meta")}, ValueError, "weight must be on the device cpu; got meta"),
+        (X, T, {"weight": W.to("meta")}, ValueError, "weight must be on the device of logits, cpu; got meta"),
         (X, T, {"weight": W.clone().requires_grad_()}, ValueError, r"no gradient here: give weight.detach\(\)"),
         (X, T, {"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'mean', 'sum'; got 'batchmean'"),
         (X, T, {"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),

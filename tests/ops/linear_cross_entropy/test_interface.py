@@ -35,7 +35,7 @@ C = torch.rand(8)
         ({"weight": WEIGHT[:, :3]}, ValueError, r"with D = 4, the last size of x \(2, 3, 4\); got \(8, 3\)"),
         ({"weight": WEIGHT.t()}, ValueError, r"got \(4, 8\); weight.t\(\) fits"),
         ({"weight": WEIGHT.half()}, TypeError, "must have one dtype; got x float32, weight float16: cast"),
-        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device cpu; got meta"),
+        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device of x, cpu; got meta"),
         ({"bias": BIAS[:7]}, ValueError, r"bias must have the shape \(V,\) = \(8,\), or be None; got \(7,\)"),
         ({"bias": BIAS.double()}, TypeError, "must have one dtype; got x float32, bias float64"),
         ({"targets": T[0]}, ValueError, r"targets must have the shape \(2, 3\) of x \(2, 3, 4\)"),
