@@ -13,7 +13,7 @@ from facts import outcome
 from harness import FORWARD, OURS
 from schema import Results, Row
 
-from fastattn.measured import Faster, Key
+from fastattn.measured import Faster, Key, limits
 
 RAN_ON = "ran on "  # and the backend: the note of ours
 NEXT = "triton"  # the peer of ours on `cuda`: it would run in place of `cuda`
@@ -84,14 +84,6 @@ def judged(
     return found
 
 
-def limits(sizes: Mapping[int, bool]) -> tuple[int, int | None] | None:
-    """The first and the last of the longest series of good sizes, open where nothing is beyond."""
-    good = longest([size if sizes[size] else None for size in sorted(sizes)])
-    if not good:
-        return None
-    return good[0] if good[0] > min(sizes) else 0, good[-1] if good[-1] < max(sizes) else None
-
-
 def key_of(row: Row, device: str) -> Key | None:
     """The row of the table that a measurement belongs to; None if no kernel of ours ran."""
     ours = row.get("peers", {}).get(OURS, {})
@@ -111,17 +103,6 @@ def elements(row: Row) -> int:
         return axes["rows"] * axes["hidden"] * axes.get("inner", 1)
     queries = axes["batch"] * axes.get("seqlen_q", axes["seqlen"])
     return queries * axes["heads"] * axes["head_dim"] * axes["seqlen"]
-
-
-def longest(values: Iterable[int | None]) -> list[int]:
-    """The longest series without None, the last one of equals: large problems count more."""
-    series: list[list[int]] = [[]]
-    for value in values:
-        if value is None:
-            series.append([])
-        else:
-            series[-1].append(value)
-    return max(reversed(series), key=len)
 
 
 def line(key: Key, row: Faster) -> str:

@@ -48,9 +48,9 @@ def read_whole(path: Path, most: int = LARGEST_TEXT) -> bytes:
         return file.read(status.st_size)
 
 
-def read_json(path: Path, *, finite: bool = True) -> Any:
+def read_json(path: Path, *, finite: bool = True, most: int = LARGEST_TEXT) -> Any:
     """What the JSON in a regular file says; errors of `read_whole` and `parsed_json` name it."""
-    content = read_whole(path)
+    content = read_whole(path, most)
     try:
         return parsed_json(content, finite=finite)
     except ValueError as error:

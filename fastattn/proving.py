@@ -96,13 +96,13 @@ def declined(backend: str, problem: Any, *, prove: bool) -> str | None:
     if about is None:
         if not first or measured.found(backend, problem):
             return None
-        return f"no proof of these features yet: name backend={backend!r} to use it"
+        return f"no proof of such a call: name backend={backend!r} to use it"
     if torch.compiler.is_compiling():
         return _traced(*about, first)
     verdict = remembered(about)
     where = _name(about.device)
     if verdict is None and first:
-        if not _on():
+        if not enabled():
             return f"not proven on {where}, and {VARIABLE}=0"
         if not prove:
             return f"not proven on {where}: the first call proves it, or `fastattn doctor --prove`"
@@ -148,7 +148,8 @@ def _name(device: torch.device) -> str:
     return next(iter(measured.devices(device)), str(device))
 
 
-def _on() -> bool:
+def enabled() -> bool:
+    """Whether proofs may run: FASTATTN_PROVE is not 0."""
     return os.environ.get(VARIABLE, "1").lower() not in ("0", "false", "off", "no")
 
 
@@ -257,7 +258,11 @@ def _results(
     }
     if leaves:
         generator = torch.Generator().manual_seed(1)
-        directions = [torch.randn(x.shape, generator=generator) for x in found.values()]
+        # Of so few bits that they are the same in every dtype.
+        directions = [
+            torch.randn(x.shape, generator=generator, device="cpu").bfloat16()
+            for x in found.values()
+        ]
         # The LSE of a query without a key is constant.
         cotangents = [
             torch.where(x.detach().isfinite(), direction.to(x), 0.0)
@@ -301,10 +306,10 @@ def _judged(
             torch.cat([x.flatten() for x in column]) for column in columns
         )
     told, worst = "", -1.0
-    ulps = rule.ULPS if dtype.itemsize == 2 else 16 * rule.ULPS  # sums in another order
     for name, triple in triples.items():
+        in_another_order = 1 if triple[0].dtype.itemsize == 2 else 16  # of sums
         terms = max(float(x.abs().nan_to_num(posinf=0.0).max()) for x in exact.values())
-        found = rule.compare(*triple, ulps=ulps, terms=terms)
+        found = rule.compare(*triple, ulps=in_another_order * rule.ULPS, terms=terms)
         if found.violation is not None:
             return False, f"{name}: {found.violation}"
         if (ratio := found.max / max(found.eager_max, 1e-30)) > worst:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastattn import extension, files, measured
+from fastattn import extension, files, measured, user_cache
 
 try:
     import fcntl
@@ -26,6 +26,8 @@ except ImportError:  # not on Windows: two processes may prove the same, with th
     fcntl = None  # type: ignore[assignment]
 
 RUNNING, PASSED, FAILED = "running", "passed", "failed"
+FOLDER = "proofs"
+LARGEST, LONGEST = 2**14, 1000  # bytes of a file, characters of its figures
 
 
 class Verdict(NamedTuple):
@@ -44,17 +46,9 @@ class Subject(NamedTuple):
     device: torch.device
 
 
-def folder() -> Path | None:
-    """The folder of the verdicts, None where the user has no home."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard wants a relative path to be ignored.
-    cache = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
-    return Path(cache, "fastattn", "proofs") if os.path.isabs(cache) else None
-
-
 def path_of(about: Subject) -> Path | None:
     """The file of a verdict: its name stands for all that the verdict depends on."""
-    place = folder()
+    place = user_cache.folder(FOLDER)
     if place is None:
         return None
     named = [about.op, about.backend, about.family, environment(about.backend, about.device)]
@@ -67,12 +61,35 @@ def read(path: Path | None) -> tuple[str, str] | None:
     if path is None:
         return None
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = files.read_json(path, most=LARGEST)
         stands, told = note["verdict"], note["told"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    known = stands in (RUNNING, PASSED, FAILED) and isinstance(told, str)
+    known = stands in (RUNNING, PASSED, FAILED) and isinstance(told, str) and told == _line(told)
     return (stands, told) if known else None
+
+
+def failures(device: torch.device) -> Iterator[tuple[str, str]]:
+    """(the family in words, the figures) of each that failed on `device` as it is now."""
+    place = user_cache.folder(FOLDER)
+    named = measured.devices(device) != (device.type,)  # a CPU has no kernel to choose
+    for path in sorted(place.glob("*.json")) if named and place is not None else ():
+        try:
+            note = files.read_json(path, most=LARGEST)
+            about = Subject(note["op"], note["backend"], note["family"], device)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        # Whatever the file says of itself, its name says what it is about.
+        if all(isinstance(x, str) for x in about[:3]) and path_of(about) == path:
+            with alone(path) as nobody_at_it:
+                verdict = left(path) if nobody_at_it else None
+            if verdict is not None and not verdict.passed:
+                yield _line(f"{about.backend} {about.op}, {about.family}"), verdict.told
+
+
+def _line(text: str) -> str:
+    """A text as it may be printed: one line of characters that show, and not too long."""
+    return "".join(c if c.isprintable() else " " for c in text)[:LONGEST]
 
 
 def left(path: Path | None) -> Verdict | None:
@@ -90,7 +107,7 @@ def write(path: Path | None, about: Subject, stands: str, told: str) -> None:
     if path is None:
         return
     note = {
-        "verdict": stands, "told": told, "op": about.op, "backend": about.backend,
+        "verdict": stands, "told": _line(told), "op": about.op, "backend": about.backend,
         "family": about.family, **environment(about.backend, about.device),
     }  # fmt: skip
     with contextlib.suppress(OSError):
@@ -123,23 +140,13 @@ def environment(backend: str, device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
     }
     if backend == "cuda":
-        file = extension.file()
-        found["extension"] = "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+        found["extension"] = user_cache.library()
     else:
         found["triton"] = _version("triton")
         names = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_INTERPRET")
         found["settings"] = " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
-    found["sources"] = _sources()
+    found["sources"] = user_cache.sources()
     return found
-
-
-@functools.cache
-def _sources() -> str:
-    """A hash of the ops' code: kernels, launchers and tables of tiles."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "ops").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _driver() -> str:

@@ -76,6 +76,13 @@ def run(
     return results
 
 
+def start(function: Callable[..., Any], *args: Any) -> Any:
+    """A process that calls `function(*args)`, with no process group."""
+    process = _context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     """A port that was free a moment ago."""
     with socket.socket() as listener:

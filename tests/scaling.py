@@ -87,9 +87,10 @@ class Counted(TorchDispatchMode):
         return lambda _: self._there.pop(key, None)
 
     def _now(self) -> int:
-        """FSDP2 frees a storage by setting its size to 0."""
+        """FSDP2 frees a storage by setting its size to 0; one on the meta device has no bytes."""
         storages = [reference() for reference in list(self._there.values())]
-        return sum(storage.nbytes() for storage in storages if storage is not None)
+        there = [one for one in storages if one is not None and one.device.type != "meta"]
+        return sum(storage.nbytes() for storage in there)
 
 
 @dataclass(frozen=True)

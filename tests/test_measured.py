@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import json
+import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fastattn
-from fastattn import backends, measured
+from fastattn import backends, measured, user_cache
 from fastattn.backends import explanation_of
 from fastattn.measured import Faster, Key
 from fastattn.ops.attention import interface as attention_interface
@@ -295,3 +298,136 @@ def test_the_size_of_a_step_of_decoding() -> None:
     described = describe(q, cache, cache, torch.tensor([3, 4]))
     assert (described.op, described.needs_grad) == ("attention_with_kv_cache", False)
     assert (described.dtype, described.elements) == (torch.float32, 2 * 3 * 4 * 8)
+
+
+# --- the user's table -----------------------------------------------------------------------------
+
+MINE = Faster("triton", "2026-11-30", 10, 60)
+
+
+@pytest.fixture
+def cache(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's cache folder, of nobody yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured.of_user.cache_clear()
+    yield tmp_path / "fastattn" / "measured"
+    measured.of_user.cache_clear()
+
+
+def note(**changes: Any) -> dict[str, Any]:
+    row = KEY._asdict() | MINE._asdict()
+    named = {name: changes.pop(name) for name in changes.keys() & row.keys()}
+    return {"device": GPU, "kernels": measured.state(), "rows": [row | named]} | changes
+
+
+def leave(cache: Path, text: str) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    path = measured.path_of(GPU)
+    assert path is not None and path.parent == cache
+    path.write_text(text)
+
+
+def test_what_is_written_counts_in_the_next_process(cache: Path) -> None:
+    assert measured.declined("cuda", problem()) is not None
+    path = measured.write(GPU, {KEY: MINE})
+    measured.of_user.cache_clear()
+    assert list(cache.iterdir()) == [path]  # and no temporary file
+    assert measured.declined("cuda", problem()) is None
+    assert measured.found("cuda", problem())
+    assert "above 60 elements" in str(measured.declined("cuda", problem(61)))
+    measured.TABLE[KEY] = Faster("torch", DATE)  # what is shipped comes after it
+    assert "above 60 elements" in str(measured.declined("cuda", problem(61)))
+    other = KEY._replace(dtype="float16")
+    measured.write(GPU, {other: Faster("torch", DATE)})
+    assert measured.of_user(GPU) == {KEY: MINE, other: Faster("torch", DATE)}
+    assert measured.of_user("another GPU") == {}
+
+
+def test_never_counts_while_compiling_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = KEY._replace(backend="triton")
+    measured.write(GPU, {triton: Faster("torch", DATE, 0, 0)})
+    reason = f"not faster than torch at any number of elements ({GPU}, {DATE})"
+    assert measured.declined("triton", problem()) == reason
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert measured.declined("triton", problem()) == reason
+
+
+def test_other_kernels_are_not_meant(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(user_cache, "sources", lambda: "older")
+        measured.write(GPU, {KEY: MINE})
+    measured.of_user.cache_clear()
+    assert measured.of_user(GPU) == {}  # without a warning
+    other = KEY._replace(dtype="float16")
+    measured.write(GPU, {other: MINE})
+    assert measured.of_user(GPU) == {other: MINE}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", "[1]", "\0", '{"device": 1}', '"' + "x" * measured.LARGEST + '"',
+        *(
+            json.dumps(note(**changes))
+            for changes in (
+                {"backend": "torch"}, {"backend": ["cuda"]}, {"op": "a\x1b[2J"}, {"op": "a" * 999},
+                {"dtype": None}, {"needs_grad": 1}, {"device": "another"}, {"than": 3},
+                {"date": "today"}, {"least": -1}, {"least": 1.5}, {"least": True}, {"most": "9"},
+                {"rows": None}, {"rows": "ab"}, {"rows": [[]]}, {"rows": [{}]},
+                {"rows": [{**KEY._asdict(), **MINE._asdict(), "more": 1}]},
+                {"rows": [1] * (measured.MOST_ROWS + 1)},
+            )
+        ),
+        json.dumps(note()).replace('"least"', '"most"'),  # a key that is there twice
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none_is_ignored_with_one_warning(text: str, cache: Path) -> None:
+    leave(cache, text)
+    with pytest.warns(RuntimeWarning, match="is ignored, .*`fastattn tune` measures again") as told:
+        assert measured.declined("cuda", problem()) is not None
+        assert measured.declined("cuda", problem()) is not None
+    assert len(told) == 1
+    measured.write(GPU, {KEY: MINE})
+    assert measured.declined("cuda", problem()) is None
+
+
+def test_neither_a_pipe_nor_a_folder_is_waited_for(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    path = measured.path_of(GPU)
+    assert path is not None
+    os.mkfifo(path)
+    with pytest.warns(RuntimeWarning, match="must be a regular file"):
+        assert measured.of_user(GPU) == {}
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert measured.of_user(GPU) == {}
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        measured.write(GPU, {KEY: MINE})
+
+
+def test_a_cpu_reads_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "of_user", lambda name: pytest.fail(name))
+    for interface in INTERFACES:
+        interface._dispatch.plans.clear()
+    x = torch.randn(3, 7)
+    fastattn.layer_norm(x, residual=x)
+    assert explanation_of(fastattn.layer_norm, x).backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("good", "limits"),
+    [
+        ({}, None),
+        ({1: False, 2: False}, None),
+        ({1: True, 2: True}, (0, None)),
+        ({1: False, 2: True, 3: True}, (2, None)),
+        ({3: False, 1: True, 2: True}, (0, 2)),
+        ({1: True, 2: False, 3: True, 4: True, 5: False}, (3, 4)),
+        ({1: True, 2: False, 3: True}, (3, None)),
+    ],
+)
+def test_limits_of_the_longest_series(good: dict[int, bool], limits: Any) -> None:
+    assert measured.limits(good) == limits

@@ -6,6 +6,7 @@ them, so that its proof, its dispatch and its gradients are real.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,9 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import backends, extension, measured, proving, verdicts
+from fastattn import backends, extension, measured, proving, user_cache, verdicts
 from fastattn.backends import explanation_of
 from fastattn.cli import main
+from fastattn.ops.attention.cache import cuda as cache_cuda
+from fastattn.ops.attention.cache import interface as decoding
+from fastattn.ops.attention.cache import proof as cache_proof
+from fastattn.ops.attention.cache import triton as cache_triton
 from fastattn.ops.layer_norm import cuda, triton
 from fastattn.ops.layer_norm import interface as norms
 
@@ -77,7 +82,9 @@ class Chip:
         proving._known.clear()
         proving._warned.clear()
         verdicts.environment.cache_clear()
+        measured.of_user.cache_clear()
         norms._dispatch.plans.clear()
+        decoding._dispatch.plans.clear()
 
     def call(self, x: torch.Tensor = X, **more: Any) -> list[str]:
         """Which kernels a call runs, those of its proof too."""
@@ -177,6 +184,41 @@ def test_a_wrong_kernel_is_never_chosen(
     assert chip.reason() == reason
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_decoding_too(wrong: bool, chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paged cache: the kernel that reads a key too few is never chosen."""
+    sizes = {"CAPACITY": 40, "PAGE": 24, "LENGTHS": (33, 17), "STARTS": (1, 2)}
+    for name, size in sizes.items():
+        monkeypatch.setattr(cache_proof, name, size)
+    ran, forward = list[str](), cache_triton.forward
+
+    def planted(q: Any, extras: Any, settings: Any, call: Any) -> Any:
+        ran.append("cuda")
+        return forward(q, extras, settings, call._replace(lengths=call.lengths - int(wrong)))
+
+    def spied(*args: Any) -> Any:
+        ran.append("triton")
+        return forward(*args)
+
+    chip.set(cache_cuda, "forward", planted)
+    chip.set(cache_triton, "forward", spied)
+    q, cache = torch.randn(1, 1, 2, 16).half(), torch.randn(2, 8, 2, 16).half()
+    table, lengths = torch.tensor([[1, 0]]), torch.tensor([11])
+    call = q, cache, cache, lengths
+    with contextlib.ExitStack() as stack:
+        if wrong:
+            told = r"attention_with_kv_cache .* paged: its proof failed .*against float64"
+            stack.enter_context(pytest.warns(RuntimeWarning, match=told))
+        out = fastattn.attention_with_kv_cache(*call, block_table=table)
+    assert ran == ["cuda", "cuda", "triton" if wrong else "cuda"]  # the proof has two calls
+    keys = cache[[1, 0]].flatten(0, 1)[None, :11]
+    torch.testing.assert_close(
+        out, fastattn.attention(q, keys, keys, backend="reference"), rtol=2e-3, atol=2e-3
+    )
+    reasons = explanation_of(fastattn.attention_with_kv_cache, *call, block_table=table).reasons
+    assert ("against float64" in str(reasons["cuda"])) == wrong
+
+
 def test_a_wrong_gradient_is_found(chip: Chip) -> None:
     backward = triton.backward
 
@@ -187,6 +229,25 @@ def test_a_wrong_gradient_is_found(chip: Chip) -> None:
     chip.set(cuda, "backward", wrong)
     with pytest.warns(RuntimeWarning, match=r"dx: max error"):
         assert chip.call() == ["cuda", "triton"]
+
+
+def test_doctor_names_every_family_that_failed(
+    chip: Chip, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of an op and of features that its table of backends does not show."""
+    about = chip.about()._replace(op="rotary", backend="triton", family="of a kind\nof its own")
+    verdicts.write(verdicts.path_of(about), about, verdicts.FAILED, "q: max error 1.0\x1b[2J")
+    of_another = about._replace(family="another", device=torch.device("cpu", 1))
+    verdicts.write(verdicts.path_of(of_another), of_another, verdicts.PASSED, "q: 1e-7")
+    (chip.folder / "rotary-triton-moved.json").write_text(
+        verdicts.path_of(about).read_text()  # type: ignore[union-attr]
+    )
+    assert main(["doctor"]) == 0
+    lines = [line for line in capsys.readouterr().out.split("\n") if "rotary" in line]
+    assert lines == [
+        "  not used on cpu, its proof failed: triton rotary, of a kind of its own: "
+        "q: max error 1.0 [2J"
+    ]
 
 
 def test_doctor_says_it(chip: Chip, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +322,7 @@ def test_anything_new_is_proven_again(change: str, chip: Chip) -> None:
         assert file is not None
         file.write_bytes(b"other kernels")
     else:
-        chip.set(verdicts, "_sources", lambda: "others")
+        chip.set(user_cache, "sources", lambda: "others")
     chip.restart()
     assert chip.call() == ["cuda", "cuda"]
     assert len(chip.notes()) == 2
@@ -277,12 +338,46 @@ def test_the_default_order_by_architecture(chip: Chip) -> None:
     assert measured.declined("triton", problem) is None
 
 
+ROW = measured.Key("layer_norm", "cuda", "float32", None, "a GPU")
+
+
+@pytest.mark.parametrize(
+    ("chip_is", "limits", "small", "large"),
+    [
+        ("sm_80", None, "cuda", "cuda"),
+        ("sm_80", (0, 0), "triton", "triton"),
+        ("sm_80", (200, None), "triton", "cuda"),
+        ("sm_120", None, "triton", "triton"),
+        ("sm_120", (0, 200), "cuda", "triton"),
+    ],
+)
+def test_the_users_measurements_choose_among_proven_kernels(
+    chip_is: str, limits: Any, small: str, large: str, chip: Chip
+) -> None:
+    chip.named("a GPU", chip_is)
+    if limits is not None:
+        measured.write("a GPU", {ROW: measured.Faster("triton", "2026-11-30", *limits)})
+    chip.call(), chip.call(torch.cat([X, X]))  # prove it
+    chip.restart()
+    assert chip.call() == [small]  # of 120 elements
+    assert chip.call(torch.cat([X, X])) == [large]
+    assert chip.ran[-1] == large
+
+
+def test_no_measurement_makes_a_wrong_kernel_right(chip: Chip) -> None:
+    chip.bug = scaled
+    measured.write("a GPU", {ROW: measured.Faster("triton", "2026-11-30")})
+    chip.restart()
+    with pytest.warns(RuntimeWarning, match="its proof failed"):
+        assert chip.call() == ["cuda", "triton"]
+
+
 def test_features_without_a_proof(chip: Chip) -> None:
     """They are not chosen, but where a row of what was measured says so."""
-    q = torch.randn(1, 4, 2, 16, dtype=torch.float16)
-    call = {"dropout_p": 0.1, "return_lse": True}
+    q = torch.randn(1, 0, 2, 16, dtype=torch.float16)
+    call = {"causal": True}
     reasons = explanation_of(fastattn.attention, q, q, q, **call).reasons
-    assert "no proof of these features" in str(reasons["cuda"])
+    assert "no proof of such a call" in str(reasons["cuda"])
     problem = backends.problem_of(fastattn.attention, q, q, q, **call)[0]
     chip.set(measured, "found", lambda backend, problem: True)
     assert proving.declined("cuda", problem, prove=False) is None
@@ -293,8 +388,13 @@ def test_features_without_a_proof(chip: Chip) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"verdict": "good", "told": ""}', '{"verdict": "passed"}', "\0"],
-)
+    [
+        "", "{", "[]", "null", '{"verdict": "good", "told": ""}', '{"verdict": "passed"}', "\0",
+        '{"verdict": "failed", "verdict": "passed", "told": ""}', '{"verdict": {}, "told": ""}',
+        '{"verdict": "passed", "told": "\\u001b[2J"}', '{"verdict": "passed", "told": NaN}',
+        '{"verdict": "passed", "told": ""}' + " " * verdicts.LARGEST,
+    ],
+)  # fmt: skip
 def test_a_file_that_cannot_be_read_is_proven_again(text: str, chip: Chip) -> None:
     chip.call()
     (path,) = chip.folder.glob("*.json")
@@ -313,7 +413,7 @@ def test_no_folder(place: str, chip: Chip, tmp_path: Path, monkeypatch: pytest.M
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
         chip.set(os.path, "expanduser", lambda path: path)
-        assert verdicts.folder() is None
+        assert user_cache.folder(verdicts.FOLDER) is None
     assert chip.call() == ["cuda", "cuda"]
     assert chip.call(torch.cat([X, X])) == ["cuda"]
     assert chip.notes() == []
@@ -322,7 +422,7 @@ def test_no_folder(place: str, chip: Chip, tmp_path: Path, monkeypatch: pytest.M
 def test_the_users_folder(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/somebody")
-    assert verdicts.folder() == Path("/somebody/.cache/fastattn/proofs")
+    assert user_cache.folder(verdicts.FOLDER) == Path("/somebody/.cache/fastattn/proofs")
 
 
 # --- other processes and threads ------------------------------------------------------------------
@@ -441,10 +541,14 @@ def test_torch_compile_takes_what_is_remembered(chip: Chip) -> None:
     assert chip.notes() == []
     chip.call()
     assert backend_of(X) == "cuda"
+    # A row counts for every size, if it has one.
+    for limits, backend in (((10**6, None), "cuda"), ((0, 0), "triton")):
+        measured.write("a GPU", {ROW: measured.Faster("triton", "2026-11-30", *limits)})
+        assert backend_of(X) == backend
 
 
 @pytest.mark.parametrize(
-    "mode", ["inference", "no_grad", "autocast", "checkpoint", "hooks", "operator"]
+    "mode", ["inference", "no_grad", "autocast", "device", "checkpoint", "hooks", "operator"]
 )
 def test_a_proof_does_not_depend_on_the_callers_modes(mode: str, chip: Chip) -> None:
     x = X.clone().requires_grad_()
@@ -457,6 +561,9 @@ def test_a_proof_does_not_depend_on_the_callers_modes(mode: str, chip: Chip) -> 
             chip.call()
     elif mode == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            chip.call()
+    elif mode == "device":
+        with torch.device("meta"):  # of tensors that are made without one
             chip.call()
     elif mode == "operator":  # inside of one, below autograd
         with torch._C._AutoDispatchBelowAutograd():  # type: ignore[attr-defined]
@@ -503,6 +610,16 @@ def test_doctor_proves_all(chip: Chip, capsys: pytest.CaptureFixture[str]) -> No
     assert chip.reason() == "runs"
 
 
+def test_doctor_proves_nothing_where_proofs_are_off(
+    chip: Chip, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(proving.VARIABLE, "0")
+    assert main(["doctor", "--prove"]) == 1
+    out = capsys.readouterr().out
+    assert "FASTATTN_PROVE turns them off" in out and "versions" in out
+    assert chip.ran == chip.notes() == []
+
+
 def test_doctor_stops_where_the_device_fails(
     chip: Chip, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -517,10 +634,13 @@ def test_doctor_stops_where_the_device_fails(
 def test_doctor_proves_what_has_a_proof(chip: Chip) -> None:
     from fastattn.cli import proofs
 
-    found = list(proofs._kernels(CPU))
-    assert {name for name, _ in found} == {"cuda", "triton"}
-    assert {problem.op for _, problem in found} == {"attention", "ffn", "layer_norm", "rms_norm"}
-    assert all(proving.subject(name, problem) for name, problem in found)
+    subjects = [about for about, _ in proofs._families(CPU)]
+    assert {about.backend for about in subjects} == {"cuda", "triton"}
+    assert {about.op for about in subjects} == proving._proofs.keys()
+    assert len(subjects) == len(set(subjects))
+    families = [about.family for about in subjects if about.backend == "cuda"]
+    for feature in ("dropout", "stored as int8", "stored as float8_e4m3fn", "paged", "bias"):
+        assert any(feature in family for family in families)
 
 
 def test_doctor_without_a_device(capsys: pytest.CaptureFixture[str]) -> None:

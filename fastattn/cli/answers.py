@@ -14,6 +14,7 @@ import torch
 from fastattn import models
 from fastattn.cli.demo import pretrained
 from fastattn.generation import Engine, Request, Sampling
+from fastattn.nn.stored_cache import NAMES
 from fastattn.training.optional import require
 from fastattn.training.tokenizer import Tokenizer
 
@@ -26,6 +27,12 @@ HALF = "\ufffd"  # what decoding makes of a part of a character
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--device", default="cpu", help="default: cpu")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-dtype", choices=NAMES, help="of the keys and values; default: the model's"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     answers.add_sampling(parser)
     answers.add_model(parser)
+    answers.add_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"--max-new-tokens must be from 1 to {context - 1}, for the model's context has "
             f"{context} tokens; got {arguments.max_new_tokens}"
         )
-    engine = answers.engine(model, context)
+    engine = answers.engine(model, context, cache_dtype=arguments.cache_dtype)
     messages: Messages = []
     if arguments.system is not None:
         messages.append({"role": "system", "content": arguments.system})

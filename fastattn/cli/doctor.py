@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn import extension, proving
+from fastattn import extension, measured, proving, verdicts
 from fastattn.backends import (
     ENVIRONMENT_VARIABLE,
     NAMES,
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         print()
     print("backends")
     for device in _available():
-        for line in _backends(device):
+        for line in (*_backends(device), *_failures(device)):
             print(f"  {line}")
     return code
 
@@ -83,6 +83,7 @@ def _devices() -> Iterator[str]:
         yield f"GPU {index}      {gpu.name}, capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB"
         for line in _assembler(10 * gpu.major + gpu.minor):
             yield f"ptxas      {line}"
+        yield f"measured   {_measured(gpu.name)}"
     yield f"extension  {extension.status()}"
 
 
@@ -95,6 +96,15 @@ def _assembler(architecture: int) -> Iterator[str]:
         return
     if (warning := ptxas.warning(architecture)) is not None:
         yield f"WARNING: {warning}"
+
+
+def _measured(gpu: str) -> str:
+    """What the user's table has of a GPU."""
+    if rows := measured.of_user(gpu):
+        return f"{len(rows)} rows of {max(row.date for row in rows.values())}, by `fastattn tune`"
+    path = measured.path_of(gpu)
+    of_others = path is not None and path.exists()
+    return f"{'only by other kernels' if of_others else 'nothing'}: `fastattn tune` measures"
 
 
 def _driver() -> str:
@@ -133,6 +143,12 @@ def _calls(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Callable[
     yield fastattn.rms_norm, ((x, empty(512)), {})
     weights = (empty(2048, 512), empty(2048), empty(512, 2048), empty(512))
     yield fastattn.ffn, ((x, *weights), {})
+
+
+def _failures(device: torch.device) -> Iterator[str]:
+    """The families of kernels that failed their proof, with the figures, of every op."""
+    for family, told in verdicts.failures(device):
+        yield f"not used on {device}, its proof failed: {family}: {told}"
 
 
 def _backends(device: torch.device) -> Iterator[str]:

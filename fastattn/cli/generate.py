@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end it")
     answers.add_sampling(parser)
     answers.add_model(parser)
+    answers.add_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not ids:
         raise ValueError("the prompt has no token: give a text")
     count = arguments.max_new_tokens
-    engine = answers.engine(model, min(len(ids) + max(count, 1), model.config.n_positions))
+    tokens = min(len(ids) + max(count, 1), model.config.n_positions)
+    engine = answers.engine(model, tokens, cache_dtype=arguments.cache_dtype)
     request = engine.submit(ids, max_new_tokens=count, **settings)
     answers.write(request, answers.TextStream(tokenizer, arguments.stop))
     return 0

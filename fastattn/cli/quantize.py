@@ -5,7 +5,7 @@
     fastattn quantize model.gguf --to int8 --out QUANTISED
 
 FOLDER holds a decoder that `fastattn.models.load` reads, or is a GGUF file. The folder that --out
-writes is read by all commands (int8 only: torchao's modes are for a model in memory). Perplexity is
+writes is read by all commands, with the same --dtype and on the same kind of device. Perplexity is
 of the text, tokens a second of greedy generation after its first tokens, before and after
 interleaved, by the processor's time on a CPU. Without --text a text of the package is read, which
 most models have seen: give one that yours has not.
@@ -52,11 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for name in ("tokens", "new_tokens"):
         check_integer(f"--{name.replace('_', '-')}", getattr(arguments, name), at_least=1)
-    if arguments.out is not None and arguments.to != "int8":
-        raise ValueError(
-            f"--out writes int8 only: {arguments.to} is torchao's, made when the model is loaded "
-            "(fastattn.compression.quantize)"
-        )
     path = Path(arguments.folder).expanduser()
     text = _text(arguments.text)
     tokenizer, save_tokenizer = _tokenizer(path)
@@ -80,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         context = min(CONTEXT, model.config.n_positions)
         found = perplexity(model, tokenizer, text, context=context, stride=context).perplexity
         rows.append((size(model) / 1e6, speed, found))
-        print(f"{name:10}{rows[-1][0]:10.1f}{speed:10.1f}{found:12.4f}", flush=True)
+        print(f"{name:10}{rows[-1][0]:10.1f} {speed:9.1f} {found:11.4f}", flush=True)
     ratios = [new / old for old, new in zip(*rows)]
     print(f"{'ratio':10}{ratios[0]:10.3f}{ratios[1]:10.2f}{ratios[2]:12.4f}")
     return 0

@@ -1,8 +1,12 @@
-"""Search other tiles of the attention kernels on this GPU; print the rows of the table to change.
+"""Measure on this GPU which kernels are faster, and search other tiles of the attention kernels.
 
-From the tile of the table the search walks to the fastest tile that differs by one step in one
-number, again and again, until none is faster. It proposes a tile whose gain repeats and is above
-the noise (fastattn/ops/attention/tuning.py).
+First plain calls run on every backend. Dispatch takes the faster one from then on: the rows are
+written into the user's cache folder (fastattn/measured.py), for this GPU and these kernels.
+
+Then the rows of the table of tiles that would be better are printed. From the tile of the table the
+search walks to the fastest tile that differs by one step in one number, again and again, until none
+is faster. It proposes a tile whose gain repeats and is above the noise
+(fastattn/ops/attention/tuning.py).
 """
 
 from __future__ import annotations
@@ -19,8 +23,13 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn import measured
+from fastattn.cli import tune_backends
 from fastattn.ops.attention import tiles, tuning
 from fastattn.ops.common import launch
+
+BACKENDS, TILES = "backends", "tiles"
+SHARE = 0.25  # of the budget, for the comparison of backends where both are done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"some of {values}; default: all",
         )
 
-    parser.add_argument("--op", choices=["attention"], default="attention", help="whose table")
+    parser.add_argument("--only", choices=[BACKENDS, TILES], help="one of the two; default: both")
+    parser.add_argument("--op", choices=["attention"], default="attention", help="whose tiles")
     option("--dtype", list(tuning.DTYPES))
     option("--head-dim", tuning.HEAD_DIMS, int)
     option("--kernel", list(tuning.KERNELS))
@@ -73,26 +83,54 @@ def run(arguments: argparse.Namespace) -> int:
             f"got {arguments.seqlen} and {arguments.budget}"
         )
     device = torch.device("cuda", torch.cuda.current_device())
+    about = environment(device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    report: dict[str, Any] = {"environment": about}
+    budget = arguments.budget
+    if arguments.only != TILES:
+        report["rows"] = _compare(arguments, device, budget * (SHARE if not arguments.only else 1))
+        budget *= 1 - SHARE
+    if arguments.only != BACKENDS:
+        report["entries"] = _search(arguments, device, budget)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _compare(
+    arguments: argparse.Namespace, device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    """Compare the backends, and write the user's rows."""
+    print("backends, median times of plain calls")
+    dtypes = [tuning.DTYPES[name] for name in arguments.dtype]
+    rows = tune_backends.compare(device, dtypes, seconds, tune_backends.interleaved)
+    for line in tune_backends.described(rows):
+        print(f"  {line}")
+    if rows:
+        path = measured.write(measured.devices(device)[0], rows)
+        print(f"written to {path}, where dispatch reads it\n")
+    else:
+        print("  no kernel could be compared\n")
+    return [key._asdict() | row._asdict() for key, row in rows.items()]
+
+
+def _search(
+    arguments: argparse.Namespace, device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    """Search the tiles, and print what would change."""
     entries = tuning.entries_of(
         launch.architecture(device), arguments.kernel, arguments.dtype, arguments.head_dim,
         arguments.masking,
     )  # fmt: skip
-    about = environment(device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
     outcomes = []
-    for outcome in tuning.tune(
-        entries, device, arguments.seqlen, arguments.budget, tuning.interleaved
-    ):
+    for outcome in tuning.tune(entries, device, arguments.seqlen, seconds, tuning.interleaved):
         outcomes.append(outcome)
         for line in tuning.described(outcome):
             print(line, flush=True)
     print()
     for line in tuning.proposals(outcomes):
         print(line)
-    if arguments.json is not None:
-        report = {"environment": about, "entries": [asdict(outcome) for outcome in outcomes]}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return [asdict(outcome) for outcome in outcomes]
 
 
 def environment(device: torch.device) -> dict[str, str]:

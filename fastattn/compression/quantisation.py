@@ -11,10 +11,11 @@ import torch
 
 from fastattn.nn.checks import check_choice
 from fastattn.nn.int8_weight import Int8Weight, round_linear_layers, why_not_rounded
+from fastattn.nn.torchao_weight import GROUP, is_torchaos, parts, quantise
+from fastattn.nn.torchao_weight import MODES as TORCHAOS
 from fastattn.training.optional import require
 
-MODES = ("int8", "int8-dynamic", "int4", "fp8")
-GROUP = 32  # of int4: the one that divides the most sizes
+MODES = ("int8", *TORCHAOS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,8 @@ def size(model: torch.nn.Module) -> int:
 def _bytes(tensor: Any) -> int:
     if isinstance(tensor, Int8Weight):
         return tensor.bytes
-    if not hasattr(tensor, "tensor_data_names"):
-        return int(tensor.nbytes)
-    names = (*tensor.tensor_data_names, *getattr(tensor, "optional_tensor_data_names", ()))
-    parts = (getattr(tensor, name) for name in names)
-    return sum(int(part.nbytes) for part in parts if part is not None)
+    plain = parts(tensor).values() if is_torchaos(tensor) else [tensor]
+    return sum(int(part.nbytes) for part in plain)
 
 
 def _has_matrix(module: torch.nn.Module) -> bool:
@@ -121,13 +119,13 @@ def _with_torchao(
     model: torch.nn.Module, mode: str, layers: dict[str, torch.nn.Module]
 ) -> dict[str, str]:
     """Quantise by torchao; the layers that stay, and why."""
-    torchao = require("torchao.quantization", "compress", f"quantising to {mode}")
+    require("torchao.quantization", "compress", f"quantising to {mode}")
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     left: dict[str, str] = {}
-    possible = functools.cache(functools.partial(_trial, torchao, mode))
+    possible = functools.cache(functools.partial(_trial, mode))
     for name, layer in layers.items():
         weight: Any = layer.weight
         if owners[id(weight)] > 1:
@@ -135,27 +133,12 @@ def _with_torchao(
         elif why := possible(tuple(weight.shape), weight.dtype, weight.device):
             left[name] = why
         else:
-            torchao.quantize_(layer, _config(torchao, mode, weight.device), filter_fn=_everything)
+            quantise(layer, mode)
     return left
 
 
-def _everything(module: torch.nn.Module, name: str) -> bool:
-    return isinstance(module, torch.nn.Linear)
-
-
-def _config(torchao: Any, mode: str, device: torch.device) -> Any:
-    if mode == "int8-dynamic":
-        return torchao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    if mode == "fp8":
-        return torchao.Float8WeightOnlyConfig(set_inductor_config=False)
-    if device.type == "cpu":  # the kernel that torch brings for it
-        cpu = require("torchao.prototype.quantization.int4", "compress", "quantising to int4")
-        return cpu.PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
-    return torchao.Int4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
-
-
 def _trial(
-    torchao: Any, mode: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    mode: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Why a layer of these sizes cannot be quantised: one is, and called; None if it can."""
     if mode == "int4" and shape[1] % GROUP:
@@ -165,7 +148,7 @@ def _trial(
     layer = torch.nn.Linear(shape[1], shape[0], False, device=device, dtype=dtype)
     before: Callable[..., Any] | torch.Tensor = layer.weight
     try:
-        torchao.quantize_(layer, _config(torchao, mode, device), filter_fn=_everything)
+        quantise(layer, mode)
         layer(torch.zeros(2, shape[1], device=device, dtype=dtype))
     except Exception as error:  # of many kinds: assertions, missing kernels, missing packages
         text = str(error).strip().splitlines()

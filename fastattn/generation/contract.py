@@ -29,7 +29,7 @@ class LanguageModel(Protocol):
 
     @property
     def new_cache(self) -> Callable[..., KVCache]:
-        """``(batch_size, capacity) -> KVCache``, empty."""
+        """``(batch_size, capacity) -> KVCache``, empty; for ``cache_dtype`` it takes ``dtype=``."""
 
     def features(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, C) of unchecked token ids (B, T), which the cache then holds."""

@@ -36,10 +36,10 @@ def search(task: Task, alpha: float, top_k: int) -> Tensor:
     shortest, longest = (f(map(len, task.prompts)) for f in (min, max))
     each, last = torch.arange(count, device=new.device), lengths - 1
 
-    prompts = model.new_cache(count, longest, **task.encoder)
+    prompts = model.new_cache(count, longest, **task.encoder, **task.stored)
     hidden = decoding.read_prompts(model, task.prompts, prompts)  # (B, T, C)
     encoder = {k: v.repeat_interleave(top_k, 0) for k, v in task.encoder.items()}
-    cache = model.new_cache(count * top_k, longest + steps, **encoder)
+    cache = model.new_cache(count * top_k, longest + steps, **encoder, **task.stored)
     cache.fill(prompts, each.repeat_interleave(top_k))
     logits = model.lm_head(hidden[each, last])
     before = _directions(hidden)  # (B, n, C)

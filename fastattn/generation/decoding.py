@@ -20,6 +20,7 @@ from fastattn.generation import graphs, processors, sampling
 from fastattn.generation.contract import LanguageModel, is_encoder_decoder
 from fastattn.generation.sampling import Sampling
 from fastattn.generation.stopping import StopStrings
+from fastattn.nn.stored_cache import FIRST
 
 if TYPE_CHECKING:
     from fastattn.models.cache import KVCache
@@ -43,6 +44,7 @@ class Task:
         texts: the texts that end a sequence.
         on_token: is told the new tokens (B,) of each step.
         encoder: what an encoder-decoder's cache is made from.
+        stored: what else a cache is made from: ``dtype``, where it has 8-bit numbers.
     """
 
     model: LanguageModel
@@ -54,6 +56,7 @@ class Task:
     texts: StopStrings | None = None
     on_token: Callable[[Tensor], None] | None = None
     encoder: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, Any] = field(default_factory=dict)
 
     def new_tokens(self, copies: int = 1) -> Tensor:
         """(B * copies, max_new_tokens) of padding."""
@@ -152,10 +155,10 @@ def start(task: Task, copies: int = 1) -> tuple[EagerDecoder | graphs.GraphDecod
     longest = max(map(len, prompts))
     encoder = {k: v.repeat_interleave(copies, 0) for k, v in task.encoder.items()}
     size, capacity = len(prompts) * copies, longest + task.max_new_tokens
-    decoder = _decoder(model, size, capacity, **encoder)
+    decoder = _decoder(model, size, capacity, **encoder, **task.stored)
     if copies == 1:
         return decoder, _prefill(model, prompts, decoder.cache)
-    cache = model.new_cache(len(prompts), longest, **task.encoder)
+    cache = model.new_cache(len(prompts), longest, **task.encoder, **task.stored)
     logits = _prefill(model, prompts, cache)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(copies)
     decoder.cache.fill(cache, rows)
@@ -181,17 +184,20 @@ def read_prompts(model: LanguageModel, prompts: list[list[int]], cache: KVCache)
     """Read the prompts into the empty cache; (B, T, C) their hidden states, padded on the right.
 
     On a CPU a decoder reads prompts of very unequal lengths in several passes, with less padding.
+    Where the first tokens decide on the scales of 8-bit numbers, there is no padding among them.
     """
     lengths = list(map(len, prompts))
-    batches = _batches(lengths)
-    if len(batches) == 1 or model.device.type != "cpu" or is_encoder_decoder(model):
+    stored = {"dtype": cache.layers[0].keys.dtype} if cache.layers[0].k_scale is not None else {}
+    spares = model.device.type == "cpu" and not is_encoder_decoder(model)
+    batches = _batches(lengths, LEAST_SPARED if spares else None, FIRST if stored else 0)
+    if len(batches) == 1:
         return _read_padded(model, prompts, cache)
     hidden = None
     for rows in batches:
         some = [prompts[row] for row in rows]
-        own = model.new_cache(len(rows), len(some[0]))
+        own = model.new_cache(len(rows), len(some[0]), **stored)
         states = _read_padded(model, some, own)
-        cache.place(own, torch.tensor(rows))
+        cache.place(own, torch.tensor(rows, device=model.device))
         if hidden is None:  # of the longest prompt
             hidden = states.new_zeros(len(prompts), *states.shape[1:])
         hidden[rows, : states.shape[1]] = states
@@ -199,13 +205,18 @@ def read_prompts(model: LanguageModel, prompts: list[list[int]], cache: KVCache)
     return hidden
 
 
-def _batches(lengths: list[int]) -> list[list[int]]:
-    """The prompts that are read together, the longest first; each further pass is worth it."""
+def _batches(lengths: list[int], spared: int | None, first: int) -> list[list[int]]:
+    """The prompts that are read together, the longest first.
+
+    A further pass spares at least so many tokens of padding (None: none does), or keeps padding out
+    of the ``first`` tokens of a prompt.
+    """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     batches: list[list[int]] = [[]]
     for place, row in enumerate(order):
-        longest = lengths[batches[-1][0]] if batches[-1] else lengths[row]
-        if (longest - lengths[row]) * (len(order) - place) >= LEAST_SPARED:
+        padding = lengths[batches[-1][0]] - lengths[row] if batches[-1] else 0
+        worth = spared is not None and padding * (len(order) - place) >= spared
+        if worth or (padding and lengths[row] < first):
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -228,24 +239,24 @@ class EagerDecoder:
     """`decode` with a cache of its own."""
 
     def __init__(
-        self, model: LanguageModel, batch_size: int, capacity: int, **encoder: Tensor
+        self, model: LanguageModel, batch_size: int, capacity: int, **options: Any
     ) -> None:
         self.model = model
-        self.cache = model.new_cache(batch_size, capacity, **encoder)
+        self.cache = model.new_cache(batch_size, capacity, **options)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return decode(self.model, tokens, self.cache)
 
 
 def _decoder(
-    model: LanguageModel, batch_size: int, capacity: int, **encoder: Any
+    model: LanguageModel, batch_size: int, capacity: int, **options: Any
 ) -> EagerDecoder | graphs.GraphDecoder:
     if not _decodes_by_graph(model):
-        return EagerDecoder(model, batch_size, capacity, **encoder)
-    if encoder:  # whose keys and values are this call's
-        cache = model.new_cache(batch_size, capacity, **encoder)
+        return EagerDecoder(model, batch_size, capacity, **options)
+    if "encoded" in options:  # whose keys and values are this call's
+        cache = model.new_cache(batch_size, capacity, **options)
         return graphs.GraphDecoder(decode, model, cache).capture()
-    return graphs.decoder(decode, model, batch_size, capacity)
+    return graphs.decoder(decode, model, batch_size, capacity, **options)
 
 
 def _decodes_by_graph(model: LanguageModel) -> bool:

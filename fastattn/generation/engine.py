@@ -30,6 +30,7 @@ from fastattn.generation.scheduling import Rows, Scheduler
 from fastattn.generation.stopping import StopStrings
 from fastattn.nn.checks import check_integer
 from fastattn.nn.mode import in_mode
+from fastattn.nn.stored_cache import FIRST, cache_options
 
 GREEDY = Sampling()
 
@@ -64,6 +65,7 @@ class Engine:
         prefill_chunk: prompt tokens read in a step, of all requests together: more of them start
             sooner, fewer let the running ones wait less.
         tokenizer: for ``stop_strings``, as `generate`'s.
+        cache_dtype: of the pages, as `generate`'s.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -78,6 +80,7 @@ class Engine:
         max_batch: int = 64,
         prefill_chunk: int = 512,
         tokenizer: Any = None,
+        cache_dtype: str | None = None,
     ) -> None:
         if is_encoder_decoder(model) or not hasattr(model, "new_cache"):
             raise TypeError(f"Engine serves decoders, and {type(model).__name__} is not one")
@@ -89,11 +92,14 @@ class Engine:
         self.pages, self.page_size = pages, page_size
         # The padding of a chunk may reach further than the pages.
         self._limit, self._context = batch_context(model.config)
-        longest = min(self._context or sys.maxsize, pages * page_size + prefill_chunk)
+        stored = cache_options(cache_dtype)
+        self._first = FIRST if stored else 0
+        chunk = max(prefill_chunk, self._first)
+        longest = min(self._context or sys.maxsize, pages * page_size + chunk)
         width = -(-longest // page_size)
         self._scheduler = Scheduler(pages, page_size, max_batch, prefill_chunk, width)
         with torch.inference_mode():
-            self._memory = PagedMemory(model, pages, page_size, width)
+            self._memory = PagedMemory(model, pages, page_size, width, **stored)
         self._arrivals: deque[Request] = deque()  # from any thread
         self._decoders: dict[int, graphs.GraphDecoder] = {}
         self._lock = threading.RLock()
@@ -168,6 +174,7 @@ class Engine:
             StopStrings.of(stop_strings, self.tokenizer),
             on_token,
             on_finish,
+            self._first,
         )
         self._arrivals.append(request)
         return request
@@ -244,11 +251,14 @@ class Engine:
     def _grouped(self, rows: Rows) -> list[Rows]:
         """The rows of each call: single tokens; chunks of lengths within a quarter of each other.
 
-        Those that padding would push beyond the model's context are called on their own.
+        Those that padding would push beyond the model's context are called on their own. Among the
+        tokens that decide on scales there is none.
         """
         groups: dict[object, Rows] = defaultdict(list)
         for request, count in rows:
-            shift = max(count.bit_length() - 3, 0)  # lengths that differ in fewer bits are alike
+            # Lengths that differ in fewer bits are alike.
+            exact = request.length == 0 and count < self._first
+            shift = 0 if exact else max(count.bit_length() - 3, 0)
             most = ((count >> shift) + 1 << shift) - 1
             fits = self._context is None or request.length + most <= self._context
             groups[most if fits else request].append((request, count))

@@ -90,21 +90,25 @@ _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple[object, ...], GraphDecod
 
 
 @torch.inference_mode()
-def decoder(step: Step, model: LanguageModel, batch_size: int, capacity: int) -> GraphDecoder:
+def decoder(
+    step: Step, model: LanguageModel, batch_size: int, capacity: int, **stored: torch.dtype
+) -> GraphDecoder:
     """A captured decoder with an empty cache for at least ``capacity`` tokens, kept for next time.
 
     Kept with the model: the last 4 graphs and their caches. Weights that were replaced or moved
     (not those changed in place) make a new one, and so does another dtype of autocast.
+    ``stored`` has the ``dtype`` of a cache of 8-bit numbers.
     """
     capacity = min(-(-capacity // BUCKET) * BUCKET, model.config.n_positions)
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
     dtypes = next(model.parameters()).dtype, modes.autocast_dtype(model.device.type)
-    key = (batch_size, capacity, dtypes, addresses)
+    key = (batch_size, capacity, stored.get("dtype"), dtypes, addresses)
     kept = _kept.setdefault(model, OrderedDict())
     if key not in kept:
         for stale in [k for k in kept if k[-1] != addresses]:
             del kept[stale]
-        kept[key] = GraphDecoder(step, model, model.new_cache(batch_size, capacity)).capture()
+        cache = model.new_cache(batch_size, capacity, **stored)
+        kept[key] = GraphDecoder(step, model, cache).capture()
         while len(kept) > KEPT:
             kept.popitem(last=False)
     kept.move_to_end(key)

@@ -21,6 +21,7 @@ from fastattn.generation.decoding import Task
 from fastattn.generation.prompts import read_prompts, special_tokens, start_token
 from fastattn.generation.stopping import StopStrings
 from fastattn.nn.mode import in_mode
+from fastattn.nn.stored_cache import cache_options
 
 Seed = int | Sequence[int] | torch.Generator | None
 
@@ -36,6 +37,7 @@ def generate(
     seed: Seed = None,
     on_token: Callable[[Tensor], None] | None = None,
     streamer: Any = None,
+    cache_dtype: str | None = None,
     **settings: Any,
 ) -> Tensor:
     """Continue each prompt, until ``max_new_tokens`` or its end.
@@ -72,6 +74,10 @@ def generate(
             a sequence has ended.
         streamer: the same as transformers has it: ``put`` gets the prompts (B, T), then the new
             tokens of each step (B,), on the CPU; ``end()`` comes last.
+        cache_dtype: "int8" or "float8" keeps keys and values in 8 bits, with a scale for each
+            sequence and key head (`fastattn/nn/stored_cache.py`): half of the memory of 16 bits,
+            and other tokens where the rounding matters. None keeps the model's dtype. For decoders,
+            with a draft model for both.
         settings: the fields of `GenerationConfig`. ``max_new_tokens`` (or ``max_length``) must be
             said here or in a config; prompt and new tokens together must fit into the model's
             ``n_positions``. ``eos_token_id`` and ``pad_token_id`` default to the model's config's,
@@ -95,11 +101,16 @@ def generate(
     special = settings.get("eos_token_id"), settings.get("pad_token_id")
     ends, pad = special_tokens(model.config, *special, chosen)
     texts = StopStrings.of(chosen.stop_strings, tokenizer)
+    stored = cache_options(cache_dtype)
     encoded = is_encoder_decoder(model)
+    if encoded and stored:
+        raise ValueError(
+            f"cache_dtype={cache_dtype!r} is for decoders, and the model has an encoder"
+        )
     sources = read_prompts(model.config, input_ids, attention_mask)
     prompts = [[start_token(model.config, chosen)]] * len(sources) if encoded else sources
     steps = _room(model, prompts, chosen, settings)
-    task = Task(model, prompts, steps, how, ends, pad, texts)
+    task = Task(model, prompts, steps, how, ends, pad, texts, stored=stored)
     returned = _check_returned(chosen, method)
     if seed is not None and not how.do_sample:
         raise ValueError("seed would have no effect: give do_sample=True too")

@@ -10,6 +10,9 @@ Page p is the p-th of ``pages`` blocks of ``page_size`` slots in every layer's m
     sequence 1    pages 1 0       the same beginning: the same full pages, held by both
 
 Only full pages are shared, so that nothing is ever written to a page with two holders.
+
+The scales of 8-bit numbers (`fastattn/nn/stored_cache.py`) are a sequence's. They lie by its first
+page, and its pages are named after the tokens that fixed them: who shares a page has its scales.
 """
 
 from __future__ import annotations
@@ -100,14 +103,22 @@ class PagedMemory:
     """Every layer's pages, and one more, which takes the writes of padding.
 
     A model's cache of so many sequences of ``page_size`` tokens is just this memory.
+
+    Attributes:
+        scales: (2 layers, pages + 1, kv_heads), of keys and values in turn, of the sequences that
+            begin with each page; None without 8-bit numbers.
     """
 
-    def __init__(self, model: LanguageModel, pages: int, page_size: int, width: int) -> None:
-        """``width``: the most pages of a sequence."""
+    def __init__(
+        self, model: LanguageModel, pages: int, page_size: int, width: int, **stored: torch.dtype
+    ) -> None:
+        """``width``: the most pages of a sequence; ``stored``: the ``dtype`` of 8-bit numbers."""
         self.page_size = page_size
         self.width = width
         self.padding = pages
-        self.layers: list[KeyValueCache] = model.new_cache(pages + 1, page_size).layers
+        self.layers: list[KeyValueCache] = model.new_cache(pages + 1, page_size, **stored).layers
+        scales = [scale for layer in self.layers for scale in layer[4:] if scale is not None]
+        self.scales = torch.stack(scales) if scales else None
         for layer in self.layers:
             layer.keys[pages].zero_()
             layer.values[pages].zero_()
@@ -141,6 +152,14 @@ class PagedCache:
         self.layers = [
             layer._replace(lengths=self.lengths, block_table=self._table) for layer in memory.layers
         ]
+        self._scales, self._kept_scales = None, memory.scales
+        if memory.scales is not None:
+            self._scales = torch.zeros_like(memory.scales[:, :1]).repeat(1, batch_size, 1)
+            pairs = self._scales.unflatten(0, (-1, 2))
+            self.layers = [
+                layer._replace(k_scale=k, v_scale=v)
+                for layer, (k, v) in zip(self.layers, pairs, strict=True)
+            ]
 
     def place(self, lengths: Sequence[int], table: Tensor) -> None:
         """The sequences of the next call: their tokens so far, and their rows of the block table.
@@ -153,6 +172,10 @@ class PagedCache:
         self._table[:count].copy_(table)
         self._table[count:] = self._padding
         self.longest = max(lengths)
+        if self._scales is not None and self._kept_scales is not None:
+            kept = self._kept_scales[:, self._table[:, 0].long()]
+            # An empty sequence's are to be fixed; the page has those of one before.
+            self._scales.copy_(torch.where(self.lengths[:, None] > 0, kept, 0))
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """For the capture of a graph, whose sequences are padding."""
@@ -172,3 +195,5 @@ class PagedCache:
         """Count the tokens that every layer has appended since `begin`."""
         self.longest += seqlen
         self.lengths += seqlen
+        if self._scales is not None and self._kept_scales is not None:
+            self._kept_scales[:, self._table[:, 0].long()] = self._scales

@@ -42,7 +42,9 @@ class Request:
         texts: StopStrings | None,
         on_token: Callable[[int], None] | None,
         on_finish: Callable[[Request], None] | None,
+        first: int = 0,
     ) -> None:
+        """``first``: how many tokens of a prompt decide on the scales of 8-bit numbers."""
         self.prompt = prompt
         self.tokens: list[int] = []
         self.max_new_tokens = max_new_tokens
@@ -60,6 +62,10 @@ class Request:
         self.length = 0
         self.pages: list[int] = []
         self.row = -1  # of the engine's block table
+        # A prompt that has fewer of them is read first, on its own: no other token decides.
+        self.fixing = len(prompt[:first])
+        self.reads_on = len(prompt) >= first
+        self._root = page_name(b"", prompt[:first]) if first else b""
         self._names: list[bytes] = []
 
     @property
@@ -98,7 +104,7 @@ class Request:
         """The name of its ``index``-th page, all of whose tokens are known."""
         while len(self._names) <= index:
             first = len(self._names) * page_size
-            previous = self._names[-1] if self._names else b""
+            previous = self._names[-1] if self._names else self._root
             self._names.append(page_name(previous, self.known[first : first + page_size]))
         return self._names[index]
 

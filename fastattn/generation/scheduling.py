@@ -57,9 +57,12 @@ class Scheduler:
                 rows.append((request, 1))
                 continue
             self._skip_shared(request)
-            if budget:
-                rows.append((request, min(budget, request.pending)))
-                budget -= rows[-1][1]
+            if budget > 0:
+                count = min(budget, request.pending)
+                if request.length == 0:
+                    count = max(count, request.fixing) if request.reads_on else request.fixing
+                rows.append((request, count))
+                budget -= count
         return rows
 
     def count(self, request: Request, count: int) -> None:

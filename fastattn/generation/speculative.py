@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +102,11 @@ class Speculation:
             numbers = numbers.unflatten(0, (task.max_new_tokens, self.numbers_per_token))
         sequences = _Sequences(task, numbers)
         capacity = max(map(len, task.prompts)) + task.max_new_tokens
-        target = _Reader(task.model, task.prompts, capacity)
+        target = _Reader(task.model, task.prompts, capacity, task.stored)
         guesser = (
             _Lookup(self.ngram)
             if self.draft_model is None
-            else _Draft(self.draft_model, sequences, capacity)
+            else _Draft(self.draft_model, sequences, capacity, task.stored)
         )
         nothing: list[list[int]] = [[] for _ in task.prompts]
         sequences.extend(nothing, target.first, [])
@@ -256,8 +257,14 @@ class _Reader:
         first: (B, V) the logits after the prompts.
     """
 
-    def __init__(self, model: LanguageModel, prompts: list[list[int]], capacity: int) -> None:
-        self._model, self._cache = model, model.new_cache(len(prompts), capacity)
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: list[list[int]],
+        capacity: int,
+        stored: dict[str, Any],
+    ) -> None:
+        self._model, self._cache = model, model.new_cache(len(prompts), capacity, **stored)
         hidden = decoding.read_prompts(model, prompts, self._cache)
         rows = torch.arange(len(prompts), device=hidden.device)
         last = torch.tensor(list(map(len, prompts)), device=hidden.device) - 1
@@ -319,8 +326,14 @@ def look_up(text: list[int], ngram: int, count: int) -> list[int]:
 class _Draft:
     """Guesses from a smaller model."""
 
-    def __init__(self, model: LanguageModel, sequences: _Sequences, capacity: int) -> None:
-        self._read = _Reader(model, sequences.texts, capacity)
+    def __init__(
+        self,
+        model: LanguageModel,
+        sequences: _Sequences,
+        capacity: int,
+        stored: dict[str, Any],
+    ) -> None:
+        self._read = _Reader(model, sequences.texts, capacity, stored)
 
     def __call__(self, sequences: _Sequences, ahead: int) -> tuple[list[list[int]], list[Tensor]]:
         counts = [0] * len(sequences.texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def load(
     if (file := reading.gguf_path(path, gguf_file, revision)) is not None:
         return GPT.from_pretrained(file, dtype=dtype, device=device, int8=int8)
     folder = reading.local_folder(path, revision)
+    return class_in(folder).from_pretrained(folder, dtype=dtype, device=device, int8=int8)
+
+
+def class_in(folder: Path) -> Any:
+    """The class of the model in a folder. Errors are those of `load`."""
     family, _ = reading.read_config(folder / CONFIG)
     asked = read_json(folder / CONFIG).get("architectures") or list(family.classes)[:1]
     name = asked[0] if isinstance(asked, list) else asked
@@ -46,5 +52,4 @@ def load(
             f"{', '.join(map(repr, family.classes))}, got {name!r}. Other models can be read by "
             "transformers and sped up by fastattn.accelerate"
         )
-    model: Any = CLASSES[family.classes[name]]
-    return model.from_pretrained(folder, dtype=dtype, device=device, int8=int8)
+    return CLASSES[family.classes[name]]

@@ -146,11 +146,22 @@ class Objective(abc.ABC):
 
         `model` is in eval mode and without gradients, the batches on its device.
         """
+        return self.conclude(self.observe(model, batch) for batch in batches)
+
+    def observe(self, model: torch.nn.Module, batch: Batch) -> Any:
+        """What `conclude` needs of a batch, which another process may have read: no tensors.
+
+        It calls the model once, whatever the batch: processes may share its weights.
+        """
+        loss = self.loss(model, batch).item()
+        return (loss if batch.counted else 0.0), batch.counted
+
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
+        """`measure` of batches that were observed, in their order."""
         total, counted = 0.0, 0
-        for batch in batches:
-            if batch.counted:
-                total += self.loss(model, batch).item() * batch.counted
-                counted += batch.counted
+        for loss, targets in observed:
+            total += loss * targets
+            counted += targets
         if not counted:
             raise ValueError("the validation data have no target that counts in the loss")
         return {"loss": total / counted}
@@ -163,8 +174,11 @@ class Batches(Protocol):
         """Batch number `index`, counted from 0."""
         ...
 
-    def once(self) -> Iterable[Batch]:
-        """Each example once, in the order of the data: for an evaluation."""
+    def once(self, first: int = 0, step: int = 1) -> Iterable[Batch]:
+        """Each example once, in the order of the data: for an evaluation.
+
+        Of these batches those of the numbers `first`, `first + step`, and so on.
+        """
         ...
 
 

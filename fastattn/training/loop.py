@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from fastattn.models.folder.layout import Weights
 from fastattn.nn.mode import in_mode
 from fastattn.training.checkpoints import Checkpoints
 from fastattn.training.contract import Batch, Batches, Objective
 from fastattn.training.distributed.agreement import check_settings, check_tensors
+from fastattn.training.distributed.evaluation import observations, shared
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.share import Share
 from fastattn.training.distributed.tensor import canonical, localised
@@ -52,6 +54,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     parallel: Parallel | None = None,
     privacy: PrivateGradients | None = None,
+    weights: Weights | None = None,
     on_progress: Callable[[History], None] | None = None,
 ) -> History:
     """Train `model` in place, on its own device, and return the record.
@@ -78,6 +81,8 @@ def train(
             data and config. Afterwards the model is divided still.
         privacy: makes the gradients of each step differentially private; evaluations then have
             the score "epsilon".
+        weights: of a model on the meta device, which `parallel` divides: each is whole in a process
+            only for a moment.
         on_progress: called after each step and each validation with the record so far, and first of
             all where a run goes on.
 
@@ -99,11 +104,12 @@ def train(
         )
     if privacy is not None:
         privacy.check(training, config, parallel.processes.count)
-    weights = TrainingState.weights_of(model)
-    check_tensors(parallel.processes, weights, "at the start")
+    trained = TrainingState.weights_of(model)
+    if weights is None:
+        check_tensors(parallel.processes, trained, "at the start")
     identity = {
         # Of the model before it is divided: a run may go on with another number of processes.
-        "model": model_fingerprint(model, weights),
+        "model": model_fingerprint(model, trained),
         "objective": objective.fingerprint(),
         "training": vars(config),
         **({"privacy": privacy.fingerprint()} if privacy is not None else {}),
@@ -111,8 +117,8 @@ def train(
         "first batch": batches_digest([training.batch(0)]),
     }
     check_settings(parallel.processes, identity)
-    del weights
-    called = parallel.placed(model, config)
+    del trained
+    called = parallel.placed(model, config, weights)
     state = TrainingState(
         model,
         optimizers_of(model, config),
@@ -161,7 +167,7 @@ def train(
                     progress()
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
-                        measures = evaluate(model, objective, validation, config, device)
+                        measures = evaluate(model, objective, validation, config, device, parallel)
                     if privacy is not None:
                         measures["epsilon"] = privacy.epsilon(step)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
@@ -292,6 +298,7 @@ def evaluate(
     batches: Batches,
     config: TrainingConfig,
     device: torch.device | None = None,
+    parallel: Parallel | None = None,
 ) -> dict[str, float]:
     """The measures of `objective`, with "loss", over each of the data's examples once.
 
@@ -300,10 +307,14 @@ def evaluate(
     Args:
         config: of it `precision` and `evaluation_tokens`, at which the data end.
         device: where the model computes; default that of its parameters.
+        parallel: of a divided run: each group of processes reads a part of the data.
     """
-    device = device or _device(model)
+    device, tokens = device or _device(model), config.evaluation_tokens
     with in_mode(model, training=False), autocast(device, config.precision):
-        return objective.measure(model, _first(batches.once(), config.evaluation_tokens, device))
+        if parallel is not None and parallel.readers > 1 and shared(objective):
+            found = observations(model, objective, batches, tokens, device, parallel)
+            return objective.conclude(list(found))
+        return objective.measure(model, _first(batches.once(), tokens, device))
 
 
 def _first(batches: Iterable[Batch], tokens: int, device: torch.device) -> Iterator[Batch]:

@@ -51,11 +51,18 @@ def test_table_and_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["generate", str(out), "the quick", "--max-new-tokens", "3"]) == 0
 
 
+def test_a_folder_of_torchaos(folder: Path) -> None:
+    pytest.importorskip("torchao", reason="pip install torchao")
+    out, text = folder.parent / "fp8", folder.parent / "text.txt"
+    arguments = ["quantize", str(folder), "--text", str(text), "--new-tokens", "2"]
+    assert main([*arguments, "--tokens", "40", "--to", "fp8", "--out", str(out)]) == 0
+    assert main(["generate", str(out), "the quick", "--max-new-tokens", "3"]) == 0
+
+
 def test_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = folder.parent / "empty.txt"
     empty.write_text("")
     for extra, says in (
-        (["--to", "fp8", "--out", "x"], "--out writes int8 only"),
         (["--tokens", "0"], "--tokens"),
         (["--text", str(empty)], "fewer than 2 tokens"),
         (["--text", str(folder.parent / "missing.txt")], "missing.txt"),

@@ -23,8 +23,9 @@ pytest.importorskip("uvicorn")
 serving = importlib.import_module("serving")
 
 from fastattn.cli.serve import guard  # noqa: E402  # needs the two packages
-from fastattn.cli.serve.app import Admission, make_app  # noqa: E402
+from fastattn.cli.serve.app import make_app  # noqa: E402
 from fastattn.cli.serve.protocol import RequestError  # noqa: E402
+from fastattn.cli.serve.running import Admission  # noqa: E402
 
 KEY = "0123456789abcdefXYZ"
 BODY = {"prompt": "the fox", "max_tokens": 4, "temperature": 0}

@@ -152,11 +152,65 @@ def test_damaged_folders(tmp_path: Path) -> None:
         fastattn.models.load(tmp_path)
 
 
-def test_torchao_is_not_saved(tmp_path: Path) -> None:
+def _torchaos(mode: str) -> Any:
     pytest.importorskip("torchao", reason="pip install torchao")
+    model = _gpt(**LLAMA)
+    if mode == "int4":
+        model = model.bfloat16()
+    quantize(model, mode)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_torchaos_saved_and_loaded(mode: str, tmp_path: Path) -> None:
+    model = _torchaos(mode)
+    model.save_pretrained(tmp_path / "first")
+    back = fastattn.models.load(tmp_path / "first")
+    assert torch.equal(back(_tokens()), model(_tokens()))
+    assert size(back) == size(model)
+    assert not any(p.requires_grad for p in back.parameters() if hasattr(p, "tensor_data_names"))
+    back.save_pretrained(tmp_path / "again")
+    files = [tmp_path / name / "model.safetensors" for name in ("first", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(ValueError, match=r"; got dtype torch\.float16"):
+        fastattn.models.load(tmp_path / "first", dtype=torch.float16)
+
+
+def test_damaged_folders_of_torchaos(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _torchaos("int8-dynamic").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = "blocks.0.attention.in_proj.weight"
+    parts = {key for key in whole if key.startswith(f"{name}:")}
+    assert len(parts) == 3
+    for change, says in (
+        ({f"{name}:scale": whole[f"{name}:scale"][:-1].clone()}, "must have the parts"),
+        ({f"{name}:scale": whole[f"{name}:scale"].to(torch.int8)}, "must have the parts"),
+        ({f"{name}:qdata": torch.zeros(2, dtype=torch.uint8)}, "has too few bytes for the shape"),
+        ({f"{name}:other": torch.zeros(2, dtype=torch.uint8)}, "must have the parts"),
+        ({"stranger:qdata": torch.zeros(2, dtype=torch.uint8)}, "stranger:qdata is unexpected"),
+        ({name: torch.ones(2)}, "must have the parts|unexpected|shape"),
+    ):
+        save_file({**whole, **change}, file)
+        with pytest.raises(ValueError, match=says):
+            fastattn.models.load(tmp_path)
+    save_file({key: value for key, value in whole.items() if key not in parts}, file)
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        fastattn.models.load(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"int8-dynamic"', '"int3"'))
+    with pytest.raises(ValueError, match="quantization_config"):
+        fastattn.models.load(tmp_path)
+
+
+def test_a_weight_that_no_mode_makes_is_not_saved(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="pip install torchao")
     model = _gpt()
-    quantize(model, "int8-dynamic")
-    with pytest.raises(ValueError, match="before it is quantised"):
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    with pytest.raises(ValueError, match="Save the model before it is quantised"):
         model.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 

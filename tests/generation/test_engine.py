@@ -75,9 +75,9 @@ class Arrivals:
         self.requests.append((request, {**how, **seed}))
         return request
 
-    def check(self, model: GPT) -> None:
+    def check(self, model: GPT, **arguments: Any) -> None:
         for request, how in self.requests:
-            expected = _alone(model, request, **how)
+            expected = _alone(model, request, **how, **arguments)
             if request.finish_reason == "cancelled":
                 assert request.tokens == expected[: len(request.tokens)]
             else:

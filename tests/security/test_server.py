@@ -30,8 +30,9 @@ pytest.importorskip("uvicorn")
 serving = importlib.import_module("serving")
 
 from fastattn.cli.serve import guard  # noqa: E402  # needs the two packages
-from fastattn.cli.serve.app import Admission, make_app  # noqa: E402  # needs the two packages
+from fastattn.cli.serve.app import make_app  # noqa: E402  # needs the two packages
 from fastattn.cli.serve.protocol import SAMPLING  # noqa: E402
+from fastattn.cli.serve.running import Admission  # noqa: E402
 
 DRAWS = [40, pytest.param(150, marks=pytest.mark.long)]
 REFUSALS = {400, 404, 405, 408, 411, 413, 429, 431}

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     guard.add_argument("--max-new-tokens", type=int, help="of a choice; default: what has room")
     answers.add_model(parser)
+    answers.add_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,8 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         require(package, "serve", "fastattn serve")
     import uvicorn
 
-    from fastattn.cli.serve.app import Admission, make_app
+    from fastattn.cli.serve.app import make_app
     from fastattn.cli.serve.guard import Impatient
+    from fastattn.cli.serve.running import Admission
 
     for name in ("rate", "max_choices", "max_new_tokens"):
         if (most := getattr(arguments, name)) is not None and most < 1:
@@ -75,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             page_size=arguments.page_size,
             max_batch=arguments.max_batch,
             prefill_chunk=arguments.prefill_chunk,
+            cache_dtype=arguments.cache_dtype,
         )
         name = arguments.name or Path(arguments.folder or "SmolLM2-135M-Instruct").resolve().name
         hosts = [*LOOPBACK, arguments.host] if here else None

@@ -1,11 +1,18 @@
-"""The web application: starlette's routes around an engine."""
+"""The web application: starlette's routes around an engine.
+
+A request goes through these rooms:
+
+    guard.py      who may call, how often and how slowly
+    app.py        its path, and its body as JSON
+    protocol.py   the body, checked: a task
+    running.py    the task's choices in the engine, if there is room for them
+    answering.py  their text, whole or as events
+"""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -13,16 +20,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from fastattn.cli.answers import TextStream
 from fastattn.cli.serve import guard
-from fastattn.cli.serve.protocol import RequestError, Responses, Task, read
+from fastattn.cli.serve.answering import EventStream, Gone, events_of, while_connected, whole_of
+from fastattn.cli.serve.protocol import RequestError, Responses, read
+from fastattn.cli.serve.running import Admission, Running
 from fastattn.files import parsed_json
-from fastattn.generation import Background, Request
-
-Receive = Callable[[], Coroutine[Any, Any, Any]]
+from fastattn.generation import Background
 
 LARGEST_BODY = 2**20  # bytes; a prompt of 128k tokens has fewer
 PAGE_HEADERS = {
@@ -32,33 +38,6 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-
-
-class Gone(Exception):
-    """The client went away."""
-
-
-@dataclasses.dataclass
-class Admission:
-    """How much is taken on at once.
-
-    Attributes:
-        most: choices of all clients together that run or wait; what is beyond them is refused.
-        new_tokens: the most of one choice; None: as many as there is room for.
-        now: choices that run or wait.
-    """
-
-    most: int = 256
-    new_tokens: int | None = None
-    now: int = 0
-
-    def check(self, task: Task) -> None:
-        """Raises RequestError if the task is too much, or too much now."""
-        if self.now + task.n * len(task.prompts) > self.most:
-            raise RequestError.too_many(f"{self.now} choices run or wait already", 1)
-        asked, most = task.max_tokens, self.new_tokens
-        if asked is not None and most is not None and asked > most:
-            raise RequestError(f"max_tokens may be at most {most} here; got {asked}", "max_tokens")
 
 
 def make_app(
@@ -100,9 +79,9 @@ def make_app(
             raise RequestError(message, "model", 404, "model_not_found")
         running, responses = Running(engine, task, tokenizer, admitted), Responses(task, name)
         if task.stream:
-            return EventStream(running, _events(running, responses, task.usage))
+            return EventStream(running, events_of(running, responses, task.usage))
         try:
-            return await _while_connected(http.receive, _whole(running, responses))
+            return await while_connected(http.receive, whole_of(running, responses))
         except Gone:
             return Response(status_code=499)  # which nobody reads
         finally:
@@ -149,145 +128,3 @@ async def _body(http: HttpRequest) -> bytes:
         if len(body) > LARGEST_BODY:
             raise RequestError(f"the body has more than {LARGEST_BODY} bytes", status=413)
     return bytes(body)
-
-
-class Running:
-    """A task's requests to the engine, one a choice, and their text as it comes."""
-
-    def __init__(
-        self, engine: Background, task: Task, tokenizer: Any, admission: Admission
-    ) -> None:
-        """Raises RequestError if one of them does not fit; then none runs."""
-        admission.check(task)
-        self._engine, self._admission = engine, admission
-        self._events: asyncio.Queue[tuple[int, int | None]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self.requests: list[Request] = []
-        try:
-            for prompt in task.prompts:
-                for _ in range(task.n):
-                    self.requests.append(self._submit(task, prompt, len(self.requests)))
-        except (TypeError, ValueError) as error:
-            self.cancel()
-            long = "_positions" in str(error) or "pages" in str(error)
-            code = "context_length_exceeded" if long else None
-            param = "messages" if task.chat else "prompt"
-            raise RequestError(str(error), param, code=code) from error
-        self._texts = [TextStream(tokenizer, task.stop) for _ in self.requests]
-
-    def _submit(self, task: Task, prompt: list[int], index: int) -> Request:
-        def tell(token: int | None) -> None:  # in the engine's thread
-            self._loop.call_soon_threadsafe(heard, token)
-
-        def heard(token: int | None) -> None:
-            self._events.put_nowait((index, token))
-            self._admission.now -= token is None
-
-        longest = self._engine.engine.longest - len(prompt)
-        room = max(min(longest, self._admission.new_tokens or longest), 1)
-        request = self._engine.submit(
-            prompt,
-            max_new_tokens=room if task.max_tokens is None else task.max_tokens,
-            sampling=task.sampling,
-            seed=None if task.seed is None else task.seed + index,
-            on_token=tell,
-            on_finish=lambda _: tell(None),
-        )
-        self._admission.now += 1
-        return request
-
-    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
-        """(choice, its next text, None or why it ended: "stop" or "length") until all have ended.
-
-        Raises RequestError if one fails.
-        """
-        unfinished = len(self.requests)
-        while unfinished:
-            index, token = await self._events.get()
-            request, text = self.requests[index], self._texts[index]
-            if token is not None:
-                yield index, text.push(token), None
-                if text.stopped:
-                    self._engine.cancel(request)
-                continue
-            if request.error is not None:
-                raise RequestError(str(request.error), status=500)
-            unfinished -= 1
-            last = text.end()
-            yield index, last, "stop" if text.stopped else str(request.finish_reason)
-
-    def cancel(self) -> None:
-        """End what has not ended."""
-        for request in self.requests:
-            self._engine.cancel(request)
-
-    def usage(self) -> dict[str, int]:
-        prompt = sum(len(request.prompt) for request in self.requests)
-        new = sum(len(request.tokens) for request in self.requests)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-async def _whole(running: Running, responses: Responses) -> Response:
-    texts, reasons = [""] * len(running.requests), [""] * len(running.requests)
-    async for index, text, reason in running.pieces():
-        texts[index] += text
-        reasons[index] = reason or ""
-    choices = map(responses.choice, range(len(texts)), texts, reasons)
-    return JSONResponse(responses.body(list(choices), usage=running.usage()))
-
-
-async def _events(running: Running, responses: Responses, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: a piece each, then [DONE]."""
-    try:
-        for index in range(len(running.requests)):
-            yield _event(responses.body([responses.piece(index, None)]))
-        async for index, text, reason in running.pieces():
-            if text:
-                yield _event(responses.body([responses.piece(index, text)]))
-            if reason is not None:
-                yield _event(responses.body([responses.piece(index, None, reason)]))
-        if usage:
-            yield _event(responses.body([], usage=running.usage()))
-        yield "data: [DONE]\n\n"
-    except RequestError as error:
-        yield _event(error.body)
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body)}\n\n"
-
-
-class EventStream(StreamingResponse):
-    """Events to a client, as long as it is there; after that its requests are cancelled."""
-
-    def __init__(self, running: Running, events: AsyncIterator[str]) -> None:
-        headers = {"Cache-Control": "no-cache"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._running = running
-
-    async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
-        try:
-            await _while_connected(receive, self.stream_response(send))
-        except (Gone, OSError):
-            pass
-        finally:
-            self._running.cancel()
-
-
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of ``work``, which is cancelled if the client goes away: raises Gone."""
-
-    async def leave() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Gone
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)

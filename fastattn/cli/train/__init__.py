@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     _require(settings)
     with (
-        joined(settings.model.device) as processes,
+        joined(settings.model.device, settings.distributed) as processes,
         only_lead_prints(processes),
         opened(settings, processes) as checkpoints,
     ):
@@ -141,7 +141,7 @@ def _print_sizes(prepared: Prepared) -> None:
     model, config, training = prepared.model, prepared.run.training, prepared.training
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    device = next(model.parameters()).device
+    device = prepared.parallel.device or next(model.parameters()).device
     print(
         f"model     {type(model).__name__}, {parameters:,} parameters, {trained:,} trained, "
         f"on {device}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+# Each parameter and stored buffer of a model once, by name and whole, when it is asked for.
+Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from fastattn.generation import GenerationConfig
-from fastattn.models.folder.reading import read
+from fastattn.models.folder.layout import Weights
+from fastattn.models.folder.reading import described, read
 from fastattn.models.folder.writing import save_pretrained
 from fastattn.models.sharing import SharedParameters
 from fastattn.nn.int8_weight import Int8Weight
+from fastattn.nn.torchao_weight import is_torchaos
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -73,7 +75,7 @@ class Pretrained(SharedParameters):
         )
         model.load_state_dict(weights, assign=True)
         for parameter in model.parameters():
-            if isinstance(parameter, Int8Weight):
+            if isinstance(parameter, Int8Weight) or is_torchaos(parameter):
                 parameter.requires_grad_(False)
         where = next(iter(weights.values())).device
         for module in model.modules():
@@ -83,3 +85,14 @@ class Pretrained(SharedParameters):
         model.family = family.model_type
         model.generation_config = settings
         return model.eval()
+
+    @classmethod
+    def deferred(
+        cls: type[Model], path: str | PathLike[str], *, dtype: torch.dtype | None = None
+    ) -> tuple[Model, Weights]:
+        """The model in a folder on the meta device, in eval mode, and its weights, each read when
+        it is asked for: for processes that keep a part of each. Errors are `from_pretrained`'s.
+        """
+        family, model, weights, settings = described(cls, path, dtype=dtype, device="cpu")
+        model.family, model.generation_config = family.model_type, settings
+        return model.eval(), weights

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import os
 import re
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fastattn.models.folder.layout import (
     INDEX,
     WEIGHTS,
     Stored,
+    Weights,
     laid_out,
     layout,
     shared_names,
@@ -63,6 +65,26 @@ def read(
     ``cls`` is the class of the model; other arguments and errors are those of
     `Pretrained.from_pretrained`.
     """
+    family, model, each, settings = described(
+        cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device, int8=int8
+    )
+    weights = dict(each())
+    for other, first in shared_names(model):
+        weights[other] = weights[first]
+    return family, model, weights, settings
+
+
+def described(
+    cls: Any,
+    path: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    int8: bool = False,
+) -> tuple[Family, Any, Weights, GenerationConfig | None]:
+    """`read`, but of the weights only the names and shapes are, and are checked."""
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(
             f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}"
@@ -83,14 +105,13 @@ def read(
             settings = GenerationConfig.from_folder(where)
         if read_json(where / CONFIG).get("quantization_config"):
             model, weights = rounded.read(where, family, cls, config, dtype, device)
-            return family, model, weights, settings
+            return family, model, lambda: iter(weights.items()), settings
         sources = safetensors_sources(where, family, weight_files(where))
     config = _with_head(family, config, sources)
     family = family.of(config)
     _check_layers(where, family, config, sources)
     model = laid_out(where, cls, config)
-    weights = _weights(where, family, model, sources, dtype, device, int8)
-    return family, model, weights, settings
+    return family, model, _weights(where, family, model, sources, dtype, device, int8), settings
 
 
 def gguf_path(
@@ -112,7 +133,7 @@ def read_config(path: Path) -> tuple[Family, Any]:
     it does not name them: by them transformers generates.
     """
     data = read_json(path)
-    if data.get("quantization_config") == rounded.QUANTIZATION:
+    if rounded.is_known(data.get("quantization_config")):
         del data["quantization_config"]
     try:
         family = family_of(data.get("model_type"))
@@ -140,8 +161,8 @@ def _weights(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     int8: bool,
-) -> dict[str, Tensor]:
-    """The ``state_dict`` of ``model``, read; a tensor of several names is one."""
+) -> Weights:
+    """The tensors of ``model``, each read when it is asked for; one of several names once."""
     eight_bits = rounded.names(model) if int8 else frozenset()
     entries = layout(model, family)
     same = _same_tensors(model, family, entries)
@@ -149,19 +170,19 @@ def _weights(
     names = [family.short(name) for entry in entries for name in entry.names]
     needed = [sources[name] for name in names if name in sources]
     dtype = _one_dtype(folder, needed) if dtype is None else dtype
-    weights: dict[str, Tensor] = {}
-    for entry in entries:
-        for name, weight in _read(entry, family, sources, dtype, device).items():
-            weights[name] = Int8Weight.rounded(weight) if name in eight_bits else weight
     for other, first in same.items():
         if other in sources and not torch.equal(sources[other].tensor(), sources[first].tensor()):
             raise ValueError(
                 f"{folder}: {other} differs from {first}, although config.json ties them; to keep "
                 'both set "tie_word_embeddings": false there'
             )
-    for other, first in shared_names(model):
-        weights[other] = weights[first]
-    return weights
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        for entry in entries:
+            for name, weight in _read(entry, family, sources, dtype, device).items():
+                yield name, Int8Weight.rounded(weight) if name in eight_bits else weight
+
+    return each
 
 
 def _read(

@@ -46,7 +46,7 @@ def save_pretrained(
     a new folder appears whole, and in another config.json goes first and comes last. Other files
     there stay, but for the weights of a former save.
 
-    A model with weights of 8 bits (`fastattn.compression.quantize`) is written as it is, for
+    A model with weights of fewer bits (`fastattn.compression.quantize`) is written as it is, for
     fastattn; transformers does not read it.
 
     Args:
@@ -74,16 +74,16 @@ def save_pretrained(
         ) from error
 
     family = family_that_fits(model.config) if model.family is None else family_of(model.family)
-    eight_bits = rounded.is_rounded(model)
+    quantization = rounded.quantization(model)
     with in_mode(model, training=False):
-        if eight_bits:
+        if quantization is not None:
             weights, tied, sharded = *rounded.weights_of(model), False
         else:
             weights, tied, sharded = weights_of(model, family.of(model.config))
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)
     stored = family.write_config(config)
-    if eight_bits:
-        stored["quantization_config"] = rounded.QUANTIZATION
+    if quantization is not None:
+        stored["quantization_config"] = quantization
     stored["architectures"] = [family.architecture(type(model))]
     try:
         if not sharded or torch.distributed.get_rank() == 0:

@@ -317,17 +317,4 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
 
 backends.register(attention, _problem.describe, BACKENDS)
 backends.register(attention_varlen, _problem.describe_varlen, BACKENDS)
-
-
-def _proved(
-    problem: _problem.AttentionProblem, given: dict[str, Any], backend: str
-) -> dict[str, torch.Tensor]:
-    """The kernel's results by name on the inputs of a proof."""
-    function = attention_varlen if problem.packed else attention
-    return _proof.named(
-        problem,
-        function(**given, **_proof.options(problem), return_lse=True, backend=backend),
-    )
-
-
-proving.register("attention", proving.Proof(_proof.family, _proof.inputs, _proved, _proof.formula))
+proving.register("attention", _proof.PROOF)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import BY_ROWS, check_dense
 
 
 def merge_attention_states(
@@ -66,10 +67,12 @@ def merge_attention_states(
 
 def _stacked(name: str, parts: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
     if isinstance(parts, torch.Tensor):
-        return parts
+        return check_dense(name, parts, BY_ROWS)
     parts = list(parts)
     if not parts or not all(isinstance(x, torch.Tensor) for x in parts):
         raise TypeError(f"{name} must be a tensor or a sequence of at least one tensor")
+    for n, x in enumerate(parts):
+        check_dense(f"{name}[{n}]", x, BY_ROWS)
     shapes = {(tuple(x.shape), x.dtype, x.device) for x in parts}
     if len(shapes) > 1:
         raise ValueError(

@@ -49,10 +49,12 @@ class AttentionProblem:
     device: torch.device
     settings: Settings
     given: tuple[str, ...]  # names of the extras that are there
+    wide: tuple[str, ...]  # of those, bias and sink in float32 beside a 16-bit q
     is_empty: bool
     return_lse: bool
     needs_grad: bool
     needs_bias_grad: bool
+    bias_is_row: bool  # one row of scores' terms for all queries
     needs_slope_grad: bool
     transformed: bool
 
@@ -83,10 +85,16 @@ class AttentionProblem:
             device=q.device,
             settings=settings,
             given=tuple(name for name, x in zip(Extras._fields, extras) if x is not None),
+            wide=tuple(
+                name
+                for name, x in Learnt.of(extras)._asdict().items()
+                if x is not None and x.dtype.itemsize > q.dtype.itemsize
+            ),
             is_empty=0 in q.shape or 0 in k.shape or 0 in v.shape,
             return_lse=return_lse,
             needs_grad=modes.needs_grad(q, k, v, slopes, *Learnt.of(extras)),
             needs_bias_grad=extras.bias is not None and modes.needs_grad(extras.bias),
+            bias_is_row=extras.bias is not None and extras.bias.shape[2] == 1,
             needs_slope_grad=slopes is not None and modes.needs_grad(slopes),
             transformed=modes.transformed(),
         )

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from fastattn import proving
 from fastattn.ops.attention import problem as _problem
-from fastattn.ops.attention import reference
-from fastattn.ops.attention.call import UNBOUNDED
+from fastattn.ops.attention import reference, registration
+from fastattn.ops.attention.block_mask import BlockMask
+from fastattn.ops.attention.call import UNBOUNDED, Extras
 from fastattn.ops.attention.problem import AttentionProblem
 
 # Longer than the tiles of 128, and no multiple of one.
@@ -17,32 +19,43 @@ QUERIES, KEYS = 141, 205
 KV_HEADS = 2
 DOCUMENT = 37  # tokens of a document
 LEFT, RIGHT = 68, 28  # the sides of a window
-WITHOUT_A_PROOF = ("blocks", "dropout_seed")
+DROPOUT, SEED = 0.25, 2**40 + 7  # a seed of two words
 
 
 def family(problem: AttentionProblem) -> str | None:
     """All features that select a kernel; lengths and the number of heads are not among them."""
-    s = problem.settings
-    no_proof = problem.dropout_p or any(name in problem.given for name in WITHOUT_A_PROOF)
-    if no_proof or problem.is_empty:
+    if problem.is_empty:
         return None
+    s = problem.settings
+    tile = f"blocks {int(s.block_q)} x {int(s.block_k)}"
     facts = [
-        str(problem.dtype).removeprefix("torch."),
-        f"head_dim {int(problem.head_dim)}, {int(problem.head_dim_v)}",
-        f"{int(problem.group_size)} heads to a key",
+        *of_scores(problem),
         # The longest sequence of a packed call may be unknown while torch.compile traces.
         "one query" if not problem.packed and problem.seqlen_q == 1 else "",
-        "left bound" if problem.bounded_left else "",
-        "causal" if s.window_right == 0 else "right bound" if problem.bounded_right else "",
         "top-left" if s.top_left else "",
-        "softcap" if s.softcap else "",
+        "dropout" if s.dropout_p else "",
         s.fp32_precision if problem.dtype == torch.float32 else "",
-        *problem.given,
+        *(tile if name == "blocks" else name for name in problem.given),
+        *(f"{name} float32" for name in problem.wide),
         "lse" if problem.return_lse else "",
         "with gradients" if problem.needs_grad else "",
         "and of the bias" if problem.needs_bias_grad else "",
+        "which has one row" if problem.needs_bias_grad and problem.bias_is_row else "",
     ]
     return ", ".join(filter(None, facts))
+
+
+def of_scores(problem: AttentionProblem) -> list[str]:
+    """The features that a call on a key-value cache has too."""
+    s = problem.settings
+    return [
+        str(problem.dtype).removeprefix("torch."),
+        f"head_dim {int(problem.head_dim)}, {int(problem.head_dim_v)}",
+        f"{int(problem.group_size)} heads to a key",
+        "left bound" if problem.bounded_left else "",
+        "causal" if s.window_right == 0 else "right bound" if problem.bounded_right else "",
+        "softcap" if s.softcap else "",
+    ]
 
 
 def inputs(problem: AttentionProblem, draw: Callable[..., torch.Tensor]) -> dict[str, Any]:
@@ -53,6 +66,9 @@ def inputs(problem: AttentionProblem, draw: Callable[..., torch.Tensor]) -> dict
 
     def integers(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=problem.device)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name in problem.wide else problem.dtype
 
     # (queries, keys) of each sequence; those of a call that is not packed have one length.
     lengths = (
@@ -84,14 +100,21 @@ def inputs(problem: AttentionProblem, draw: Callable[..., torch.Tensor]) -> dict
         )
         if not problem.packed:
             found["document_ids"] = tuple(x.view(2, -1) for x in found["document_ids"])
+    if "blocks" in given:
+        found["block_mask"] = _block_mask(heads, queries, problem)
     if "mask" in given:
         found["mask"] = draw(2, heads, queries, KEYS) > -1.0
     if "bias" in given:
-        found["bias"] = draw(2, heads, queries, KEYS)
+        rows = 1 if problem.bias_is_row else queries
+        # A gradient is summed over what is broadcast.
+        batch = 1 if problem.needs_bias_grad else 2
+        found["bias"] = draw(batch, heads, rows, KEYS).to(dtype_of("bias"))
     if "sink" in given:
-        found["sink"] = draw(heads)
+        found["sink"] = draw(heads).to(dtype_of("sink"))
     if "alibi_slopes" in given:
-        found["alibi_slopes"] = draw(heads, dtype=torch.float32).abs() / 8
+        found["alibi_slopes"] = draw(heads).float().abs() / 8
+    if problem.dropout_p:
+        found["dropout_seed"] = torch.tensor([SEED], device=problem.device)
     if problem.needs_grad:
         wanted = ["q", "k", "v", "sink", *(["bias"] if problem.needs_bias_grad else [])]
         for name in set(wanted) & found.keys():
@@ -104,6 +127,15 @@ def _document(i: int, queries: int, keys: int, problem: AttentionProblem) -> int
     return (i if problem.settings.top_left else i + keys - queries) // DOCUMENT
 
 
+def _block_mask(heads: int, queries: int, problem: AttentionProblem) -> BlockMask:
+    """A band around the diagonal, of another width in every head."""
+    s, shift = problem.settings, KEYS - queries
+    return BlockMask.from_predicate(
+        lambda b, h, i, j: (i + shift - j).abs() < LEFT * (h + 1), 1, heads, queries, KEYS,
+        block_size=(s.block_q, s.block_k), device=problem.device,
+    )  # fmt: skip
+
+
 def options(problem: AttentionProblem) -> dict[str, Any]:
     """The other arguments of the call."""
     s = problem.settings
@@ -114,24 +146,45 @@ def options(problem: AttentionProblem) -> dict[str, Any]:
         "causal": causal,
         "window": (left, right) if left >= 0 or right > 0 else None,
         "softcap": s.softcap,
+        "dropout_p": DROPOUT if s.dropout_p else 0.0,
         "fp32_precision": s.fp32_precision,
     }
 
 
+def kernel(
+    problem: AttentionProblem, given: dict[str, Any], backend: str
+) -> dict[str, torch.Tensor]:
+    """The results by name, from a backend."""
+    small, extras = _described(problem, given)
+    tensors = given["q"], given["k"], given["v"], extras
+    return _named(problem, registration.run_kernel(backend, True, small, *tensors))
+
+
 def formula(problem: AttentionProblem, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The results by name, in the dtype of the tensors."""
+    small, extras = _described(problem, given)
     q, k, v = given["q"], given["k"], given["v"]
-    features = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
-    check = _problem.check_varlen if problem.packed else _problem.check
-    settings, extras = check(q, k, v, **features, **options(problem))
     if extras.alibi_slopes is not None:
         extras = extras._replace(alibi_slopes=extras.alibi_slopes.to(q.dtype))
+    return _named(problem, reference.formula(small, q, k, v, extras))
+
+
+def _described(problem: AttentionProblem, given: dict[str, Any]) -> tuple[AttentionProblem, Extras]:
+    """The small problem, and its tensors besides q, k and v."""
+    features = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
+    seed = features.pop("dropout_seed", None)
+    q, k, v = given["q"], given["k"], given["v"]
+    check = _problem.check_varlen if problem.packed else _problem.check
+    settings, extras = check(q, k, v, **features, **options(problem))
     small = AttentionProblem.of(q, k, v, extras, settings, return_lse=problem.return_lse)
-    return named(problem, reference.formula(small, q, k, v, extras))
+    return small, extras._replace(dropout_seed=seed)
 
 
-def named(
+def _named(
     problem: AttentionProblem, results: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """(out, lse) by name, those that the call returns."""
     return dict(zip(("out", "lse") if problem.return_lse else ("out",), results))
+
+
+PROOF = proving.Proof(family, inputs, kernel, formula)

@@ -72,16 +72,30 @@ def on_lengths(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention on the keys from `starts` to `lengths` (batch,), which the diagonal follows."""
     precision = modes.at_least_float32(q.dtype)
+    q, k, v = q.to(precision), k.to(precision), v.to(precision)
+    out, lse = formula_on_lengths(problem, q, k, v, extras, lengths, starts)
+    return out.to(problem.dtype), lse
+
+
+def formula_on_lengths(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: Extras,
+    lengths: torch.Tensor,
+    starts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`on_lengths`, computed in the dtype of the tensors."""
     j = torch.arange(k.shape[1], device=q.device)
     hidden = j >= lengths[:, None]
     if starts is not None:
         hidden = hidden | (j < starts[:, None])
-    k, v = (x.to(precision).masked_fill(hidden[:, :, None, None], 0.0) for x in (k, v))
+    k, v = (x.masked_fill(hidden[:, :, None, None], 0.0) for x in (k, v))
     problem = dataclasses.replace(problem, seqlen_k=k.shape[1])
     extras = extras._replace(mask=~hidden[:, None, None])
     shift = (lengths - q.shape[1])[:, None, None, None]
-    out, lse = _dense(problem, q.to(precision), k, v, extras, shift)
-    return out.to(problem.dtype), lse
+    return _dense(problem, q, k, v, extras, shift)
 
 
 def _dense(

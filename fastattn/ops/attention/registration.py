@@ -38,7 +38,7 @@ def run_kernel(
     extras: Extras,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a call on a kernel backend."""
-    if problem.dropout_p:
+    if problem.dropout_p and extras.dropout_seed is None:
         extras = extras._replace(dropout_seed=dropout.draw_seed(q.device))
     return torch.ops.fastattn.attention(q, k, v, *extras, *problem.settings, backend, forced)
 

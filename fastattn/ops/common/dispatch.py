@@ -51,7 +51,7 @@ class Dispatch(Generic[Problem]):
             return None, None
         try:
             metadata = [
-                None if x is None else (x.shape, x.dtype, x.device, x.requires_grad)
+                None if x is None else (x.shape, x.dtype, x.device, x.layout, x.requires_grad)
                 for x in tensors
             ]
             autocast = modes.autocast_dtype(tensors[0].device.type)  # type: ignore[union-attr]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import backends
+from fastattn import backends, proving
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.cross_entropy import problem as _problem
+from fastattn.ops.cross_entropy import proof as _proof
 from fastattn.ops.cross_entropy import registration
 from fastattn.ops.cross_entropy.problem import IGNORED
 
@@ -82,3 +83,4 @@ def cross_entropy(
 
 
 backends.register(cross_entropy, _problem.describe, BACKENDS)
+proving.register("cross_entropy", _proof.PROOF)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fastattn import backends, proving
@@ -88,13 +86,4 @@ def ffn(
 
 
 backends.register(ffn, _problem.describe, BACKENDS)
-
-
-def _proved(
-    problem: _problem.FFNProblem, given: dict[str, Any], backend: str
-) -> dict[str, torch.Tensor]:
-    """The kernel's result by name on the inputs of a proof."""
-    return {"out": ffn(**given, **_proof.options(problem), backend=backend)}
-
-
-proving.register("ffn", proving.Proof(_proof.family, _proof.inputs, _proved, _proof.formula))
+proving.register("ffn", _proof.PROOF)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fastattn import backends, proving
@@ -131,20 +129,5 @@ def _normalise(
 
 backends.register(layer_norm, _problem.describe_layer_norm, BACKENDS)
 backends.register(rms_norm, _problem.describe_rms_norm, BACKENDS)
-
-
-def _proved(
-    problem: _problem.NormProblem, given: dict[str, Any], backend: str
-) -> dict[str, torch.Tensor]:
-    """The kernel's results by name on the inputs of a proof."""
-    found = _normalise(
-        given["x"], given["weight"], given["bias"], problem.eps, given["residual"], 0.0, backend,
-        problem.center,
-    )  # fmt: skip
-    return (
-        {"out": found} if isinstance(found, torch.Tensor) else dict(zip(("out", "stream"), found))
-    )
-
-
 for _op in ("layer_norm", "rms_norm"):
-    proving.register(_op, proving.Proof(_proof.family, _proof.inputs, _proved, _proof.formula))
+    proving.register(_op, _proof.PROOF)

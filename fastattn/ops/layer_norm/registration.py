@@ -33,9 +33,11 @@ def run_kernel(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, stream) of a call on a kernel backend."""
-    seed = dropout.draw_seed(x.device) if problem.dropout_p else None
+    """(out, stream) of a call on a kernel backend; a seed of dropout that is not given is drawn."""
+    if problem.dropout_p and seed is None:
+        seed = dropout.draw_seed(x.device)
     out, stream, _ = torch.ops.fastattn.layer_norm(
         x, residual, weight, bias, seed, problem.dropout_p, problem.eps, problem.center,
         problem.out_dtype, backend, forced,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import backends
+from fastattn import backends, proving
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.linear import problem as _problem
+from fastattn.ops.linear import proof as _proof
 from fastattn.ops.linear import registration
 
 BACKENDS = registration.BACKENDS
@@ -60,3 +61,4 @@ def linear(
 
 
 backends.register(linear, _problem.describe, BACKENDS)
+proving.register("linear", _proof.PROOF)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import backends
+from fastattn import backends, proving
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.cross_entropy.problem import IGNORED, Options
 from fastattn.ops.linear_cross_entropy import problem as _problem
+from fastattn.ops.linear_cross_entropy import proof as _proof
 from fastattn.ops.linear_cross_entropy import registration, straight
 
 BACKENDS = registration.BACKENDS
@@ -95,3 +96,4 @@ def linear_cross_entropy(
 
 
 backends.register(linear_cross_entropy, _problem.describe, BACKENDS)
+proving.register("linear_cross_entropy", _proof.PROOF)

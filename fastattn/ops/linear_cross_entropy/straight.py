@@ -27,6 +27,8 @@ def run(
             return None
         if modes.recorded() or type(ignore_index) is not int:
             return None
+        if weight.layout is not torch.strided:
+            return None
         shape = targets.shape
         classes, features = weight.shape
         if x.shape != (*shape, features) or not 0 < targets.numel() * classes < aten.LARGE:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import backends
+from fastattn import backends, proving
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.rotary import problem as _problem
+from fastattn.ops.rotary import proof as _proof
 from fastattn.ops.rotary import registration
 
 BACKENDS = registration.BACKENDS
@@ -91,3 +92,4 @@ def rotary(
 
 
 backends.register(rotary, _problem.describe, BACKENDS)
+proving.register("rotary", _proof.PROOF)

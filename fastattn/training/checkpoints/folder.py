@@ -231,7 +231,9 @@ class Checkpoints:
             if processes.leads:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir()
-                self._save_model(state.model, beside / "model")
+                parameters = state.model.parameters()
+                with self.processes.patient(sum(parameter.nbytes for parameter in parameters)):
+                    self._save_model(state.model, beside / "model")
 
         with self._writing(step, beside):
             with state.evaluated(), gathered(state.model, keep=processes.leads):
@@ -242,7 +244,8 @@ class Checkpoints:
 
         def rest_written() -> None:
             with self._writing(step, beside):
-                tensors.write(values, beside, processes)
+                with self.processes.patient(tensors.local_bytes(values)):
+                    tensors.write(values, beside, processes)
                 processes.together(lambda: self._finished(beside, content))
                 durable.seal(beside, processes)
                 processes.together(lambda: self._named(beside, step, best))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastattn.training.distributed.processes import Processes, losses_named
 from fastattn.training.optional import require
@@ -27,6 +28,12 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
+
+
+def local_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The bytes of this process's parts."""
+    parts = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+    return sum(part.nbytes for part in parts)
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -59,11 +59,12 @@ class Shuffled(Batches):
         examples = [self.examples[self._order(epoch)[place]] for epoch, place in places]
         return self.objective.collate(examples, _random(self.seed, TRAINING, index))
 
-    def once(self) -> Iterator[Batch]:
+    def once(self, first: int = 0, step: int = 1) -> Iterator[Batch]:
         """Each example once, in the order of the data; the last batch may be smaller."""
-        for index, first in enumerate(range(0, len(self.examples), self.batch_size)):
-            last = min(first + self.batch_size, len(self.examples))
-            examples = [self.examples[i] for i in range(first, last)]
+        starts = range(0, len(self.examples), self.batch_size)
+        for index, start in list(enumerate(starts))[first::step]:
+            last = min(start + self.batch_size, len(self.examples))
+            examples = [self.examples[i] for i in range(start, last)]
             yield self.objective.collate(examples, _random(self.seed, EVALUATION, index))
 
 
@@ -124,12 +125,13 @@ class Packed(Batches):
             place += last - first
         return self.objective.collate(pieces, _random(self.seed, TRAINING, index))
 
-    def once(self) -> Iterator[Batch]:
+    def once(self, first: int = 0, step: int = 1) -> Iterator[Batch]:
         """Each token once, in the order of the data; the last batch may be smaller."""
         stream = _Stream(numpy.arange(len(self.examples)), self._lengths.cumsum())
-        for index, first in enumerate(range(0, self._total, self.tokens)):
-            last = min(first + self.tokens, self._total)
-            pieces = list(self._pieces(stream, first, last))
+        starts = range(0, self._total, self.tokens)
+        for index, start in list(enumerate(starts))[first::step]:
+            last = min(start + self.tokens, self._total)
+            pieces = list(self._pieces(stream, start, last))
             yield self.objective.collate(pieces, _random(self.seed, EVALUATION, index))
 
     def _pieces(self, stream: _Stream, first: int, last: int) -> Iterator[Example]:

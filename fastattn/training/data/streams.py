@@ -84,13 +84,13 @@ class Windows:
         places = torch.from_numpy(starts + numpy.arange(self.context + 1))
         return _batch(self.tokens[places])
 
-    def once(self) -> Iterable[Batch]:
+    def once(self, first: int = 0, step: int = 1) -> Iterable[Batch]:
         """The stream as windows side by side: every token but the first is a target once.
 
         The rest at the end that fills no window is left out; the last batch may be smaller.
         """
         windows = self.tokens.unfold(0, self.context + 1, self.context)  # they overlap by one token
-        return map(_batch, windows.split(self.batch_size))
+        return map(_batch, windows.split(self.batch_size)[first::step])
 
 
 def _batch(windows: torch.Tensor) -> Batch:

@@ -48,9 +48,19 @@ def check_tensors(processes: Processes, tensors: Mapping[str, Tensor], when: str
     Raises:
         ValueError: on all processes; the message has the ranks that differ, and a tensor's name.
     """
-    if processes.count == 1:
-        return
-    own = {name: (_part(tensor), _hash(tensor)) for name, tensor in tensors.items()}
+    if processes.count > 1:
+        own = {name: (_part(tensor), digest(tensor)) for name, tensor in tensors.items()}
+        _check(processes, own, when)
+
+
+def check_digests(processes: Processes, digests: Mapping[str, int], when: str) -> None:
+    """`check_tensors` of whole tensors, of which the digests are left."""
+    if processes.count > 1:
+        _check(processes, {name: ((), number) for name, number in digests.items()}, when)
+
+
+def _check(processes: Processes, own: dict[str, tuple[Any, int]], when: str) -> None:
+    """Compare (part, digest) of each tensor among the processes that have the same part."""
     everybodys = processes.gathered(own)
     wrong: dict[int, str] = {}
     for name in own:
@@ -59,13 +69,13 @@ def check_tensors(processes: Processes, tensors: Mapping[str, Tensor], when: str
             if name not in theirs:
                 wrong.setdefault(rank, name)
                 continue
-            part, digest = theirs[name]
-            parts[part][rank] = digest
+            part, number = theirs[name]
+            parts[part][rank] = number
         for digests in parts.values():
             # Most are right; of two, the lower rank.
             usual = collections.Counter(digests.values()).most_common(1)[0][0]
-            for rank, digest in digests.items():
-                if digest != usual:
+            for rank, number in digests.items():
+                if number != usual:
                     wrong.setdefault(rank, name)
     if wrong:
         raise ValueError(
@@ -88,7 +98,8 @@ def _part(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _hash(tensor: Tensor) -> int:
+def digest(tensor: Tensor) -> int:
+    """The exclusive or of this process's bits of a tensor."""
     local = tensor.detach()
     if isinstance(local, DTensor):
         local = local.to_local()

@@ -11,12 +11,13 @@ and are processes of consecutive ranks, so of one machine.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastattn.nn.checks import check_integer
+from fastattn.nn.checks import check_integer, check_number
 
 DIMENSIONS = ("replicate", "shard", "context", "tensor")  # outermost first
 
@@ -33,6 +34,9 @@ class DistributedConfig:
         context: processes among which each sequence lies (ring attention).
         tensor: processes among which each layer's heads and columns lie, and the vocabulary.
         offload: whether sharded weights and optimiser states lie in the memory of the CPU.
+        lost_seconds: without a sign of life, after which a process counts as lost, and all end. A
+            process that computes, saves or compiles gives one however long that takes.
+        step_minutes: that a process which lives may be waited for in a step.
 
     Raises:
         TypeError, ValueError: a number is not an integer in range; the message names it.
@@ -43,12 +47,17 @@ class DistributedConfig:
     context: int = 1
     tensor: int = 1
     offload: bool = False
+    lost_seconds: float = 60.0
+    step_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         for name in DIMENSIONS:
             check_integer(name, getattr(self, name), at_least=0 if name == "shard" else 1)
         if not isinstance(self.offload, bool):
             raise TypeError(f"offload must be True or False, got {self.offload!r}")
+        for name in ("lost_seconds", "step_minutes"):
+            if not 0 < check_number(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
     def sizes(self, processes: int) -> tuple[int, ...]:
         """The sizes of DIMENSIONS for so many processes.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,13 +27,18 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from fastattn.models.folder.layout import Weights
 from fastattn.training.contract import Batch, Objective
+from fastattn.training.distributed.agreement import check_digests
 from fastattn.training.distributed.context import part_of
+from fastattn.training.distributed.filling import fill
 from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.distributed.processes import Processes, losses_named
 from fastattn.training.distributed.tensor import parallelize
 from fastattn.training.steps.config import TrainingConfig
 from fastattn.training.steps.precision import reduced_dtype
+
+T = TypeVar("T")
 
 OF_PARTS = ("causal", "chat")  # objectives whose loss is a sum over the tokens of a sequence
 
@@ -76,6 +82,11 @@ class Parallel:
         return self.shard > 1 or self.tensor > 1
 
     @property
+    def reader(self) -> int:
+        """Which group of those that have batches of their own is this process's."""
+        return self._reader
+
+    @property
     def place(self) -> int:
         """Which part of each sequence is this process's."""
         return self._place
@@ -105,11 +116,16 @@ class Parallel:
         if self.config.offload and (self.device is None or self.device.type == "cpu"):
             raise ValueError("offload=true needs GPUs: on a CPU the weights are there already")
 
-    def placed(self, model: torch.nn.Module, config: TrainingConfig) -> torch.nn.Module:
+    def placed(
+        self, model: torch.nn.Module, config: TrainingConfig, weights: Weights | None = None
+    ) -> torch.nn.Module:
         """Divide the weights of `model` in place; what is returned is called for a loss.
 
+        Args:
+            weights: of a model on the meta device, where this layout is `sharded`.
+
         Raises:
-            ValueError: sizes of the model do not divide.
+            ValueError: sizes of the model do not divide; or on all processes, `weights` differ.
         """
         if self.mesh is None:
             return model
@@ -119,9 +135,14 @@ class Parallel:
             # A parameter without a gradient in a step is no error of a single process either.
             return DistributedDataParallel(model, find_unused_parameters=True)
         if self.tensor > 1:
-            parallelize(model.to(self.device), self._weights_mesh["tensor"])
+            there = model.to(self.device) if weights is None else model
+            parallelize(there, self._weights_mesh["tensor"])
         if self._weights_mesh["replicate"].size() * self._weights_mesh["weights"].size() > 1:
             _shard(model, self._weights_mesh, self.device, config, self.config.offload)
+        if weights is not None:
+            device = torch.device("cpu") if self.config.offload else self.device
+            digests = fill(model, weights, device, self.device)
+            check_digests(self.processes, digests, "at the start")
         return model
 
     def share(self, numbers: Sequence[int]) -> list[int]:
@@ -150,6 +171,10 @@ class Parallel:
         with losses_named():
             dist.all_reduce(total)
         return (total / self.tensor).tolist()
+
+    def of_readers(self, value: T) -> list[T]:
+        """The `value` of each group that has batches of its own; all processes must call it."""
+        return self.processes.gathered(value)[:: self.context * self.tensor]
 
     def agreed(self, value: bool) -> bool:
         """`value` of rank 0; all must call it."""

@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from fastattn.training.distributed.heartbeat import Heartbeat
+from fastattn.training.distributed.layout import DistributedConfig
+
 T = TypeVar("T")
 
 JOIN_SECONDS = 50.0  # for all processes to be there
-STEP_MINUTES = 10.0  # that one may be waited for in a step: a process that dies is noticed at once
 LEAD_DAYS = 7.0  # that the data may take to prepare
 
 
@@ -40,9 +42,19 @@ class Processes:
         control: the group, of gloo, in which they agree; of this object. None for one process.
     """
 
-    def __init__(self, device: str, patience: timedelta = timedelta(days=LEAD_DAYS)) -> None:
-        """`patience` is how long the others may take before they count as lost."""
+    def __init__(
+        self,
+        device: str,
+        patience: timedelta = timedelta(days=LEAD_DAYS),
+        heart: Heartbeat | None = None,
+    ) -> None:
+        """
+        Args:
+            patience: how long the others may take, if they live, before they count as lost.
+            heart: what says that they live, where `joined` has started it.
+        """
         self.device = device
+        self._heart = heart
         self.rank, self.count = 0, 1
         self.control: dist.ProcessGroup | None = None
         if dist.is_initialized():
@@ -55,6 +67,10 @@ class Processes:
     def leads(self) -> bool:
         """Whether this is the process that writes files and prints."""
         return self.rank == 0
+
+    def patient(self, size: int) -> contextlib.AbstractContextManager[None]:
+        """For work that copies `size` bytes under Python's lock, with no sign of life meanwhile."""
+        return contextlib.nullcontext() if self._heart is None else self._heart.patient(size)
 
     def gathered(self, value: T) -> list[T]:
         """Each process's `value`, by rank. All must call it."""
@@ -105,13 +121,15 @@ class Processes:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[Processes]:
+def joined(device: str, config: DistributedConfig | None = None) -> Iterator[Processes]:
     """The run's processes, for the block: this one only, unless torchrun has started several.
 
-    A process group that is there already is used, and left as it is.
+    A process group that is there already is used, and left as it is. Another one ends this process
+    where one of the others gives no sign of life (`heartbeat`).
 
     Args:
         device: "auto", "cpu" or "cuda", as [model] has it; each process takes one GPU of its own.
+        config: of it, how long a process may be silent, and be waited for in a step.
 
     Raises:
         LostProcessError: some processes did not come within a minute; the message has their ranks.
@@ -123,20 +141,25 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(device)
         return
     device = _own_device(device)
+    config = config or DistributedConfig()
     store, rank, count = _met()
-    dist.init_process_group(
-        # The one choice between GPUs and CPUs: tensors on a CPU go through gloo on both.
-        "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-        store=store,
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(minutes=STEP_MINUTES),
-    )
+    clean, heart = False, Heartbeat(store, rank, count, config.lost_seconds)
     try:
+        dist.init_process_group(
+            # The one choice between GPUs and CPUs: tensors on a CPU go through gloo on both.
+            "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+            store=store,
+            rank=rank,
+            world_size=count,
+            timeout=timedelta(minutes=config.step_minutes),
+        )
         with losses_named():
-            yield Processes(device)
+            yield Processes(device, heart=heart)
+        clean = True
     finally:
-        dist.destroy_process_group()
+        heart.stop(clean)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

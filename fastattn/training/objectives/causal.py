@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
-import torch
 
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record
 from fastattn.training.evaluation.metrics import perplexity
@@ -56,7 +56,7 @@ class Causal(Objective):
         ids = [example["input_ids"] for example in examples]
         return packed_batch(ids, ids, self.interface)
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """The loss, and the perplexity: its exponential."""
-        measured = super().measure(model, batches)
+        measured = super().conclude(observed)
         return {**measured, "perplexity": perplexity(measured["loss"], 1)}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
-import torch
 
 from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record
@@ -84,7 +84,7 @@ class Chat(Objective):
         ]
         return packed_batch(ids, labels, self.interface)
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """ "loss" of a token of the answers, and "perplexity", its exponential."""
-        measured = super().measure(model, batches)
+        measured = super().conclude(observed)
         return {**measured, "perplexity": perplexity(measured["loss"], 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -97,14 +98,18 @@ class Classification(Objective):
         labels = torch.tensor([int(example["label"][0]) for example in examples])
         return sequences.batch_of(examples, self.tokenizer, {"labels": labels}, len(examples))
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def observe(self, model: torch.nn.Module, batch: Batch) -> Any:
+        output = model(**batch.arguments)
+        loss = loss_of(output).item() * batch.counted
+        return loss, output.logits.argmax(-1).tolist(), batch.arguments["labels"].tolist()
+
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """ "loss", "accuracy", and "macro_f1", the mean of the F1 of the classes that occur."""
         loss, predictions, labels = 0.0, [], []
-        for batch in batches:
-            output = model(**batch.arguments)
-            loss += loss_of(output).item() * batch.counted
-            predictions += output.logits.argmax(-1).tolist()
-            labels += batch.arguments["labels"].tolist()
+        for of_batch, given, wanted in observed:
+            loss += of_batch
+            predictions += given
+            labels += wanted
         if not labels:
             raise ValueError("the validation data have no example")
         return {

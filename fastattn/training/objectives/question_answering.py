@@ -149,7 +149,17 @@ class QuestionAnswering(Objective):
         targets = {"start_positions": positions[:, 0], "end_positions": positions[:, 1]}
         return sequences.batch_of(examples, self.tokenizer, targets, len(examples))
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def observe(self, model: torch.nn.Module, batch: Batch) -> Any:
+        output = model(**batch.arguments)
+        loss = loss_of(output).item() * batch.counted
+        readings = zip(batch.examples, self._readings(batch, output, count=1))
+        return (
+            loss,
+            batch.counted,
+            [(example["key"].tolist(), _texts(example["answers"]), r) for example, r in readings],
+        )
+
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """ "loss" of the windows, "exact_match" and "f1" of the questions' answers (SQuAD's).
 
         Records that are equal in everything count once.
@@ -157,14 +167,13 @@ class QuestionAnswering(Objective):
         loss, windows = 0.0, 0
         read: dict[tuple[int, ...], list[Reading]] = {}  # by question
         accepted: dict[tuple[int, ...], list[str]] = {}
-        for batch in batches:
-            output = model(**batch.arguments)
-            loss += loss_of(output).item() * batch.counted
-            windows += batch.counted
-            for example, reading in zip(batch.examples, self._readings(batch, output, count=1)):
-                key = tuple(example["key"].tolist())
+        for of_batch, counted, readings in observed:
+            loss += of_batch
+            windows += counted
+            for numbers, texts, reading in readings:
+                key = tuple(numbers)
                 read.setdefault(key, []).append(reading)
-                accepted[key] = _texts(example["answers"])
+                accepted[key] = texts
         if not read:
             raise ValueError("the validation data have no question")
         predictions = [ranked(read[key], self.settings.unanswerable)[0].text for key in accepted]

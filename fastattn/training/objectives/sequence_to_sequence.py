@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
-import torch
 
 from fastattn.nn.checks import check_integer
 from fastattn.training.contract import Batch, Example, Interface, Objective, Record
@@ -81,7 +81,7 @@ class SequenceToSequence(Objective):
         sources, targets = ([example[name] for example in examples] for name in self.fields)
         return encoder_decoder_batch(sources, targets, self.tokenizer, self.interface)
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """The loss, and the perplexity: its exponential."""
-        measured = super().measure(model, batches)
+        measured = super().conclude(observed)
         return {**measured, "perplexity": perplexity(measured["loss"], 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -115,18 +116,25 @@ class TokenClassification(Objective):
         counted = int((labels != IGNORED).sum())
         return sequences.batch_of(examples, self.tokenizer, {"labels": labels}, counted)
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def observe(self, model: torch.nn.Module, batch: Batch) -> Any:
+        output = model(**batch.arguments)
+        loss = loss_of(output).item() * batch.counted if batch.counted else 0.0
+        tags = []
+        for given, wanted in zip(output.logits.argmax(-1), batch.arguments["labels"]):
+            counts = wanted != IGNORED
+            tags.append((given[counts].tolist(), wanted[counts].tolist()))
+        return loss, tags
+
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """ "loss", "accuracy" of the words' tags, "precision", "recall" and "f1" of the spans."""
         loss = 0.0
         predictions: list[list[str]] = []
         references: list[list[str]] = []
-        for batch in batches:
-            output = model(**batch.arguments)
-            loss += loss_of(output).item() * batch.counted
-            for given, wanted in zip(output.logits.argmax(-1), batch.arguments["labels"]):
-                counts = wanted != IGNORED
-                predictions.append([self.labels[number] for number in given[counts].tolist()])
-                references.append([self.labels[number] for number in wanted[counts].tolist()])
+        for of_batch, tags in observed:
+            loss += of_batch
+            for given, wanted in tags:
+                predictions.append([self.labels[number] for number in given])
+                references.append([self.labels[number] for number in wanted])
         if not references:
             raise ValueError("the validation data have no example")
         given_tags = [tag for tags in predictions for tag in tags]

@@ -100,11 +100,12 @@ class Sampled(Batches):
         joins = bits < numpy.uint64(limit) if limit < 2**64 else numpy.ones(len(bits), dtype=bool)
         return self._rows(numpy.flatnonzero(joins), index)
 
-    def once(self) -> Iterator[Batch]:
+    def once(self, first: int = 0, step: int = 1) -> Iterator[Batch]:
         """Each example once, in the order of the data; the last batch may be smaller."""
-        for index, first in enumerate(range(0, len(self.examples), self.batch_size)):
-            last = min(first + self.batch_size, len(self.examples))
-            yield self._rows(numpy.arange(first, last), index)
+        starts = range(0, len(self.examples), self.batch_size)
+        for index, start in list(enumerate(starts))[first::step]:
+            last = min(start + self.batch_size, len(self.examples))
+            yield self._rows(numpy.arange(start, last), index)
 
     def _rows(self, chosen: numpy.ndarray, index: int) -> Batch:
         """A row for each of the chosen examples, but for those of which no target counts."""

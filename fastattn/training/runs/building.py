@@ -11,8 +11,12 @@ import torch
 
 import fastattn
 from fastattn import models
+from fastattn.files import local_path
+from fastattn.models.drawing import drawn
 from fastattn.models.families.family import MOST_LAYERS
-from fastattn.models.folder.layout import skeleton
+from fastattn.models.folder.layout import CONFIG, Weights, skeleton
+from fastattn.models.folder.sources import read_json
+from fastattn.models.loading import class_in
 from fastattn.training.contract import Objective, Record
 from fastattn.training.optional import require
 from fastattn.training.runs import adapters
@@ -87,35 +91,77 @@ def model(settings: ModelSettings, objective: Objective, device: torch.device) -
     return made
 
 
-def _new(settings: ModelSettings, objective: Objective) -> Any:
-    cls = getattr(models, objective.model_class)
-    values = {**_tokens(objective, cls.config_class), **settings.config}
-    if settings.preset is None:
-        config = cls.config_class(**values)
-    elif hasattr(cls.config_class, "preset"):
-        config = cls.config_class.preset(settings.preset, **values)
+def deferred(
+    settings: ModelSettings, objective: Objective
+) -> tuple[torch.nn.Module, Weights] | None:
+    """`model` on the meta device, and its weights, which are the same.
+
+    None where it has to be made whole: a model of transformers, one with adapters or with a new
+    head, a new one that is no GPT, and one in a GGUF file or of 8 bits.
+
+    Raises:
+        ValueError: as `model`.
+    """
+    if settings.library == "transformers" or settings.lora_rank:
+        return None
+    cls, dtype = getattr(models, objective.model_class), getattr(torch, settings.dtype)
+    if settings.folder is None:
+        if cls is not models.GPT:
+            return None
+        config = _config(settings, objective)
+        _check_size(cls, config, whole=False)
+        made, weights = drawn(config, dtype)
     else:
-        raise ValueError(f"preset: {cls.config_class.__name__} has none; give its fields in config")
+        folder = local_path("folder", settings.folder)
+        if not folder.is_dir() or class_in(folder) is not cls:
+            return None
+        if read_json(folder / CONFIG).get("quantization_config"):
+            return None
+        made, weights = cls.deferred(folder, dtype=dtype)
+        if not _labelled(made, objective):
+            return None
+    _check_vocabulary(made, objective)
+    if (end := getattr(objective, "end_of_turn", None)) is not None:
+        _stop_at(made, end)
+    return made, weights
+
+
+def _new(settings: ModelSettings, objective: Objective) -> Any:
+    config = _config(settings, objective)
+    cls = getattr(models, objective.model_class)
     _check_size(cls, config)
     return cls(config)
 
 
-def _check_size(cls: Any, config: Any) -> None:
+def _config(settings: ModelSettings, objective: Objective) -> Any:
+    """The config of a new model."""
+    cls = getattr(models, objective.model_class)
+    values = {**_tokens(objective, cls.config_class), **settings.config}
+    if settings.preset is None:
+        return cls.config_class(**values)
+    if hasattr(cls.config_class, "preset"):
+        return cls.config_class.preset(settings.preset, **values)
+    raise ValueError(f"preset: {cls.config_class.__name__} has none; give its fields in config")
+
+
+def _check_size(cls: Any, config: Any, whole: bool = True) -> None:
     """Raise ValueError for a new model that this machine's memory cannot hold, before it is made.
 
-    Its weights are drawn in float32 on the CPU.
+    Its weights are drawn in float32 on the CPU; one after another where it is not `whole`.
     """
     for name in ("n_layer", "encoder_layers", "decoder_layers"):
         if (layers := getattr(config, name, 0)) > MOST_LAYERS:
             raise ValueError(f"config: {name} is {layers}, more than {MOST_LAYERS}")
     try:
-        size = 4 * sum(parameter.numel() for parameter in skeleton(cls, config).parameters())
+        sizes = [4 * parameter.numel() for parameter in skeleton(cls, config).parameters()]
     except (RuntimeError, OverflowError) as error:  # numbers that torch cannot count to
         raise ValueError(f"config: no model has these sizes ({str(error)[:80]})") from error
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = sum(sizes) if whole else max(sizes)
     if size > memory:
+        weights = "weights take" if whole else "largest weight takes"
         raise ValueError(
-            f"config: the new model's weights take {size / 2**30:.1f} GiB, and this machine has "
+            f"config: the new model's {weights} {size / 2**30:.1f} GiB, and this machine has "
             f"{memory / 2**30:.1f} GiB of memory: make it smaller"
         )
 
@@ -142,16 +188,19 @@ def _labels(objective: Objective) -> dict[str, Any]:
     return {"n_labels": len(names), "label_names": tuple(names)} if names else {}
 
 
+def _labelled(model: Any, objective: Objective) -> bool:
+    """Whether a model's labels are the objective's."""
+    labels = _labels(objective)
+    return all(getattr(model.config, name) == value for name, value in labels.items())
+
+
 def _of_folder(
     folder: str, objective: Objective, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.nn.Module, set[str]]:
     """The model of a folder, and the names of its parameters that are new: of another head."""
     cls = getattr(models, objective.model_class)
     loaded = models.load(folder, dtype=dtype, device=device)
-    labels = _labels(objective)
-    if type(loaded) is cls and all(
-        getattr(loaded.config, name) == value for name, value in labels.items()
-    ):
+    if type(loaded) is cls and _labelled(loaded, objective):
         return loaded, set()
     encoder = loaded if isinstance(loaded, models.Encoder) else getattr(loaded, "encoder", None)
     if not (isinstance(encoder, models.Encoder) and cls.config_class is models.EncoderConfig):
@@ -159,7 +208,8 @@ def _of_folder(
             f"the objective {objective.name!r} trains a model of class {cls.__name__}, and "
             f"{folder} holds a {type(loaded).__name__}"
         )
-    made = cls(dataclasses.replace(loaded.config, **labels), device=device, dtype=dtype)
+    config = dataclasses.replace(loaded.config, **_labels(objective))
+    made = cls(config, device=device, dtype=dtype)
     known = encoder.state_dict()
     made.encoder.load_state_dict(known, strict=False)
     made.family = loaded.family

@@ -1,9 +1,10 @@
 """A run from its settings to a model in a folder: data, tokenizer, model, training, the end.
 
     run = Run.of(toml.read("config.toml"))
-    with joined(run.model.device) as processes, opened(run, processes) as checkpoints:
-        prepared = prepare(run, checkpoints, Parallel(processes, run.distributed))
-        history = fit(prepared)
+    with joined(run.model.device, run.distributed) as processes:
+        with opened(run, processes) as checkpoints:
+            prepared = prepare(run, checkpoints, Parallel(processes, run.distributed))
+            history = fit(prepared)
 
 The output folder then has
 
@@ -35,6 +36,7 @@ import torch
 
 from fastattn.files import folder_written_beside, local_path, write_text
 from fastattn.models import GPTConfig
+from fastattn.models.folder.layout import Weights
 from fastattn.training.checkpoints import Checkpoints, save_model
 from fastattn.training.contract import Objective
 from fastattn.training.data.order import Packed, Shuffled
@@ -73,6 +75,7 @@ class Prepared:
         checkpoints: of the output folder.
         parallel: this process's part of it all.
         privacy: of a private run.
+        weights: of a model on the meta device, which `train` divides.
     """
 
     run: Run
@@ -84,6 +87,7 @@ class Prepared:
     checkpoints: Checkpoints
     parallel: Parallel
     privacy: PrivateGradients | None = None
+    weights: Weights | None = None
 
 
 @contextlib.contextmanager
@@ -165,13 +169,12 @@ def prepare(
         else:
             training = _batches(run, objective, examples)
         validation = None if held_out is None else _batches(run, objective, held_out, smaller=True)
-        # Weights that are to be divided are made in the memory of the CPU.
-        device = building.device_named("cpu" if parallel.sharded else processes.device)
-        model = _model(run, objective, device)
+        model, weights = _model(run, objective, parallel)
         parallel.check(run.training, objective)
         return Prepared(
-            run, objective, model, examples, training, validation, checkpoints, parallel, privacy
-        )
+            run, objective, model, examples, training, validation, checkpoints, parallel, privacy,
+            weights,
+        )  # fmt: skip
 
     return processes.together(prepared)
 
@@ -207,16 +210,26 @@ def _data(
     return objective, examples, held_out
 
 
-def _model(run: Run, objective: Objective, device: torch.device) -> torch.nn.Module:
-    """The model, which has room for the run's sequences."""
+def _model(
+    run: Run, objective: Objective, parallel: Parallel
+) -> tuple[torch.nn.Module, Weights | None]:
+    """The model, which has room for the run's sequences; one that is to be divided is on the meta
+    device where it can be, with its weights.
+    """
     torch.manual_seed(run.training.seed)
-    model = building.model(run.model, objective, device)
+    found = building.deferred(run.model, objective) if parallel.sharded else None
+    if found is not None:
+        model, weights = found
+    else:
+        # Weights that are to be divided are made in the memory of the CPU.
+        device = building.device_named("cpu" if parallel.sharded else parallel.processes.device)
+        model, weights = building.model(run.model, objective, device), None
     if objective.packs:
         building.check_length(model, "[training] context", run.training.context)
     for name in LENGTHS:
         if (length := getattr(objective.settings, name, None)) is not None:
             building.check_length(model, f"[objective] {name}", length)
-    return model
+    return model, weights
 
 
 def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
@@ -246,6 +259,7 @@ def fit(prepared: Prepared, on_progress: Sequence[OnProgress] = ()) -> History:
         checkpoints=checkpoints,
         parallel=prepared.parallel,
         privacy=prepared.privacy,
+        weights=prepared.weights,
         on_progress=progress,
     )
     if leads:

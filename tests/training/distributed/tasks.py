@@ -66,6 +66,20 @@ def trained(
     return weights, steps, [evaluation.loss for evaluation in history.evaluations]
 
 
+def evaluated(
+    rank: int, numbers: dict[str, Any], length: int, tokens: int
+) -> tuple[dict[str, float], int]:
+    """The measures of a validation on so many tokens, and how often this process ran the model."""
+    subject, layout = small.model(), parallel(**numbers)
+    config = small.with_changes(evaluation_tokens=tokens)
+    layout.placed(subject, config)
+    calls: list[int] = []
+    subject.register_forward_hook(lambda *_: calls.append(1))
+    data = small.windows(small.HELD_OUT[:length], config)
+    device = torch.device("cpu")
+    return loop.evaluate(subject, small.OBJECTIVE, data, config, device, layout), len(calls)
+
+
 def differing(rank: int, numbers: dict[str, Any], what: str) -> str:
     """What a run says of which rank 1 has another seed, another config, or a weight that has lost
     a bit after two steps."""

@@ -77,6 +77,36 @@ def test_a_run_is_the_same(count: int, numbers: dict[str, Any], changes: dict[st
     assert all(small.same(first, other) for other in others)
 
 
+@pytest.mark.parametrize(
+    ("count", "numbers", "calls"),
+    [
+        pytest.param(2, {"replicate": 2}, [3, 2], id="DDP"),
+        pytest.param(2, {"shard": 2}, [3, 3], id="FSDP"),  # who has no batch runs one in vain
+        pytest.param(2, {"context": 2}, [5, 5], id="CP", marks=pytest.mark.long),
+        pytest.param(4, {"replicate": 2, "shard": 2}, [2] * 4, id="HSDP", marks=pytest.mark.long),
+        pytest.param(4, {"shard": 2, "tensor": 2}, [3] * 4, id="FSDP-TP", marks=pytest.mark.long),
+    ],
+)
+def test_a_validation_is_divided(count: int, numbers: dict[str, Any], calls: list[int]) -> None:
+    """Five batches of 64 tokens, the last smaller: the figures have the bits of one process."""
+    expected, once = processes.run(1, tasks.evaluated, {}, 300, 0)[0]
+    assert once == 5
+    found = processes.run(count, tasks.evaluated, numbers, 300, 0)
+    assert [called for _, called in found] == calls
+    for measures, _ in found:
+        assert measures == (pytest.approx(expected, rel=1e-6) if "tensor" in numbers else expected)
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens"), [(300, 100), pytest.param(60, 0, marks=pytest.mark.long)]
+)
+def test_a_validation_ends_where_it_does_on_one_process(length: int, tokens: int) -> None:
+    """After two of the batches; and there is one batch for two processes."""
+    expected, _ = processes.run(1, tasks.evaluated, {}, length, tokens)[0]
+    for measures, _ in processes.run(2, tasks.evaluated, {"shard": 2}, length, tokens):
+        assert measures == expected
+
+
 @pytest.mark.parametrize("numbers", [{"replicate": 2}, {"shard": 2}])
 @pytest.mark.parametrize("what", ["seed", "config"])
 def test_a_rank_that_differs_is_named(numbers: dict[str, Any], what: str) -> None:

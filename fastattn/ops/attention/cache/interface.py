@@ -9,8 +9,9 @@ from typing import Any, Literal, cast, overload
 
 import torch
 
-from fastattn import backends
+from fastattn import backends, proving
 from fastattn.ops.attention.cache import aten, registration, stored
+from fastattn.ops.attention.cache import proof as _proof
 from fastattn.ops.attention.cache.call import CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem, check_contents, describe
 from fastattn.ops.attention.call import NONE, Causal
@@ -206,3 +207,4 @@ def _as_cached(x: Any, cache: Any) -> Any:
 
 
 backends.register(attention_with_kv_cache, describe, BACKENDS)
+proving.register("attention_with_kv_cache", _proof.PROOF)

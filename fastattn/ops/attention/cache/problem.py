@@ -28,7 +28,10 @@ class CacheProblem:
     """Metadata of one call: an attention on `capacity` keys, and how they are found."""
 
     attention: AttentionProblem
-    features: tuple[str, ...]
+    given: tuple[str, ...]  # names of the optional tensors that are there
+    stored: torch.dtype  # of the caches
+    page_size: int
+    seqlen_new: int
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +61,16 @@ class CacheProblem:
         return of.batch * of.seqlen_q * of.heads * of.head_dim
 
     def describe(self) -> str:
-        return ", ".join([self.attention.describe(), *self.features])
+        named = {
+            "k_scale": f"stored as {dtype_name(self.stored)}",
+            "block_table": f"paged by {self.page_size}",
+            "cache_indices": "cache_indices",
+            "cache_starts": "cache_starts",
+            "k": f"{self.seqlen_new} new keys",
+            "rotary_cos": "rotary",
+        }
+        features = (told for name, told in named.items() if name in self.given)
+        return ", ".join([self.attention.describe(), "kv cache", *features])
 
 
 def describe(
@@ -135,16 +147,17 @@ def describe(
         )  # fmt: skip
         check_contents(cache, q.shape[1])
     described = AttentionProblem.of(q, k_cache, v_cache, extras, settings, return_lse=return_lse)
-    named = {
-        f"stored as {dtype_name(k_cache.dtype)}": k_scale,
-        f"paged by {k_cache.shape[1]}": block_table,
-        "cache_indices": cache_indices,
-        "cache_starts": cache_starts,
-        f"{0 if k is None else k.shape[1]} new keys": k,
-        "rotary": rotary_cos,
-    }
-    given_too = (name for name, x in named.items() if x is not None)
-    return CacheProblem(described, ("kv cache", *given_too))
+    optional = {
+        "k": k, "k_scale": k_scale, "block_table": block_table, "cache_indices": cache_indices,
+        "cache_starts": cache_starts, "rotary_cos": rotary_cos,
+    }  # fmt: skip
+    return CacheProblem(
+        attention=described,
+        given=tuple(name for name, x in optional.items() if x is not None),
+        stored=k_cache.dtype,
+        page_size=k_cache.shape[1],
+        seqlen_new=0 if k is None else k.shape[1],
+    )
 
 
 def _check_new(

@@ -26,10 +26,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q = rotated_queries(q, call)
     lengths = append(call).clamp(max=call.capacity)
-    k, v = _gathered(call)
-    if call.k_scale is not None and call.v_scale is not None:
-        precision = modes.at_least_float32(q.dtype)
-        k, v = dequantised(k, call.k_scale, precision), dequantised(v, call.v_scale, precision)
+    k, v = held(call, modes.at_least_float32(q.dtype))
     return reference.on_lengths(problem.attention, q, k, v, extras, lengths, call.starts)
 
 
@@ -125,6 +122,14 @@ def _places(call: CacheCall, positions: torch.Tensor) -> tuple[torch.Tensor, tor
     if rows is None:
         rows = torch.arange(positions.shape[0], device=positions.device)
     return rows.long()[:, None].expand_as(positions), positions
+
+
+def held(call: CacheCall, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all sequences, those of 8-bit caches in `precision`."""
+    k, v = _gathered(call)
+    if call.k_scale is None or call.v_scale is None:
+        return k, v
+    return dequantised(k, call.k_scale, precision), dequantised(v, call.v_scale, precision)
 
 
 def _gathered(call: CacheCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,97 @@
+"""Functions that test_filling.py runs on several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from scaling import Counted
+from torch.distributed.tensor import DTensor
+from training import small
+from training.distributed import tasks
+
+import fastattn
+from fastattn.models.drawing import drawn
+from fastattn.models.folder.layout import Weights
+from fastattn.training.distributed.processes import Processes
+from fastattn.training.runs.run import Parallel, fit, opened, prepare
+from fastattn.training.runs.settings import Run
+
+LARGER = fastattn.GPTConfig(
+    vocab_size=17, n_positions=16, n_embd=128, n_layer=12, n_head=2, bos_token_id=0, eos_token_id=0
+)  # fmt: skip
+
+
+def _drawn(seed: int, **how: Any) -> tuple[fastattn.GPT, Weights]:
+    config = small.model(**how).config
+    torch.manual_seed(seed)
+    return drawn(config, torch.float32)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().clone()
+
+
+def parts(rank: int, numbers: dict[str, Any], how: dict[str, Any]) -> list[bool]:
+    """Whether this process's parts, and logits, are those of a model that was whole."""
+    whole, (late, weights) = small.model(**how), _drawn(0, **how)
+    config = small.with_changes()
+    tasks.parallel(**numbers).placed(whole, config)
+    tasks.parallel(**numbers).placed(late, config, weights)
+    pairs = zip(whole.named_parameters(), late.named_parameters(), strict=True)
+    same = [n == m and torch.equal(_local(a), _local(b)) for (n, a), (m, b) in pairs]
+    tied = whole.config.tie_word_embeddings == (late.lm_head.weight is late.wte.weight)
+    ids = small.STREAM[None, :16]
+    with torch.no_grad():
+        return [all(same), tied, torch.equal(whole(ids), late(ids))]
+
+
+def trained(rank: int, numbers: dict[str, Any], late: bool) -> tuple[dict[str, torch.Tensor], Any]:
+    """The weights of a run, whole, and the loss of each step."""
+    subject, weights = _drawn(0) if late else (small.model(), None)
+    config = small.with_changes(steps=3, accumulation=2)
+    layout = tasks.parallel(**numbers)
+    history = small.trained(subject, config, parallel=layout, weights=weights)
+    whole = {name: tasks.whole(value) for name, value in subject.state_dict().items()}
+    return whole, [step.loss for step in history.steps]
+
+
+def differing(rank: int) -> str:
+    """What a run says of which rank 1 draws from another seed."""
+    subject, weights = _drawn(rank)
+    config = small.with_changes(steps=1, accumulation=2)
+    try:
+        small.trained(subject, config, parallel=tasks.parallel(shard=2), weights=weights)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def peak(rank: int, numbers: dict[str, Any], late: bool, folder: Path | None) -> tuple[int, int]:
+    """The bytes of all tensors at most while a model is made and divided, and of its parts."""
+    config = small.with_changes()
+    layout = tasks.parallel(**numbers)
+    with Counted() as counted:
+        if folder is not None:
+            model, weights = fastattn.GPT.deferred(folder, dtype=torch.float32)
+            layout.placed(model, config, weights)
+        elif late:
+            model, weights = drawn(LARGER, torch.float32)
+            layout.placed(model, config, weights)
+        else:
+            model = fastattn.GPT(LARGER)
+            layout.placed(model, config)
+    own = sum(_local(parameter).nbytes for parameter in model.parameters())
+    return counted.peak, own
+
+
+def run(rank: int, tables: dict[str, Any]) -> tuple[bool, list[float]]:
+    """A run from its settings: whether its model was made in parts, and its validations' losses."""
+    settings, processes = Run.of(tables), Processes("cpu")
+    parallel = Parallel(processes, settings.distributed)
+    with opened(settings, processes) as checkpoints:
+        prepared = prepare(settings, checkpoints, parallel)
+        history = fit(prepared)
+    return prepared.weights is not None, [one.loss for one in history.evaluations]
