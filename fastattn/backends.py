@@ -24,6 +24,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -483,5 +484,6 @@ def explanation_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> E
         known = ", ".join(sorted(name for name, _, _ in _explainable.values()))
         raise ValueError(f"function must be an op of fastattn ({known}); got {function!r}")
     op, describe, backends = _explainable[function]
+    inspect.signature(function).bind(*args, **kwargs)  # raises what the call would
     argument = kwargs.pop("backend", None)
     return _explain(op, backends, describe(*args, **kwargs), argument)

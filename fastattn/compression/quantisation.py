@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastattn.nn.checks import check_choice
 from fastattn.nn.int8_weight import Int8Weight, round_linear_layers, why_not_rounded
 from fastattn.nn.torchao_weight import GROUP, is_torchaos, parts, quantise
 from fastattn.nn.torchao_weight import MODES as TORCHAOS
@@ -72,8 +73,7 @@ def quantize(model: torch.nn.Module, mode: str = "int8") -> Report:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    check_choice("mode", mode, MODES)
     before = size(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     left = {

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastattn.ops.attention.problem import (
-    INDEX_DTYPES,
-    check_device,
-    check_index,
-    values_are_checked,
-)
+from fastattn.ops.attention.problem import check_block_table, check_index, values_are_checked
 
 
 def gathered(
@@ -46,17 +41,10 @@ def gathered(
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     check_index("cu_seqlens_k", cu_seqlens_k, ("batch + 1", None), k.device)
-    check_device("block_table", block_table, k.device)
     pages, page_size = k.shape[:2]
     seqused_k = cu_seqlens_k.diff()
     batch = seqused_k.shape[0]
-    if block_table.dtype not in INDEX_DTYPES:
-        raise TypeError(f"block_table must be int32 or int64; got {block_table.dtype}")
-    if block_table.dim() != 2 or block_table.shape[0] != batch:
-        raise ValueError(
-            f"block_table must be (batch, max_pages), batch = {batch} by cu_seqlens_k; "
-            f"got {tuple(block_table.shape)}"
-        )
+    check_block_table(block_table, batch, k.device)
     table = block_table[:, : -(-max_seqlen_k // page_size) if pages and page_size else 0]
     columns = table.shape[1]
     room = columns * page_size

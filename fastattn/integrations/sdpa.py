@@ -24,8 +24,9 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastattn.integrations.sdpa_flash import register
 from fastattn.ops.attention import attention
-from fastattn.ops.attention.problem import DTYPES, Causal
+from fastattn.ops.attention.call import Causal
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import DTYPES, dtype_name
 
 __all__ = ["override_sdpa", "register", "scaled_dot_product_attention"]
 
@@ -408,7 +409,7 @@ def _check(
                 f"got shape {tuple(x.shape)}"
             )
         if x.dtype not in DTYPES:
-            accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            accepted = ", ".join(map(dtype_name, DTYPES))
             raise TypeError(f"{name} must have one of the dtypes {accepted}; got {x.dtype}")
         if x.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}; got {x.device}")

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.models.checked import Checked
 from fastattn.nn.attention import QK_NORMS
-from fastattn.nn.checks import check_integer, check_number, check_probability
-from fastattn.nn.rotary_embedding import check_scaling
+from fastattn.nn.checks import check_choice, check_number
 from fastattn.nn.transformer_block import NORMS, PLACEMENTS
 
 # Names of activation functions in Hugging Face's configs -> names in fastattn.ffn.
@@ -24,7 +24,6 @@ ACTIVATIONS = {
 }
 
 POSITIONS = ("learned", "rotary")
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Fields that must be above 0.
 POSITIVE = (
@@ -41,7 +40,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Checked):
     """Size and settings of a `GPT`, GPT-2's by the names of Hugging Face's `GPT2Config`.
 
     The defaults are GPT-2 124M's, but for dropout, which is 0 here and 0.1 there. The fields from
@@ -137,44 +136,18 @@ class GPTConfig:
     embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        def settle(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)  # the class is frozen
-
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            settle(name, check_integer(name, getattr(self, name), at_least=1))
-        for name in ("n_inner", "n_kv_head", "head_size", "sliding_window"):
-            if (size := getattr(self, name)) is not None:
-                settle(name, check_integer(name, size, at_least=1, otherwise=" or None"))
-        for name in ("bos_token_id", "pad_token_id"):
-            if (token := getattr(self, name)) is not None:
-                settle(name, check_integer(name, token, otherwise=" or None"))
-        ends = self.eos_token_id
-        if isinstance(ends, (list, tuple)):  # a tuple is hashable
-            settle("eos_token_id", tuple(check_integer("each eos_token_id", end) for end in ends))
-        elif ends is not None:
-            settle(
-                "eos_token_id", check_integer("eos_token_id", ends, otherwise=", several or None")
-            )
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            settle(name, check_probability(name, getattr(self, name)))
-        for name in POSITIVE:
-            if (value := getattr(self, name)) is None and name in (
-                "rope_local_theta",
-                "attention_scale",
-            ):
-                continue
-            settle(name, check_number(name, value))
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
+        self._settle_integers(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), 1)
+        optional = ("n_inner", "n_kv_head", "head_size", "sliding_window")
+        self._settle_integers(optional, 1, optional=True)
+        self._settle_integers(("bos_token_id", "pad_token_id"), optional=True)
+        self._settle_ends()
+        self._settle_probabilities(("embd_pdrop", "attn_pdrop", "resid_pdrop"))
+        self._settle_positive(POSITIVE, optional=("rope_local_theta", "attention_scale"))
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            settle(name, check_number(name, getattr(self, name) or 0.0))
+            self._settle(name, check_number(name, getattr(self, name) or 0.0))
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
-        for field in dataclasses.fields(self):
-            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
-                raise TypeError(
-                    f"{field.name} must be True or False, got {getattr(self, field.name)!r}"
-                )
+        self._check_flags()
         if self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}"
@@ -184,40 +157,17 @@ class GPTConfig:
                 f"n_kv_head must divide n_head, got n_kv_head={self.n_kv_head} and "
                 f"n_head={self.n_head}"
             )
-        for name, known in (
-            ("activation_function", tuple(ACTIVATIONS)),
-            ("norm", tuple(NORMS)),
-            ("norm_placement", PLACEMENTS),
-            ("qk_norm", QK_NORMS),
-            ("positions", POSITIONS),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"
-                )
-        if isinstance(self.rope_scaling, Mapping):
-            settle("rope_scaling", tuple(check_scaling(self.rope_scaling).items()) or None)
+        self._check_choices(
+            activation_function=ACTIVATIONS, norm=NORMS, norm_placement=PLACEMENTS,
+            qk_norm=QK_NORMS, positions=POSITIONS,
+        )  # fmt: skip
+        self._settle_scaling()
         if self.positions == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ValueError(
                 "partial_rotary_factor must leave an even number of a head's "
                 f"{self.head_dim} elements, got {self.partial_rotary_factor}"
             )
-        if self.layer_types is not None:
-            settle("layer_types", self._checked_types(self.layer_types))
-
-    def _checked_types(self, types: object) -> tuple[str, ...]:
-        if not isinstance(types, (list, tuple)) or any(t not in LAYER_TYPES for t in types):
-            raise ValueError(
-                f"layer_types must be None or have {' or '.join(map(repr, LAYER_TYPES))} for each "
-                f"layer, got {types!r}"
-            )
-        if len(types) != self.n_layer:
-            raise ValueError(
-                f"layer_types must have n_layer = {self.n_layer} entries, got {len(types)}"
-            )
-        if "sliding_attention" in types and self.sliding_window is None:
-            raise ValueError('layers with "sliding_attention" need a sliding_window')
-        return tuple(types)
+        self._settle_layer_types(self.n_layer, "sliding_window")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
@@ -235,8 +185,7 @@ class GPTConfig:
             ValueError: an unknown name, or changes that make no model.
             TypeError: a change that is no field.
         """
-        if name not in tuple(PRESETS):
-            raise ValueError(f"name must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
+        check_choice("name", name, PRESETS)
         return cls(**{**PRESETS[name], **changes})
 
     @property

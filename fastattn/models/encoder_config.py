@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.models.config import ACTIVATIONS, LAYER_TYPES
-from fastattn.nn.checks import check_integer, check_number, check_probability
-from fastattn.nn.rotary_embedding import check_scaling
+from fastattn.models.checked import Checked
+from fastattn.models.config import ACTIVATIONS
 
 POSITIONS = ("learned", "counted", "rotary")
 PLACEMENTS = ("post", "pre")
@@ -20,12 +18,12 @@ PROBLEM_TYPES = (
 )  # fmt: skip
 
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_labels")
-DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "classifier_pdrop")
+DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 POSITIVE = ("layer_norm_epsilon", "initializer_range", "rope_theta", "rope_local_theta")
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Checked):
     """Size and settings of an `Encoder` and its heads; `GPTConfig`'s names where it has the field.
 
     The defaults are BERT base's (Devlin et al. 2018, arXiv:1810.04805), but for dropout, which is 0
@@ -123,46 +121,25 @@ class EncoderConfig:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            self._settle(name, check_integer(name, getattr(self, name), at_least=1))
-        for name in ("n_inner", "local_attention"):
-            if (size := getattr(self, name)) is not None:
-                self._settle(name, check_integer(name, size, at_least=1, otherwise=" or None"))
-        types = check_integer("n_token_types", self.n_token_types, at_least=0)
-        self._settle("n_token_types", types)
-        for name in DROPOUTS:
-            if getattr(self, name) is not None or name != "classifier_pdrop":
-                self._settle(name, check_probability(name, getattr(self, name)))
-        for name in POSITIVE:
-            if (value := getattr(self, name)) is None and name == "rope_local_theta":
-                continue
-            self._settle(name, check_number(name, value))
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for field in dataclasses.fields(self):
-            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
-                raise TypeError(
-                    f"{field.name} must be True or False, got {getattr(self, field.name)!r}"
-                )
-        for name, known in (
-            ("activation_function", tuple(ACTIVATIONS)),
-            ("transform_activation", (None, *ACTIVATIONS)),
-            ("positions", POSITIONS),
-            ("norm_placement", PLACEMENTS),
-            ("pooling", POOLINGS),
-            ("problem_type", PROBLEM_TYPES),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"
-                )
+        self._settle_integers(SIZES, 1)
+        self._settle_integers(("n_inner", "local_attention"), 1, optional=True)
+        self._settle_integers(("n_token_types",), 0)
+        last = ("classifier_pdrop",) if self.classifier_pdrop is not None else ()
+        self._settle_probabilities((*DROPOUTS, *last))
+        self._settle_positive(POSITIVE, optional=("rope_local_theta",))
+        self._check_flags()
+        self._check_choices(
+            activation_function=ACTIVATIONS, transform_activation=(None, *ACTIVATIONS),
+            positions=POSITIONS, norm_placement=PLACEMENTS, pooling=POOLINGS,
+            problem_type=PROBLEM_TYPES,
+        )  # fmt: skip
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}"
             )
         self._check_tokens()
         self._check_rotary()
-        self._check_layers()
+        self._settle_layer_types(self.n_layer, "local_attention")
         if self.label_names is not None:
             self._settle("label_names", tuple(self.label_names))
             if len(self.label_names) != self.n_labels:
@@ -171,19 +148,9 @@ class EncoderConfig:
                     f"got {len(self.label_names)}"
                 )
 
-    def _settle(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the class is frozen
-
     def _check_tokens(self) -> None:
-        for name in ("bos_token_id", "pad_token_id"):
-            if (token := getattr(self, name)) is not None:
-                self._settle(name, check_integer(name, token, otherwise=" or None"))
-        ends = self.eos_token_id
-        if isinstance(ends, (list, tuple)):  # a tuple is hashable
-            ends = tuple(check_integer("each eos_token_id", end) for end in ends)
-            self._settle("eos_token_id", ends)
-        elif ends is not None:
-            check_integer("eos_token_id", ends, otherwise=", several or None")
+        self._settle_integers(("bos_token_id", "pad_token_id"), optional=True)
+        self._settle_ends()
         pad = self.pad_token_id
         if pad is None and self.positions == "counted":
             raise ValueError(
@@ -196,31 +163,13 @@ class EncoderConfig:
             )
 
     def _check_rotary(self) -> None:
-        if isinstance(self.rope_scaling, Mapping):
-            self._settle("rope_scaling", tuple(check_scaling(self.rope_scaling).items()) or None)
+        self._settle_scaling()
         if dict(self.rope_scaling or ()).get("rope_type") == "longrope":
             raise ValueError('rope_scaling of an encoder must not be "longrope": only GPT has it')
         if self.positions == "rotary" and self.rotary_dim % 2:
             raise ValueError(
                 f"n_embd / n_head must be even for rotary positions, got {self.rotary_dim}"
             )
-
-    def _check_layers(self) -> None:
-        types = self.layer_types
-        if types is None:
-            return
-        if not isinstance(types, (list, tuple)) or any(t not in LAYER_TYPES for t in types):
-            raise ValueError(
-                f"layer_types must be None or have {' or '.join(map(repr, LAYER_TYPES))} for each "
-                f"layer, got {types!r}"
-            )
-        if len(types) != self.n_layer:
-            raise ValueError(
-                f"layer_types must have n_layer = {self.n_layer} entries, got {len(types)}"
-            )
-        if "sliding_attention" in types and self.local_attention is None:
-            raise ValueError('layers with "sliding_attention" need a local_attention')
-        self._settle("layer_types", tuple(types))
 
     def resolved(self) -> EncoderConfig:
         """The same model's config with each default and each name of several said in one way."""

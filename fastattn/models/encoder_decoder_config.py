@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.models.checked import Checked
 from fastattn.models.config import ACTIVATIONS
-from fastattn.nn.checks import check_integer, check_number, check_probability
+from fastattn.nn.checks import check_choice
 
 POSITIONS = ("sinusoidal", "learned", "relative")
 PLACEMENTS = ("pre", "post")
@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class EncoderDecoderConfig:
+class EncoderDecoderConfig(Checked):
     """Size and settings of an `EncoderDecoder`; BART's names, where BART has the field.
 
     The defaults are the base model of Vaswani et al. 2017 (arXiv:1706.03762), but for dropout,
@@ -158,44 +158,18 @@ class EncoderDecoderConfig:
     is_encoder_decoder = True  # for `fastattn.generation`; no field
 
     def __post_init__(self) -> None:
-        def settle(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)  # the class is frozen
-
-        for name in SIZES:
-            settle(name, check_integer(name, getattr(self, name), at_least=1))
-        for name in ("n_positions", "head_size", *TOKENS):
-            if (value := getattr(self, name)) is not None:
-                least = None if name in TOKENS else 1
-                settle(name, check_integer(name, value, at_least=least, otherwise=" or None"))
-        settle("position_offset", check_integer("position_offset", self.position_offset, 0))
-        ends = self.eos_token_id
-        if isinstance(ends, (list, tuple)):  # a tuple is hashable
-            settle("eos_token_id", tuple(check_integer("each eos_token_id", end) for end in ends))
-        elif ends is not None:
-            check_integer("eos_token_id", ends, otherwise=", several or None")
-        for name in DROPOUTS:
-            settle(name, check_probability(name, getattr(self, name)))
-        for name in POSITIVE:
-            if getattr(self, name) is None and name in ("attention_scale", "initializer_range"):
-                continue
-            settle(name, check_number(name, getattr(self, name)))
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for field in dataclasses.fields(self):
-            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
-                raise TypeError(
-                    f"{field.name} must be True or False, got {getattr(self, field.name)!r}"
-                )
-        for name, known in (
-            ("activation_function", tuple(ACTIVATIONS)),
-            ("norm", ("layer_norm", "rms_norm")),
-            ("norm_placement", PLACEMENTS),
-            ("positions", POSITIONS),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"
-                )
+        self._settle_integers(SIZES, 1)
+        self._settle_integers(("n_positions", "head_size"), 1, optional=True)
+        self._settle_integers(TOKENS, optional=True)
+        self._settle_integers(("position_offset",), 0)
+        self._settle_ends()
+        self._settle_probabilities(DROPOUTS)
+        self._settle_positive(POSITIVE, optional=("attention_scale", "initializer_range"))
+        self._check_flags()
+        self._check_choices(
+            activation_function=ACTIVATIONS, norm=("layer_norm", "rms_norm"),
+            norm_placement=PLACEMENTS, positions=POSITIONS,
+        )  # fmt: skip
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.head_size is None and self.d_model % getattr(self, name):
                 raise ValueError(
@@ -234,8 +208,7 @@ class EncoderDecoderConfig:
             ValueError: an unknown name, or changes that make no model.
             TypeError: a change that is no field.
         """
-        if name not in tuple(PRESETS):
-            raise ValueError(f"name must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
+        check_choice("name", name, PRESETS)
         return cls(**{**PRESETS[name], **changes})
 
     def resolved(self) -> EncoderDecoderConfig:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.nn.checks import check_positive, check_probability
+from fastattn.nn.checks import check_choice, check_positive, check_probability
 from fastattn.nn.linear import Linear
 from fastattn.nn.rms_norm import OffsetRMSNorm, RMSNorm
 from fastattn.nn.stored_cache import fix_scale
@@ -126,8 +126,7 @@ class Attention(torch.nn.Module):
             )
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
         check_positive("head_dim", head_dim)
-        if qk_norm not in QK_NORMS:
-            raise ValueError(f"qk_norm must be one of {QK_NORMS}, got {qk_norm!r}")
+        check_choice("qk_norm", qk_norm, QK_NORMS)
         if cross and qk_norm is not None:
             raise ValueError("qk_norm is of self-attention: leave it None where cross is True")
         self.embed_dim = embed_dim

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from typing import Any
+
+
+def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``known``."""
+    if value not in (known := tuple(known)):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def check_integer(name: str, value: Any, at_least: int | None = None, otherwise: str = "") -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.nn.checks import check_positive, check_probability
+from fastattn.nn.checks import check_choice, check_positive, check_probability
 from fastattn.nn.plain import is_plain
 from fastattn.ops.ffn import ffn
 
@@ -77,9 +77,7 @@ class FeedForward(torch.nn.Module):
         check_positive("feedforward_dim", feedforward_dim)
         check_probability("dropout", dropout)
         self.activation_dropout = check_probability("activation_dropout", activation_dropout)
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            names = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"activation must be one of {names}, got {activation!r}")
+        check_choice("activation", activation, ACTIVATIONS)
         self.embed_dim = embed_dim
         self.feedforward_dim = feedforward_dim
         self.activation = activation

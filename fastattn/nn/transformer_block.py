@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.nn.attention import Attention, KeyValueCache, PackedSequences, SequencePart
-from fastattn.nn.checks import check_probability
+from fastattn.nn.checks import check_choice, check_probability
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.layer_norm import LayerNorm
 from fastattn.nn.plain import is_plain
@@ -101,14 +101,8 @@ class TransformerBlock(torch.nn.Module):
         if attention_dropout is None:
             attention_dropout = dropout
         check_probability("attention_dropout", attention_dropout)
-        for name, value, known in (
-            ("norm", norm, tuple(NORMS)),
-            ("norm_placement", norm_placement, PLACEMENTS),
-        ):
-            if value not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"
-                )
+        check_choice("norm", norm, NORMS)
+        check_choice("norm_placement", norm_placement, PLACEMENTS)
         self.causal = causal
         self.norm_placement = norm_placement
         where: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -583,7 +583,7 @@ def test_varlen_with_pages(case: str, device: str) -> None:
     [
         ({"k": (20, 4, 8)}, r"k and v must be \(pages, page_size, kv_heads, head_dim\)"),
         ({"v": (4, 4, 4, 8)}, r"got \(5, 4, 4, 8\) and \(4, 4, 4, 8\)"),
-        ({"block_table": torch.zeros(3, 2, dtype=torch.int32)}, r"block_table must be \(batch, max_pages\), batch = 2"),
+        ({"block_table": torch.zeros(3, 2, dtype=torch.int32)}, r"block_table must have the shape .* = \(2, ...\)"),
         ({"block_table": torch.zeros(2, 2)}, "block_table must be int32 or int64; got torch.float32"),
         ({"block_table": [[0, 1], [2, 3]]}, "block_table must be a torch.Tensor; got list"),
         ({"block_table": torch.tensor([[0, 1], [5, 3]])}, "block_table must name pages of k, 0 to 4; got 5"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastattn.models.config import LAYER_TYPES, GPTConfig
+from fastattn.models.checked import LAYER_TYPES
+from fastattn.models.config import GPTConfig
 from fastattn.models.families.family import Names
 
 # The keys of config.json -> the fields of `GPTConfig`.

@@ -1,12 +1,48 @@
-"""A call of attention in the form in which it travels: what backends and the registered op take."""
+"""A call of attention in the form in which it travels: what backends and the registered op take.
+
+An option is listed here once: as the caller gives it in `Features`, as it is computed with in
+`Extras` or `Settings`. What only passes a call on names none of them.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
 
+from fastattn.ops.attention import sink
+
+if TYPE_CHECKING:
+    from fastattn.ops.attention.block_mask import BlockMask
+
 UNBOUNDED = -1  # of a side of the window
+
+Causal = bool | Literal["bottom_right", "top_left"]
+Documents = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Static = Annotated[int, "torch.compile compiles a graph for each"]
+
+
+class Features(NamedTuple):
+    """The options of a call as the caller gave them; `attention` explains each."""
+
+    causal: Causal = False
+    window: tuple[int, int] | None = None
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    fp32_precision: str = "ieee"
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sink: torch.Tensor | None = None
+    key_lengths: torch.Tensor | None = None
+    document_ids: Documents | None = None
+    block_mask: BlockMask | None = None
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return self[6:]
 
 
 class Extras(NamedTuple):
@@ -59,12 +95,31 @@ class Settings(NamedTuple):
     top_left: bool
     softmax_scale: float
     softcap: float  # 0.0 for none
-    dropout_p: float
-    fp32_precision: str  # "ieee" or "tf32x3"
-    max_seqlen_q: int  # of a packed call, else 0
-    max_seqlen_k: int
-    block_q: int  # tile of the block mask, else 0
-    block_k: int
+    dropout_p: float = 0.0
+    fp32_precision: str = "ieee"  # or "tf32x3"
+    max_seqlen_q: int = 0  # of a packed call
+    max_seqlen_k: int = 0
+    block_q: Static = 0  # tile of the block mask, else 0
+    block_k: Static = 0
+
+
+_IN_SCHEMA = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    tuple[torch.Tensor, ...] | None: "Tensor[]?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    Static: "int",
+    bool: "bool",
+    float: "float",
+    str: "str",
+}
+
+
+def schema(fields: type[tuple[Any, ...]], names: Iterable[str] = ()) -> str:
+    """The fields of a NamedTuple, or those of these names, as arguments of a registered op."""
+    kinds = get_type_hints(fields, include_extras=True)
+    return ", ".join(f"{_IN_SCHEMA[kinds[name]]} {name}" for name in names or kinds)
 
 
 def results(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +151,16 @@ def backward_results(
         dk.zero_()
         dv.zero_()
     return dq, dk, dv
+
+
+def learnt_results(
+    q: torch.Tensor, wanted: Learnt, extras: Extras, lse: Any, delta: Any, dbias: Any = None
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of `Learnt`, empty where none is wanted; lse, delta: as of `sink.gradient`."""
+    given = extras.sink if wanted.sink else None
+    dsink = None if given is None else sink.gradient(lse, delta, given)
+    # Each empty one is another: outputs may not alias.
+    return tuple(q.new_empty((0,)) if x is None else x for x in Learnt(dbias, dsink))
 
 
 def no_sequence(extras: Extras, longest: int) -> bool:

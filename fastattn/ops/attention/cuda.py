@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import sink
 from fastattn.ops.attention.call import (
     Extras,
     Learnt,
     Settings,
     backward_results,
     forward_results,
+    learnt_results,
     no_sequence,
 )
 from fastattn.ops.attention.problem import AttentionProblem
@@ -24,6 +24,8 @@ from fastattn.ops.common import dropout
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+MISSING = {"q_documents": "documents", "k_documents": "documents", "blocks": "block masks"}
+_FEATURES = [name for name in Extras._fields if name not in MISSING]
 MAX_SEQLEN = 2**30 - 1  # positions are 32-bit, and so is a position and a side of the window
 
 
@@ -41,10 +43,9 @@ def unsupported(problem: AttentionProblem) -> str | None:
     """The reason why these kernels cannot run `problem`, or None."""
     if (reason := beyond_limits(problem)) is not None:
         return reason
-    if "q_documents" in problem.given:
-        return "the CUDA kernels have no documents"
-    if "blocks" in problem.given:
-        return "the CUDA kernels have no block masks"
+    for name, called in MISSING.items():
+        if name in problem.given:
+            return f"the CUDA kernels have no {called}"
     if problem.needs_bias_grad:
         return "the CUDA kernels have no gradient for bias"
     if problem.needs_slope_grad:
@@ -62,7 +63,7 @@ def forward(
     if no_sequence(extras, settings.max_seqlen_q):
         return out, lse
     torch.ops.fastattn_cuda.attention_forward(
-        _padded(out), lse, *(_padded(_readable(x)) for x in (q, k, v)), *_features(extras),
+        _padded(out), lse, *(_padded(readable(x)) for x in (q, k, v)), *_features(extras),
         *_numbers(q, k, settings),
     )  # fmt: skip
     return out, lse
@@ -80,29 +81,22 @@ def backward(
     extras: Extras,
     settings: Settings,
 ) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv, dbias, dsink), each shaped as its input and contiguous.
-
-    dbias is empty, and dsink where `wanted` is False.
-    """
+    """(dq, dk, dv, *learnt_results), each shaped as its input and contiguous."""
     assert not wanted.bias, "unsupported() refuses it"
     dq, dk, dv = backward_results(q, k, v, extras, settings)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     mask, bias, slopes, _, *lengths = _features(extras)
     torch.ops.fastattn_cuda.attention_backward(
-        *(_padded(x) for x in (dq, dk, dv)), delta, _padded(_readable(dout)),
-        None if dlse is None else dlse.contiguous(), _padded(_readable(out)), lse,
-        *(_padded(_readable(x)) for x in (q, k, v)), mask, bias, slopes, *lengths,
+        *(_padded(x) for x in (dq, dk, dv)), delta, _padded(readable(dout)),
+        None if dlse is None else dlse.contiguous(), _padded(readable(out)), lse,
+        *(_padded(readable(x)) for x in (q, k, v)), mask, bias, slopes, *lengths,
         *_numbers(q, k, settings),
     )  # fmt: skip
-    dbias, dsink = q.new_empty((0,)), q.new_empty((0,))  # two: outputs may not alias
-    if wanted.sink:
-        assert extras.sink is not None
-        dsink = sink.gradient(lse, delta, extras.sink)
-    return dq, dk, dv, dbias, dsink
+    return dq, dk, dv, *learnt_results(q, wanted, extras, lse, delta)
 
 
-def _readable(x: torch.Tensor) -> torch.Tensor:
+def readable(x: torch.Tensor) -> torch.Tensor:
     """`x` itself where the kernels can read it, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -114,13 +108,8 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
 
 def _features(extras: Extras) -> tuple[Any, ...]:
     """The tensors of a call in the order of the ops' arguments; vectors contiguous."""
-    vectors = (
-        extras.alibi_slopes, extras.sink, extras.key_lengths, extras.cu_seqlens_q,
-        extras.cu_seqlens_k, extras.seqused_q, extras.seqused_k, extras.dropout_seed,
-    )  # fmt: skip
-    return (
-        extras.mask, extras.bias, *(None if x is None else x.contiguous() for x in vectors)
-    )  # fmt: skip
+    mask, bias, *vectors = (getattr(extras, name) for name in _FEATURES)
+    return mask, bias, *(None if x is None else x.contiguous() for x in vectors)
 
 
 def _numbers(q: torch.Tensor, k: torch.Tensor, settings: Settings) -> tuple[Any, ...]:

@@ -11,8 +11,7 @@ from fastattn.ops.attention import problem as _problem
 from fastattn.ops.attention import proof as _proof
 from fastattn.ops.attention import registration, straight
 from fastattn.ops.attention.block_mask import BlockMask
-from fastattn.ops.attention.call import NONE, Extras
-from fastattn.ops.attention.problem import Causal, Documents
+from fastattn.ops.attention.call import NONE, Causal, Documents, Features
 from fastattn.ops.common import modes
 from fastattn.ops.common.dispatch import Dispatch
 
@@ -24,21 +23,21 @@ _dispatch: Dispatch[_problem.AttentionProblem] = Dispatch(BACKENDS, registration
 
 
 def _metadata(x: Any) -> Any:
-    """The metadata of a feature's tensors on which a plan depends."""
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.dtype, x.device, x.requires_grad
+    """The metadata of documents or a block mask on which a plan depends."""
+    if x is None:
+        return None
     if isinstance(x, (tuple, list)):
         return tuple(map(_metadata, x))
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype, x.device, x.requires_grad
     if isinstance(x, BlockMask):
         return x.block_size, x.tiles_k, x.seqlens, x.offsets.shape, x.device
     return x
 
 
-def _as_added(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A bias or sink under autocast: float32 stays, which is more precise."""
-    if not isinstance(x, torch.Tensor) or x.dtype == torch.float32:
-        return x
-    return modes.cast(x, dtype)
+def _cast(x: Any, dtype: torch.dtype, keep: torch.dtype | None = None) -> Any:
+    """x as autocast casts; a bias or a sink stays float32, which is more precise."""
+    return x if not isinstance(x, torch.Tensor) or x.dtype == keep else modes.cast(x, dtype)
 
 
 @overload
@@ -174,47 +173,37 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
+    plain = (
+        bias is None and mask is None and alibi_slopes is None and sink is None
+        and key_lengths is None and document_ids is None and block_mask is None
+    )  # fmt: skip
     if (
-        backend is None and window is None and bias is None and mask is None
-        and alibi_slopes is None and sink is None and key_lengths is None and document_ids is None
-        and block_mask is None and type(softcap) is type(dropout_p) is float
+        plain and backend is None and window is None and type(softcap) is type(dropout_p) is float
         and not (softcap or dropout_p or return_lse) and fp32_precision == "ieee"
     ):  # fmt: skip
         out = straight.run(q, k, v, causal, softmax_scale)
         if out is not None:
             return out
+    if isinstance(q, torch.Tensor) and (dtype := modes.autocast_dtype(q.device.type)) is not None:
+        q, k, v = (_cast(x, dtype) for x in (q, k, v))
+        bias, sink = (_cast(x, dtype, keep=torch.float32) for x in (bias, sink))
+    numbers = causal, window, softmax_scale, softcap, dropout_p, fp32_precision
+    tensors: tuple[Any, ...] = ()
+    if not plain:
+        tensors = mask, bias, alibi_slopes, sink, key_lengths, document_ids, block_mask
     try:
-        if (dtype := modes.autocast_dtype(q.device.type)) is not None:
-            q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)
-            bias, sink = _as_added(bias, dtype), _as_added(sink, dtype)
-        if (
-            bias is None and alibi_slopes is None and sink is None and document_ids is None
-            and block_mask is None
-        ):  # fmt: skip
-            rare = None
-        else:
-            rare = _metadata((bias, alibi_slopes, sink, document_ids, block_mask))
         key, plan = _dispatch.find(
-            (q, k, v, mask, key_lengths), causal, window, softmax_scale, softcap, dropout_p,
-            fp32_precision, rare, return_lse, backend,
+            (q, k, v, *tensors[:5]), numbers, _metadata(document_ids), _metadata(block_mask),
+            return_lse, backend,
         )  # fmt: skip
     except (AttributeError, RuntimeError, TypeError):  # no tensor, nested, or of symbolic size
-        key, plan, rare = None, None, "unknown"
+        key, plan = None, None
     if plan is None:
-        described = _problem.describe(
-            q, k, v, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
-            bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, key_lengths=key_lengths,
-            document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
-            fp32_precision=fp32_precision, return_lse=return_lse,
-        )  # fmt: skip
+        features = Features(*numbers, *tensors)._asdict()
+        described = _problem.describe(q, k, v, **features, return_lse=return_lse)
         plan = _dispatch.make(key, described, backend)
     described, run = plan
-    if rare is not None or mask is not None:
-        extras = _problem.gather(
-            q.dtype, mask, bias, alibi_slopes, sink, key_lengths, document_ids, block_mask
-        )
-    else:
-        extras = NONE if key_lengths is None else Extras(key_lengths=key_lengths)
+    extras = _problem.gather(q.dtype, *tensors) if tensors else NONE
     out, lse = run(described, q, k, v, extras)
     return (out, cast(torch.Tensor, lse)) if return_lse else out
 
@@ -311,8 +300,8 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         fastattn.UnsupportedError: the backend that the user named cannot run the call.
     """
     if isinstance(q, torch.Tensor) and (dtype := modes.autocast_dtype(q.device.type)) is not None:
-        q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)
-        bias, sink = _as_added(bias, dtype), _as_added(sink, dtype)
+        q, k, v = (_cast(x, dtype) for x in (q, k, v))
+        bias, sink = (_cast(x, dtype, keep=torch.float32) for x in (bias, sink))
     settings, extras = _problem.check_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=seqused_q,
         seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale,

@@ -9,18 +9,24 @@ import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
 
 from fastattn.ops.attention.block_mask import BlockMask
-from fastattn.ops.attention.call import UNBOUNDED, Extras, Learnt, Settings
+from fastattn.ops.attention.call import (
+    UNBOUNDED,
+    Causal,
+    Documents,
+    Extras,
+    Features,
+    Learnt,
+    Settings,
+)
 from fastattn.ops.common import descriptors, modes
-from fastattn.ops.common.dense import check_dense
+from fastattn.ops.common.dense import DTYPES, INDEX_DTYPES, check_dense, dtype_name
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_TRACED_SEQLEN = 2**29  # of a sequence of which torch.compile knows no length
 FP32_PRECISIONS = ("ieee", "tf32x3")
 # Where a nested tensor belongs.
@@ -29,9 +35,6 @@ VARLEN = (
     "with the offsets() of q and k, or pad it with torch.nested.to_padded_tensor and give "
     "key_lengths"
 )
-
-Causal = bool | Literal["bottom_right", "top_left"]
-Documents = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class AttentionProblem:
         shapes = f"packed q {q}, k {k}" if self.packed else f"q {q}, k {k}"
         if self.head_dim_v != self.head_dim:
             shapes += f", head_dim {self.head_dim_v} of v"
-        kind = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        kind = f"{dtype_name(self.dtype)} on {self.device}"
         return ", ".join([shapes, kind, *filter(None, features)])
 
 
@@ -209,20 +212,18 @@ def check(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    key_lengths: torch.Tensor | None = None,
     **features: Any,
 ) -> tuple[Settings, Extras]:
     """Settings and extras of a call of `attention`, whose dimensions are then known to fit."""
+    given = Features(**features)
     check_tensors(q, k, v, ("batch", "seqlen"), one_batch=True)
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-    documents = features.get("document_ids")
-    if documents is not None:
-        check_documents(documents, (batch, seqlen_q), (batch, seqlen_k), q.device)
-    settings, extras = _features(q, batch, seqlen_q, seqlen_k, **features)
-    if key_lengths is not None:
-        check_index("key_lengths", key_lengths, ("batch", batch), q.device)
-    return settings, extras._replace(key_lengths=key_lengths)
+    if given.document_ids is not None:
+        _check_documents(given.document_ids, (batch, seqlen_q), (batch, seqlen_k), q.device)
+    found = check_features(q, batch, seqlen_q, seqlen_k, given)
+    if given.key_lengths is not None:
+        check_index("key_lengths", given.key_lengths, ("batch", batch), q.device)
+    return found
 
 
 def check_varlen(
@@ -239,6 +240,7 @@ def check_varlen(
     **features: Any,
 ) -> tuple[Settings, Extras]:
     """Settings and extras of a call of `attention_varlen`."""
+    given = Features(**features)
     check_tensors(q, k, v, ("total",))
     longest = []
     for side, cu, used, maximum, x in (
@@ -273,10 +275,9 @@ def check_varlen(
                     torch._check(found <= MAX_TRACED_SEQLEN)
             maximum = found
         longest.append(maximum)
-    documents = features.get("document_ids")
-    if documents is not None:
-        check_documents(documents, (q.shape[0],), (k.shape[0],), q.device)
-    settings, extras = _features(q, cu_seqlens_q.shape[0] - 1, *longest, **features)
+    if given.document_ids is not None:
+        _check_documents(given.document_ids, (q.shape[0],), (k.shape[0],), q.device)
+    settings, extras = check_features(q, cu_seqlens_q.shape[0] - 1, longest[0], longest[1], given)
     settings = settings._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1])
     return settings, extras._replace(
         cu_seqlens_q=cu_seqlens_q,
@@ -310,7 +311,7 @@ def check_tensors(
             )
         dtypes = DTYPES if tensor is q else DTYPES + stored
         if tensor.dtype not in dtypes:
-            accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            accepted = ", ".join(map(dtype_name, dtypes))
             raise TypeError(f"{name} must have one of the dtypes {accepted}; got {tensor.dtype}")
         if tensor.dtype != q.dtype and tensor.dtype not in stored:
             raise TypeError(
@@ -345,106 +346,86 @@ def check_tensors(
         )
 
 
-def _features(
-    q: torch.Tensor,
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    *,
-    causal: Causal = False,
-    window: tuple[int, int] | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    bias: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sink: torch.Tensor | None = None,
-    document_ids: Documents | None = None,
-    block_mask: BlockMask | None = None,
-    dropout_p: Any = 0.0,
-    fp32_precision: str = "ieee",
+def check_features(
+    q: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int, given: Features
 ) -> tuple[Settings, Extras]:
-    """The checks that dense and packed calls share; the callers check `document_ids`."""
+    """What all calls have in common; the lengths are those of the longest sequence.
+
+    The callers check `document_ids`, and `key_lengths` where they have it.
+    """
     heads = q.shape[-2]
     full = (batch, heads, seqlen_q, seqlen_k)
-    left, right = check_window(causal, window)
-    check_number("softmax_scale", softmax_scale, none=True)
-    check_number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (off) or positive; got {softcap}")
-    check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1); got {dropout_p}")
-    if fp32_precision not in FP32_PRECISIONS:
+    left, right = _check_window(given.causal, given.window)
+    _check_number("softmax_scale", given.softmax_scale, none=True)
+    _check_number("softcap", given.softcap)
+    if given.softcap < 0:
+        raise ValueError(f"softcap must be 0 (off) or positive; got {given.softcap}")
+    _check_number("dropout_p", given.dropout_p)
+    if not 0.0 <= given.dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1); got {given.dropout_p}")
+    if given.fp32_precision not in FP32_PRECISIONS:
         accepted = " or ".join(map(repr, FP32_PRECISIONS))
-        raise ValueError(f"fp32_precision must be {accepted}; got {fp32_precision!r}")
-    if mask is not None:
-        _check_broadcastable("mask", mask, full, q.device)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean, True where a key may be seen; got {mask.dtype}")
-    if bias is not None:
-        _check_broadcastable("bias", bias, full, q.device)
-        _check_dtype("bias", bias, q.dtype)
-    if alibi_slopes is not None:
-        check_slopes(alibi_slopes, batch, heads, q.device)
-    if sink is not None:
-        check_sink(sink, heads, q)
-    if block_mask is not None:
-        _check_block_mask(block_mask, window, full, q.device)
+        raise ValueError(f"fp32_precision must be {accepted}; got {given.fp32_precision!r}")
+    if given.mask is not None:
+        _check_broadcastable("mask", given.mask, full, q.device)
+        if given.mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask must be boolean, True where a key may be seen; got {given.mask.dtype}"
+            )
+    if given.bias is not None:
+        _check_broadcastable("bias", given.bias, full, q.device)
+        _check_dtype("bias", given.bias, q.dtype)
+    if given.alibi_slopes is not None:
+        _check_slopes(given.alibi_slopes, batch, heads, q.device)
+    if given.sink is not None:
+        _check_sink(given.sink, heads, q)
+    blocks = given.block_mask
+    if blocks is not None:
+        _check_block_mask(blocks, given.window, full, q.device)
+    scale = given.softmax_scale
     settings = Settings(
         window_left=left,
         window_right=right,
-        top_left=isinstance(causal, str) and causal == "top_left",
-        softmax_scale=default_scale(softmax_scale, q),
-        softcap=float(softcap),
-        dropout_p=float(dropout_p),
-        fp32_precision=fp32_precision,
-        max_seqlen_q=0,
-        max_seqlen_k=0,
-        block_q=block_mask.block_size[0] if block_mask is not None else 0,
-        block_k=block_mask.block_size[1] if block_mask is not None else 0,
+        top_left=isinstance(given.causal, str) and given.causal == "top_left",
+        softmax_scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        softcap=float(given.softcap),
+        dropout_p=float(given.dropout_p),
+        fp32_precision=given.fp32_precision,
+        block_q=blocks.block_size[0] if blocks is not None else 0,
+        block_k=blocks.block_size[1] if blocks is not None else 0,
     )
-    return settings, gather(q.dtype, mask, bias, alibi_slopes, sink, None, document_ids, block_mask)
-
-
-def default_scale(softmax_scale: float | None, q: torch.Tensor) -> float:
-    return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    return settings, gather(q.dtype, *given.tensors)
 
 
 def gather(
     dtype: torch.dtype,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sink: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    document_ids: Documents | None,
-    block_mask: BlockMask | None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    document_ids: Documents | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Extras:
-    """The tensors of a call in the one form that backends read. Nothing is checked."""
+    """`Features.tensors` in the one form that backends read. Nothing is checked."""
+    if mask is not None:
+        mask = _four_dimensional(mask)
+    if bias is not None:
+        bias = _four_dimensional(bias)
     if alibi_slopes is not None:
-        alibi_slopes = torch.atleast_2d(alibi_slopes)
-        alibi_slopes = alibi_slopes.to(modes.at_least_float32(dtype))
-    if isinstance(document_ids, torch.Tensor):
-        document_ids = (document_ids, document_ids)
-    q_documents, k_documents = (None, None) if document_ids is None else document_ids
-    return Extras(
-        mask=None if mask is None else _four_dimensional(mask),
-        bias=None if bias is None else _four_dimensional(bias),
-        alibi_slopes=alibi_slopes,
-        sink=sink,
-        key_lengths=key_lengths,
-        q_documents=q_documents,
-        k_documents=k_documents,
-        blocks=None if block_mask is None else block_mask.tensors,
+        alibi_slopes = torch.atleast_2d(alibi_slopes).to(modes.at_least_float32(dtype))
+    q_documents, k_documents = (
+        document_ids if isinstance(document_ids, (tuple, list)) else (document_ids, document_ids)
     )
+    blocks = None if block_mask is None else block_mask.tensors
+    return Extras(mask, bias, alibi_slopes, sink, key_lengths, q_documents, k_documents, blocks)
 
 
 def _four_dimensional(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 
-def check_window(causal: Causal, window: tuple[int, int] | None) -> tuple[int, int]:
+def _check_window(causal: Causal, window: tuple[int, int] | None) -> tuple[int, int]:
     """(left, right) of the band that a query sees, -1 for no bound."""
     given: Any = causal  # whatever equals True is True: a number of numpy too
     flag = isinstance(given, (numbers.Integral, numpy.bool_))
@@ -468,7 +449,7 @@ def check_window(causal: Causal, window: tuple[int, int] | None) -> tuple[int, i
     return left, 0 if causal else right
 
 
-def check_number(name: str, value: Any, none: bool = False) -> None:
+def _check_number(name: str, value: Any, none: bool = False) -> None:
     if value is None and none:
         return
     if not isinstance(value, (int, float, numbers.Real, torch.SymFloat)):
@@ -502,7 +483,7 @@ def _check_broadcastable(
         )
 
 
-def check_slopes(slopes: torch.Tensor, batch: int, heads: int, device: torch.device) -> None:
+def _check_slopes(slopes: torch.Tensor, batch: int, heads: int, device: torch.device) -> None:
     check_device("alibi_slopes", slopes, device)
     if not slopes.is_floating_point():
         raise TypeError(f"alibi_slopes must be float32; got {slopes.dtype}")
@@ -513,7 +494,7 @@ def check_slopes(slopes: torch.Tensor, batch: int, heads: int, device: torch.dev
         )
 
 
-def check_sink(sink: torch.Tensor, heads: int, q: torch.Tensor) -> None:
+def _check_sink(sink: torch.Tensor, heads: int, q: torch.Tensor) -> None:
     check_device("sink", sink, q.device)
     _check_dtype("sink", sink, q.dtype)
     if tuple(sink.shape) != (heads,):
@@ -533,7 +514,18 @@ def check_index(
         raise ValueError(f"{name} must have the shape {wanted}; got {tuple(tensor.shape)}")
 
 
-def check_documents(
+def check_block_table(table: torch.Tensor, batch: int, device: torch.device) -> None:
+    check_device("block_table", table, device)
+    if table.dtype not in INDEX_DTYPES:
+        raise TypeError(f"block_table must be int32 or int64; got {table.dtype}")
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ValueError(
+            f"block_table must have the shape (batch, pages of a sequence) = ({batch}, ...); "
+            f"got {tuple(table.shape)}"
+        )
+
+
+def _check_documents(
     documents: Documents, q_shape: tuple[int, ...], k_shape: tuple[int, ...], device: torch.device
 ) -> None:
     if isinstance(documents, torch.Tensor):

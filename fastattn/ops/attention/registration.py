@@ -15,21 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn import backends
 from fastattn.ops.attention import reference
-from fastattn.ops.attention.call import Extras, Learnt, Settings, results
+from fastattn.ops.attention.call import Extras, Learnt, Settings, results, schema
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import autograd, dropout, flops, recovery
 
 BACKENDS = backends.of_op("fastattn.ops.attention")
 
-# Extras, then Settings, in their order.
-_TENSORS = ", ".join(
-    f"Tensor[]? {name}" if name == "blocks" else f"Tensor? {name}" for name in Extras._fields
-)
-_CALL = (
-    f"{_TENSORS}, SymInt window_left, SymInt window_right, bool top_left, float softmax_scale, "
-    "float softcap, float dropout_p, str fp32_precision, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "int block_q, int block_k, str backend, bool forced"
-)
+_CALL = f"{schema(Extras)}, {schema(Settings)}, str backend, bool forced"
 _GRADIENTS = ", ".join(f"Tensor d{name}" for name in ("q", "k", "v", *Learnt._fields))
 _EXTRAS, _SETTINGS = len(Extras._fields), len(Settings._fields)
 _BLOCKS = Extras._fields.index("blocks")

@@ -112,19 +112,16 @@ def ring_attention(
     """
     if isinstance(q, torch.Tensor) and (dtype := modes.autocast_dtype(q.device.type)) is not None:
         q, k, v = modes.cast(q, dtype), modes.cast(k, dtype), modes.cast(v, dtype)
-    features: dict[str, Any] = {
-        "causal": causal, "window": window, "softmax_scale": softmax_scale, "softcap": softcap,
-    }  # fmt: skip
-    settings, _ = _problem.check(q, k, v, **features)
+    settings, _ = _problem.check(
+        q, k, v, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap
+    )
     ring = _ring_of(group)
     _check_parts(q, k, causal, cu_seqlens, ring.size)
     call = _Call(
         ring,
         causal=bool(causal),
         window=(settings.window_left, settings.window_right),
-        softmax_scale=settings.softmax_scale,
-        softcap=settings.softcap,
-        backend=backend,
+        options={"softmax_scale": softmax_scale, "softcap": softcap, "backend": backend},
     )
     out, lse = _RingAttention.apply(q, k, v, cu_seqlens, call)
     return (out, lse) if return_lse else out
@@ -242,9 +239,7 @@ class _Call:
     ring: _Ring
     causal: bool
     window: tuple[int, int]
-    softmax_scale: float
-    softcap: float
-    backend: str | None
+    options: dict[str, Any]  # the other arguments of every block's attention
 
     def blocks(
         self, source: int, part: int, cu_seqlens: torch.Tensor | None
@@ -262,13 +257,7 @@ class _Call:
                 for process in (rank, source)
             ]
         for block in zigzag.blocks(rank, source, size, part // 2, self.causal, self.window):
-            arguments: dict[str, Any] = {
-                "causal": block.causal,
-                "window": block.window,
-                "softmax_scale": self.softmax_scale,
-                "softcap": self.softcap,
-                "backend": self.backend,
-            }
+            arguments = {"causal": block.causal, "window": block.window, **self.options}
             if documents is not None:
                 queries, keys = documents
                 arguments["document_ids"] = queries[:, block.rows], keys[:, block.columns]

@@ -1,8 +1,11 @@
-"""The one kind of tensor that the ops take: elements in memory, found by strides."""
+"""The kinds of tensors that the ops take: elements in memory, found by strides."""
 
 from __future__ import annotations
 
 import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 # For ops that treat each row on its own.
 BY_ROWS = (
@@ -29,3 +32,25 @@ def check_dense(name: str, tensor: object, nested: str, none: str = "") -> torch
             f"convert it with {name}.to_dense()"
         )
     return tensor
+
+
+def check_floating(
+    name: str, tensor: torch.Tensor, nested: str, of: tuple[str, torch.Tensor] | None = None
+) -> None:
+    """`check_dense`, and that the tensor has one of DTYPES and the device of the argument `of`."""
+    check_dense(name, tensor, nested)
+    if tensor.dtype not in DTYPES:
+        accepted = ", ".join(map(dtype_name, DTYPES))
+        raise TypeError(
+            f"{name} must have one of the dtypes {accepted}; got {dtype_name(tensor.dtype)}: "
+            "cast it to one of them"
+        )
+    if of is not None and tensor.device != of[1].device:
+        raise ValueError(
+            f"{name} must be on the device of {of[0]}, {of[1].device}; got {tensor.device}: "
+            "move it there"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.ops.common import modes
-from fastattn.ops.common.dense import BY_ROWS, check_dense
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from fastattn.ops.common.dense import BY_ROWS, DTYPES, check_dense, dtype_name
 
 
 def check_factors(tensors: dict[str, torch.Tensor | None], optional: tuple[str, ...]) -> None:
@@ -42,7 +40,3 @@ def check_factors(tensors: dict[str, torch.Tensor | None], optional: tuple[str, 
             raise ValueError(
                 f"{together} must be on one device; got x on {x.device}, {name} on {tensor.device}"
             )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

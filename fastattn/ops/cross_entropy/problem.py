@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn.ops.common import modes
-from fastattn.ops.common.dense import BY_ROWS, check_dense
+from fastattn.ops.common.dense import BY_ROWS, check_dense, check_floating, dtype_name
 
 IGNORED = -100  # a target that counts for nothing
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGETS = (torch.int64, torch.int32)
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -66,9 +65,9 @@ class LossProblem:
         return math.prod(self.shape)
 
     def describe(self) -> str:
-        weight = "" if self.weight_dtype is None else f"weight {_name(self.weight_dtype)}"
+        weight = "" if self.weight_dtype is None else f"weight {dtype_name(self.weight_dtype)}"
         facts = [
-            f"logits {tuple(self.shape)} {_name(self.dtype)}",
+            f"logits {tuple(self.shape)} {dtype_name(self.dtype)}",
             weight,
             self.options.describe(),
             "under a torch.func transform or forward-mode AD" if self.transformed else "",
@@ -91,7 +90,7 @@ def describe(
 ) -> LossProblem:
     """The problem of a call. Raises TypeError or ValueError for every error of the caller."""
     options = Options(ignore_index, label_smoothing, z_loss, logit_scale, softcap, reduction)
-    check_floating("logits", logits, None)
+    check_floating("logits", logits, BY_ROWS)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             "logits must have the shape (..., V) with at least one class; "
@@ -111,27 +110,17 @@ def describe(
     )
 
 
-def check_floating(name: str, tensor: torch.Tensor, device: torch.device | None) -> None:
-    """That it is a dense tensor of a floating-point dtype, on `device` if that is given."""
-    check_dense(name, tensor, BY_ROWS)
-    if tensor.dtype not in DTYPES:
-        accepted = ", ".join(map(_name, DTYPES))
-        raise TypeError(f"{name} must have one of the dtypes {accepted}; got {_name(tensor.dtype)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on the device {device}; got {tensor.device}: move it")
-
-
 def check_targets(targets: torch.Tensor, of: torch.Tensor, name: str) -> None:
     """That the targets are one class for each row of the argument `name`."""
     check_dense("targets", targets, BY_ROWS)
     if targets.is_floating_point():
         raise TypeError(
             "targets must be classes, int64 or int32; got "
-            f"{_name(targets.dtype)}: for probabilities call torch.nn.functional.cross_entropy"
+            f"{dtype_name(targets.dtype)}: for probabilities call torch.nn.functional.cross_entropy"
         )
     if targets.dtype not in TARGETS:
         raise TypeError(
-            f"targets must be int64 or int32; got {_name(targets.dtype)}: call targets.long()"
+            f"targets must be int64 or int32; got {dtype_name(targets.dtype)}: call targets.long()"
         )
     if targets.shape != of.shape[:-1]:
         raise ValueError(
@@ -150,7 +139,7 @@ def check_class_weight(
     """That the weight of the classes, if any, is one number for each, without a gradient."""
     if weight is None:
         return
-    check_floating(name, weight, of.device)
+    check_floating(name, weight, BY_ROWS, (of_name, of))
     if tuple(weight.shape) != (classes,):
         raise ValueError(
             f"{name} must have the shape (V,) = ({classes},), one number for each class; "
@@ -198,7 +187,3 @@ def check_classes(targets: torch.Tensor, ignore_index: int, classes: int) -> Non
             f"targets must be classes from 0 to {classes - 1}, or ignore_index = {ignore_index}; "
             f"got {wrong}"
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

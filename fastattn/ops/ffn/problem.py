@@ -9,7 +9,8 @@ import torch
 
 from fastattn.ops.common import modes
 from fastattn.ops.common.activations import check_activation
-from fastattn.ops.common.factors import check_factors, dtype_name
+from fastattn.ops.common.dense import dtype_name
+from fastattn.ops.common.factors import check_factors
 
 LAYOUTS = ("linear", "conv1d")
 

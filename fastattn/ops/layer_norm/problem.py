@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.ops.common import modes
-from fastattn.ops.common.dense import BY_ROWS, check_dense
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from fastattn.ops.common.dense import BY_ROWS, check_floating, dtype_name
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,18 @@ class NormProblem:
         return tuple(dtype for dtype in given if dtype is not None)
 
     def describe(self) -> str:
-        facts = [f"x {tuple(self.shape)} {_name(self.dtype)}"]
+        facts = [f"x {tuple(self.shape)} {dtype_name(self.dtype)}"]
         for name, dtype in (
             ("weight", self.weight_dtype),
             ("bias", self.bias_dtype),
             ("residual", self.residual_dtype),
         ):
             if dtype is not None:
-                facts.append(f"{name} {_name(dtype)}")
+                facts.append(f"{name} {dtype_name(dtype)}")
         if self.dropout_p:
             facts.append(f"dropout_p={self.dropout_p}")
         if self.out_dtype != self.stream_dtype:
-            facts.append(f"out {_name(self.out_dtype)} under autocast")
+            facts.append(f"out {dtype_name(self.out_dtype)} under autocast")
         if self.transformed:
             facts.append("under a torch.func transform or forward-mode AD")
         return f"{', '.join(facts)}, on {self.device}"
@@ -145,20 +143,20 @@ def check(
     center: bool,
 ) -> None:
     """Raise for whatever the caller got wrong; the only place of the op that does."""
-    _check_tensor("x", x, None)
+    check_floating("x", x, BY_ROWS)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension (..., hidden); got a 0-dim tensor")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
-        _check_tensor(name, parameter, x.device)
+        check_floating(name, parameter, BY_ROWS, ("x", x))
         if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
             raise ValueError(
                 f"{name} must have the shape (hidden,) = ({x.shape[-1]},) of x's last dimension; "
                 f"got {tuple(parameter.shape)}"
             )
     if residual is not None:
-        _check_tensor("residual", residual, x.device)
+        check_floating("residual", residual, BY_ROWS, ("x", x))
         if residual.shape != x.shape:
             raise ValueError(
                 f"residual must have x's shape {tuple(x.shape)}; got {tuple(residual.shape)}"
@@ -183,21 +181,3 @@ def check_dropout(dropout_p: float, residual: torch.Tensor | None) -> None:
             f"dropout_p={dropout_p} drops elements of x before they are added to a residual; got "
             "residual=None: give a residual, or normalise torch.nn.functional.dropout(x, dropout_p)"
         )
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device | None) -> None:
-    check_dense(name, tensor, BY_ROWS)
-    if tensor.dtype not in DTYPES:
-        accepted = ", ".join(map(_name, DTYPES))
-        raise TypeError(
-            f"{name} must have one of the dtypes {accepted}; got {_name(tensor.dtype)}: "
-            "cast it to one of them"
-        )
-    if device is not None and tensor.device != device:
-        raise ValueError(
-            f"{name} must be on x's device {device}; got {tensor.device}: move it there"
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

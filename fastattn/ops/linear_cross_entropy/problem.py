@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import BY_ROWS, check_floating, dtype_name
 from fastattn.ops.cross_entropy.problem import (
     IGNORED,
     Options,
     check_class_weight,
-    check_floating,
     check_options,
     check_targets,
 )
@@ -51,9 +51,9 @@ class LinearLossProblem:
     def describe(self) -> str:
         weight = self.class_weight_dtype
         facts = [
-            f"x {tuple(self.x_shape)}, {self.classes} classes, {_name(self.dtype)}",
+            f"x {tuple(self.x_shape)}, {self.classes} classes, {dtype_name(self.dtype)}",
             "bias" if self.has_bias else "",
-            "" if weight is None else f"class_weight {_name(weight)}",
+            "" if weight is None else f"class_weight {dtype_name(weight)}",
             self.options.describe(),
             "under autocast" if self.autocast else "",
             "with gradients" if self.needs_grad else "",
@@ -109,10 +109,10 @@ def check(
     options: Options,
 ) -> None:
     """Raise for whatever the caller got wrong; the only place of the op that does."""
-    check_floating("x", x, None)
+    check_floating("x", x, BY_ROWS)
     if x.dim() == 0:
         raise ValueError("x must have the shape (..., D); got a tensor without dimensions")
-    check_floating("weight", weight, x.device)
+    check_floating("weight", weight, BY_ROWS, ("x", x))
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(
             f"weight must have the shape (V, D) with at least one class; got {tuple(weight.shape)}"
@@ -124,7 +124,7 @@ def check(
             f"{tuple(x.shape)}; got {tuple(weight.shape)}{fix}"
         )
     if bias is not None:
-        check_floating("bias", bias, x.device)
+        check_floating("bias", bias, BY_ROWS, ("x", x))
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(
                 f"bias must have the shape (V,) = ({weight.shape[0]},), or be None; "
@@ -136,13 +136,9 @@ def check(
             continue
         if one_dtype or tensor.dtype == torch.float64:
             raise TypeError(
-                f"x, weight and bias must have one dtype; got x {_name(x.dtype)}, {name} "
-                f"{_name(tensor.dtype)}: cast them to the same"
+                f"x, weight and bias must have one dtype; got x {dtype_name(x.dtype)}, {name} "
+                f"{dtype_name(tensor.dtype)}: cast them to the same"
             )
     check_targets(targets, x, "x")
     check_class_weight("class_weight", class_weight, weight.shape[0], x, "x")
     check_options(options)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.ops.common import modes
-from fastattn.ops.common.dense import check_dense
+from fastattn.ops.common.dense import INDEX_DTYPES, check_dense, check_floating, dtype_name
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDEX_DTYPES = (torch.int32, torch.int64)
 NESTED = "pad it with torch.nested.to_padded_tensor"
 
 
@@ -73,13 +71,13 @@ class RotaryProblem:
         return torch.float64 if torch.float64 in self.dtypes else torch.float32
 
     def describe(self) -> str:
-        facts = [f"q {tuple(self.q_shape)}", f"k {tuple(self.k_shape)} {_name(self.dtype)}"]
+        facts = [f"q {tuple(self.q_shape)}", f"k {tuple(self.k_shape)} {dtype_name(self.dtype)}"]
         pairs = "interleaved pairs" if self.interleaved else "pairs"
         facts.append(f"{self.rotary_dim} elements in {pairs}")
-        facts.append(f"cos {_name(self.cos_dtype)}")
+        facts.append(f"cos {dtype_name(self.cos_dtype)}")
         for name, dtype in (("q", self.q_weight_dtype), ("k", self.k_weight_dtype)):
             if dtype is not None:
-                facts.append(f"norm of {name} {_name(dtype)}")
+                facts.append(f"norm of {name} {dtype_name(dtype)}")
         if self.transformed:
             facts.append("under a torch.func transform or forward-mode AD")
         return f"{', '.join(facts)}, on {self.device}"
@@ -135,14 +133,15 @@ def describe(
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
-        _check_tensor(name, x, None if name == "q" else q.device)
+        check_floating(name, x, NESTED, None if name == "q" else ("q", q))
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have the shape (batch, seqlen, heads, head_dim); got {tuple(x.shape)}"
             )
     if k.dtype != q.dtype:
         raise TypeError(
-            f"k must have q's dtype {_name(q.dtype)}; got {_name(k.dtype)}: cast one of them"
+            f"k must have q's dtype {dtype_name(q.dtype)}; got {dtype_name(k.dtype)}: "
+            "cast one of them"
         )
     if (k.shape[0], k.shape[1], k.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
         raise ValueError(
@@ -156,7 +155,7 @@ def _check_angles(
     q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None
 ) -> None:
     for name, x in (("cos", cos), ("sin", sin)):
-        _check_tensor(name, x, q.device)
+        check_floating(name, x, NESTED, ("q", q))
     batch, seqlen = q.shape[:2]
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}; got {tuple(sin.shape)}")
@@ -186,7 +185,7 @@ def _check_angles(
         return
     check_dense("positions", positions, NESTED, " or None")
     if positions.dtype not in INDEX_DTYPES:
-        raise TypeError(f"positions must be int32 or int64; got {_name(positions.dtype)}")
+        raise TypeError(f"positions must be int32 or int64; got {dtype_name(positions.dtype)}")
     if positions.device != q.device:
         raise ValueError(
             f"positions must be on q's device {q.device}; got {positions.device}: move it there"
@@ -242,7 +241,7 @@ def _rotary_dim(head_dim: int, width: int, given: int | None) -> int:
 
 
 def _check_weight(name: str, weight: torch.Tensor, q: torch.Tensor) -> None:
-    _check_tensor(name, weight, q.device)
+    check_floating(name, weight, NESTED, ("q", q))
     if tuple(weight.shape) != (q.shape[3],):
         raise ValueError(
             f"{name} must have the shape (head_dim,) = ({q.shape[3]},); got {tuple(weight.shape)}"
@@ -254,21 +253,3 @@ def _check_number(name: str, number: float) -> None:
         raise TypeError(f"{name} must be a float; got {type(number).__name__}")
     if not -math.inf < number < math.inf:  # torch.compile traces no math.isfinite
         raise ValueError(f"{name} must be finite; got {number}")
-
-
-def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device | None) -> None:
-    check_dense(name, tensor, NESTED)
-    if tensor.dtype not in DTYPES:
-        accepted = ", ".join(map(_name, DTYPES))
-        raise TypeError(
-            f"{name} must have one of the dtypes {accepted}; got {_name(tensor.dtype)}: "
-            "cast it to one of them"
-        )
-    if device is not None and tensor.device != device:
-        raise ValueError(
-            f"{name} must be on q's device {device}; got {tensor.device}: move it there"
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from ops import laws
 from ops.backends import BACKENDS, assert_near, widest
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -184,14 +185,6 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         fastattn.explain(fastattn.attention, **tensors(k=torch.randn(3, 7, 2, 8)))
 
 
-OPCHECKS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
-
-
 def registered(extras: Extras, **settings: Any) -> tuple[Any, ...]:
     """What follows q, k and v in a call of the registered op."""
     numbers = Settings(-1, 0, False, 0.3, 0.0, 0.0, "ieee", 0, 0, 0, 0)._replace(**settings)
@@ -236,14 +229,12 @@ def test_opcheck(name: str, device: str) -> None:
     q = torch.randn(2, 5, 4, 8, requires_grad=True)
     k, v = torch.randn(2, 7, 2, 8, requires_grad=True), torch.randn(2, 7, 2, 6, requires_grad=True)
     arguments = moved((q, k, v, *CALLS[name]()), device)
-    torch.library.opcheck(torch.ops.fastattn.attention.default, arguments, test_utils=OPCHECKS)
+    laws.opcheck(torch.ops.fastattn.attention, *arguments)
     out, lse = torch.ops.fastattn.attention(*arguments)
     wanted = name == "features"
     backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, [wanted] * 2, *arguments)
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
-    torch.library.opcheck(
-        torch.ops.fastattn.attention_backward.default, backward, test_utils=OPCHECKS
-    )
+    laws.opcheck(torch.ops.fastattn.attention_backward, *backward)
 
 
 def test_opcheck_packed(device: str) -> None:
@@ -252,7 +243,7 @@ def test_opcheck_packed(device: str) -> None:
     extras = Extras(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=torch.tensor([3, 5]))
     call = registered(extras, max_seqlen_q=5, max_seqlen_k=7)
     arguments = moved((q, k, k.detach().clone().requires_grad_(), *call), device)
-    torch.library.opcheck(torch.ops.fastattn.attention.default, arguments, test_utils=OPCHECKS)
+    laws.opcheck(torch.ops.fastattn.attention, *arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -317,24 +308,15 @@ def test_compiles_packed_of_unknown_lengths(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises again."""
-    torch._dynamo.reset()
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    made = {"dtype": widest(backend), "device": device, "requires_grad": True}
 
-    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return fastattn.attention(q, k, v, causal=True, backend=backend).square().sum()
+    def step(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, k, causal=True, backend=backend).square().sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
-    counts = []
-    made = {"dtype": widest(backend), "device": device}
-    for seqlen_q, seqlen_k in ((6, 11), (9, 14), (13, 30)):
-        q = torch.randn(2, seqlen_q, 4, 8, **made, requires_grad=True)
-        k = torch.randn(2, seqlen_k, 2, 8, **made, requires_grad=True)
-        torch.testing.assert_close(compiled(q, k, k), step(q, k, k))
-        grads = torch.autograd.grad(compiled(q, k, k), (q, k))
-        torch.testing.assert_close(grads, torch.autograd.grad(step(q, k, k), (q, k)))
-        counts.append(compilations.frame_count)
-    assert counts[0] > 0 and len(set(counts)) == 1
+    def draw(n: int) -> tuple[torch.Tensor, ...]:
+        return torch.randn(2, n, 4, 8, **made), torch.randn(2, 2 * n - 1, 2, 8, **made)
+
+    laws.one_graph(step, draw, frames=None)
 
 
 def test_compiles_with_the_default_choice() -> None:
@@ -350,42 +332,22 @@ def test_compiles_with_the_default_choice() -> None:
 
 @pytest.mark.parametrize("backend", (None, "reference"))
 def test_functional_transforms(backend: str | None) -> None:
-    """jvp, grad, vmap and hessian-vector products against the formula; never a silent zero."""
     q, k, v = (torch.randn(2, 5, 2, 4, dtype=torch.float64) for _ in range(3))
-    t = torch.randn_like(q)
-
-    def ours(q: torch.Tensor) -> torch.Tensor:
-        return fastattn.attention(q, k, v, causal=True, backend=backend)
 
     def formula(q: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2
         p = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1)
         return torch.einsum("bhij,bjhd->bihd", p, v)
 
-    _, tangent = torch.func.jvp(ours, (q,), (t,))
-    torch.testing.assert_close(tangent, torch.func.jvp(formula, (q,), (t,))[1])
-    assert tangent.abs().max() > 0
-    gradients = [torch.func.grad(lambda x, f=f: f(x).square().sum()) for f in (ours, formula)]
-    torch.testing.assert_close(gradients[0](q), gradients[1](q))
-    products = [torch.func.jvp(gradient, (q,), (t,))[1] for gradient in gradients]
-    torch.testing.assert_close(products[0], products[1])
-    stacked = torch.stack([q, t])
-    torch.testing.assert_close(
-        torch.func.vmap(ours)(stacked), torch.stack([formula(q), formula(t)])
+    laws.functional_transforms(
+        lambda q: fastattn.attention(q, k, v, causal=True, backend=backend), formula, q
     )
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(q, t)
-        out = torch.autograd.forward_ad.unpack_dual(ours(dual))
-        torch.testing.assert_close(out.tangent, tangent)
 
 
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
 def test_kernels_refuse_transforms(backend: str, device: str) -> None:
     q = torch.randn(1, 5, 2, 8, dtype=widest(backend), device=device)
-    with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
-        torch.func.jvp(lambda x: fastattn.attention(x, q, q, backend=backend), (q,), (q,))
-    with pytest.raises(fastattn.UnsupportedError, match=r"torch\.func"):
-        torch.func.vmap(lambda x: fastattn.attention(x, q, q, backend=backend))(q[None])
+    laws.kernels_refuse_transforms(lambda x: fastattn.attention(x, q, q, backend=backend), q)
 
 
 FEATURES: dict[str, Any] = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from ops import laws
 from torch import Tensor
 
 import fastattn
@@ -24,16 +23,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def straight(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call went straight."""
-    went: list[bool] = []
-
-    def spy(run: Callable[..., Any], *arguments: Any) -> Any:
-        result = run(*arguments)
-        went.append(result is not None)
-        return result
-
-    monkeypatch.setattr(module, "run", functools.partial(spy, module.run))
-    return went
+    return laws.went_straight(module, monkeypatch)
 
 
 def described(call: Call) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
+from ops import laws
 from ops.layer_norm.cases import Case, check
 from torch.utils.checkpoint import checkpoint
 
@@ -251,42 +252,28 @@ def test_opcheck(residual: torch.dtype, center: bool, device: str) -> None:
     weight = torch.randn(12, device=device, requires_grad=True)
     seed = dropout.draw_seed(x.device)
     arguments = (x, r, weight, None, seed, 0.25, 1e-5, center, FLOAT, "triton", True)
-    checks = (
-        "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.fastattn.layer_norm.default, arguments, test_utils=checks)
+    laws.opcheck(torch.ops.fastattn.layer_norm, *arguments)
     with torch.no_grad():
         out, stream, statistics = torch.ops.fastattn.layer_norm(*arguments)
     backward = (
         torch.randn_like(out), torch.randn_like(stream), stream, weight.detach(), statistics, seed,
         0.25, 1e-5, center, FLOAT, residual, None, True, "triton", True,
     )  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.fastattn.layer_norm_backward.default, backward, test_utils=checks
-    )
+    laws.opcheck(torch.ops.fastattn.layer_norm_backward, *backward)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    """One graph for all lengths, and the numbers of the same seed."""
-    torch._dynamo.reset()
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    """And with the numbers of the same seed."""
 
     def step(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         out, stream = fastattn.rms_norm(x, None, 1e-5, residual, dropout_p=0.3, backend=backend)
         return out.square().sum() + stream.sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
+    def draw(length: int) -> list[torch.Tensor]:
+        return [torch.randn(2, length, 16, device=device, requires_grad=True) for _ in "xr"]
 
-    def result(f: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        torch.manual_seed(6)
-        out = f(*inputs)
-        return out, *torch.autograd.grad(out, inputs)
-
-    for length in (6, 9, 13):
-        x, residual = (torch.randn(2, length, 16, device=device, requires_grad=True) for _ in "xr")
-        torch.testing.assert_close(result(compiled, x, residual), result(step, x, residual))
-    assert compilations.frame_count == 1
+    laws.one_graph(step, draw)
 
 
 @pytest.mark.parametrize("backend", (None, "torch", "reference"))
@@ -336,20 +323,14 @@ def test_second_derivative(norm: Any, backend: str) -> None:
 def test_second_derivative_through_the_kernels(
     residual: torch.dtype, norm: Any, device: str
 ) -> None:
-    x, w = torch.randn(3, 8, device=device), torch.randn(8, device=device)
-    r = torch.randn(3, 8, device=device).to(residual)
+    x, w, r = (torch.randn(shape, device=device) for shape in ((3, 8), (8,), (3, 8)))
+
+    def dropped(backend: str, x: torch.Tensor, w: torch.Tensor, r: torch.Tensor) -> Any:
+        return norm(x, w, eps=1e-5, residual=r, dropout_p=0.4, backend=backend)
+
+    ours, reference = (functools.partial(dropped, name) for name in ("triton", "reference"))
     cotangents = [torch.randn(3, 8, device=device) for _ in range(2)]
-
-    def second(backend: str) -> tuple[torch.Tensor, ...]:
-        torch.manual_seed(7)
-        x_, w_, r_, *directions = (t.clone().requires_grad_() for t in (x, w, r, *cotangents))
-        outs = norm(x_, w_, eps=1e-5, residual=r_, dropout_p=0.4, backend=backend)
-        first = torch.autograd.grad(outs, (x_, w_, r_), directions, create_graph=True)
-        total = sum(g.float().square().sum() for g in first)
-        return torch.autograd.grad(total, (x_, w_, r_, *directions))
-
-    for ours, expected in zip(second("triton"), second("reference"), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    laws.second_derivative(ours, reference, [x, w, r.to(residual)], cotangents)
 
 
 def test_explain() -> None:

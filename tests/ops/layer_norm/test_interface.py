@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
+from ops import laws
 from ops.backends import BACKENDS
 
 import fastattn
@@ -33,10 +34,10 @@ W = torch.randn(8)
         (X, {"weight": W.int()}, TypeError, "weight must have one of the dtypes"),
         (X, {"weight": W[:7]}, ValueError, r"weight must have the shape \(hidden,\) = \(8,\).*\(7,\)"),
         (X, {"weight": W[None]}, ValueError, r"weight must have the shape .* got \(1, 8\)"),
-        (X, {"weight": W.to("meta")}, ValueError, "weight must be on x's device cpu; got meta"),
+        (X, {"weight": W.to("meta")}, ValueError, "weight must be on the device of x, cpu; got meta"),
         (X, {"residual": X[0]}, ValueError, r"residual must have x's shape \(2, 3, 8\); got \(3, 8\)"),
         (X, {"residual": X.long()}, TypeError, "residual must have one of the dtypes"),
-        (X, {"residual": X.to("meta")}, ValueError, "residual must be on x's device"),
+        (X, {"residual": X.to("meta")}, ValueError, "residual must be on the device of x"),
         (X, {"eps": "1e-5"}, TypeError, "eps must be a float; got str"),
         (X, {"eps": -1e-5}, ValueError, "eps must be finite and not negative; got -1e-05"),
         (X, {"eps": float("nan")}, ValueError, "eps must be finite and not negative; got nan"),
@@ -173,14 +174,6 @@ def test_meta_tensors() -> None:
     assert out.device.type == "meta"
 
 
-OPCHECKS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
-
-
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
 @pytest.mark.parametrize("residual", (None, torch.float32, torch.float16))
@@ -191,38 +184,29 @@ def test_opcheck(residual: torch.dtype | None, center: bool, backend: str, devic
     bias = torch.randn(12, device=device, requires_grad=True) if center else None
     options = (None, 0.0, 1e-5, center, torch.float32, backend, True)
     op = torch.ops.fastattn.layer_norm
-    torch.library.opcheck(op.default, (x, r, weight, bias, *options), test_utils=OPCHECKS)
+    laws.opcheck(op, x, r, weight, bias, *options)
     with torch.no_grad():
         out, stream, statistics = op(x, r, weight, bias, *options)
     dstream, stream = (None, x.detach()) if r is None else (torch.randn_like(stream), stream)
     tensors = (torch.randn_like(out), dstream, stream, weight.detach(), statistics)
     dtypes = (torch.float32, residual, torch.float32 if center else None)
     arguments = (*tensors, None, 0.0, 1e-5, center, *dtypes, True, backend, True)
-    torch.library.opcheck(
-        torch.ops.fastattn.layer_norm_backward.default, arguments, test_utils=OPCHECKS
-    )
+    laws.opcheck(torch.ops.fastattn.layer_norm_backward, *arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", (fastattn.layer_norm, fastattn.rms_norm))
 def test_compiles_without_a_graph_break(norm: Any, backend: str, device: str) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises again."""
-    torch._dynamo.reset()
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     weight = torch.randn(16, device=device, requires_grad=True)
 
     def step(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         out, residual = norm(x, weight, eps=1e-5, residual=residual, backend=backend)
         return norm(out, weight, eps=1e-5, backend=backend).square().sum() + residual.sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
-    for length in (6, 9, 13):
-        x, residual = (torch.randn(2, length, 16, device=device, requires_grad=True) for _ in "xr")
-        torch.testing.assert_close(compiled(x, residual), step(x, residual))
-        grads = torch.autograd.grad(compiled(x, residual), (x, residual, weight))
-        expected = torch.autograd.grad(step(x, residual), (x, residual, weight))
-        torch.testing.assert_close(grads, expected)
-    assert compilations.frame_count == 1
+    def draw(length: int) -> list[torch.Tensor]:
+        return [torch.randn(2, length, 16, device=device, requires_grad=True) for _ in "xr"]
+
+    laws.one_graph(step, draw, [weight])
 
 
 def test_compiles_with_the_default_choice() -> None:
@@ -237,8 +221,7 @@ def test_compiles_with_the_default_choice() -> None:
 @pytest.mark.parametrize("backend", (None, "torch", "reference"))
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
 def test_functional_transforms(center: bool, backend: str | None) -> None:
-    """jvp, grad, vmap and Hessian-vector products against the formula; never a silent zero."""
-    x, t, r = (torch.randn(3, 8, dtype=torch.float64) for _ in range(3))
+    x, r = (torch.randn(3, 8, dtype=torch.float64) for _ in range(2))
     weight = W.double()
     norm: Any = fastattn.layer_norm if center else fastattn.rms_norm
 
@@ -251,34 +234,13 @@ def test_functional_transforms(center: bool, backend: str | None) -> None:
         y = s - s.mean(-1, keepdim=True) if center else s
         return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + s
 
-    _, tangent = torch.func.jvp(ours, (x,), (t,))
-    torch.testing.assert_close(tangent, torch.func.jvp(formula, (x,), (t,))[1])
-    assert tangent.abs().max() > 0
-
-    def loss(f: Any) -> Any:
-        return lambda x: f(x).square().sum()
-
-    torch.testing.assert_close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(formula))(x))
-    product = torch.func.jvp(torch.func.grad(loss(ours)), (x,), (t,))[1]
-    expected = torch.func.jvp(torch.func.grad(loss(formula)), (x,), (t,))[1]
-    torch.testing.assert_close(product, expected)
-    stacked = torch.stack([x, t])
-    torch.testing.assert_close(torch.func.vmap(ours)(stacked), formula(stacked))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, t)
-        torch.testing.assert_close(
-            torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent, tangent
-        )
+    laws.functional_transforms(ours, formula, x)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_refuse_transforms(backend: str, device: str) -> None:
-    x = X.to(device)
     for norm in (fastattn.layer_norm, fastattn.rms_norm):
-        with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
-            torch.func.jvp(lambda x, norm=norm: norm(x, backend=backend), (x,), (x,))
-        with pytest.raises(fastattn.UnsupportedError, match=r"torch\.func"):
-            torch.func.vmap(lambda x, norm=norm: norm(x, backend=backend))(x)
+        laws.kernels_refuse_transforms(lambda x, norm=norm: norm(x, backend=backend), X.to(device))
 
 
 @pytest.mark.parametrize("backend", ("torch", "reference"))
@@ -304,45 +266,29 @@ def test_second_derivative(center: bool, backend: str) -> None:
 def test_second_derivative_through_the_kernels(
     residual: torch.dtype | None, center: bool, backend: str, device: str
 ) -> None:
-    """By every input and by the cotangents, through the registered backward."""
     tensors = [torch.randn(3, 8, device=device), torch.randn(8, device=device)]
     if center:
         tensors.append(torch.randn(8, device=device))
     if residual is not None:
         tensors.append(torch.randn(3, 8, device=device).to(residual))
-    cotangents = [torch.randn(3, 8, device=device) for _ in range(2)]
 
-    def second(backend: str) -> tuple[torch.Tensor, ...]:
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        directions = [c.clone().requires_grad_() for c in cotangents[: 2 if residual else 1]]
-        x, w, *rest = leaves
-        r = rest.pop() if residual else None
-        if center:
-            out = fastattn.layer_norm(x, w, rest[0], 1e-5, r, backend=backend)
-        else:
-            out = fastattn.rms_norm(x, w, 1e-5, r, backend=backend)
-        outs = out if residual else (out,)
-        first = torch.autograd.grad(outs, leaves, directions, create_graph=True)
-        return torch.autograd.grad(
-            sum(g.float().square().sum() for g in first), leaves + directions,
-            materialize_grads=True, allow_unused=True,
-        )  # fmt: skip
+    def norm(backend: str, x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> Any:
+        bias = rest[:1] if center else ()
+        function: Any = fastattn.layer_norm if center else fastattn.rms_norm
+        r = rest[-1] if residual else None
+        return function(x, w, *bias, eps=1e-5, residual=r, backend=backend)
 
-    for ours, expected in zip(second(backend), second("reference"), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    ours, reference = (functools.partial(norm, name) for name in (backend, "reference"))
+    cotangents = [torch.randn(3, 8, device=device) for _ in range(2 if residual else 1)]
+    laws.second_derivative(ours, reference, tensors, cotangents)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_batched_cotangents(backend: str, device: str) -> None:
-    """A Jacobian by `is_grads_batched`, as torch.autograd.functional takes it."""
-    x = X.to(device).requires_grad_()
-    directions = torch.randn(4, *x.shape, device=device)
-
-    def rows(backend: str) -> torch.Tensor:
-        out = fastattn.layer_norm(x, backend=backend)
-        return torch.autograd.grad(out, x, directions, is_grads_batched=True)[0]
-
-    torch.testing.assert_close(rows(backend), rows("reference"))
+    ours, reference = (
+        functools.partial(fastattn.layer_norm, backend=name) for name in (backend, "reference")
+    )
+    laws.batched_cotangents(ours, reference, X.to(device))
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops import laws
 
 import fastattn
 from fastattn.ops.layer_norm import straight
@@ -22,17 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
 
 @pytest.fixture
 def went(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call that could went straight."""
-    seen: list[bool] = []
-    run = straight.run
-
-    def spy(*call: Any) -> Any:
-        result = run(*call)
-        seen.append(result is not None)
-        return result
-
-    monkeypatch.setattr(straight, "run", spy)
-    return seen
+    return laws.went_straight(straight, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))

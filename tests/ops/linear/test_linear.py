@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
+from ops import laws
 from ops.linear.cases import BACKENDS, EAGER, Case, Function, check, output_and_gradients
 
 import fastattn
@@ -299,32 +299,20 @@ def test_same_inputs_same_bits_and_strides_of_gradients(device: str) -> None:
 
 @pytest.mark.parametrize("save_pre", (True, False))
 def test_opcheck(save_pre: bool, device: str) -> None:
-    tests = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    )
     given = [t.requires_grad_() for t in Case((3, 2, 8), 12, device=device).inputs().values()]
     forward = torch.ops.fastattn.linear
     arguments = (*given, "gelu_tanh", save_pre, "triton", True)
-    torch.library.opcheck(forward.default, arguments, test_utils=tests)
+    laws.opcheck(forward, *arguments)
     with torch.no_grad():
         out, pre = forward(*arguments)
     plain = [t.detach() for t in (torch.randn_like(out), *given)]
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(
-            torch.ops.fastattn.linear_backward.default,
-            (*plain, pre if save_pre else None, needs, "gelu_tanh", "triton", True),
-            test_utils=tests,
-        )
+        arguments = (*plain, pre if save_pre else None, needs, "gelu_tanh", "triton", True)
+        laws.opcheck(torch.ops.fastattn.linear_backward, *arguments)
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises again."""
-    torch._dynamo.reset()
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     case = Case((8,), 8, device=device)
     weights = {n: t.requires_grad_() for n, t in case.inputs().items() if n != "x"}
     ours = case.ours(backend)
@@ -332,13 +320,10 @@ def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
     def step(x: torch.Tensor) -> torch.Tensor:
         return ours(x=ours(x=x, **weights), **weights).square().sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
-    for length in (6, 9, 13):
-        x = torch.randn(2, length, 8, device=device, requires_grad=True)
-        wanted = (x, *weights.values())
-        grads = torch.autograd.grad(compiled(x), wanted)
-        torch.testing.assert_close(grads, torch.autograd.grad(step(x), wanted))
-    assert compilations.frame_count == 1
+    def draw(length: int) -> tuple[torch.Tensor, ...]:
+        return (torch.randn(2, length, 8, device=device, requires_grad=True),)
+
+    laws.one_graph(step, draw, list(weights.values()))
 
 
 @pytest.mark.parametrize("activation", ("gelu_tanh", "gelu", "silu"))

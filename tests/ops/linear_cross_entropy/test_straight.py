@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops import laws
 
 import fastattn
 from fastattn.ops.linear_cross_entropy import straight
@@ -25,17 +26,7 @@ def few(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def went(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call that could went straight."""
-    seen: list[bool] = []
-    run = straight.run
-
-    def spy(*call: Any) -> Any:
-        result = run(*call)
-        seen.append(result is not None)
-        return result
-
-    monkeypatch.setattr(straight, "run", spy)
-    return seen
+    return laws.went_straight(straight, monkeypatch)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
+from ops import laws
 from ops.rotary.cases import BACKENDS, Case
 
 import fastattn
@@ -29,9 +30,9 @@ W = torch.randn(8)
         ({"k": K.half()}, TypeError, "k must have q's dtype float32; got float16"),
         ({"k": K[:1]}, ValueError, "k must have the batch, seqlen and head_dim of q"),
         ({"k": K.transpose(1, 2)}, ValueError, r"give x.transpose\(1, 2\) where heads come before"),
-        ({"k": K.to("meta")}, ValueError, "k must be on q's device cpu; got meta"),
+        ({"k": K.to("meta")}, ValueError, "k must be on the device of q, cpu; got meta"),
         ({"cos": ANGLES[..., :4]}, ValueError, r"sin must have cos's shape \(2, 5, 4\)"),
-        ({"cos": ANGLES.to("meta")}, ValueError, "cos must be on q's device"),
+        ({"cos": ANGLES.to("meta")}, ValueError, "cos must be on the device of q"),
         ({"angles": ANGLES.long()}, TypeError, "cos must have one of the dtypes"),
         ({"angles": ANGLES[:, :3]}, ValueError, r"must be \(2 or 1, 5, width\), .* got \(2, 3, 8\)"),
         ({"angles": W}, ValueError, r"a table \(positions, width\), or \(batch or 1, seqlen, width\)"),
@@ -145,14 +146,6 @@ def test_meta_tensors() -> None:
             assert x.shape == y.shape and x.dtype == y.dtype and x.is_meta
 
 
-OPCHECKS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -168,23 +161,15 @@ def test_opcheck(case: Case, device: str) -> None:
     q, k = tensors["q"].requires_grad_(), tensors["k"].requires_grad_()
     rest = [tensors.get(n) for n in ("cos", "sin", "positions", "q_weight", "k_weight")]
     settings = case.rotated, case.interleaved, case.eps, case.weight_offset
-    op = torch.ops.fastattn.rotary.default
-    torch.library.opcheck(op, (q, k, *rest, *settings, "triton", True), test_utils=OPCHECKS)
+    laws.opcheck(torch.ops.fastattn.rotary, q, k, *rest, *settings, "triton", True)
     kept = [x.detach() if name in case.norms else None for name, x in (("q", q), ("k", k))]
     wanted = [name in case.norms for name in "qk"]
     arguments = (torch.randn_like(q), torch.randn_like(k), *kept, *rest, *settings, *wanted)
-    torch.library.opcheck(
-        torch.ops.fastattn.rotary_backward.default,
-        (*arguments, "triton", True),
-        test_utils=OPCHECKS,
-    )
+    laws.opcheck(torch.ops.fastattn.rotary_backward, *arguments, "triton", True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises again."""
-    torch._dynamo.reset()
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     weight = torch.randn(16, device=device, requires_grad=True)
     table = torch.randn(23, 8, device=device)
 
@@ -194,59 +179,30 @@ def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
         q, k = fastattn.rotary(q, k, table, table, positions=positions, q_weight=weight, **options)
         return q.square().sum() + k.pow(3).sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
-    for length in (6, 9, 13):
-        q, k = (torch.randn(2, length, n, 16, device=device, requires_grad=True) for n in (4, 2))
-        positions = torch.randint(0, 23, (2, length), device=device)
-        given = q, k, positions
-        torch.testing.assert_close(compiled(*given), step(*given))
-        grads = torch.autograd.grad(compiled(*given), (q, k, weight))
-        torch.testing.assert_close(grads, torch.autograd.grad(step(*given), (q, k, weight)))
-    assert compilations.frame_count == 1
+    def draw(n: int) -> list[torch.Tensor]:
+        qk = [torch.randn(2, n, heads, 16, device=device, requires_grad=True) for heads in (4, 2)]
+        return [*qk, torch.randint(0, 23, (2, n), device=device)]
+
+    laws.one_graph(step, draw, [weight])
 
 
 @pytest.mark.parametrize("backend", (None, "torch", "reference"))
 @pytest.mark.parametrize("interleaved", (False, True))
 def test_functional_transforms(interleaved: bool, backend: str | None) -> None:
-    """jvp, grad, vmap and forward-mode AD against the formula; never a silent zero."""
     case = Case(interleaved=interleaved, norms="q", dtype=torch.float64)
     tensors = case.inputs()
-    x, t = tensors.pop("q"), torch.randn(2, 5, 3, 16, dtype=torch.float64)
-
-    def of(function: Any) -> Any:
-        return lambda q: function(tensors | {"q": q})[0]
-
-    ours, formula = of(lambda t: case.ours(backend, t)), of(case.eager)
-    _, tangent = torch.func.jvp(ours, (x,), (t,))
-    torch.testing.assert_close(tangent, torch.func.jvp(formula, (x,), (t,))[1])
-    assert tangent.abs().max() > 0
-
-    def loss(f: Any) -> Any:
-        return lambda x: f(x).pow(3).sum()
-
-    torch.testing.assert_close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(formula))(x))
-    product = torch.func.jvp(torch.func.grad(loss(ours)), (x,), (t,))[1]
-    expected = torch.func.jvp(torch.func.grad(loss(formula)), (x,), (t,))[1]
-    torch.testing.assert_close(product, expected)
-    stacked = torch.stack([x, t])
-    torch.testing.assert_close(torch.func.vmap(ours)(stacked), torch.stack([ours(x), ours(t)]))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, t)
-        torch.testing.assert_close(
-            torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent, tangent
-        )
+    laws.functional_transforms(
+        lambda q: case.ours(backend, tensors | {"q": q})[0],
+        lambda q: case.eager(tensors | {"q": q})[0],
+        tensors["q"],
+    )
 
 
-def test_the_kernels_refuse_transforms(device: str) -> None:
-    q, angles = Q.to(device), ANGLES.to(device)
-
-    def ours(q: torch.Tensor) -> torch.Tensor:
-        return fastattn.rotary(q, q, angles, angles, backend="triton")[0]
-
-    with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
-        torch.func.jvp(ours, (q,), (q,))
-    with pytest.raises(fastattn.UnsupportedError, match=r"torch\.func"):
-        torch.func.vmap(ours)(torch.stack([q, q]))
+def test_kernels_refuse_transforms(device: str) -> None:
+    angles = ANGLES.to(device)
+    laws.kernels_refuse_transforms(
+        lambda q: fastattn.rotary(q, q, angles, angles, backend="triton")[0], Q.to(device)
+    )
 
 
 @pytest.mark.parametrize("backend", ("torch", "reference"))
@@ -273,36 +229,27 @@ def test_first_and_second_derivatives(case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("norms", ("", "q", "qk"))
 def test_second_derivative_through_the_kernels(norms: str, device: str) -> None:
-    """By every input and by the cotangents, through the registered backward."""
     case = Case(1, 3, 2, 1, 8, norms=norms, device=device)
     fixed = case.inputs()
     names = ["q", "k", *(f"{name}_weight" for name in norms)]
+
+    def rotary(backend: str, *tensors: torch.Tensor) -> Any:
+        return case.ours(backend, fixed | dict(zip(names, tensors, strict=True)))
+
+    ours, reference = (functools.partial(rotary, name) for name in ("triton", "reference"))
     cotangents = [torch.randn_like(fixed[name]) for name in "qk"]
-
-    def second(backend: str) -> tuple[torch.Tensor, ...]:
-        leaves = [fixed[name].clone().requires_grad_() for name in names]
-        directions = [c.clone().requires_grad_() for c in cotangents]
-        outs = case.ours(backend, fixed | dict(zip(names, leaves, strict=True)))
-        first = torch.autograd.grad(outs, leaves, directions, create_graph=True)
-        return torch.autograd.grad(
-            sum(g.pow(3).sum() for g in first), leaves + directions,
-            materialize_grads=True, allow_unused=True,
-        )  # fmt: skip
-
-    for ours, expected in zip(second("triton"), second("reference"), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    # The squares of a rotated vector do not depend on the angle.
+    laws.second_derivative(ours, reference, [fixed[name] for name in names], cotangents, power=3)
 
 
 def test_batched_cotangents(device: str) -> None:
-    """A Jacobian by `is_grads_batched`, as torch.autograd.functional takes it."""
-    q, angles = Q.to(device).requires_grad_(), ANGLES.to(device)
-    directions = torch.randn(4, *q.shape, device=device)
+    k, angles = Q.to(device), ANGLES.to(device)
 
-    def rows(backend: str) -> torch.Tensor:
-        out, _ = fastattn.rotary(q, q.detach(), angles, angles, backend=backend)
-        return torch.autograd.grad(out, q, directions, is_grads_batched=True)[0]
+    def rotary(backend: str, q: torch.Tensor) -> torch.Tensor:
+        return fastattn.rotary(q, k, angles, angles, backend=backend)[0]
 
-    torch.testing.assert_close(rows("triton"), rows("reference"))
+    ours, reference = (functools.partial(rotary, name) for name in ("triton", "reference"))
+    laws.batched_cotangents(ours, reference, Q.to(device))
 
 
 @pytest.mark.parametrize("norms", ("", "q"))

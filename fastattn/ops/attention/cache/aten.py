@@ -21,9 +21,9 @@ from fastattn.ops.attention.cache.reference import (
 )
 from fastattn.ops.attention.cache.stored import dequantised
 from fastattn.ops.attention.call import Extras
-from fastattn.ops.attention.problem import INDEX_DTYPES
 from fastattn.ops.attention.sdpa import SMALLEST, sdpa
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import INDEX_DTYPES
 from fastattn.ops.common.plain import ERRORS, plain
 
 

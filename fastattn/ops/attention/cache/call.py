@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+# What a cache has of attention's Extras and Settings; the others are as by default.
+EXTRAS = ("alibi_slopes", "sink")
+SETTINGS = ("window_left", "window_right", "softmax_scale", "softcap")
+
 
 class CacheCall(NamedTuple):
     """Where the keys of a call are, and what happens to q and the new keys on the way."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.ops.attention import cuda, tiles
-from fastattn.ops.attention.cache.call import CacheCall
+from fastattn.ops.attention.cache.call import EXTRAS, CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
 from fastattn.ops.attention.cache.reference import rotated_queries
 from fastattn.ops.attention.cache.stored import bits
@@ -56,8 +56,8 @@ def forward(
     k_scale, v_scale = _dense(call.k_scale), _dense(call.v_scale)
     if call.new_k is not None and call.new_v is not None and call.new_k.numel() * capacity:
         torch.ops.fastattn_cuda.append_to_cache(
-            k_cache, v_cache, _readable(call.new_k), _readable(call.new_v), lengths, table, rows,
-            cos, sin, k_scale, v_scale, call.rotary_interleaved, capacity,
+            k_cache, v_cache, cuda.readable(call.new_k), cuda.readable(call.new_v), lengths, table,
+            rows, cos, sin, k_scale, v_scale, call.rotary_interleaved, capacity,
         )  # fmt: skip
     tile_rows = seqlen_q * (heads // kv_heads)
     padded = table is rows is call.starts is k_scale is None
@@ -81,10 +81,10 @@ def forward(
         for n in (settings.window_left, settings.window_right)
     )
     torch.ops.fastattn_cuda.attend_to_cache(
-        out, lse, part_out, part_lse, _readable(q), k_cache, v_cache, lengths, table, rows,
-        _dense(call.starts), _dense(extras.alibi_slopes), _float32(extras.sink), cos, sin, k_scale,
-        v_scale, call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new, cut.keys,
-        cut.programs, left, right, settings.softmax_scale, settings.softcap,
+        out, lse, part_out, part_lse, cuda.readable(q), k_cache, v_cache, lengths, table, rows,
+        _dense(call.starts), *(_float32(getattr(extras, name)) for name in EXTRAS), cos, sin,
+        k_scale, v_scale, call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new,
+        cut.keys, cut.programs, left, right, settings.softmax_scale, settings.softcap,
     )  # fmt: skip
     return out, lse
 
@@ -104,11 +104,6 @@ def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def _float32(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.float().contiguous()
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself, if its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tables(

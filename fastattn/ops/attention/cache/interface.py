@@ -13,14 +13,11 @@ from fastattn import backends, proving
 from fastattn.ops.attention.cache import aten, registration, stored
 from fastattn.ops.attention.cache import proof as _proof
 from fastattn.ops.attention.cache.call import CacheCall
-from fastattn.ops.attention.cache.problem import (
-    CacheProblem,
-    check_contents,
-    describe,
-    extras_of,
-)
-from fastattn.ops.attention.problem import DTYPES, Causal, values_are_checked
+from fastattn.ops.attention.cache.problem import CacheProblem, check_contents, describe
+from fastattn.ops.attention.call import NONE, Causal
+from fastattn.ops.attention.problem import gather, values_are_checked
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import DTYPES
 from fastattn.ops.common.dispatch import Dispatch
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -188,7 +185,9 @@ def attention_with_kv_cache(  # type: ignore[misc]  # the overloads leave the op
     )  # fmt: skip
     if values_are_checked(cache_lengths):
         check_contents(call, problem.seqlen_q)
-    extras = extras_of(q.dtype, alibi_slopes, sink)
+    extras = NONE
+    if alibi_slopes is not None or sink is not None:
+        extras = gather(q.dtype, alibi_slopes=alibi_slopes, sink=sink)
     if autocast:  # what had to be cast is, and ATen's functions inside are to compute in that dtype
         with torch.autocast(q.device.type, enabled=False):
             out, lse = run(described, q, extras, call)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastattn.ops.attention.cache import stored
 from fastattn.ops.attention.cache.call import CacheCall
-from fastattn.ops.attention.call import NONE, Extras, Settings
+from fastattn.ops.attention.call import Causal, Features
 from fastattn.ops.attention.problem import (
-    INDEX_DTYPES,
     AttentionProblem,
-    Causal,
+    check_block_table,
     check_device,
+    check_features,
     check_index,
-    check_number,
-    check_sink,
-    check_slopes,
     check_tensors,
-    check_window,
-    default_scale,
-    gather,
     values_are_checked,
 )
 from fastattn.ops.common import modes
+from fastattn.ops.common.dense import dtype_name
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class CacheProblem:
 
     def describe(self) -> str:
         named = {
-            "k_scale": f"stored as {str(self.stored).removeprefix('torch.')}",
+            "k_scale": f"stored as {dtype_name(self.stored)}",
             "block_table": f"paged by {self.page_size}",
             "cache_indices": "cache_indices",
             "cache_starts": "cache_starts",
@@ -93,19 +89,15 @@ def describe(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     rotary_interleaved: bool = False,
-    causal: Causal = True,
-    window: tuple[int, int] | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sink: torch.Tensor | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
+    causal: Causal = True,
+    **features: Any,
 ) -> CacheProblem:
     """The problem of a call. Raises for every error of the caller."""
     names = "q", "k_cache", "v_cache"
     check_tensors(q, k_cache, v_cache, ("batch", "seqlen"), names, stored=stored.DTYPES)
-    batch, _, heads, _ = q.shape
+    batch = q.shape[0]
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.numel() and x.stride(-1) != 1:
             raise ValueError(
@@ -120,14 +112,7 @@ def describe(
             raise ValueError(
                 "cache_indices and block_table both say where a sequence's keys are: give one"
             )
-        check_device("block_table", block_table, q.device)
-        if block_table.dtype not in INDEX_DTYPES:
-            raise TypeError(f"block_table must be int32 or int64; got {block_table.dtype}")
-        if block_table.dim() != 2 or block_table.shape[0] != batch:
-            raise ValueError(
-                f"block_table must have the shape (batch, pages of a sequence) = ({batch}, ...); "
-                f"got {tuple(block_table.shape)}"
-            )
+        check_block_table(block_table, batch, q.device)
     elif cache_indices is not None:
         check_index("cache_indices", cache_indices, ("batch", batch), q.device)
     elif k_cache.shape[0] != batch:
@@ -140,48 +125,27 @@ def describe(
     _check_rotary(q, k, rotary_cos, rotary_sin)
     if causal == "top_left":
         raise ValueError("causal must be True or False: a cache has no top-left diagonal")
-    left, right = check_window(causal, window)
-    check_number("softmax_scale", softmax_scale, none=True)
-    check_number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (off) or positive; got {softcap}")
-    if alibi_slopes is not None:
-        check_slopes(alibi_slopes, batch, heads, q.device)
-    if sink is not None:
-        check_sink(sink, heads, q)
+    given = Features(causal, **features)
+    settings, extras = check_features(q, batch, q.shape[1], k_cache.shape[1], given)
     if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 0):
         raise ValueError(
             "num_splits must be None (parts of 256 keys), 0 (as many as fill the GPU) or a "
             f"positive int; got {num_splits!r}"
         )
-    inputs = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, k_scale, v_scale, alibi_slopes, sink
-    if modes.needs_grad(*inputs):
+    inputs = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, k_scale, v_scale
+    if modes.needs_grad(*inputs, *given.tensors):
         raise ValueError(
             "attention_with_kv_cache is for inference and has no gradient, but an input requires "
             "one: call it under torch.no_grad(), or use attention with k and v as they are"
         )
-    settings = Settings(
-        window_left=left,
-        window_right=right,
-        top_left=False,
-        softmax_scale=default_scale(softmax_scale, q),
-        softcap=float(softcap),
-        dropout_p=0.0,
-        fp32_precision="ieee",
-        max_seqlen_q=0,
-        max_seqlen_k=0,
-        block_q=0,
-        block_k=0,
-    )
     if values_are_checked(cache_lengths):
-        advances = left >= 0 or right >= 0
+        advances = settings.window_left >= 0 or settings.window_right >= 0
         cache = CacheCall(
             k_cache, v_cache, cache_lengths, k, v, block_table, cache_indices, cache_starts,
             rotary_cos, rotary_sin, k_scale, v_scale, bool(rotary_interleaved), advances,
             num_splits,
         )  # fmt: skip
         check_contents(cache, q.shape[1])
-    extras = extras_of(q.dtype, alibi_slopes, sink)
     described = AttentionProblem.of(q, k_cache, v_cache, extras, settings, return_lse=return_lse)
     optional = {
         "k": k, "k_scale": k_scale, "block_table": block_table, "cache_indices": cache_indices,
@@ -194,14 +158,6 @@ def describe(
         page_size=k_cache.shape[1],
         seqlen_new=0 if k is None else k.shape[1],
     )
-
-
-def extras_of(
-    dtype: torch.dtype, alibi_slopes: torch.Tensor | None, sink: torch.Tensor | None
-) -> Extras:
-    if alibi_slopes is None and sink is None:
-        return NONE
-    return gather(dtype, None, None, alibi_slopes, sink, None, None, None)
 
 
 def _check_new(

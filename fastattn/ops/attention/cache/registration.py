@@ -8,12 +8,15 @@ from __future__ import annotations
 import torch
 
 from fastattn import backends
-from fastattn.ops.attention.cache.call import CacheCall
+from fastattn.ops.attention.cache.call import EXTRAS, SETTINGS, CacheCall
 from fastattn.ops.attention.cache.problem import CacheProblem
-from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.call import Extras, Settings, schema
 from fastattn.ops.common import autograd
 
 BACKENDS = backends.of_op("fastattn.ops.attention.cache", without=("gluon",))
+
+_CALL = len(CacheCall._fields)
+_END = _CALL + len(EXTRAS)
 
 
 def run_kernel(
@@ -27,21 +30,15 @@ def run_kernel(
     """(out, lse) of a call on a kernel backend."""
     settings = problem.attention.settings
     return torch.ops.fastattn.attention_with_kv_cache(
-        q, *call, extras.alibi_slopes, extras.sink, settings.window_left, settings.window_right,
-        settings.softmax_scale, settings.softcap, backend,
+        q, *call, *[getattr(extras, name) for name in EXTRAS],
+        *[getattr(settings, name) for name in SETTINGS], backend,
     )  # fmt: skip
 
 
-_CALL = len(CacheCall._fields)
-
-
 def _forward(q, *call):  # type: ignore[no-untyped-def]
-    slopes, sink, window_left, window_right, softmax_scale, softcap, backend = call[_CALL:]
-    settings = Settings(
-        window_left, window_right, False, softmax_scale, softcap, 0.0, "ieee", 0, 0, 0, 0
-    )
-    extras = Extras(alibi_slopes=slopes, sink=sink)
-    kernel = backends.module_of(BACKENDS, backend)
+    extras = Extras(**dict(zip(EXTRAS, call[_CALL:_END])))
+    settings = Settings(top_left=False, **dict(zip(SETTINGS, call[_END:-1])))
+    kernel = backends.module_of(BACKENDS, call[-1])
     return kernel.forward(q, extras, settings, CacheCall(*call[:_CALL]))
 
 
@@ -52,12 +49,8 @@ def _forward_fake(q, k_cache, v_cache, *rest):  # type: ignore[no-untyped-def]
 
 
 autograd.define(
-    "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor cache_lengths, Tensor? k, Tensor? v, Tensor? block_table, Tensor? cache_indices, "
-    "Tensor? cache_starts, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? k_scale, "
-    "Tensor? v_scale, bool rotary_interleaved, bool rotary_advances, SymInt? num_splits, "
-    "Tensor? alibi_slopes, Tensor? sink, SymInt window_left, SymInt window_right, "
-    "float softmax_scale, float softcap, str backend) "
-    "-> (Tensor out, Tensor lse)",
+    "attention_with_kv_cache(Tensor q, Tensor(a!) k, Tensor(b!) v, "
+    f"{schema(CacheCall, CacheCall._fields[2:])}, {schema(Extras, EXTRAS)}, "
+    f"{schema(Settings, SETTINGS)}, str backend) -> (Tensor out, Tensor lse)",
     _forward, _forward_fake,
 )  # fmt: skip

@@ -22,8 +22,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention import sink, tiles
-from fastattn.ops.attention.call import Extras, Learnt, Settings, backward_results
+from fastattn.ops.attention import tiles
+from fastattn.ops.attention.call import (
+    Extras,
+    Learnt,
+    Settings,
+    backward_results,
+    learnt_results,
+)
 from fastattn.ops.attention.triton import keys, launching, queries
 from fastattn.ops.attention.triton.bias import bias_gradient
 from fastattn.ops.attention.triton.documents import TileRanges
@@ -96,10 +102,7 @@ def backward(
     extras: Extras,
     settings: Settings,
 ) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv, dbias, dsink), each shaped as its input and contiguous.
-
-    dbias and dsink are empty where `wanted` is False.
-    """
+    """(dq, dk, dv, *learnt_results), each shaped as its input and contiguous."""
     dq, dk, dv = backward_results(q, k, v, extras, settings)
     lse = lse.contiguous()
     key = launching.key(q, k, v, extras, settings, dout, out, dlse)
@@ -124,13 +127,10 @@ def backward(
         plan.delta(dout, out, None if dlse is None else dlse.contiguous(), delta)
     plan.keys(q, k, v, dout, lse, delta, dk, dv, *by_keys)
     plan.queries(q, k, v, dout, lse, delta, dq, *by_queries)
-    dbias, dsink = q.new_empty((0,)), q.new_empty((0,))
+    dbias = None
     if wanted.bias:
         dbias = bias_gradient(x, q, k, v, dout, lse, delta, extras, settings)
-    if wanted.sink:
-        assert extras.sink is not None
-        dsink = sink.gradient(lse, delta, extras.sink)
-    return dq, dk, dv, dbias, dsink
+    return dq, dk, dv, *learnt_results(q, wanted, extras, lse, delta, dbias)
 
 
 def _plan(
