@@ -32,7 +32,7 @@ MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 ROWS = Path(__file__).with_suffix(".json")
 PEERS = Path(__file__).with_name("peers.json")
 ARCHITECTURE = 90
-CONSUMERS = {"forward": 2, "backward": 2, "ffn": 3}  # by the first word of a row
+CONSUMERS = {"forward": 2, "backward": 2, "ffn": 3, "loss": 3}  # by the first word of a row
 
 # --- compiling ------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 128, causal": {"causal": True},
     "backward d 128, window": {"causal": True, "window": (256, 0)},
 }
-FFN = (
+PRODUCTS = (
     "ffn up",
     "ffn up, gated",
     "ffn down",
@@ -65,17 +65,19 @@ FFN = (
     "ffn hidden gradient, gated",
     "ffn input gradient, gated",
     "ffn weight gradient",
+    "loss forward",  # of linear_cross_entropy
 )
-NAMES = [*FORWARD, *BACKWARD, *FFN]
+NAMES = [*FORWARD, *BACKWARD, *PRODUCTS]
 
 
-def _calls_of_ffn(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
-    """The same of a product of ffn, with weights as torch.nn.Linear has them."""
+def _calls_of_products(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
+    """The same of kernels with the main loop of products, weights as torch.nn.Linear has them."""
     import torch
 
     from fastattn.ops.common.gluon_products import product
     from fastattn.ops.ffn.gluon.backward import derivative
     from fastattn.ops.ffn.gluon.forward import first_product
+    from fastattn.ops.linear_cross_entropy.gluon import launch_forward
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
@@ -96,14 +98,15 @@ def _calls_of_ffn(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
         ),
         "input": lambda: product(x, hidden, into.t(), more=(hidden, into.t())),
         "weight": lambda: product(into.t(), hidden.t(), x),
+        "forward": lambda: launch_forward(x, into.t(), wide, wide.long(), 1.0),
     }
     return [({"name": name}, run[re.split(r"\W", name)[1]])]
 
 
 def _calls(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
     """What launches the kernel of a row, on tensors without memory."""
-    if name in FFN:
-        return _calls_of_ffn(name)
+    if name in PRODUCTS:
+        return _calls_of_products(name)
     import torch
 
     from fastattn.ops.attention import gluon
@@ -162,7 +165,7 @@ def row(name: str) -> dict[str, Any]:
 
 def _tile(name: str, constants: dict[str, Any]) -> str:
     """128 x 128: queries by keys of a program, or rows by columns of its products."""
-    if name in FFN:
+    if name in PRODUCTS:
         from fastattn.ops.common import gluon_products as ffn
 
         sides = ffn.CONSUMERS.value * ffn.ROWS.value, 2 * ffn.HALF.value
@@ -179,7 +182,7 @@ def _tile(name: str, constants: dict[str, Any]) -> str:
 def _pipeline(name: str) -> tuple[int, float]:
     """Consumers, and bytes that are copied for a trip of one of them, where they bound it."""
     consumers = CONSUMERS[name.split()[0]]
-    if name not in FFN:
+    if name not in PRODUCTS:
         return consumers, 0.0
     from fastattn.ops.common import gluon_products as ffn
 

@@ -19,12 +19,12 @@ from fastattn.ops.common import gluon_products
 # Compiled by every run: the cheapest of each kernel. The others are long.
 CHEAP = ("forward d 64", "backward d 64", "ffn down")
 # Products of a trip: S and P V; S, dP, dV, dK and dQ; both halves of a tile.
-GROUPS = {"forward": 2, "backward": 5, "ffn": 2}
+GROUPS = {"forward": 2, "backward": 5, "ffn": 2, "loss": 2}
 # Registers of a consumer's thread.
 REGISTERS = {
     "forward": tiles.REGISTERS,
     "backward": tiles.REGISTERS,
-    "ffn": gluon_products.REGISTERS.value,
+    **dict.fromkeys(("ffn", "loss"), gluon_products.REGISTERS.value),
 }
 # Stores to the stack in a loop, by Triton's version; 0 for all others. 3.9's ptxas needs none.
 STORES = {
@@ -43,7 +43,7 @@ def faults(name: str, row: dict[str, Any], version: str = triton.__version__) ->
     spills = row["stores of spills"]
     if kernel == "forward":
         spills += row["loads of spills"]
-    if kernel == "ffn":  # not of the end of a tile
+    if kernel in ("ffn", "loss"):  # not of the end of a tile
         spills = row["stores of spills of a trip"] + row["loads of spills of a trip"]
     found = {
         "more than the registers of a multiprocessor": row["registers"] > LAUNCHED[kernel],
@@ -52,10 +52,12 @@ def faults(name: str, row: dict[str, Any], version: str = triton.__version__) ->
         "spills in a loop": spills > STORES.get((version, name), 0),
         "wgmmas that wait for each other (ptxas: C7510, C7515)": row["groups"] != GROUPS[kernel],
         "the operand of a wgmma under way overwritten": row["overwritten"] > 0,
-        "no operand in registers: the check saw nothing": kernel != "ffn"
+        "no operand in registers: the check saw nothing": kernel not in ("ffn", "loss")
         and not row["overwritten without waits"],
         "stores of 1 or 2 bytes": "1" in stores or "2" in stores,
-        "tiles stored without TMA": stores.get("TMA", 0) < 2 and not name.endswith("packed"),
+        "tiles stored without TMA": stores.get("TMA", 0) < 2
+        and not name.endswith("packed")
+        and kernel != "loss",
         "packed rows not stored by 16 bytes": name.endswith("packed") and "16" not in stores,
     }
     return [f"{name}: {fault}: {row}" for fault, there in found.items() if there]
