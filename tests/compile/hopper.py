@@ -32,7 +32,7 @@ MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 ROWS = Path(__file__).with_suffix(".json")
 PEERS = Path(__file__).with_name("peers.json")
 ARCHITECTURE = 90
-CONSUMERS = 2
+CONSUMERS = {"forward": 2, "backward": 2, "ffn": 3, "loss": 3}  # by the first word of a row
 
 # --- compiling ------------------------------------------------------------------------------------
 
@@ -57,11 +57,56 @@ BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 128, causal": {"causal": True},
     "backward d 128, window": {"causal": True, "window": (256, 0)},
 }
-NAMES = [*FORWARD, *BACKWARD]
+PRODUCTS = (
+    "ffn up",
+    "ffn up, gated",
+    "ffn down",
+    "ffn hidden gradient",  # and the activation's derivative
+    "ffn hidden gradient, gated",
+    "ffn input gradient, gated",
+    "ffn weight gradient",
+    "loss forward",  # of linear_cross_entropy
+)
+NAMES = [*FORWARD, *BACKWARD, *PRODUCTS]
+
+
+def _calls_of_products(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
+    """The same of kernels with the main loop of products, weights as torch.nn.Linear has them."""
+    import torch
+
+    from fastattn.ops.common.gluon_products import product
+    from fastattn.ops.ffn.gluon.backward import derivative
+    from fastattn.ops.ffn.gluon.forward import first_product
+    from fastattn.ops.linear_cross_entropy.gluon import launch_forward
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    x, hidden = empty(4096, 1024), empty(4096, 4096)
+    into, out_of = empty(4096, 1024).t(), empty(1024, 4096).t()
+    gated = name.endswith("gated")
+    pre = empty(2, 4096, 4096) if gated else hidden
+    gate = into if gated else None
+    wide, narrow = empty(4096), empty(1024)
+    run: dict[str, Callable[[], Any]] = {
+        "up": lambda: first_product(
+            x, into, wide, gate, None, hidden, pre, "silu" if gated else "gelu_tanh"
+        ),
+        "down": lambda: product(x, hidden, out_of, narrow),
+        "hidden": lambda: derivative(
+            x, out_of, pre, True, not gated, "silu" if gated else "gelu_tanh"
+        ),
+        "input": lambda: product(x, hidden, into.t(), more=(hidden, into.t())),
+        "weight": lambda: product(into.t(), hidden.t(), x),
+        "forward": lambda: launch_forward(x, into.t(), wide, wide.long(), 1.0),
+    }
+    return [({"name": name}, run[re.split(r"\W", name)[1]])]
 
 
 def _calls(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
     """What launches the kernel of a row, on tensors without memory."""
+    if name in PRODUCTS:
+        return _calls_of_products(name)
     import torch
 
     from fastattn.ops.attention import gluon
@@ -110,18 +155,23 @@ def row(name: str) -> dict[str, Any]:
         compiled, text = offline.machine_code(ARCHITECTURE, *source)
     registers, spills = offline.resources(text)
     return {
-        "tile": _tile(constants),
+        "tile": _tile(name, constants),
         "registers": registers,
         "spilled bytes": spills,
         "shared": compiled.metadata.shared,
-        **read(sass.instructions(text)),
+        **read(sass.instructions(text), *_pipeline(name)),
     }
 
 
-def _tile(constants: dict[str, Any]) -> str:
-    """128 x 128: queries by keys of a program."""
+def _tile(name: str, constants: dict[str, Any]) -> str:
+    """128 x 128: queries by keys of a program, or rows by columns of its products."""
+    if name in PRODUCTS:
+        from fastattn.ops.common import gluon_products as ffn
+
+        sides = ffn.CONSUMERS.value * ffn.ROWS.value, 2 * ffn.HALF.value
+        return f"{sides[0]} x {sides[1]}, {ffn.STAGES.value} stages"
     if "BN" in constants:  # the forward
-        sides = CONSUMERS * constants["BM"], constants["BN"]
+        sides = CONSUMERS["forward"] * constants["BM"], constants["BN"]
     else:
         from fastattn.ops.attention.gluon.backward import KEYS
 
@@ -129,27 +179,37 @@ def _tile(constants: dict[str, Any]) -> str:
     return f"{sides[0]} x {sides[1]}, {constants['STAGES']} stages"
 
 
+def _pipeline(name: str) -> tuple[int, float]:
+    """Consumers, and bytes that are copied for a trip of one of them, where they bound it."""
+    consumers = CONSUMERS[name.split()[0]]
+    if name not in PRODUCTS:
+        return consumers, 0.0
+    from fastattn.ops.common import gluon_products as ffn
+
+    lines = consumers * ffn.ROWS.value + 2 * ffn.HALF.value
+    return consumers, 2 * ffn.TERMS.value * lines / consumers
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read(code: sass.Code) -> dict[str, Any]:
-    """Of a kernel with two consumers.
+def read(code: sass.Code, consumers: int = 2, copied: float = 0.0) -> dict[str, Any]:
+    """Of a kernel with so many consumers; `copied`: bytes for a trip of one of them.
 
     A trip is the loop's without a mask; "loops" are those of all consumers with products, masked or
     not: the most accesses of the stack that one of them has. "groups" are the wgmmas that a trip
     commits: one a product, or ptxas has made one wait for another. "registers of the loop": the
-    highest that it names, and one.
+    highest that it names or accumulates into, and one.
     """
     from compile import model
 
     chip = model.CHIPS[ARCHITECTURE]
     trip = sass.trip(sass.main_loop(code))
     with_products = [x for x in map(sass.trip, sass.loops(code)) if any(map(sass.wgmma, x))]
-    names = [int(n) for x in trip for n in re.findall(r"\bR(\d+)", x.operands)]
-    bound = model.bound(trip, chip)
-    low, high = model.estimate(trip, chip, blocks=CONSUMERS, warps=1)
+    bound = model.bound(trip, chip, copied)
+    low, high = model.estimate(trip, chip, blocks=consumers, warps=1)
     return {
-        "registers of the loop": max(names) + 1,
+        "registers of the loop": max(map(_highest, trip)) + 1,
         "trip": len(trip),
         "stores of spills": max(_count(x, "STL") for x in with_products),
         "loads of spills": max(_count(x, "LDL") for x in with_products),
@@ -163,6 +223,14 @@ def read(code: sass.Code) -> dict[str, Any]:
         "bound": f"{bound.share:.0%} {bound.longest}",
         "estimate": f"{100 * low:.0f}-{100 * high:.0f} %",
     }
+
+
+def _highest(x: sass.Instruction) -> int:
+    """The highest vector register that it names, or accumulates into."""
+    names = [int(n) for n in re.findall(r"\bR(\d+)", x.operands)]
+    if w := sass.wgmma(x):
+        names.append(names[0] + w.n // 2 - 1)
+    return max(names, default=-1)
 
 
 def _count(code: sass.Code, opcode: str) -> int:

@@ -90,7 +90,8 @@ class Bound(NamedTuple):
         return self.ideal / self.busy[self.longest]
 
 
-def bound(trip: Code, chip: Chip) -> Bound:
+def bound(trip: Code, chip: Chip, copied: float = 0.0) -> Bound:
+    """Of a trip; `copied`: bytes that TMA brings for it, which another warp issues."""
     kinds = Counter(sass.kind(x.opcode) for x in trip)
     tensor = shared = 0.0
     for x in trip:
@@ -109,8 +110,10 @@ def bound(trip: Code, chip: Chip) -> Bound:
         "exponentials": MUFU_CLOCKS * kinds["mufu"],
         "fma": chip.fma * (kinds["fp32"] + kinds["imad"]),
         "alu": ALU_CLOCKS * alu,
-        "shared memory": 4 * shared / SHARED_RATE,  # of the four quarters
+        "shared memory": (4 * shared + copied) / SHARED_RATE,  # of the four quarters
     }
+    if copied:
+        busy["L2"] = copied / chip.l2
     return Bound(len(trip), (len(trip) - kinds["mma"]) / ideal, kinds["local"], ideal, busy)
 
 

@@ -127,23 +127,51 @@ PACKAGE_FORWARD = {
     "wrong head of K and V": ("head // group", "head % group"),
 }  # fmt: skip
 
-# Of ops/ffn/gluon.py.
-PACKAGE_FFN = {
+# Of ops/common/gluon_products.py.
+PRODUCTS = {
     "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
-    "slot not waited for": ("            mbarrier.wait(ring.empty.index(slot), phase)\n", ""),
+    "slot not waited for": ("        mbarrier.wait(ring.empty.index(slot), phase)\n", ""),
     "slot waits for two consumers": ("init(empty.index(i), count=CONSUMERS)", "init(empty.index(i), count=2)"),
-    "operands not waited for": ("            mbarrier.wait(ring.full.index(slot), phase)\n", ""),
-    "bytes of one weight expected": ("kind.ROWS + 2 * kind.HALF)", "kind.ROWS + kind.HALF)"),
+    "operands not waited for": ("        mbarrier.wait(ring.full.index(slot), phase)\n", ""),
+    "bytes of one right operand expected": ("* ROWS + 2 * HALF)", "* ROWS + HALF)"),
     "phase never flips": ("        phase ^= 1\n", ""),
-    "slot released under its products": ("warpgroup_mma_wait(0, [acc, second])", "warpgroup_mma_wait(1, [acc, second])"),
-    "all consumers have the first tokens": ("slot * kind.CONSUMERS + WHICH", "slot * kind.CONSUMERS"),
+    "slot released under its products": ("warpgroup_mma_wait(0, [first, second])", "warpgroup_mma_wait(1, [first, second])"),
+    "all consumers have the first rows": ("turned(ring.left.index(slot * CONSUMERS + WHICH)", "turned(ring.left.index(slot * CONSUMERS)"),
     "no fence after the barriers' init": ("    fence_async_shared()  # before the copies see the barriers\n", ""),
     "no fence before a result's store": ("    fence_async_shared()  # before the copy reads it\n", ""),
     "a result overwrites the last one": ("    tma.store_wait(0)  # the last one has left\n", ""),
-    "the last store not waited for": ("kind)\n    tma.store_wait(0)\n", "kind)\n"),
+    "the last store not waited for": ("mine)\n    tma.store_wait(0)\n", "mine)\n"),
     "bias read beyond its end": ("mask=columns < width", "mask=columns <= width"),
-    "second half has the first half's bias": ("        column += kind.HALF\n", ""),
-    "second weight's columns are the first's": ("            second += kind.HALF\n", "            second += 0\n"),
-    "last group of rows as high as the others": ("height = gl.minimum(walk.rows - group * kind.GROUP, kind.GROUP)", "height = kind.GROUP"),
-    "walk repeats the first tiles": ("gl.num_programs(0)):\n        row, column = corner(tile, walk, kind)\n        acc", "gl.num_programs(0) + 1):\n        row, column = corner(tile, walk, kind)\n        acc"),
+    "second half has the first half's columns": ("        second += HALF\n", "        second += 0\n"),
+    "second half stored over the first": ("        column += HALF\n        put", "        put"),
+    "last group of rows as high as the others": ("height = gl.minimum(walk.rows - group * GROUP, GROUP)", "height = GROUP"),
+    "walk repeats the first tiles": ("gl.num_programs(0)):\n        row, column = corner(tile, walk, kind)\n        row +=", "gl.num_programs(0) + 1):\n        row, column = corner(tile, walk, kind)\n        row +="),
+    "added terms not multiplied": ("trips += walk.more", "trips += 0"),
+    "added terms of the first operands": ("fill(more, walk.more,", "fill(operands, walk.more,"),
+    "left operand not turned": ("WHICH), not kind.LEFT)", "WHICH), kind.LEFT)"),
+}  # fmt: skip
+# Of ops/ffn/gluon/forward.py.
+PACKAGE_FFN = {
+    "second half has the first half's bias": ("        column += HALF\n", "        column += 0\n"),
+    "gate without its bias": ("results.gate_bias, column, width, do.GATE_BIASED", "results.bias, column, width, False"),
+    "activation of the wrong one": ("put_hidden(gate_pre, pre,", "put_hidden(pre, gate_pre,"),
+    "the last store not waited for": ("mine, do)\n    tma.store_wait(0)\n", "mine, do)\n"),
+    "pre of the gate stored over the other": ("put(gate_pre, results.gate_pre,", "put(gate_pre, results.pre,"),
+    "rows of the first consumer": ("row + WHICH * ROWS", "row"),
+}  # fmt: skip
+# Of ops/ffn/gluon/backward.py.
+PACKAGE_FFN_BACKWARD = {
+    "pre not waited for": ("    mbarrier.wait(tiles.ready.index(tiles.FIRST + WHICH), PARITY)\n", ""),
+    "pre over a result that has not left": ("    tma.store_wait(0)\n    mbarrier.expect", "    mbarrier.expect"),
+    "bytes of half a strip expected": ("= 2 * ROWS * STRIP", "= ROWS * STRIP"),
+    "parity of a gated strip never flips": ("fetched(tiles, 0, PLACE % 2)", "fetched(tiles, 0, 0)"),
+    "parity of a strip flips too often": ("fetched(tiles, MINE, PLACE // 2)", "fetched(tiles, MINE, MINE)"),
+    "next strip's columns are this one's": ("column + 2 * STRIP, tiles, MINE", "column, tiles, MINE"),
+    "rows that are not there in the sums": ("gl.where((rows < results.tokens)[:, None], value, 0.0)", "gl.where((rows < results.tokens)[:, None], value, 1.0)"),
+    "sums beyond the last column": ("mask=columns < results.width", "mask=columns <= results.width"),
+    "all consumers share the first tiles": ("Tiles(smem, ready, 2 * WHICH)", "Tiles(smem, ready, 0)"),
+    "strips change places": ("left, right = gl.split", "right, left = gl.split"),
+    "the last store not waited for": ("do, 3)\n    tma.store_wait(0)\n", "do, 3)\n"),
+    "barriers initialised after the fence": ("    for i in gl.static_range(2 * CONSUMERS):\n        mbarrier.init(ready.index(i), count=1)\n    ring = make_ring(operands)  # whose fence is after these barriers too\n", "    ring = make_ring(operands)  # whose fence is after these barriers too\n    for i in gl.static_range(2 * CONSUMERS):\n        mbarrier.init(ready.index(i), count=1)\n"),
+    "derivative of the other matrix": ("(dhidden * pre * derivative)", "(dhidden * gate_pre * derivative)"),
 }  # fmt: skip

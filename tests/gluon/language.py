@@ -46,6 +46,13 @@ def convert_layout(value: Any, layout: Any, assert_trivial: Any = False) -> Tens
     return Tensor(value.data, value.dtype, layout)
 
 
+def split(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tiles of which a last axis of length 2 is made."""
+    check(a.shape[-1] == 2, "type", f"split of the shape {a.shape}")
+    left, right = np.moveaxis(a.data, -1, 0)
+    return Tensor(left, a.dtype, layouts.AutoLayout()), Tensor(right, a.dtype, layouts.AutoLayout())
+
+
 def _reduction(f: Any) -> Callable:
     def reduction(input: Any, axis: Any = None, keep_dims: Any = False, **_: Any) -> Tensor:
         result = reduced(tensor(input), axis, f)
@@ -169,7 +176,7 @@ TABLE: dict[str, Any] = {
     "arange": arange, "full": full, "full_like": full_like, "zeros": zeros,
     "zeros_like": zeros_like, "convert_layout": convert_layout, "expand_dims": expand_dims,
     "set_auto_layout": convert_layout, "where": where, "to_tensor": tensor,
-    "permute": lambda x, order: x.permute(order), "reshape": lambda x, shape: x.reshape(shape),
+    "permute": lambda x, order: x.permute(order), "reshape": lambda x, shape: x.reshape(shape), "split": split,
     "cast": lambda x, dtype: tensor(x).to(dtype), "reduce": reduce,
     "sum": _reduction(np.add), "max": _reduction(np.fmax), "min": _reduction(np.fmin),
     "maximum": _pair(np.fmax), "minimum": _pair(np.fmin),

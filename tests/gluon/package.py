@@ -15,13 +15,15 @@ import torch.nn.functional as F
 import fastattn
 from fastattn.ops.attention import gluon as room
 from fastattn.ops.common import gluon as kernels
+from fastattn.ops.common import gluon_products
 from fastattn.ops.ffn import gluon as ffn
 from oracle import assert_all_close_to_reference
 
 from .launching import launch
 
 ROOM = Path(room.__file__).parent
-FFN = Path(ffn.__file__)
+PRODUCTS = Path(gluon_products.__file__)
+FFN = Path(ffn.__file__).parent
 # Batch, queries, keys, heads, heads of K and V, head_dim, that of V, and features. Between them: both edges
 # of a band, rows that see no key, a padded head_dim, tiles that end inside of a head and of a box.
 FORWARDS: list[tuple[Any, ...]] = [
@@ -50,6 +52,26 @@ FFNS = [
     (250, 72, 392, "silu", True),
     (1800, 8, 264, "relu", False),
 ]
+
+
+# Of a product: rows, terms, columns, whether left and right are K-major, with a bias, terms that are
+# added.
+PRODUCT_SHAPES = [
+    (130, 264, 264, True, True, True, 0),
+    (250, 72, 392, False, False, False, 40),
+    (1800, 8, 264, True, False, True, 8),
+]
+# Of ffn's backward: tokens, out_features, hidden, activation, whether gated.
+DERIVATIVES = [
+    (130, 264, 264, "gelu_tanh", False),
+    (250, 72, 392, "silu", True),
+    (1700, 8, 200, "relu", False),
+]
+ACTIVATIONS = {
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
 @contextmanager
@@ -124,7 +146,7 @@ def run_backward(module: ModuleType, seed: int, **options: Any) -> None:
 
 
 def run_ffn(module: ModuleType, seed: int, **options: Any) -> None:
-    """The forward of a module with the source of ops/ffn/gluon.py, and its pre, by a seed."""
+    """The forward of a module with the source of ops/ffn/gluon/forward.py, and its pre."""
     tokens, features, hidden, activation, gated = FFNS[seed % len(FFNS)]
     torch.manual_seed(seed)
     x = torch.randn(tokens, features).half()
@@ -136,16 +158,11 @@ def run_ffn(module: ModuleType, seed: int, **options: Any) -> None:
         conv1d = seed % len(FFNS) == len(FFNS) - 1
         into, layout = (w1.t().contiguous(), "conv1d") if conv1d else (w1, "linear")
         out, pre = module.forward(x, into, b1, identity, None, *gates, activation, layout, True)
-    functions = {
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-        "silu": F.silu,
-        "relu": F.relu,
-    }
+    activate = ACTIVATIONS[activation]
 
     def formula(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         y, w, b, g, h = (t.to(dtype) for t in (x, w1, b1, gate, gate_bias))
         up, gated_up = F.linear(y, w, b), F.linear(y, g, h)
-        activate = functions[activation]
         if gated:
             return activate(gated_up) * up, torch.stack([up, gated_up])
         return activate(up), up
@@ -156,6 +173,53 @@ def run_ffn(module: ModuleType, seed: int, **options: Any) -> None:
         for i, (name, ours) in enumerate((("out", out), ("pre", pre)))
     }
     assert_all_close_to_reference(named)
+
+
+def run_product(module: ModuleType, seed: int, **options: Any) -> None:
+    """A product by a module with the source of ops/common/gluon_products.py, by a seed."""
+    shape = PRODUCT_SHAPES[seed % len(PRODUCT_SHAPES)]
+    rows, terms, columns, left_lies, right_lies, biased, more = shape
+    torch.manual_seed(seed)
+
+    def matrix(height: int, width: int, by_rows: bool) -> torch.Tensor:
+        return (
+            torch.randn(height, width).half() if by_rows else torch.randn(width, height).half().t()
+        )
+
+    left, right = matrix(rows, terms, left_lies), matrix(terms, columns, not right_lies)
+    pairs = [(left, right)]
+    if more:
+        pairs.append((matrix(rows, more, left_lies), matrix(more, columns, not right_lies)))
+    bias = torch.randn(columns).half() if biased else None
+    with emulated(seed=seed, **options):
+        out = torch.empty(rows, columns, dtype=torch.float16)
+        module.product(out, left, right, bias, pairs[1] if more else None)
+    exact = sum((x.double() @ y.double() for x, y in pairs), torch.zeros(rows, columns))
+    exact = exact if bias is None else exact + bias.double()
+    assert_all_close_to_reference({"out": (out, exact.half(), exact)})
+
+
+def run_derivative(module: ModuleType, seed: int, **options: Any) -> None:
+    """The first kernel of a module with the source of ops/ffn/gluon/backward.py, by a seed."""
+    tokens, features, hidden, activation, gated = DERIVATIVES[seed % len(DERIVATIVES)]
+    torch.manual_seed(seed)
+    dout = torch.randn(tokens, features).half()
+    w2 = (torch.randn(hidden, features) / features**0.5).half()
+    pre = torch.randn(*([2] if gated else []), tokens, hidden).half()
+    with emulated(seed=seed, **options):
+        found = module.derivative(dout, w2, pre, True, True, activation)
+    activate = ACTIVATIONS[activation]
+
+    def formula(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaf = pre.to(dtype).requires_grad_()
+        activated = activate(leaf[1]) * leaf[0] if gated else activate(leaf)
+        (dpre,) = torch.autograd.grad(activated, leaf, dout.to(dtype) @ w2.to(dtype).t())
+        return activated.detach(), dpre, dpre.sum(-2)
+
+    ours = (*found[:2], found[2].sum(-2))
+    eager, exact = formula(torch.float16), formula(torch.float64)
+    names = ("hidden", "dpre", "sums")
+    assert_all_close_to_reference({n: x for n, *x in zip(names, ours, eager, exact)})
 
 
 def _call(tensors: dict[str, Any], given: dict[str, Any], backend: str) -> tuple[Any, Any]:

@@ -148,7 +148,18 @@ ALL = {
         {},
         len(package.BACKWARDS),
     ),
-    "ffn forward": Subject(package.FFN, package.run_ffn, bugs.PACKAGE_FFN, len(package.FFNS)),
+    "products": Subject(
+        package.PRODUCTS, package.run_product, bugs.PRODUCTS, len(package.PRODUCT_SHAPES)
+    ),
+    "ffn forward": Subject(
+        package.FFN / "forward.py", package.run_ffn, bugs.PACKAGE_FFN, len(package.FFNS)
+    ),
+    "ffn backward": Subject(
+        package.FFN / "backward.py",
+        package.run_derivative,
+        bugs.PACKAGE_FFN_BACKWARD,
+        len(package.DERIVATIVES),
+    ),
 }
 # Without those that add by TMA where the installed Triton cannot.
 SUBJECTS = {

@@ -60,6 +60,21 @@ def test_integers_divide_towards_zero() -> None:
 
 
 @gluon.jit
+def halves(x, left, right, layout: gl.constexpr):
+    at = gl.arange(0, 128, layout)
+    first, second = gl.split(gl.load(x + at).reshape((2, 64)).permute((1, 0)))
+    half = gl.arange(0, 64, layout)
+    gl.store(left + half, gl.convert_layout(first, layout))
+    gl.store(right + half, gl.convert_layout(second, layout))
+
+
+def test_a_tile_is_split_along_its_last_axis() -> None:
+    x, left, right = torch.randn(128), torch.zeros(64), torch.zeros(64)
+    launch(halves, (1,), x, left, right, LAYOUT)
+    assert torch.equal(torch.cat([left, right]), x)
+
+
+@gluon.jit
 def promotes(x, h, n, out, layout: gl.constexpr):
     at = gl.arange(0, 128, layout)
     half = gl.load(h + at)

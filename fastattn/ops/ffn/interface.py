@@ -45,8 +45,9 @@ def ffn(
     The kernels add the bias and apply the activation to the first product while it is in registers,
     with a gate to both first products; in the backward they multiply by the activation's derivative
     there, and form the hidden layer again instead of keeping it. The remaining products are plain
-    ones and go to ATen. Products accumulate in float32; float32 inputs are multiplied in float32.
-    No kernel has atomics: the same inputs give the same bits.
+    ones: `gluon` and `cuda` compute them too, `triton` leaves them to ATen. Products accumulate in
+    float32; float32 inputs are multiplied in float32. No kernel has atomics: the same inputs give
+    the same bits.
 
     Args:
         x: (..., in_features), float16, bfloat16, float32 or float64.
@@ -63,7 +64,7 @@ def ffn(
         recompute: keep only x for the backward and compute the rest again; else the kernels keep
             x w1 + b1 too, and x gate + gate_bias, and the torch backend what autograd keeps. No
             effect without gradients, and under torch.func transforms.
-        backend: "cuda", "triton", "torch" or "reference"; default: the first capable one.
+        backend: "gluon", "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         (..., out_features) in x's dtype; under autocast, in autocast's dtype, as F.linear.

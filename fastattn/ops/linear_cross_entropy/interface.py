@@ -59,7 +59,7 @@ def linear_cross_entropy(
         class_weight: (V,), a weight for each class, without a gradient; any of these dtypes.
         ignore_index, label_smoothing, z_loss, logit_scale, softcap, reduction: as `cross_entropy`
             has them.
-        backend: "triton", "torch" or "reference"; default: the first capable one.
+        backend: "gluon", "triton", "torch" or "reference"; default: the first capable one.
 
     Returns:
         A scalar, or (...) for "none", in float32, for float64 inputs in float64. Under autocast the

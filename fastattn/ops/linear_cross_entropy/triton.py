@@ -158,7 +158,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=NEVER)
 def _join_kernel(
-    parts_ptr,  # (5, splits, rows)
+    parts_ptr,  # (5, splits, rows), or (3, ...) without label smoothing
     targets_ptr,  # (rows,)
     class_weight_ptr,  # (classes,), float32, or None
     losses_ptr,  # (rows,)
@@ -236,18 +236,32 @@ def _losses(
     splits = tiles.splits(tile, n, classes, launch.multiprocessors(x.device))
     tiles_of_split = triton.cdiv(triton.cdiv(classes, tile.block_n), splits)
     targets, class_weight = targets.contiguous(), as_float32(class_weight)
-    rule = rule_of(options, classes)
     parts = losses.new_empty(5, splits, n)
     launch.launch(
         _forward_kernel, (triton.cdiv(n, tile.block_m) * splits,), rows, weight, _flat(bias),
         targets, class_weight, parts, rows.stride(0), *weight.stride(), n, classes,
-        weight.shape[1], splits, tiles_of_split, *rule, **constants,
+        weight.shape[1], splits, tiles_of_split, *rule_of(options, classes), **constants,
     )  # fmt: skip
+    join_parts(parts, targets, class_weight, losses, statistics, classes, options)
+    return losses, statistics
+
+
+def join_parts(
+    parts: torch.Tensor,  # (3, splits, rows): m, T, the target's score; and two for smoothing
+    targets: torch.Tensor,  # (...), as many as rows, contiguous
+    class_weight: torch.Tensor | None,  # float32
+    losses: torch.Tensor,  # (...)
+    statistics: torch.Tensor,  # (2, ...)
+    classes: int,
+    options: Options,
+) -> None:
+    """Fill the losses, and (m, T) of all classes of a row."""
+    _, splits, n = parts.shape
     launch.launch(
         _join_kernel, (triton.cdiv(n, 128),), parts, targets, class_weight, losses, statistics,
-        n, classes, splits, options.ignore_index, *rule, BLOCK_M=128, num_warps=4,
+        n, classes, splits, options.ignore_index, *rule_of(options, classes), BLOCK_M=128,
+        num_warps=4,
     )  # fmt: skip
-    return losses, statistics
 
 
 def _with_gradients(

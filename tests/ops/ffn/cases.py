@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from ops.backends import BACKENDS
+from ops.backends import BACKENDS as OF_MOST_OPS
 
 import fastattn
 from oracle import assert_close_to_reference
 
+BACKENDS = (*OF_MOST_OPS, "gluon")
 # Whether there is a gate, and who takes it: the kernels of `cuda` have none.
 GATES = [(False, backend) for backend in BACKENDS]
 GATES += [(True, backend) for backend in BACKENDS if backend != "cuda"]
@@ -94,6 +95,18 @@ class Case:
         return F.linear(activation(F.linear(x, gate, gate_bias)) * F.linear(x, w1, b1), w2, b2)
 
 
+def fitted(case: Case, backend: str | None) -> Case:
+    """The case with sizes that the backend takes: those of `gluon` are rounded up to eights."""
+    if backend != "gluon":
+        return case
+
+    def up(size: int) -> int:
+        return -(-size // 8) * 8
+
+    shape = (*case.shape[:-1], up(case.shape[-1]))
+    return replace(case, shape=shape, hidden=up(case.hidden), out_features=up(case.out_features))
+
+
 def output_and_gradients(
     function: Function, inputs: dict[str, Tensor], cotangent: Tensor
 ) -> dict[str, Tensor]:
@@ -110,6 +123,7 @@ def check(
     cotangent: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Hold the output and every gradient of `backend` to the rule; they are returned by name."""
+    case = fitted(case, backend)
     inputs = case.inputs() if inputs is None else inputs
     if cotangent is None:
         shape = (*inputs["x"].shape[:-1], case.out_features)
