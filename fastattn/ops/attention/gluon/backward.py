@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -60,6 +61,7 @@ MAX_ROWS = 2**30  # of all heads, padded: a coordinate is 32-bit
 KEYS = 128  # of a program
 STAGES = 2
 REGISTERS = 240
+OPAQUE = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -67,10 +69,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
     if (reason := kernels.unavailable(problem.device, reduces=True)) is not None:
         return reason
     if (widest := max(problem.head_dim, problem.head_dim_v)) > MAX_HEAD_DIM:
-        return (
-            f"the Gluon backward has head_dim up to {MAX_HEAD_DIM}, not {widest}: dK and dV of 64 "
-            "keys would take all registers"
-        )
+        return f"the Gluon backward has registers for head_dim up to {MAX_HEAD_DIM}, not {widest}"
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
         return "the Gluon backward has sequences of up to 2^28 tokens"
     if problem.batch * problem.heads * (problem.seqlen_q + QUERIES) > MAX_ROWS:
@@ -191,12 +190,13 @@ def trip(
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     LATE: gl.constexpr = kind.CAPPED or kind.SLOPED  # dP only when P needs no registers any more
     zeros = gl.zeros([64, kind.BM], gl.float32, S)
-    # The compiler does not know that this is 0. Descriptors of constant addresses it would compute
-    # before the loop, and spill; these take a few uniform additions in each trip.
+    # 0, which the compiler does not know. Descriptors of constant addresses Triton 3.8 has computed
+    # before the loop and spilled; these take a few uniform additions in each trip.
     zero = slot // kind.STAGES
-    k_smem = k_smem.index(zero).reshape([128, kind.D])
-    v_smem = v_smem.index(zero).reshape([128, kind.D])
-    ds_smem = exchange.ds.index(zero)
+    address = zero if OPAQUE else 0
+    k_smem = k_smem.index(address).reshape([128, kind.D])
+    v_smem = v_smem.index(address).reshape([128, kind.D])
+    ds_smem = exchange.ds.index(address)
     k = k_smem.slice(WHICH * 64, 64)
     v = v_smem.slice(WHICH * 64, 64)
     q = ring.q.index(slot).reshape([kind.BM, kind.D])
