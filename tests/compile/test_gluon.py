@@ -20,6 +20,7 @@ CHEAP = ("forward d 64", "backward d 64")
 GROUPS = {"forward": 2, "backward": 5}  # products of a trip: S and P V; S, dP, dV, dK and dQ
 # Stores to the stack in a loop, by Triton's version; 0 for all others. 3.8's ptxas needs none.
 STORES = {
+    ("3.9.0", "backward d 128"): 2,
     ("3.9.0", "backward d 128, window"): 1,
     ("3.9.0", "backward d 128, softcap"): 10,
     ("3.9.0", "backward d 128, everything"): 12,
