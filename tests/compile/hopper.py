@@ -56,6 +56,10 @@ BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 128": {},
     "backward d 128, causal": {"causal": True},
     "backward d 128, window": {"causal": True, "window": (256, 0)},
+    "backward d 128, softcap": {"causal": True, "softcap": 30.0},
+    "backward d 128, everything": {"window": (256, 64), "softcap": 30.0},  # and ALiBi, a sink
+    "backward d 128, key lengths": {"causal": True},
+    "backward d 128, packed": {"causal": True},
 }
 PRODUCTS = (
     "ffn up",
@@ -110,7 +114,7 @@ def _calls(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
     import torch
 
     from fastattn.ops.attention import gluon
-    from fastattn.ops.attention.call import Learnt
+    from fastattn.ops.attention.call import Learnt, results
     from fastattn.ops.attention.problem import check, check_varlen
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -132,7 +136,7 @@ def _calls(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
         settings, extras = check(q, k, v, **options)
     if name in FORWARD:
         return [({"name": name}, lambda: gluon.forward(q, k, v, extras, settings))]
-    out, lse = empty(2, 1024, 8, int(width_v)), empty(2, 8, 1024, dtype=torch.float32)
+    out, lse = results(q, v)
     wanted = Learnt(*(False for _ in Learnt._fields))
     return [
         (
@@ -148,8 +152,9 @@ def row(name: str) -> dict[str, Any]:
 
     from fastattn.ops.common import gluon
 
-    # The last one: the backward's first kernel has no products.
-    kernel, args, constants, _ = offline.record(ARCHITECTURE, iter(_calls(name)))[-1]
+    launches = offline.record(ARCHITECTURE, iter(_calls(name)))
+    # The backward's kernels of rows have no ring.
+    kernel, args, constants, _ = next(x for x in launches if "STAGES" in x[2])
     source = offline.source_of(kernel, ARCHITECTURE, args, constants)
     with gluon.newest_assembler():
         compiled, text = offline.machine_code(ARCHITECTURE, *source)

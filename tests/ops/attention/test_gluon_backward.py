@@ -17,13 +17,14 @@ import pytest
 import torch
 from gluon.errors import GluonError
 from gluon.launching import launch
-from ops.attention.cases import Case, call, check
+from ops.attention.cases import Case, call, check, poisoned
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import fastattn
 from fastattn import backends
 from fastattn.ops.attention import gluon as room
-from fastattn.ops.attention.call import NO_GRADIENT, NONE
+from fastattn.ops.attention import problem as problems
+from fastattn.ops.attention.call import NO_GRADIENT
 from fastattn.ops.attention.problem import describe
 from fastattn.ops.attention.registration import BACKENDS
 from fastattn.ops.common import gluon as kernels
@@ -39,6 +40,15 @@ CASES = {
     "full": Case(150, 300, batch=1, heads=2, kv_heads=1, head_dim=64),
     "causal": Case(190, 300, batch=1, heads=2, kv_heads=1, head_dim=64, causal=True),
     "window": Case(190, 300, batch=1, heads=2, kv_heads=1, head_dim=64, window=(70, 20)),
+    "lengths": Case(70, 300, batch=2, lengths=True, kv_heads=1, head_dim=64, softcap=5.0, seed=1),
+    "packed": Case(
+        packed=((70, 140), (30, 50), (0, 20), (65, 20)),
+        tail=9,
+        kv_heads=1,
+        head_dim=64,
+        window=(60, 0),
+        alibi="batch",
+    ),
 }
 
 
@@ -59,14 +69,31 @@ def schedule() -> Iterator[dict[str, Any]]:
 
 
 def gradients(
-    case: Case, backward: Callable[..., tuple[torch.Tensor, ...]] = room.backward
+    case: Case,
+    backward: Callable[..., tuple[torch.Tensor, ...]] = room.backward,
+    beyond: float = torch.nan,
 ) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv) of a case, and of an LSE made up: the backward runs by itself."""
-    problem = dataclasses.replace(case, dtype=torch.bfloat16).draw()
-    tensors = [problem.tensors[name] for name in "qkv"]
+    """(dq, dk, dv) of a case, and of an LSE made up: the backward runs by itself.
+
+    Args:
+        beyond: what lies there of the inputs and dO that is no sequence's.
+    """
+    case = dataclasses.replace(case, dtype=torch.bfloat16)
+    problem = case.draw()
     out, lse = call(case, problem, "reference", problem.tensors, return_lse=True)
-    settings = describe(*tensors, **problem.options).settings
-    return backward(problem.dout, problem.dlse, out, lse, NO_GRADIENT, *tensors, NONE, settings)[:3]
+    inputs = poisoned(case, problem)
+    dout = problem.dout.clone()
+    if problem.packing:
+        of_none = torch.ones(len(dout), dtype=torch.bool)
+        for place in problem.places("q"):
+            of_none[place] = False
+        dout[of_none] = beyond
+    tensors = [torch.where(inputs[x].isfinite(), inputs[x], beyond) for x in "qkv"]
+    if case.packed is None:
+        settings, extras = problems.check(*tensors, **problem.options)
+    else:
+        settings, extras = problems.check_varlen(*tensors, **problem.packing, **problem.options)
+    return backward(dout, problem.dlse, out, lse, NO_GRADIENT, *tensors, extras, settings)[:3]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,33 +101,48 @@ def test_equal_bits_at_any_schedule(name: str, schedule: dict[str, Any]) -> None
     """Programs in any order, or as a GPU starts them; one at once, or all."""
     schedule.update(seed=0, resident=1, in_order=True)
     expected = gradients(CASES[name])
-    assert all(x.any() for x in expected)
+    assert all(x.any() and x.isfinite().all() for x in expected)
     for seed in range(1, 7):
         schedule.update(seed=seed, resident=seed, in_order=seed % 2 == 0)
         assert all(map(torch.equal, gradients(CASES[name]), expected))
 
 
-# What is replaced in the source by what, and how the emulator calls the bug.
+@pytest.mark.parametrize("name", ("lengths", "packed"))
+def test_what_lies_beyond_a_sequence_changes_no_bit(name: str, schedule: dict[str, Any]) -> None:
+    assert all(map(torch.equal, gradients(CASES[name]), gradients(CASES[name], beyond=0.0)))
+
+
+# What is replaced in the source by what, how the emulator calls the bug, and in which case; "numbers"
+# shows only in these.
 BUGS = {
     "no turns": ("        while gl.atomic_add(semaphore, 0, sem=\"acquire\", scope=\"gpu\") != before:\n            pass\n", "", "global-race"),
     "turn not acquired": ('sem="acquire"', 'sem="relaxed"', "global-race"),
     "turn not released": ('sem="release"', 'sem="relaxed"', "global-race"),
     "turn given too early": ("        tma.store_wait(0, read_only=False)\n", "", "global-race"),
     "turn never given": ('        gl.atomic_add(semaphore, 1, sem="release", scope="gpu")\n', "", "deadlock"),
-    "turns of higher programs": ("before = place.tile ", "before = gl.cdiv(place.seqlen_k, 128) - 1 - place.tile ", "deadlock"),
+    "turns of higher programs": ("before = place.tile ", "before = 2 - place.tile ", "deadlock"),
     "dQ freed too early": ("        tma.store_wait(0)\n        mbarrier.arrive(exchange.dq_empty, count=1)\n", "        mbarrier.arrive(exchange.dq_empty, count=1)\n", "race"),
     "dQ without a fence": ("store(dq)\n    fence_async_shared()\n", "store(dq)\n", "fence"),
     "dS without a fence": ("store(ds)\n    fence_async_shared()\n", "store(ds)\n", "fence"),
     "dS not waited for": ("    mbarrier.wait(exchange.ds_full, turn)\n", "", "race"),
     "dS freed too early": ("    dq = warpgroup_mma_wait(0, [dq])\n    mbarrier.arrive(exchange.ds_empty, count=1)\n", "    mbarrier.arrive(exchange.ds_empty, count=1)\n    dq = warpgroup_mma_wait(0, [dq])\n", "race"),
     "queries freed too early": ("    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n    mbarrier.arrive(ring.empty.index(slot), count=1)\n", "    mbarrier.arrive(ring.empty.index(slot), count=1)\n    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n", "race"),
-    "dO not waited for": ("    mbarrier.wait(ring.dout_full.index(slot), phase)\n", "", "race"),
+    "dO not waited for": ("    else:\n        mbarrier.wait(ring.dout_full.index(slot), phase)\n", "    else:\n", "race"),
+    "ring reused too early": ("    mbarrier.wait(exchange.ds_empty, turn ^ 1)  # no product reads the ring any more\n", "", "race"),
+    "dK without a fence": ("        fence_async_shared()\n        tma.async_store", "        tma.async_store", "fence"),
+    "dK not waited for": ("dv4)\n        tma.store_wait(0)\n", "dv4)\n", "exit"),
+    "keys not cleared": ("        if keys < 64:", "        if keys < 0:", "numbers", "packed"),
+    "queries not cleared": ("if n < place.ragged:", "if n < 0:", "numbers", "packed"),
+    "keys cleared without a fence": ("kind.D)\n            fence_async_shared()\n", "kind.D)\n", "fence", "lengths"),
+    "queries cleared without a fence": ("    fence_async_shared()  # before the products read them\n", "", "fence", "packed"),
+    "half of the queries cleared": ("    mbarrier.wait(ring.clean, n & 1)\n", "", "race", "packed"),
+    "dV beyond the sequence": ("x.dv_ptr, token, place.keys - key,", "x.dv_ptr, token, 64,", "bounds", "packed"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_found(bug: str, schedule: dict[str, Any], tmp_path: Path) -> None:
-    old, new, kind = BUGS[bug]
+    old, new, kind, *case = BUGS[bug]
     text = SOURCE.read_text()
     assert text.count(old) == 1
     file = tmp_path / "mutant.py"
@@ -109,9 +151,12 @@ def test_planted_bugs_are_found(bug: str, schedule: dict[str, Any], tmp_path: Pa
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     schedule.update(seed=1, resident=2, in_order=True)
-    with pytest.raises(GluonError) as error:
-        gradients(CASES["full"], mutant.backward)
-    assert error.value.kind == kind
+    try:
+        found = gradients(CASES[case[0] if case else "full"], mutant.backward)
+    except GluonError as error:
+        assert error.kind == kind
+    else:
+        assert kind == "numbers" and not all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +165,9 @@ def test_planted_bugs_are_found(bug: str, schedule: dict[str, Any], tmp_path: Pa
         ({}, 64, None),
         ({"causal": True, "sink": torch.zeros(2).half()}, 128, None),
         ({"window": (3, 4)}, 24, None),
+        ({"softcap": 2.0, "alibi_slopes": torch.ones(2)}, 64, None),
+        ({"key_lengths": torch.tensor([5])}, 64, None),
         ({}, 136, "head_dim up to 128, not 136"),
-        ({"softcap": 2.0}, 64, "no softcap"),
-        ({"alibi_slopes": torch.ones(2)}, 64, "no ALiBi"),
-        ({"key_lengths": torch.tensor([5])}, 64, "no key_lengths"),
     ],
 )
 def test_who_runs_the_backward(
@@ -174,16 +218,23 @@ def test_large_scores(sign: int, schedule: dict[str, Any]) -> None:
 
 
 def drawn(seed: int) -> Case:
+    """A case of any shape and features that the kernels have, small enough for the emulator."""
     draw = random.Random(seed)
     kv_heads = draw.choice((1, 2))
-    width = 8 * draw.randint(1, 16)
     sides = draw.randint(-1, 200), draw.randint(-1, 200)
     bands = ({}, {"causal": True}, {"causal": "top_left"}, {"window": sides})
     band: dict[str, Any] = draw.choice(bands)
+    packed = draw.random() < 0.4
+    sequences = [(draw.randint(0, 200), draw.randint(0, 300)) for _ in range(draw.randint(1, 3))]
     return Case(
         draw.randint(1, 300), draw.randint(1, 400), batch=draw.choice((1, 2)),
-        heads=kv_heads * draw.choice((1, 2, 3)), kv_heads=kv_heads, head_dim=width,
+        packed=(*sequences, (draw.randint(1, 99), draw.randint(1, 199))) if packed else None,
+        used=packed and draw.random() < 0.4, tail=packed * draw.choice((0, 1, 100)),
+        lengths=not packed and draw.random() < 0.4,
+        heads=kv_heads * draw.choice((1, 2, 3)), kv_heads=kv_heads, head_dim=8 * draw.randint(1, 16),
         head_dim_v=draw.choice((None, 8 * draw.randint(1, 16))), sink=draw.random() < 0.2,
+        softcap=draw.choice((0.0, 0.0, 0.0, 5.0, 30.0)),
+        alibi=draw.choice((None, None, None, "heads", "batch")),
         softmax_scale=draw.choice((None, None, -0.2, 0.0)), dtype=draw.choice((torch.float16, torch.bfloat16)),
         layout=draw.choice(("contiguous", "heads first", "expanded")), seed=seed, **band,
     )  # fmt: skip
