@@ -32,13 +32,14 @@ MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 ROWS = Path(__file__).with_suffix(".json")
 PEERS = Path(__file__).with_name("peers.json")
 ARCHITECTURE = 90
-CONSUMERS = 2
 
 # --- compiling ------------------------------------------------------------------------------------
 
 FORWARD: dict[str, dict[str, Any]] = {
     "forward d 64": {},
     "forward d 64, causal": {"causal": True},
+    "forward d 64, key lengths": {"causal": True},
+    "forward d 96": {},
     "forward d 128": {},
     "forward d 128, causal": {"causal": True},
     "forward d 128, window": {"causal": True, "window": (256, 0)},
@@ -49,6 +50,7 @@ FORWARD: dict[str, dict[str, Any]] = {
     "forward d 256": {},
     "forward d 256, causal": {"causal": True},
     "forward d 128 and 64": {},  # v is narrower
+    "forward d 192 and 128": {},
 }
 BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 64": {},
@@ -109,19 +111,20 @@ def row(name: str) -> dict[str, Any]:
     with gluon.newest_assembler():
         compiled, text = offline.machine_code(ARCHITECTURE, *source)
     registers, spills = offline.resources(text)
+    consumers = constants.get("CONSUMERS", 2)  # the backward has two
     return {
         "tile": _tile(constants),
         "registers": registers,
         "spilled bytes": spills,
         "shared": compiled.metadata.shared,
-        **read(sass.instructions(text)),
+        **read(sass.instructions(text), consumers, turns=name in FORWARD),
     }
 
 
 def _tile(constants: dict[str, Any]) -> str:
     """128 x 128: queries by keys of a program."""
     if "BN" in constants:  # the forward
-        sides = CONSUMERS * constants["BM"], constants["BN"]
+        sides = constants["CONSUMERS"] * constants["BM"], constants["BN"]
     else:
         from fastattn.ops.attention.gluon.backward import KEYS
 
@@ -132,8 +135,8 @@ def _tile(constants: dict[str, Any]) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read(code: sass.Code) -> dict[str, Any]:
-    """Of a kernel with two consumers.
+def read(code: sass.Code, consumers: int = 2, turns: bool = False) -> dict[str, Any]:
+    """Of a kernel with so many consumers, which multiply in turn or as they come.
 
     A trip is the loop's without a mask; "loops" are those of all consumers with products, masked or
     not: the most accesses of the stack that one of them has. "groups" are the wgmmas that a trip
@@ -147,7 +150,7 @@ def read(code: sass.Code) -> dict[str, Any]:
     with_products = [x for x in map(sass.trip, sass.loops(code)) if any(map(sass.wgmma, x))]
     names = [int(n) for x in trip for n in re.findall(r"\bR(\d+)", x.operands)]
     bound = model.bound(trip, chip)
-    low, high = model.estimate(trip, chip, blocks=CONSUMERS, warps=1)
+    low, high = model.estimate(trip, chip, blocks=consumers, warps=1, turns=turns)
     return {
         "registers of the loop": max(names) + 1,
         "trip": len(trip),

@@ -17,14 +17,17 @@ from fastattn.ops.attention.gluon import tiles
 
 # Compiled by every run: the cheapest of each kernel. The others are long.
 CHEAP = ("forward d 64", "backward d 64")
-GROUPS = {"forward": 2, "backward": 5}  # products of a trip: S and P V; S, dP, dV, dK and dQ
+# Products of a trip: S and P V; S, dP, dV, dK and dQ.
+GROUPS = {"forward": 2, "backward": 5}
+IN_PARTS = ("forward d 96", "forward d 192 and 128")  # S is two products, of powers of two
 # Stores to the stack in a loop, by Triton's version; 0 for all others. 3.9's ptxas needs none.
 STORES = {
     ("3.8.0", "backward d 128"): 2,
     ("3.8.0", "backward d 128, causal"): 4,
     ("3.8.0", "backward d 128, window"): 13,
 }
-LAUNCHED = 65536 // (3 * 128)  # registers of a thread: two consumers, and four warps for the others
+# Registers of a thread when it is launched: of consumers, and of four warps for the others.
+LAUNCHED = {consumers: 65536 // ((consumers + 1) * 128) for consumers in tiles.REGISTERS}
 
 
 def faults(name: str, row: dict[str, Any], version: str = triton.__version__) -> list[str]:
@@ -32,14 +35,18 @@ def faults(name: str, row: dict[str, Any], version: str = triton.__version__) ->
     kernel = name.split()[0]
     stores = row["stores"]
     spills = row["stores of spills"]
+    groups = GROUPS[kernel] + (name in IN_PARTS)
+    consumers = 2
     if kernel == "forward":
+        consumers = int(row["tile"].split()[0]) // 64
         spills += row["loads of spills"]
     found = {
-        "more than the registers of a multiprocessor": row["registers"] > LAUNCHED,
-        "more registers than a consumer has": row["registers of the loop"] > tiles.REGISTERS,
+        "more than the registers of a multiprocessor": row["registers"] > LAUNCHED[consumers],
+        "more registers than a consumer has": row["registers of the loop"]
+        > tiles.REGISTERS[consumers],
         "too much shared memory": row["shared"] > chips.shared_memory(90),
         "spills in a loop": spills > STORES.get((version, name), 0),
-        "wgmmas that wait for each other (ptxas: C7510, C7515)": row["groups"] != GROUPS[kernel],
+        "wgmmas that wait for each other (ptxas: C7510, C7515)": row["groups"] != groups,
         "the operand of a wgmma under way overwritten": row["overwritten"] > 0,
         "no operand in registers: the check saw nothing": not row["overwritten without waits"],
         "stores of 1 or 2 bytes": "1" in stores or "2" in stores,
