@@ -32,13 +32,14 @@ MARKERS = ("<!-- machine code -->", "<!-- /machine code -->")
 ROWS = Path(__file__).with_suffix(".json")
 PEERS = Path(__file__).with_name("peers.json")
 ARCHITECTURE = 90
-CONSUMERS = {"forward": 2, "backward": 2, "ffn": 3, "loss": 3}  # by the first word of a row
 
 # --- compiling ------------------------------------------------------------------------------------
 
 FORWARD: dict[str, dict[str, Any]] = {
     "forward d 64": {},
     "forward d 64, causal": {"causal": True},
+    "forward d 64, key lengths": {"causal": True},
+    "forward d 96": {},
     "forward d 128": {},
     "forward d 128, causal": {"causal": True},
     "forward d 128, window": {"causal": True, "window": (256, 0)},
@@ -49,6 +50,7 @@ FORWARD: dict[str, dict[str, Any]] = {
     "forward d 256": {},
     "forward d 256, causal": {"causal": True},
     "forward d 128 and 64": {},  # v is narrower
+    "forward d 192 and 128": {},
 }
 BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 64": {},
@@ -159,12 +161,14 @@ def row(name: str) -> dict[str, Any]:
     with gluon.newest_assembler():
         compiled, text = offline.machine_code(ARCHITECTURE, *source)
     registers, spills = offline.resources(text)
+    consumers = constants.get("CONSUMERS", 3 if name in PRODUCTS else 2)
     return {
         "tile": _tile(name, constants),
+        "consumers": consumers,
         "registers": registers,
         "spilled bytes": spills,
         "shared": compiled.metadata.shared,
-        **read(sass.instructions(text), *_pipeline(name)),
+        **read(sass.instructions(text), consumers, _copied(name), turns=name in FORWARD),
     }
 
 
@@ -176,7 +180,7 @@ def _tile(name: str, constants: dict[str, Any]) -> str:
         sides = ffn.CONSUMERS.value * ffn.ROWS.value, 2 * ffn.HALF.value
         return f"{sides[0]} x {sides[1]}, {ffn.STAGES.value} stages"
     if "BN" in constants:  # the forward
-        sides = CONSUMERS["forward"] * constants["BM"], constants["BN"]
+        sides = constants["CONSUMERS"] * constants["BM"], constants["BN"]
     else:
         from fastattn.ops.attention.gluon.backward import KEYS
 
@@ -184,22 +188,25 @@ def _tile(name: str, constants: dict[str, Any]) -> str:
     return f"{sides[0]} x {sides[1]}, {constants['STAGES']} stages"
 
 
-def _pipeline(name: str) -> tuple[int, float]:
-    """Consumers, and bytes that are copied for a trip of one of them, where they bound it."""
-    consumers = CONSUMERS[name.split()[0]]
+def _copied(name: str) -> float:
+    """Bytes that are copied for a trip of one consumer, where they bound it."""
     if name not in PRODUCTS:
-        return consumers, 0.0
+        return 0.0
     from fastattn.ops.common import gluon_products as ffn
 
-    lines = consumers * ffn.ROWS.value + 2 * ffn.HALF.value
-    return consumers, 2 * ffn.TERMS.value * lines / consumers
+    lines = ffn.CONSUMERS.value * ffn.ROWS.value + 2 * ffn.HALF.value
+    return 2 * ffn.TERMS.value * lines / ffn.CONSUMERS.value
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read(code: sass.Code, consumers: int = 2, copied: float = 0.0) -> dict[str, Any]:
-    """Of a kernel with so many consumers; `copied`: bytes for a trip of one of them.
+def read(
+    code: sass.Code, consumers: int = 2, copied: float = 0.0, turns: bool = False
+) -> dict[str, Any]:
+    """Of a kernel with so many consumers, which multiply in turn or as they come.
+
+    `copied`: bytes for a trip of one of them.
 
     A trip is the loop's without a mask; "loops" are those of all consumers with products, masked or
     not: the most accesses of the stack that one of them has. "groups" are the wgmmas that a trip
@@ -212,7 +219,7 @@ def read(code: sass.Code, consumers: int = 2, copied: float = 0.0) -> dict[str, 
     trip = sass.trip(sass.main_loop(code))
     with_products = [x for x in map(sass.trip, sass.loops(code)) if any(map(sass.wgmma, x))]
     bound = model.bound(trip, chip, copied)
-    low, high = model.estimate(trip, chip, blocks=consumers, warps=1)
+    low, high = model.estimate(trip, chip, blocks=consumers, warps=1, turns=turns)
     return {
         "registers of the loop": max(map(_highest, trip)) + 1,
         "trip": len(trip),

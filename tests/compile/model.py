@@ -135,6 +135,7 @@ class Setting:
     warps: int  # of a block on a quarter
     queue: int  # wgmmas of a warpgroup that wait for the tensor core
     offset: int  # clocks by which each block starts after the one before
+    turns: bool = False  # blocks multiply in turn, see estimate
 
 
 class _Step:
@@ -147,6 +148,7 @@ class _Step:
         self.commits_wgmma = self.wgmma is not None and "gsb0" in x.operands
         self.commits_copies = op.startswith("LDGDEPBAR")
         self.membar = op.startswith("MEMBAR")
+        self.takes_turn = self.gives_turn = False
         self.barrier = op.startswith("BAR.SYNC")
         # Groups that may stay open: of wgmmas, of copies.
         left = int(x.operands.rsplit("0x", 1)[1], 16) if "DEPBAR.LE" in op else 0
@@ -190,6 +192,7 @@ class _Warp:
         self.copy_groups: list[float] = []
         self.copies = 0.0  # not committed yet: when the last arrives
         self.barriers = 0  # passed
+        self.taken = self.given = 0  # turns
         self.ends: list[int] = []  # clocks at which trips ended
 
 
@@ -208,6 +211,9 @@ class _Quarter:
         self.free = dict.fromkeys(("fma", "imad", "alu", "mufu", "tensor", "lsu", "uniform"), 0.0)
         self.l2 = 0.0  # clock at which it is free
         self.at_barrier: dict[tuple[int, int], dict[int, int]] = {}
+        if setting.turns:
+            next(s for s in self.steps if "TRYWAIT" in s.x.opcode).takes_turn = True
+            next(s for s in self.steps if "SYNCS.ARRIVE" in s.x.opcode).gives_turn = True
 
     def waits(self, warp: _Warp) -> bool:
         """Whether the warp's next instruction can't be issued at this clock."""
@@ -225,6 +231,9 @@ class _Quarter:
             here = self.at_barrier.setdefault((warp.block, warp.barriers), {})
             here.setdefault(warp.place, now)
             return len(here) < self.setting.warps or now < max(here.values()) + BARRIER
+        if step.takes_turn:
+            before = self.warps[self.warps.index(warp) - self.setting.warps]
+            return before.given < warp.taken + (warp.block > 0)
         if step.wgmma:
             return sum(end > now for end in warp.wgmmas) >= self.setting.queue
         return step.unit is not None and self.free[step.unit] > now
@@ -260,6 +269,8 @@ class _Quarter:
             warp.barriers += 1
         elif step.membar:
             stall = max(stall, MEMBAR)
+        warp.taken += step.takes_turn
+        warp.given += step.gives_turn
         self._release(warp, step.x, latency)
         warp.ready = now + max(1, stall)
         warp.next += 1
@@ -313,16 +324,20 @@ class _Quarter:
         return len(self.warps) * sum(step.ideal for step in self.steps) / clocks
 
 
-def estimate(trip: Code, chip: Chip, blocks: int, warps: int) -> tuple[float, float]:
+def estimate(
+    trip: Code, chip: Chip, blocks: int, warps: int, turns: bool = False
+) -> tuple[float, float]:
     """(low, high) share of the peak, with `blocks` on an SM of `warps` warps on each quarter.
 
     Warpgroups may share the tensor core by turns (a queue of 1) or first come, first served (16),
     which is documented nowhere. With several blocks, the mean over four offsets between them.
+    With `turns`, a block waits at a trip's first barrier in shared memory until the block before
+    has arrived at the first that it arrives at; all other such barriers are passed at once.
     """
     queues = (1, 16) if any(map(sass.wgmma, trip)) else (16,)
     offsets = (0, 300, 700, 1100) if blocks > 1 else (0,)
     shares = []
     for queue in queues:
-        settings = [Setting(blocks, warps, queue, offset) for offset in offsets]
+        settings = [Setting(blocks, warps, queue, offset, turns) for offset in offsets]
         shares.append(sum(_Quarter(trip, chip, s).share() for s in settings) / len(offsets))
     return min(shares), max(shares)

@@ -20,12 +20,7 @@ from fastattn.ops.common import gluon_products
 CHEAP = ("forward d 64", "backward d 64", "ffn down")
 # Products of a trip: S and P V; S, dP, dV, dK and dQ; both halves of a tile.
 GROUPS = {"forward": 2, "backward": 5, "ffn": 2, "loss": 2}
-# Registers of a consumer's thread.
-REGISTERS = {
-    "forward": tiles.REGISTERS,
-    "backward": tiles.REGISTERS,
-    **dict.fromkeys(("ffn", "loss"), gluon_products.REGISTERS.value),
-}
+IN_PARTS = ("forward d 96", "forward d 192 and 128")  # S is two products, of powers of two
 # Stores to the stack in a loop, by Triton's version; 0 for all others. 3.8's ptxas needs none.
 STORES = {
     ("3.9.0", "backward d 128"): 2,
@@ -33,8 +28,6 @@ STORES = {
     ("3.9.0", "backward d 128, softcap"): 10,
     ("3.9.0", "backward d 128, everything"): 12,
 }
-# Registers of a thread: those of the consumers, and four warps for the others.
-LAUNCHED = {kernel: 65536 // (128 * (n + 1)) for kernel, n in hopper.CONSUMERS.items()}
 
 
 def faults(name: str, row: dict[str, Any], version: str = triton.__version__) -> list[str]:
@@ -42,16 +35,22 @@ def faults(name: str, row: dict[str, Any], version: str = triton.__version__) ->
     kernel = name.split()[0]
     stores = row["stores"]
     spills = row["stores of spills"]
+    groups = GROUPS[kernel] + (name in IN_PARTS)
+    # Of a thread: when it is launched, as consumers and four warps for the others; of a consumer.
+    launched = 65536 // (128 * (row["consumers"] + 1))
+    registers = tiles.REGISTERS[row["consumers"]]
     if kernel == "forward":
         spills += row["loads of spills"]
-    if kernel in ("ffn", "loss"):  # not of the end of a tile
+    if kernel in ("ffn", "loss"):
+        registers = gluon_products.REGISTERS.value
+        # Not of the end of a tile.
         spills = row["stores of spills of a trip"] + row["loads of spills of a trip"]
     found = {
-        "more than the registers of a multiprocessor": row["registers"] > LAUNCHED[kernel],
-        "more registers than a consumer has": row["registers of the loop"] > REGISTERS[kernel],
+        "more than the registers of a multiprocessor": row["registers"] > launched,
+        "more registers than a consumer has": row["registers of the loop"] > registers,
         "too much shared memory": row["shared"] > chips.shared_memory(90),
         "spills in a loop": spills > STORES.get((version, name), 0),
-        "wgmmas that wait for each other (ptxas: C7510, C7515)": row["groups"] != GROUPS[kernel],
+        "wgmmas that wait for each other (ptxas: C7510, C7515)": row["groups"] != groups,
         "the operand of a wgmma under way overwritten": row["overwritten"] > 0,
         "no operand in registers: the check saw nothing": kernel not in ("ffn", "loss")
         and not row["overwritten without waits"],

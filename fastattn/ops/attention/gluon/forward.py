@@ -1,24 +1,23 @@
-"""Attention forward on Hopper: two consumers of 64 queries each, and a producer that fetches.
+"""Attention forward on Hopper: consumers of 64 queries each, and a producer that fetches.
 
-A program has 128 queries of one head. Its producer copies tiles of keys and values by TMA into a
-ring of shared memory; each consumer, a warpgroup of its own, runs for its rows
+A program has two or three consumers, for 128 or 192 queries of a head. Its producer copies tiles of
+keys and values by TMA into a ring of shared memory; each consumer, a warpgroup, runs for its rows
 
     S = Q K^T of this tile and O += P V of the last one   (wgmma, both in flight)
     m' = max(m, rowmax S);  P = 2^(S - m');  l = l 2^(m - m') + rowsum P;  O = O 2^(m - m')
 
-so that one consumer's exponentials run under the other one's products (Shah et al. 2024,
-arXiv:2407.08608, without its named barriers). The tiles run from the last key to the first. Those
-that the end of the keys or an edge of the band crosses are masked, in loops of their own; the loop
-between them has no arithmetic of positions.
+and issues its products in `turn`, so that its exponentials run under the other ones' products
+(Shah et al. 2024, arXiv:2407.08608). The tiles run from the last key to the first. Those that the
+end of the keys or an edge of the band crosses are masked, in loops of their own; the loop between
+them has no arithmetic of positions.
 
 Each stage of the ring has four barriers. `k_full` and `v_full` wait for the copy's bytes, `k_empty`
-and `v_empty` for both consumers' products: the producer waits for the last before it copies again.
+and `v_empty` for all consumers' products: the producer waits for the last before it copies again.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -32,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fastattn.ops.attention import call
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.gluon import tiles
+from fastattn.ops.attention.gluon.arguments import Kind, Place, Results, Ring, Rule, length
+from fastattn.ops.attention.gluon.arithmetic import exponentials, products, reciprocal, wide
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common.gluon import mbarrier, tma
 
@@ -40,79 +41,6 @@ LN_2 = gl.constexpr(math.log(2))
 LOWEST = gl.constexpr(-3e38)  # below any score, and finite: rows without keys give no NaN
 # A scale below may be zero in float32, and zero times -inf is NaN.
 LEAST_SCALE = 1e-37
-
-
-class Kind(NamedTuple):
-    """The constants of a kernel."""
-
-    D: gl.constexpr  # of q and k: the box, a power of two
-    DV: gl.constexpr
-    BM: gl.constexpr  # queries of a consumer
-    BN: gl.constexpr  # keys of a tile
-    STAGES: gl.constexpr
-    LEFT: gl.constexpr  # whether the band has this side
-    RIGHT: gl.constexpr
-    SCALED: gl.constexpr  # scores are scaled one by one, before the maximum
-    CAPPED: gl.constexpr
-    SLOPED: gl.constexpr  # ALiBi
-    BOUNDED: gl.constexpr  # a tile may read what lies beyond the keys
-    PACKED: gl.constexpr
-
-
-class Ring(NamedTuple):
-    """Shared memory of keys and values, and its barriers."""
-
-    k: Any
-    v: Any
-    k_full: Any
-    k_empty: Any
-    v_full: Any
-    v_empty: Any
-    clean: Any  # no value beyond the keys is left, if BOUNDED
-
-
-class Rule(NamedTuple):
-    """How a head's scores come about; all to base 2."""
-
-    scale: Any  # if CAPPED 2 / cap of it
-    cap: Any
-    slope: Any
-    corner: Any  # seqlen_k - seqlen_q
-    low: Any  # query i sees the keys from i + low
-    high: Any  # to i + high
-    keys: Any  # how many
-
-
-class Place(NamedTuple):
-    """The part of the scores that a program has."""
-
-    batch: Any
-    head: Any
-    kv_head: Any
-    start_q: Any  # of the sequence, in the packed tensors
-    start_k: Any
-    query: Any  # the first
-    tile: Any  # the first tile of keys
-    tiles: Any  # how many
-
-
-class Results(NamedTuple):
-    """Where the results go."""
-
-    lse: Any  # the pointer of this head's query 0
-    out: Any  # descriptor
-    smem: Any  # on the way to it
-    out_ptr: Any  # of this head's query 0, if PACKED
-    stride: Any  # of a query in it
-    width: Any  # columns
-    queries: Any  # how many
-
-
-@gluon.constexpr_function
-def wide(columns):
-    """A layout in which a thread has 16 bytes of a row, for four warps."""
-    threads = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -150,56 +78,52 @@ def produce(k_desc, v_desc, place, ring, kind: gl.constexpr):
 
 
 @gluon.jit
-def scores(s, row, key, rule, kind: gl.constexpr, MASKED: gl.constexpr):
-    """Of the products of a tile: to base 2 if kind.SCALED, else without the scale."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
-    if kind.SCALED:
-        s = s * rule.scale
-    if kind.CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1)
-        s = rule.cap - 2 * rule.cap / (gl.exp2(s) + 1)
-    if MASKED or kind.SLOPED:
-        rows = (row + gl.arange(0, kind.BM, gl.SliceLayout(1, S)))[:, None]
-        columns = (key + gl.arange(0, kind.BN, gl.SliceLayout(0, S)))[None, :]
-        if kind.SLOPED:
-            distance = gl.abs((columns - rows - rule.corner).to(gl.float32))
-            s = s - rule.slope * distance
-        if MASKED:
-            seen = columns < rule.keys
-            if kind.LEFT:
-                seen = seen & (columns >= rows + rule.low)
-            if kind.RIGHT:
-                seen = seen & (columns <= rows + rule.high)
-            s = gl.where(seen, s, float("-inf"))
-    return s
+def wait_turn(ring, i, WHICH: gl.constexpr):
+    """Until the consumer before has issued its products of trip `i`, for the first one of i - 1."""
+    FIRST: gl.constexpr = 1 if WHICH == 0 else 0
+    mbarrier.wait(ring.turn.index(WHICH), (i + FIRST) & 1)
 
 
 @gluon.jit
-def exponentials(s, top, rule, kind: gl.constexpr):
-    """(2^(S - m'), m')."""
+def scores(s, row, key, rule, kind: gl.constexpr, MASKED: gl.constexpr):
+    """Of the products of a tile: to base 2 if kind.SCALED, else without the last scale."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
+    if kind.CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1), and the 1 is left to the sink and the LSE
+        s = reciprocal(-1.0 - gl.exp2(s * rule.inner))
     if kind.SCALED:
-        new_top = gl.maximum(top, gl.max(s, 1))
-        return gl.exp2(s - new_top[:, None]), new_top
-    else:
-        new_top = gl.maximum(top, gl.max(s, 1) * rule.scale)
-        return gl.exp2(s * rule.scale - new_top[:, None]), new_top
+        s = s * rule.scale
+    rows = row + gl.arange(0, kind.BM, gl.SliceLayout(1, S))
+    columns = (key + gl.arange(0, kind.BN, gl.SliceLayout(0, S)))[None, :]
+    if kind.SLOPED:
+        distance = gl.abs((columns - (rows + rule.corner)[:, None]).to(gl.float32))
+        s = s - rule.slope * distance
+    if MASKED:
+        end = rule.keys
+        if kind.RIGHT:
+            end = gl.minimum(rows + rule.high + 1, end)[:, None]
+        seen = columns < end
+        if kind.LEFT:
+            seen = seen & (columns >= (rows + rule.low)[:, None])
+        s = gl.where(seen, s, float("-inf"))
+    return s
 
 
 @gluon.jit
 def trip(
     acc, total, top, p, old, old_phase, slot, phase,  # of the last trip
-    i, q, row, place, rule, ring, kind: gl.constexpr, MASKED: gl.constexpr,
+    i, q, row, place, rule, ring,
+    kind: gl.constexpr, WHICH: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The scores of tile `i`, and the products of the last tile's `p` with its values."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.DV, 16])
     key = (place.tile + place.tiles - 1 - i) * kind.BN
-    zero = gl.zeros([kind.BM, kind.BN], gl.float32, S)
+    wait_turn(ring, i, WHICH)
     mbarrier.wait(ring.k_full.index(slot), phase)
-    k = ring.k.index(slot).reshape([kind.BN, kind.D]).permute((1, 0))
-    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    s = products(q, ring.k.index(slot), kind)
     mbarrier.wait(ring.v_full.index(old), old_phase)
     v = ring.v.index(old).reshape([kind.BN, kind.DV])
     acc = warpgroup_mma(p, v, acc, is_async=True)
+    mbarrier.arrive(ring.turn.index((WHICH + 1) % kind.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(ring.k_empty.index(slot), count=1)
     s = scores(s, row, key, rule, kind, MASKED)
@@ -220,17 +144,18 @@ def trip(
 def clear(ring, limit, kind: gl.constexpr, WHICH: gl.constexpr):
     """Zero instead of the values from row `limit` of the first tile on: 0 times NaN is NaN.
 
-    Each consumer clears half of the tile, and both wait for both.
+    The first two consumers clear half of the tile each, and all wait for both.
     """
     HALF: gl.constexpr = kind.BN // 2
     WIDE: gl.constexpr = wide(kind.DV)
-    mbarrier.wait(ring.v_full.index(0), 0)
-    values = ring.v.index(0).reshape([kind.BN, kind.DV]).slice(WHICH * HALF, HALF)
-    v = values.load(WIDE)
-    inside = WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, WIDE)) < limit
-    values.store(gl.where(inside[:, None], v, gl.zeros_like(v)))
-    fence_async_shared()  # before the products read them
-    mbarrier.arrive(ring.clean, count=1)
+    if WHICH < 2:
+        mbarrier.wait(ring.v_full.index(0), 0)
+        values = ring.v.index(0).reshape([kind.BN, kind.DV]).slice(WHICH * HALF, HALF)
+        v = values.load(WIDE)
+        inside = WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, WIDE)) < limit
+        values.store(gl.where(inside[:, None], v, gl.zeros_like(v)))
+        fence_async_shared()  # before the products read them
+        mbarrier.arrive(ring.clean, count=1)
     mbarrier.wait(ring.clean, 0)
 
 
@@ -244,7 +169,6 @@ def consume(
     row = place.query + WHICH * kind.BM
     q = q_smem.index(WHICH).reshape([kind.BM, kind.D])
     acc = gl.zeros([kind.BM, kind.DV], gl.float32, OUT)
-    zero = gl.zeros([kind.BM, kind.BN], gl.float32, S)
     top = gl.full([kind.BM], LOWEST, gl.float32, ROW)
     top = gl.maximum(top, sink)  # a first score without a value; -inf if there is none
     total = gl.exp2(sink - top)
@@ -254,8 +178,9 @@ def consume(
     slot = place.tiles * 0
     phase = slot
     mbarrier.wait(ring.k_full.index(slot), phase)
-    k = ring.k.index(slot).reshape([kind.BN, kind.D]).permute((1, 0))
-    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    wait_turn(ring, slot, WHICH)
+    s = products(q, ring.k.index(slot), kind)
+    mbarrier.arrive(ring.turn.index((WHICH + 1) % kind.CONSUMERS), count=1)
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(ring.k_empty.index(slot), count=1)
     key = (place.tile + place.tiles - 1) * kind.BN
@@ -284,18 +209,18 @@ def consume(
     for i in range(1, right):
         acc, total, top, p, old, old_phase, slot, phase = trip(
             acc, total, top, p, old, old_phase, slot, phase,
-            i, q, row, place, rule, ring, kind, True,
+            i, q, row, place, rule, ring, kind, WHICH, True,
         )  # fmt: skip
     for i in range(right, left):
         acc, total, top, p, old, old_phase, slot, phase = trip(
             acc, total, top, p, old, old_phase, slot, phase,
-            i, q, row, place, rule, ring, kind, False,
+            i, q, row, place, rule, ring, kind, WHICH, False,
         )  # fmt: skip
     if kind.LEFT:
         for i in range(left, place.tiles):
             acc, total, top, p, old, old_phase, slot, phase = trip(
                 acc, total, top, p, old, old_phase, slot, phase,
-                i, q, row, place, rule, ring, kind, True,
+                i, q, row, place, rule, ring, kind, WHICH, True,
             )  # fmt: skip
 
     mbarrier.wait(ring.v_full.index(old), old_phase)
@@ -322,19 +247,11 @@ def consume(
         fence_async_shared()
         tma.async_store(results.out, [place.batch, row, place.head, 0], smem)
     rows = row + gl.arange(0, kind.BM, ROW)
+    if kind.CAPPED:
+        top += 0.5 * rule.scale
     lse = gl.where(blind, float("-inf"), (top + gl.log2(total)) * LN_2)
     gl.store(results.lse + rows, lse, mask=rows < results.queries)
     tma.store_wait(0)
-
-
-@gluon.jit
-def length(cu_seqlens, used, sequence):
-    """(first token, how many) of a packed sequence."""
-    start = gl.load(cu_seqlens + sequence).to(gl.int32)
-    tokens = gl.load(cu_seqlens + sequence + 1).to(gl.int32) - start
-    if used is not None:
-        tokens = gl.minimum(tokens, gl.load(used + sequence).to(gl.int32))
-    return start, gl.maximum(tokens, 0)
 
 
 SIZES = [
@@ -361,10 +278,11 @@ def attention_forward(
     query_tiles, eighth,  # of head_dim_v
     stride_slope,  # of the batch
     left, right,  # of the window, if LEFT and RIGHT
-    scale,  # float32, to base 2
-    cap,
+    inner, scale,  # float32, as in Rule
     D: gl.constexpr,
+    WIDTH: gl.constexpr,
     DV: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
@@ -379,7 +297,20 @@ def attention_forward(
     PACKED: gl.constexpr = cu_seqlens_q_ptr is not None
     BOUNDED: gl.constexpr = PACKED or key_lengths_ptr is not None
     kind: gl.constexpr = Kind(
-        D, DV, BM, BN, STAGES, LEFT, RIGHT, SCALED, CAPPED, SLOPED, BOUNDED, PACKED
+        D,
+        WIDTH,
+        DV,
+        CONSUMERS,
+        BM,
+        BN,
+        STAGES,
+        LEFT,
+        RIGHT,
+        SCALED,
+        CAPPED,
+        SLOPED,
+        BOUNDED,
+        PACKED,
     )
     dtype: gl.constexpr = q_desc.dtype
 
@@ -393,7 +324,7 @@ def attention_forward(
         tile = pid % query_tiles
     batch = plane // heads
     head = plane % heads
-    query = tile * (2 * BM)
+    query = tile * (CONSUMERS * BM)
     width = eighth * 8  # so that Triton stores 16 bytes at once
 
     # Its sequence, and the end of its keys.
@@ -426,7 +357,7 @@ def attention_forward(
     high = shift + right
     end = keys
     if RIGHT:
-        end = gl.minimum(end, gl.maximum(query + 2 * BM + high, 0))
+        end = gl.minimum(end, gl.maximum(query + CONSUMERS * BM + high, 0))
     first = start_q * 0
     if LEFT:
         first = gl.maximum(query + low, 0) // BN
@@ -439,44 +370,62 @@ def attention_forward(
     sink = scale * 0.0 + float("-inf")
     if sink_ptr is not None:
         sink = gl.load(sink_ptr + head).to(gl.float32) * 1.4426950408889634
-    rule = Rule(scale, cap, slope, corner, low, high, keys)
+        if CAPPED:
+            sink -= 0.5 * scale
+    rule = Rule(inner, scale, slope, corner, low, high, keys)
 
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, BM, 1, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, DV], v_desc.layout)
     if D == DV:
         o_smem = q_smem  # which nobody reads any more then
     else:
-        o_smem = gl.allocate_shared_memory(dtype, [2, 1, BM, 1, DV], o_desc.layout)
+        o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, BM, 1, DV], o_desc.layout)
     q_full = mbarrier.allocate_mbarrier()
     k_full = mbarrier.allocate_mbarrier(batch=STAGES)
     k_empty = mbarrier.allocate_mbarrier(batch=STAGES)
     v_full = mbarrier.allocate_mbarrier(batch=STAGES)
     v_empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    turn = mbarrier.allocate_mbarrier(batch=CONSUMERS)
     clean = mbarrier.allocate_mbarrier()
     mbarrier.init(q_full, count=1)
-    mbarrier.init(clean, count=2)  # both consumers
+    mbarrier.init(clean, count=2)  # the first two consumers
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()  # before the copies see the barriers
-    ring = Ring(k_smem, v_smem, k_full, k_empty, v_full, v_empty, clean)
+    ring = Ring(k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, clean)
     results = Results(lse_ptr, o_desc, o_smem, out_ptr, heads * width, width, seqlen_q)
 
-    mbarrier.expect(q_full, 2 * BM * D * 2)
-    tma.async_load(q_desc, [batch, start_q + query, head, 0], q_full, q_smem.index(0))
-    tma.async_load(q_desc, [batch, start_q + query + BM, head, 0], q_full, q_smem.index(1))
-    gl.warp_specialize(
-        [
-            (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 0)),
-            (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 1)),
-            (produce, (k_desc, v_desc, place, ring, kind)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+    mbarrier.expect(q_full, CONSUMERS * BM * D * 2)
+    for i in gl.static_range(CONSUMERS):
+        token = start_q + query + i * BM
+        tma.async_load(q_desc, [batch, token, head, 0], q_full, q_smem.index(i))
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 0)),
+                (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 1)),
+                (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 2)),
+                (produce, (k_desc, v_desc, place, ring, kind)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 0)),
+                (consume, (results, sink, place, rule, q_smem, q_full, ring, kind, 1)),
+                (produce, (k_desc, v_desc, place, ring, kind)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
 
 
 # --- launching ------------------------------------------------------------------------------------
@@ -503,7 +452,9 @@ def forward(
         batch = extras.cu_seqlens_q.shape[0] - 1
         longest_q = min(settings.max_seqlen_q, seqlen_q)
         longest_k = min(settings.max_seqlen_k, seqlen_k)
-    tile = tiles.forward(head_dim, head_dim_v)
+    slopes = extras.alibi_slopes
+    crowded = settings.window_left >= 0 or settings.softcap > 0 or slopes is not None or packed
+    tile = tiles.forward(head_dim, head_dim_v, crowded)
     rows, keys = tile.rows, tile.keys
     descriptors = [
         kernels.descriptor(x, [1, n, 1, d], name=name)
@@ -516,26 +467,27 @@ def forward(
     ]
     # Whoever sees this far sees all.
     sides = (min(n, max(longest_q, longest_k)) for n in settings[:2])
-    scale, cap = settings.softmax_scale * LOG2_E, 0.0
+    inner, scale = 0.0, settings.softmax_scale
     if settings.softcap:
         cap = max(settings.softcap, 1e-20)
-        scale, cap = 2 * scale / cap, cap * LOG2_E
-    slopes = extras.alibi_slopes
+        inner, scale = 2 * LOG2_E * scale / cap, 2 * cap
+    scale *= LOG2_E
     vectors = (
         extras.sink, slopes, extras.key_lengths, extras.cu_seqlens_q, extras.cu_seqlens_k,
         extras.seqused_q, extras.seqused_k,
     )  # fmt: skip
-    query_tiles = -(-longest_q // (2 * rows))
+    query_tiles = -(-longest_q // (tile.consumers * rows))
     kernels.launch(
         attention_forward,
         (query_tiles * heads * batch,),
         lse, out, *(x if x is None else x.contiguous() for x in vectors), *descriptors,
         heads, heads // k.shape[2], batch * heads, seqlen_q, seqlen_k, query_tiles, head_dim_v // 8,
-        0 if slopes is None or slopes.shape[0] == 1 else heads, *sides, float(scale), float(cap),
-        D=tile.d, DV=tile.dv, BM=rows, BN=keys, STAGES=tile.stages,
+        0 if slopes is None or slopes.shape[0] == 1 else heads, *sides, float(inner), float(scale),
+        D=tile.d, WIDTH=tile.width, DV=tile.dv, CONSUMERS=tile.consumers,
+        BM=rows, BN=keys, STAGES=tile.stages,
         LEFT=settings.window_left >= 0, RIGHT=settings.window_right >= 0,
         TOP_LEFT=settings.top_left,
-        SCALED=bool(settings.softcap) or slopes is not None or scale < LEAST_SCALE,
+        SCALED=slopes is not None or scale < LEAST_SCALE,
         CAPPED=bool(settings.softcap), REGISTERS=tile.registers,
     )  # fmt: skip
     return out, lse
