@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastattn.ops.attention.gluon.forward import wide
+from fastattn.ops.attention.gluon.arithmetic import wide
 
 
 @gluon.jit

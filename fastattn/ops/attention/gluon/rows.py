@@ -17,7 +17,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastattn.ops.attention.call import Extras, Settings
-from fastattn.ops.attention.gluon.forward import length, wide
+from fastattn.ops.attention.gluon.arguments import length
+from fastattn.ops.attention.gluon.arithmetic import wide
 from fastattn.ops.common import gluon as kernels
 
 QUERIES = 64  # of a tile

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastattn.ops.attention.gluon.forward import length
+from fastattn.ops.attention.gluon.arguments import length
 
 
 class Kind(NamedTuple):
