@@ -46,7 +46,7 @@ class Kernels:
             (triton, ("forward", "backward")),
             (aten, ("forward",)),
             (reference, ("forward",)),
-            (ffn_gluon, ("forward",)),
+            (ffn_gluon, ("forward", "backward")),
             (ffn_triton, ("forward", "backward")),
         ):
             for entry in entries:
@@ -280,12 +280,21 @@ def test_ffn(kernels: Kernels) -> None:
     def both() -> None:
         fastattn.ffn(x, w1, None, w2, None).sum().backward()
 
-    assert kernels.of(both) == ["gluon.forward", "triton.backward"]
+    assert kernels.of(both) == ["gluon.forward", "gluon.backward"]
     kernels.raises["gluon.forward"] = BAD_TILE
     with pytest.warns(RuntimeWarning, match="the gluon backend of ffn is no longer used"):
         found = kernels.of(both)
-    assert found == ["gluon.forward fails", "triton.forward", "triton.backward"]
+    assert found == ["gluon.forward fails", "triton.forward", "gluon.backward"]  # another kernel
     assert kernels.of(both) == ["triton.forward", "triton.backward"]
+
+
+def test_a_backward_of_ffn(kernels: Kernels) -> None:
+    x, w1, w2 = (torch.randn(16, 16).half().requires_grad_() for _ in range(3))
+    out = fastattn.ffn(x, w1, None, w2, None)
+    kernels.raises["gluon.backward"] = BAD_TILE
+    with pytest.warns(RuntimeWarning, match="the gluon backend of ffn is no longer used"):
+        assert kernels.of(out.sum().backward) == ["gluon.backward fails", "triton.backward"]
+    assert x.grad is not None and x.grad.isfinite().all()
 
 
 # --- the door -------------------------------------------------------------------------------------
