@@ -49,6 +49,8 @@ FORWARD: dict[str, dict[str, Any]] = {
     "forward d 128, packed": {"causal": True},
     "forward d 256": {},
     "forward d 256, causal": {"causal": True},
+    "forward d 64, half": {},  # float16
+    "forward d 128, half": {"causal": True},
     "forward d 128 and 64": {},  # v is narrower
     "forward d 192 and 128": {},
 }
@@ -62,6 +64,8 @@ BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 128, everything": {"window": (256, 64), "softcap": 30.0},  # and ALiBi, a sink
     "backward d 128, key lengths": {"causal": True},
     "backward d 128, packed": {"causal": True},
+    "backward d 64, half": {},
+    "backward d 128, half": {"causal": True},
 }
 PRODUCTS = (
     "ffn up",
@@ -119,7 +123,9 @@ def _calls(name: str) -> list[tuple[dict[str, Any], Callable[[], Any]]]:
     from fastattn.ops.attention.call import Learnt, results
     from fastattn.ops.attention.problem import check, check_varlen
 
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    half = torch.float16 if name.endswith("half") else torch.bfloat16
+
+    def empty(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     options = dict((FORWARD | BACKWARD)[name])
@@ -288,7 +294,7 @@ def table(rows: dict[str, Any]) -> str:
     parts = []
     for version, by in rows.items():
         lines = [
-            f"Triton {version}, ptxas {by['ptxas']}, bfloat16:\n",
+            f"Triton {version}, ptxas {by['ptxas']}, bfloat16 (half: float16):\n",
             "| kernel | tile | registers | instructions a trip | spills, stores / loads a trip "
             "| bound | estimate |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
