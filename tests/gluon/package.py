@@ -43,6 +43,7 @@ BACKWARDS: list[tuple[Any, ...]] = [
     (1, 200, 300, 2, 1, 64, 64, {"window": (90, 30)}),
     (1, 256, 300, 1, 1, 72, 64, {"low": True}),
     (2, 70, 300, 2, 1, 64, 64, {"alibi_slopes": True, "softcap": 20.0, "key_lengths": (300, 130)}),
+    (1, 174, 239, 2, 1, 64, 64, {"window": (60, 0), "packed": ((70, 140), (30, 50), (65, 20))}),
 ]
 
 # Of ffn: tokens, in_features, hidden, activation, whether gated; the last has the layout conv1d.
@@ -111,6 +112,11 @@ def draw(shape: tuple[Any, ...], seed: int) -> tuple[dict[str, torch.Tensor], di
         given["key_lengths"] = torch.tensor(given["key_lengths"], dtype=torch.int32)
     if given.pop("alibi_slopes", False):
         given["alibi_slopes"] = torch.rand(heads)
+    if "packed" in given:  # with tokens after the last sequence
+        tensors = {name: x[0] for name, x in tensors.items()}
+        lengths = torch.tensor([(0, 0), *given.pop("packed")], dtype=torch.int32)
+        starts = lengths.cumsum(0, dtype=torch.int32).t().contiguous()
+        given["cu_seqlens_q"], given["cu_seqlens_k"] = starts
     return tensors, given
 
 
@@ -131,9 +137,9 @@ def run_forward(module: ModuleType, seed: int, **options: Any) -> None:
 def run_backward(module: ModuleType, seed: int, **options: Any) -> None:
     """The backward of a module with the source of ops/attention/gluon/backward.py, by a seed."""
     tensors, given = draw(BACKWARDS[seed % len(BACKWARDS)], seed)
-    batch, sq, heads, _ = tensors["q"].shape
-    dout = torch.randn(batch, sq, heads, tensors["v"].shape[3]).half()
-    dlse = torch.randn(batch, heads, sq)
+    *lines, heads, _ = tensors["q"].shape
+    dout = torch.randn(*lines, heads, tensors["v"].shape[-1]).half()
+    dlse = torch.randn(*lines, heads).transpose(-2, -1)
     options = {"seed": seed, "resident": 1 + seed % 3, "in_order": True, **options}
     with mock.patch.object(room, "backward", module.backward), emulated(**options):
         ours = _gradients(tensors, given, "gluon", dout, dlse)
@@ -226,7 +232,8 @@ def _factors(given: dict[str, Any]) -> dict[str, float]:
 
 
 def _call(tensors: dict[str, Any], given: dict[str, Any], backend: str) -> tuple[Any, Any]:
-    return fastattn.attention(**tensors, **given, return_lse=True, backend=backend)
+    call = fastattn.attention_varlen if "cu_seqlens_q" in given else fastattn.attention
+    return call(**tensors, **given, return_lse=True, backend=backend)
 
 
 def _doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
