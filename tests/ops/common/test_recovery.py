@@ -22,6 +22,7 @@ from fastattn.ops.attention import aten, gluon, reference, triton
 from fastattn.ops.attention import interface as attentions
 from fastattn.ops.attention.call import NONE, Settings
 from fastattn.ops.common import descriptors, launch
+from fastattn.ops.common import gluon as gluons
 from fastattn.ops.ffn import gluon as ffn_gluon
 from fastattn.ops.ffn import interface as ffns
 from fastattn.ops.ffn import triton as ffn_triton
@@ -29,6 +30,9 @@ from oracle import assert_close_to_reference
 
 BAD_TILE = OutOfResources(300_000, 232_448, "shared memory")
 FAULT = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+WITH_BACKWARD = pytest.mark.skipif(
+    not gluons.REDUCES, reason="the Gluon backward of attention needs Triton 3.8"
+)
 SETTINGS = Settings(-1, -1, False, 0.125, 0.0, 0.0, "ieee", 0, 0, 0, 0)
 
 
@@ -157,6 +161,7 @@ def test_a_tensor_without_an_address_may_be_aligned() -> None:
     assert "q has the shape (64, 4)" in str(descriptors.misfit(q=x.to("meta").t()))
 
 
+@WITH_BACKWARD
 def test_a_compiled_graph_goes_to_the_next_kernel(kernels: Kernels) -> None:
     """Its operator has the backend that was chosen for tensors without an address."""
     q, k, v = (shifted(x).requires_grad_() for x in tensors())
@@ -198,6 +203,7 @@ def test_a_kernel_that_cannot_be_launched_fails_and_the_next_one_runs(
     assert kernels.of(lambda: attention(*given, causal=True)) == ["gluon.forward"]  # no such family
 
 
+@WITH_BACKWARD
 def test_a_backward_that_cannot_be_launched_follows_on_the_next_kernel(kernels: Kernels) -> None:
     inputs = tensors(grad=True)
     eager = [x.detach().clone().requires_grad_() for x in inputs]
@@ -253,6 +259,7 @@ def test_a_refusal_that_is_no_familys_is_told(
     assert explanation_of(fastattn.attention, *tensors()).backend == "gluon"
 
 
+@WITH_BACKWARD
 def test_whoever_names_the_backend_gets_its_error(kernels: Kernels) -> None:
     inputs = tensors(grad=True)
     kernels.raises["gluon.backward"] = BAD_TILE
