@@ -179,20 +179,21 @@ def clear_queries(slot, phase, n, place, ring, kind: gl.constexpr, WHICH: gl.con
 
 @gluon.jit
 def trip(
-    dk, dv, slot, phase, turn, n, k_smem, v_smem, place, rule, ring, exchange,
+    dk, dv, slot, phase, n, k_smem, v_smem, place, rule, ring, exchange,
     kind: gl.constexpr, WHICH: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head; `turn` is the parity of the trips before."""
+    """One tile of queries of one head."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BM, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.D, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.D // 2, 16])
     LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
-    LATE: gl.constexpr = kind.CAPPED or kind.SLOPED  # dP only when P needs no registers any more
+    LATE: gl.constexpr = kind.CAPPED or kind.SLOPED  # registers for dP and delta: when P needs none
     zeros = gl.zeros([64, kind.BM], gl.float32, S)
     # 0, which the compiler does not know. Descriptors of constant addresses Triton 3.8 has computed
     # before the loop and spilled; these take a few uniform additions in each trip.
     zero = slot // kind.STAGES
+    turn = slot  # the parity of the trips before: there are two slots
     address = zero if OPAQUE else 0
     k_smem = k_smem.index(address).reshape([128, kind.D])
     v_smem = v_smem.index(address).reshape([128, kind.D])
@@ -205,20 +206,20 @@ def trip(
     mbarrier.wait(ring.q_full.index(slot), phase)
     s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     lse = ring.lse.index(slot).load(COLUMN)
+    mbarrier.wait(ring.dout_full.index(slot), phase)
+    if not LATE:
+        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0 if LATE else 1, [s])
+    p, slant = probabilities(s, lse, n, zero, place, rule, kind, WHICH, MASKED)
     if LATE:
-        s = warpgroup_mma_wait(0, [s])
-        p, slant = probabilities(s, lse, n, zero, place, rule, kind, WHICH, MASKED)
-        mbarrier.wait(ring.dout_full.index(slot), phase)
         dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    else:
-        mbarrier.wait(ring.dout_full.index(slot), phase)
-        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, [s])
-        p, slant = probabilities(s, lse, n, zero, place, rule, kind, WHICH, MASKED)
-    delta = ring.delta.index(slot).load(COLUMN)
     weights = gl.convert_layout(p.to(q.dtype), LEFT_OPERAND)
     dv = warpgroup_mma(weights, dout, dv, is_async=True)
+    if not LATE:
+        delta = ring.delta.index(slot).load(COLUMN)
     dp = warpgroup_mma_wait(1, [dp])
+    if LATE:
+        delta = ring.delta.index(slot).load(COLUMN)
     ds = (slant * (dp - delta[None, :])).to(q.dtype)
     mbarrier.wait(exchange.ds_empty, turn ^ 1)
     ds_smem.slice(WHICH * 64, 64).store(ds)
@@ -238,7 +239,7 @@ def trip(
     fence_async_shared()
     mbarrier.arrive(exchange.dq_full, count=1)
     slot, phase = advance(slot, phase, kind.STAGES)
-    return dk, dv, slot, phase, turn ^ 1
+    return dk, dv, slot, phase
 
 
 @gluon.jit
@@ -252,7 +253,6 @@ def consume(
     mbarrier.wait(kv_full, 0)
     slot = place.tile * 0
     phase = slot
-    turn = slot
     if kind.BOUNDED:
         keys = place.keys - place.tile * 128 - WHICH * 64
         if keys < 64:  # `ds_full` tells the other consumer
@@ -267,18 +267,18 @@ def consume(
             if kind.PACKED:
                 if n < place.ragged:
                     clear_queries(slot, phase, n, place, ring, kind, WHICH)
-            dk, dv, slot, phase, turn = trip(
-                dk, dv, slot, phase, turn, n, k_smem, v_smem, place, rule, ring, exchange, kind,
+            dk, dv, slot, phase = trip(
+                dk, dv, slot, phase, n, k_smem, v_smem, place, rule, ring, exchange, kind,
                 WHICH, True,
             )  # fmt: skip
     for n in range(place.first, place.whole):
-        dk, dv, slot, phase, turn = trip(
-            dk, dv, slot, phase, turn, n, k_smem, v_smem, place, rule, ring, exchange, kind,
+        dk, dv, slot, phase = trip(
+            dk, dv, slot, phase, n, k_smem, v_smem, place, rule, ring, exchange, kind,
             WHICH, False,
         )  # fmt: skip
     for n in range(gl.maximum(place.first, place.whole), place.trips):
-        dk, dv, slot, phase, turn = trip(
-            dk, dv, slot, phase, turn, n, k_smem, v_smem, place, rule, ring, exchange, kind,
+        dk, dv, slot, phase = trip(
+            dk, dv, slot, phase, n, k_smem, v_smem, place, rule, ring, exchange, kind,
             WHICH, True,
         )  # fmt: skip
 
@@ -288,7 +288,7 @@ def consume(
         inside = (key < place.keys)[:, None]
         dk = gl.where(inside, dk, 0.0)
         dv = gl.where(inside, dv, 0.0)
-    mbarrier.wait(exchange.ds_empty, turn ^ 1)  # no product reads the ring any more
+    mbarrier.wait(exchange.ds_empty, slot ^ 1)  # no product reads the ring any more
     dk4 = ring.q.index(WHICH)
     dv4 = ring.dout.index(WHICH)
     dk_smem = dk4.reshape([64, kind.D])
