@@ -101,25 +101,6 @@ def _erf(x: np.ndarray) -> np.ndarray:
     return np.vectorize(math.erf, otypes=[np.float64])(x)
 
 
-def _reciprocal(x: np.ndarray) -> np.ndarray:
-    """As wrong as PTX allows: a unit in the last place, towards zero."""
-    return np.nextafter(1 / x, F32(0))
-
-
-ASSEMBLY = {"rcp.approx.ftz.f32 $0, $1;": _reciprocal}
-
-
-def inline_asm_elementwise(
-    asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any
-) -> Tensor:
-    """Of one instruction, by its text."""
-    if asm not in ASSEMBLY:
-        raise NotImplementedError(f"the emulator has no assembly {asm!r}")
-    right = constraints == "=f,f" and dtype.name == "fp32" and int(pack) == 1
-    check(right, "type", f"{asm} takes and gives one float32 in a register")
-    return _elementwise(ASSEMBLY[asm])(*args)
-
-
 def where(condition: Any, x: Any, y: Any) -> Tensor:
     condition, (dtype, first, second, layout) = tensor(condition), promoted(x, y)
     auto = (layouts.AutoLayout, type(None))
@@ -201,7 +182,7 @@ TABLE: dict[str, Any] = {
     "maximum": _pair(np.fmax), "minimum": _pair(np.fmin),
     "exp2": _elementwise(np.exp2), "exp": _elementwise(np.exp), "erf": _elementwise(_erf),
     "log2": _elementwise(np.log2), "log": _elementwise(np.log), "sqrt": _elementwise(np.sqrt),
-    "inline_asm_elementwise": inline_asm_elementwise, "abs": _elementwise(np.abs), "rsqrt": _elementwise(lambda x: 1 / np.sqrt(x)),
+    "abs": _elementwise(np.abs), "rsqrt": _elementwise(lambda x: 1 / np.sqrt(x)),
     "floor": _elementwise(np.floor), "ceil": _elementwise(np.ceil),
     "sin": _elementwise(np.sin), "cos": _elementwise(np.cos),
     "fma": lambda x, y, z: x * y + z, "fdiv": lambda x, y: x / y, "div_rn": lambda x, y: x / y,
