@@ -180,7 +180,7 @@ def _files_of(folder: Path) -> dict[str, Any]:
         for name, about in files.items():
             dtype, count, sums = (about[key] for key in ("dtype", "count", "checksums"))
             size = DTYPES[dtype].itemsize * check_integer("count", count, at_least=0)
-            if not name.isidentifier() or len(sums) != -(-size // BLOCK):
+            if not name.isidentifier() or type(sums) is not list or len(sums) != -(-size // BLOCK):
                 raise ValueError(f"the entry of {name!r} fits no file")
         files[TABLE]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Products, transcendental functions and a layout of the Gluon forward."""
+"""Products, exponentials and a layout of the Gluon forward."""
 
 from __future__ import annotations
 
@@ -26,14 +26,6 @@ def products(q, k, kind: gl.constexpr):
     if REST:
         s = warpgroup_mma(q.slice(FIRST, REST, 1), k.slice(FIRST, REST, 0), s, is_async=True)
     return s
-
-
-@gluon.jit
-def reciprocal(x):
-    """To one unit in its last place, in one instruction; a division has eight."""
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit

@@ -32,7 +32,7 @@ from fastattn.ops.attention import call
 from fastattn.ops.attention.call import Extras, Settings
 from fastattn.ops.attention.gluon import tiles
 from fastattn.ops.attention.gluon.arguments import Kind, Place, Results, Ring, Rule, length
-from fastattn.ops.attention.gluon.arithmetic import exponentials, products, reciprocal, wide
+from fastattn.ops.attention.gluon.arithmetic import exponentials, products, wide
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common.gluon import mbarrier, tma
 
@@ -89,7 +89,7 @@ def scores(s, row, key, rule, kind: gl.constexpr, MASKED: gl.constexpr):
     """Of the products of a tile: to base 2 if kind.SCALED, else without the last scale."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
     if kind.CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1), and the 1 is left to the sink and the LSE
-        s = reciprocal(-1.0 - gl.exp2(s * rule.inner))
+        s = 1.0 / (-1.0 - gl.exp2(s * rule.inner))
     if kind.SCALED:
         s = s * rule.scale
     rows = row + gl.arange(0, kind.BM, gl.SliceLayout(1, S))
