@@ -192,8 +192,8 @@ def prove_now(about: Subject, problem: Any, *, again: bool = False) -> Verdict |
         return None
     try:
         path = verdicts.path_of(about)
-        with verdicts.alone(path) as alone:
-            if not alone:
+        with verdicts.locked(path) as held:
+            if not held:
                 return None
             verdict = None if again else verdicts.left(path)
             if verdict is None:

@@ -81,8 +81,8 @@ def failures(device: torch.device) -> Iterator[tuple[str, str]]:
             continue
         # Whatever the file says of itself, its name says what it is about.
         if all(isinstance(x, str) for x in about[:3]) and path_of(about) == path:
-            with alone(path) as nobody_at_it:
-                verdict = left(path) if nobody_at_it else None
+            with locked(path) as held:
+                verdict = left(path) if held else None
             if verdict is not None and not verdict.passed:
                 yield _line(f"{about.backend} {about.op}, {about.family}"), verdict.told
 
@@ -115,7 +115,7 @@ def write(path: Path | None, about: Subject, stands: str, told: str) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path | None) -> Iterator[bool]:
+def locked(path: Path | None) -> Iterator[bool]:
     """Whether no other process proves this family until the block ends, or dies."""
     with contextlib.ExitStack() as stack:
         free = True
