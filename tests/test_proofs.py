@@ -429,6 +429,7 @@ def test_kernels_in_the_emulator(
     assert passed is not bug, told
 
 
+@pytest.mark.usefixtures("any_order")
 def test_families_are_told_apart() -> None:
     """By all that selects a kernel, and by no length."""
     families = {}

@@ -105,6 +105,7 @@ def test_equal_bits_at_any_schedule(name: str, schedule: dict[str, Any]) -> None
         assert all(map(torch.equal, gradients(CASES[name]), expected))
 
 
+@pytest.mark.usefixtures("any_order")
 @pytest.mark.parametrize("name", CASES)
 def test_any_order_is_right(name: str, schedule: dict[str, Any]) -> None:
     """And of three key tiles another one at another schedule: the test above sees a lost order."""
@@ -120,6 +121,7 @@ def test_any_order_is_right(name: str, schedule: dict[str, Any]) -> None:
         assert not all(torch.equal(x, sums[0]) for x in sums)
 
 
+@pytest.mark.usefixtures("any_order")
 def test_the_mode_of_torch_keeps_the_order(schedule: dict[str, Any]) -> None:
     """Of a call whose plan without an order is kept, of a packed one, and of one that is compiled."""
     given: list[bool] = []
