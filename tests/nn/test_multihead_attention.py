@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nn.compare import LowRank, assert_module_close
 from torch.nn.utils import parametrizations, prune
 
 from fastattn.nn import KeyValueCache, MultiheadAttention
@@ -113,13 +114,7 @@ def _called(masks: dict[str, Any]) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_cross_attention(
-    mask: str,
-    batch_first: bool,
-    dtype: torch.dtype,
-    op_calls: list,
-    assert_module_close: Callable[..., None],
-) -> None:
+def test_cross_attention(mask: str, batch_first: bool, dtype: torch.dtype, op_calls: list) -> None:
     ours, theirs = _pair(batch_first=batch_first, dtype=dtype)
     masks = MASKS[mask](QUERIES, KEYS)
     inputs = [_input(n, batch_first=batch_first).to(dtype) for n in (QUERIES, KEYS, KEYS)]
@@ -134,11 +129,7 @@ def test_cross_attention(
     [*MASKS, "causal", "causal float", "causal and padding", "causal float and float padding"],
 )
 def test_self_attention_through_forward(
-    mask: str,
-    batch_first: bool,
-    dtype: torch.dtype,
-    op_calls: list,
-    assert_module_close: Callable[..., None],
+    mask: str, batch_first: bool, dtype: torch.dtype, op_calls: list
 ) -> None:
     masks: dict[str, Any]
     if mask == "causal":
@@ -170,9 +161,7 @@ def test_self_attention_through_forward(
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(QUERIES, KEYS), (KEYS, QUERIES)])
-def test_causal_over_different_lengths(
-    queries: int, keys: int, op_calls: list, assert_module_close: Callable[..., None]
-) -> None:
+def test_causal_over_different_lengths(queries: int, keys: int, op_calls: list) -> None:
     """torch's hint is aligned to the first key."""
     ours, theirs = _pair(batch_first=True)
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1)
@@ -218,9 +207,7 @@ def test_the_gradient_of_an_additive_mask() -> None:
 @pytest.mark.parametrize(
     "sizes", [{}, {"kdim": 10}, {"vdim": 6}, {"kdim": 10, "vdim": 6}, {"kdim": EMBED}]
 )
-def test_other_sizes_of_key_and_value(
-    sizes: dict[str, int], bias: bool, op_calls: list, assert_module_close: Callable[..., None]
-) -> None:
+def test_other_sizes_of_key_and_value(sizes: dict[str, int], bias: bool, op_calls: list) -> None:
     ours, theirs = _pair(bias=bias, batch_first=True, **sizes)
     query = _input(QUERIES)
     key, value = _input(KEYS, ours.kdim), _input(KEYS, ours.vdim)
@@ -231,9 +218,7 @@ def test_other_sizes_of_key_and_value(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_key_that_is_value(
-    bias: bool, op_calls: list, assert_module_close: Callable[..., None]
-) -> None:
+def test_key_that_is_value(bias: bool, op_calls: list) -> None:
     ours, theirs = _pair(bias=bias)
     query, memory = _input(QUERIES, batch_first=False), _input(KEYS, batch_first=False)
     assert_module_close(
@@ -256,13 +241,7 @@ def test_key_that_is_value(
     ],
     ids=["no mask", "2-D", "3-D", "padding", "additive padding", "additive 3-D"],
 )
-def test_unbatched(
-    masks: dict,
-    batch_first: bool,
-    op_calls: list,
-    assert_module_close: Callable[..., None],
-    device: str,
-) -> None:
+def test_unbatched(masks: dict, batch_first: bool, op_calls: list, device: str) -> None:
     ours, theirs = _pair(batch_first=batch_first)
     masks = {name: mask.to(device) for name, mask in masks.items()}
     query, key, value = (torch.randn(n, EMBED) for n in (QUERIES, KEYS, KEYS))
@@ -498,18 +477,14 @@ def test_why_torch_is_none_where_the_op_runs() -> None:
 
 
 @pytest.mark.parametrize("mask", ["no mask", "3-D and padding", "additive 3-D and padding"])
-def test_forward_compiles_without_a_graph_break(
-    mask: str, assert_module_close: Callable[..., None]
-) -> None:
+def test_forward_compiles_without_a_graph_break(mask: str) -> None:
     ours, theirs = _pair(batch_first=True)
     call = _called(MASKS[mask](QUERIES, QUERIES))
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_module_close(ours, theirs, _input(QUERIES), call=compiled, call_theirs=call)
 
 
-def test_self_attention_compiles_without_a_graph_break(
-    assert_module_close: Callable[..., None],
-) -> None:
+def test_self_attention_compiles_without_a_graph_break() -> None:
     ours, theirs = _pair(batch_first=True)
     lengths = torch.tensor([5, 1, 3])
     compiled = torch.compile(
@@ -558,11 +533,11 @@ def test_hooks_of_out_proj_fire_in_self_attention() -> None:
     assert torch.equal(ours.self_attention(x), 2 * before)
 
 
-def test_wrapped_out_proj_runs_in_self_attention(low_rank: Callable) -> None:
+def test_wrapped_out_proj_runs_in_self_attention() -> None:
     ours, _ = _pair()
     x = _input(QUERIES)
     before = ours.self_attention(x)
-    ours.out_proj = low_rank(ours.out_proj)
+    ours.out_proj = LowRank(ours.out_proj)
     assert not torch.allclose(ours.self_attention(x), before)
     torch.nn.init.zeros_(ours.out_proj.up.weight)
     assert torch.equal(ours.self_attention(x), before)
@@ -589,10 +564,7 @@ def _causal_with_lengths(
 @pytest.mark.parametrize("lengths", [None, [5, 1, 3]])
 @pytest.mark.parametrize("causal", [False, True])
 def test_self_attention_against_torch(
-    causal: bool,
-    lengths: list[int] | None,
-    dtype: torch.dtype,
-    assert_module_close: Callable[..., None],
+    causal: bool, lengths: list[int] | None, dtype: torch.dtype
 ) -> None:
     ours, theirs = _pair(batch_first=True, dtype=dtype)
     key_lengths = None if lengths is None else torch.tensor(lengths)
@@ -704,7 +676,7 @@ ENCODER_MASKS: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("mask", ENCODER_MASKS)
 def test_inside_torchs_encoder_layer(
-    mask: str, norm_first: bool, mode: str, op_calls: list, assert_module_close: Callable[..., None]
+    mask: str, norm_first: bool, mode: str, op_calls: list
 ) -> None:
     theirs = torch.nn.TransformerEncoderLayer(
         EMBED, HEADS, 32, dropout=0.0, batch_first=True, norm_first=norm_first

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from nn.compare import LowRank, assert_module_close
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -108,9 +109,7 @@ def _drawn(name: str, seed: int, dtype: torch.dtype) -> tuple[Any, Any, list[tor
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", LAYERS)
-def test_random_arguments(
-    name: str, seed: int, dtype: torch.dtype, assert_module_close: Callable[..., None]
-) -> None:
+def test_random_arguments(name: str, seed: int, dtype: torch.dtype) -> None:
     ours, theirs, inputs, call = _drawn(name, seed, dtype)
     for training in (True, False):
         assert_module_close(ours.train(training), theirs.train(training), *inputs, call=call)
@@ -240,7 +239,7 @@ def test_torchs_fast_path_in_short_inference(masks: str, device: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_unbatched(name: str, training: bool, assert_module_close: Callable[..., None]) -> None:
+def test_unbatched(name: str, training: bool) -> None:
     ours, theirs = _layer(name)
     inputs = [torch.randn(n, WIDTH) for n in (LENGTH, MEMORY)][: 1 + ("Decoder" in name)]
     hidden = torch.tensor([False] * 4 + [True])
@@ -260,7 +259,7 @@ def test_empty_and_single(shape: tuple[int, ...], training: bool) -> None:
     torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
 
 
-def test_strided_inputs(assert_module_close: Callable[..., None]) -> None:
+def test_strided_inputs() -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
 
     def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -329,7 +328,7 @@ def test_hooks_on_every_part(name: str, norm_first: bool) -> None:
         torch.testing.assert_close(out, seen[1][part][1], msg=f"the output of {part}")
 
 
-def test_a_norm_over_two_dimensions(assert_module_close: Callable[..., None]) -> None:
+def test_a_norm_over_two_dimensions() -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
     for module in (ours, theirs):
         module.norm1 = torch.nn.LayerNorm((LENGTH, WIDTH))
@@ -337,12 +336,10 @@ def test_a_norm_over_two_dimensions(assert_module_close: Callable[..., None]) ->
 
 
 @pytest.mark.parametrize("part", ["linear1", "linear2", "norm1", "norm2", "dropout", "dropout2"])
-def test_a_part_replaced_by_another_module(
-    part: str, low_rank: Callable[..., Any], assert_module_close: Callable[..., None]
-) -> None:
+def test_a_part_replaced_by_another_module(part: str) -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
     if "linear" in part:
-        wrapped = low_rank(getattr(ours, part))
+        wrapped = LowRank(getattr(ours, part))
     else:
         wrapped = torch.nn.Sequential(getattr(ours, part), torch.nn.Tanh())
     for module in (ours, theirs):
@@ -350,7 +347,7 @@ def test_a_part_replaced_by_another_module(
     assert_module_close(ours, theirs, torch.randn(BATCH, LENGTH, WIDTH))
 
 
-def test_pruned_parts(assert_module_close: Callable[..., None]) -> None:
+def test_pruned_parts() -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
     for module in (ours, theirs):
         prune.l1_unstructured(module.linear1, "weight", 0.5)
@@ -410,9 +407,7 @@ def test_encoder_in_inference_with_padding(padding: str, norm: bool, device: str
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_transformer(
-    batch_first: bool, norm_first: bool, assert_module_close: Callable[..., None]
-) -> None:
+def test_transformer(batch_first: bool, norm_first: bool) -> None:
     ours, theirs = _pair(
         "Transformer", WIDTH, HEADS, 2, 2, 24, 0.0, batch_first=batch_first, norm_first=norm_first
     )
@@ -539,7 +534,7 @@ def test_one_compilation_serves_every_length() -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_autocast(name: str, device: str, assert_module_close: Callable[..., None]) -> None:
+def test_autocast(name: str, device: str) -> None:
     ours, theirs = _layer(name, activation="gelu")
 
     def call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -595,9 +590,7 @@ def test_checkpointing() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_on_every_backend(
-    name: str, backend: str, assert_module_close: Callable[..., None]
-) -> None:
+def test_on_every_backend(name: str, backend: str) -> None:
     ours, theirs = _layer(name, activation="gelu")
 
     def call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
