@@ -46,6 +46,11 @@ def _layer(name: str, **kwargs: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
     return _pair(name, WIDTH, HEADS, 24, **{"dropout": 0.0, "batch_first": True, **kwargs})
 
 
+def _given(name: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a layer is called with: (x, memory) a decoder's, x an encoder's."""
+    return tensors[: 1 + ("Decoder" in name)]
+
+
 def _mask(draw: random.Random, *shape: int) -> torch.Tensor:
     """True hides, or added to the scores; every row sees its first key."""
     hidden = torch.rand(shape) < 0.4
@@ -179,7 +184,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_layer_is_a_few_ops(name: str, activation: Any, norm_first: bool, ops: list[str]) -> None:
     ours, _ = _layer(name, activation=activation, norm_first=norm_first)
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    ours(x) if "Encoder" in name else ours(x, x)
+    ours(*_given(name, x, x))
     sums = (2 if "Encoder" in name else 3) - norm_first
     assert sorted(ops) == [*["add, layer_norm"] * sums, "ffn", *["layer_norm"] * norm_first]
 
@@ -214,7 +219,7 @@ def test_why_torch() -> None:
 def test_activations_that_are_modules(name: str, activation: torch.nn.Module) -> None:
     ours, theirs = _layer(name, activation=activation)
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    out, expected = (m(x) if "Encoder" in name else m(x, x) for m in (ours, theirs))
+    out, expected = (m(*_given(name, x, x)) for m in (ours, theirs))
     torch.testing.assert_close(out, expected)
 
 
@@ -241,7 +246,7 @@ def test_torchs_fast_path_in_short_inference(masks: str, device: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_unbatched(name: str, training: bool) -> None:
     ours, theirs = _layer(name)
-    inputs = [torch.randn(n, WIDTH) for n in (LENGTH, MEMORY)][: 1 + ("Decoder" in name)]
+    inputs = _given(name, *(torch.randn(n, WIDTH) for n in (LENGTH, MEMORY)))
     hidden = torch.tensor([False] * 4 + [True])
     kwargs = {("src" if "Encoder" in name else "tgt") + "_key_padding_mask": hidden}
 
@@ -295,14 +300,13 @@ def test_every_dropout_drops(name: str) -> None:
         ours.linear1.bias.fill_(1.0)
         ours.linear2.weight.fill_(30.0)
     x = torch.zeros(100, 100, WIDTH)
-    call = ours if "Encoder" in name else lambda x: ours(x, x)
-    seen = ((1 - p) * call(x)).round()
+    seen = ((1 - p) * ours(*_given(name, x, x))).round()
     kept, both = 1 - p, (1 - p) ** 2  # the hidden layer is dropped inside and after
     expected = {0: p * (1 - both), 3: kept * (1 - both), 40: p * both, 43: kept * both}
     shares = {value: (seen == value).float().mean().item() for value in expected}
     assert shares == pytest.approx(expected, abs=0.02)
     ours.eval()
-    assert torch.equal(call(x), x + 33.0)
+    assert torch.equal(ours(*_given(name, x, x)), x + 33.0)
 
 
 # --- parts that must be called -------------------------------------------------------------------
@@ -319,7 +323,7 @@ def test_hooks_on_every_part(name: str, norm_first: bool) -> None:
             child.register_forward_hook(
                 lambda _, args, out, part=part, calls=calls: calls.update({part: (args, out)})
             )
-        module(x) if "Encoder" in name else module(x, x)
+        module(*_given(name, x, x))
         seen.append(calls)
     assert seen[0].keys() == seen[1].keys()
     for part, (args, out) in seen[0].items():
@@ -369,7 +373,7 @@ def test_dynamically_quantised(name: str) -> None:
         torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}).train() for m in _layer(name)
     ]
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    ours, theirs = (m(x) if "Encoder" in name else m(x, x) for m in pair)
+    ours, theirs = (m(*_given(name, x, x)) for m in pair)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -515,7 +519,7 @@ def test_compiles_whole(name: str, grad: bool) -> None:
     ours, _ = _layer(name)
     ours.train(grad)
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    inputs = (x,) if "Encoder" in name else (x, x)
+    inputs = _given(name, x, x)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(compiled(*inputs), ours(*inputs))
@@ -541,7 +545,7 @@ def test_autocast(name: str, device: str) -> None:
         with torch.autocast(device, torch.bfloat16):
             return module(*inputs)
 
-    inputs = [torch.randn(BATCH, n, WIDTH) for n in (LENGTH, MEMORY)][: 1 + ("Decoder" in name)]
+    inputs = _given(name, *(torch.randn(BATCH, n, WIDTH) for n in (LENGTH, MEMORY)))
     assert_module_close(ours, theirs, *inputs, call=call)
 
 
@@ -598,5 +602,5 @@ def test_on_every_backend(name: str, backend: str) -> None:
             return module(*inputs)
 
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    inputs = (x,) if "Encoder" in name else (x, torch.randn(BATCH, MEMORY, WIDTH))
+    inputs = _given(name, x, torch.randn(BATCH, MEMORY, WIDTH))
     assert_module_close(ours, theirs, *inputs, call=call, call_theirs=lambda m, *xs: m(*xs))
