@@ -164,7 +164,8 @@ def between_norms(module: torch.nn.Module) -> torch.nn.Module:
     model = torch.nn.Sequential(torch.nn.LayerNorm(8), module, torch.nn.LayerNorm(8))
     model[2].train(False)
     model[0].weight.grad = torch.full((8,), 3.0)
-    model[0].register_forward_hook(lambda *_: None)
+    model.seen = []  # by a hook, which no probe calls
+    model[0].register_forward_hook(lambda *_: model.seen.append(1))
     return model
 
 

@@ -193,37 +193,6 @@ def test_buffers_keep_their_values_where_they_are_masks() -> None:
         assert (found is None) is keeps
 
 
-def test_the_module_is_left_as_it_was() -> None:
-    module = Scale()
-    hooked: list[int] = []
-    module.drop.register_forward_hook(lambda *_: hooked.append(1))
-    module.weight.grad = torch.full((16,), 7.0)
-    module.eval()
-    state = torch.get_rng_state()
-    draw = Draw(torch.float32, torch.device("cpu"))
-    assert mismatch(module, Scale, Same, KNOWN, draw) is None
-    assert type(module) is Scale
-    assert not module.training and not module.drop.training
-    assert module.drop.p == 0.5
-    assert hooked == []
-    assert torch.equal(module.weight, torch.ones(16))
-    assert torch.equal(module.weight.grad, torch.full((16,), 7.0))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-class Random(Scale):
-    """Draws numbers that do not matter."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + 0 * torch.rand_like(x)
-
-
-def test_the_callers_random_numbers_are_left_as_they_were() -> None:
-    state = torch.get_rng_state()
-    assert disprove(Random) is None
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 class Linear(torch.nn.Linear):
     def __init__(self) -> None:
         super().__init__(16, 16)

@@ -85,15 +85,6 @@ def test_another_implementation_runs_the_original(device: str, used: list[int]) 
     assert f'already says attn_implementation="{NAME}"' in str(left["GptOssAttention"])
 
 
-def test_eager_that_the_user_chose_is_left_alone(device: str) -> None:
-    """Where the family has "sdpa", "eager" is somebody's wish."""
-    model = build("llama", device)
-    model.set_attn_implementation("eager")
-    left = {e.class_name: e.reason for e in fastattn.accelerate(model).left}
-    assert "attn_implementation='eager'" in str(left["LlamaAttention"])
-    assert 'model.set_attn_implementation("sdpa") before' in str(left["LlamaAttention"])
-
-
 def test_a_family_that_declares_nothing_is_left_alone(device: str) -> None:
     """Its layers may count on the weights, which every other implementation leaves out."""
     model = build("splinter", device)
