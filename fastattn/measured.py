@@ -178,9 +178,7 @@ AGAIN = "`fastattn tune` measures again"
 
 def path_of(name: str) -> Path | None:
     """The file of the GPU that torch names so, None where the user has no home."""
-    place = user_cache.folder(FOLDER)
-    digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-    return None if place is None else place / f"{digest}.json"
+    return user_cache.file(FOLDER, name)
 
 
 def write(name: str, rows: Mapping[Key, Faster]) -> Path:
