@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -213,15 +211,6 @@ def test_packed_sequences_attend_to_themselves(kwargs: dict[str, Any], causal: b
         call=lambda m, x: m(x, causal=causal, rotary=turns, packed=PackedSequences(starts, 5)),
         call_theirs=one_by_one,
     )
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_deepcopy_and_pickle(copied: Callable[[Attention], Attention]) -> None:
-    module = _attention(window=(2, 0), qk_norm="head")
-    twin, x = copied(module), torch.randn(BATCH, LENGTH, EMBED)
-    assert torch.equal(twin(x), module(x))
-    assert repr(twin) == repr(module)
-    assert "window=(2, 0), qk_norm='head'" in repr(module)
 
 
 @pytest.mark.parametrize(

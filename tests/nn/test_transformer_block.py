@@ -228,11 +228,13 @@ def test_autocast_keeps_float32_in_the_stream(device: str) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_deepcopy_and_pickle(copied: Callable[[TransformerBlock], TransformerBlock]) -> None:
-    block = _block(causal=True, softmax_scale=0.3)
+    options = {"norm": "rms_norm", "qk_norm": "head", "window": (2, 0), "gated": True}
+    block = _block(causal=True, softmax_scale=0.3, activation="relu", recompute=True, **options)
     twin = copied(block)
     x = torch.randn(2, LENGTH, EMBED)
     assert torch.equal(_sum(twin, x), _sum(block, x))
     assert repr(twin) == repr(block)
+    assert "window=(2, 0), qk_norm='head', softmax_scale=0.3" in repr(block)
 
 
 def test_parts_and_repr() -> None:
