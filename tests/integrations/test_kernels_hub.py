@@ -69,10 +69,7 @@ def kernelized(module: torch.nn.Module, layer: type[torch.nn.Module]) -> torch.n
 
 
 def random_(module: torch.nn.Module, device: str) -> torch.nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    return module.to(device).eval()
+    return tiny.random_(module).to(device).eval()
 
 
 def results(module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from integrations.tiny import classes, random_, swapped
 
 import fastattn
 from fastattn.integrations import torch_nn
@@ -17,13 +18,6 @@ from fastattn.nn import transformer
 from oracle import assert_close_to_reference
 
 WIDTH, HEADS, LENGTH = 16, 4, 6
-
-
-def random_(model: torch.nn.Module) -> torch.nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
 
 
 def results(
@@ -56,7 +50,7 @@ def assert_accelerates(
     """accelerate, hold the results to float64, and restore; returns accelerate's report."""
     reference = copy.deepcopy(model).double()
     exact, eager = results(reference, call, list(inputs)), results(model, call, list(inputs))
-    were = [type(module) for module in model.modules()]
+    were = classes(model)
     report = fastattn.accelerate(model)
     ours = results(model, call, list(inputs))
     assert ours.keys() == eager.keys()
@@ -64,14 +58,8 @@ def assert_accelerates(
         assert_close_to_reference(result, eager[name], exact[name], name=name)
     fastattn.verify(model)
     fastattn.restore(model)
-    assert [type(module) for module in model.modules()] == were
+    assert classes(model) == were
     return report
-
-
-def swapped(report: fastattn.integrations.Report) -> dict[str, int]:
-    """How many modules of each class."""
-    names = [entry.class_name for entry in report.swapped]
-    return {name: names.count(name) for name in names}
 
 
 # --- torch's transformer -------------------------------------------------------------------------
@@ -80,7 +68,7 @@ def swapped(report: fastattn.integrations.Report) -> dict[str, int]:
 def _transformer(**kwargs: Any) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # why there will be no nested tensors
-        return random_(torch.nn.Transformer(WIDTH, HEADS, 2, 2, 24, 0.0, **kwargs))
+        return random_(torch.nn.Transformer(WIDTH, HEADS, 2, 2, 24, 0.0, **kwargs), 0.3)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +168,7 @@ def test_a_wrong_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     "kwargs", [{}, {"batch_first": True, "bias": False}, {"kdim": 8, "vdim": 12}], ids=str
 )
 def test_attention(kwargs: dict) -> None:
-    module = random_(torch.nn.MultiheadAttention(WIDTH, HEADS, **kwargs))
+    module = random_(torch.nn.MultiheadAttention(WIDTH, HEADS, **kwargs), 0.3)
 
     def call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         return module(*inputs, need_weights=False)[0]

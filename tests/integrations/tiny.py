@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from fastattn.integrations import Entry, Report
 
 VOCABULARY = 97
 HIDDEN = 24  # of modules by themselves
@@ -99,6 +102,27 @@ def tokens(batch: int, seqlen: int, device: str = "cpu") -> torch.Tensor:
 def exact(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in float64."""
     return copy.deepcopy(model).double()
+
+
+def random_(model: torch.nn.Module, std: float = 1.0) -> torch.nn.Module:
+    """Weights that let no mistake hide behind ones and zeros."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    return model
+
+
+def names(entries: tuple[Entry, ...]) -> list[str]:
+    return [entry.name for entry in entries]
+
+
+def swapped(report: Report) -> Counter[str]:
+    """How many modules of each class."""
+    return Counter(entry.class_name for entry in report.swapped)
+
+
+def classes(model: torch.nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
 
 
 def fresh(module: torch.nn.Module, device: str) -> torch.nn.Module:
