@@ -177,3 +177,13 @@ def test_nested_tensors_are_left_to_torch(name: str, layout: torch.layout) -> No
         assert ((total == one) | (total == 3 * one)).all()
     with pytest.raises(ValueError, match="give a residual"):
         ours(x, dropout_p=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offset_norm_of_a_nested_tensor(dtype: torch.dtype) -> None:
+    norm = fastattn.nn.OffsetRMSNorm(8).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    rows = [torch.randn(n, 8, dtype=dtype) for n in (2, 5)]
+    for row, x in zip(norm(torch.nested.nested_tensor(rows, layout=torch.jagged)).unbind(), rows):
+        torch.testing.assert_close(row, norm(x))
