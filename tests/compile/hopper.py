@@ -64,6 +64,7 @@ BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 128, everything": {"window": (256, 64), "softcap": 30.0},  # and ALiBi, a sink
     "backward d 128, key lengths": {"causal": True},
     "backward d 128, packed": {"causal": True},
+    "backward d 128, any order": {"deterministic": False},
     "backward d 64, half": {},
     "backward d 128, half": {"causal": True},
 }

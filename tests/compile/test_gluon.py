@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import triton
-from compile import hopper, model, sass
+from compile import hopper, model, sass, turns
 from compile.test_sass import listing
 
 from fastattn import chips
@@ -120,6 +120,15 @@ def test_each_fault_is_found(name: str, change: dict[str, Any]) -> None:
     row = hopper.written()[max(hopper.written())]["rows"][name]
     assert not faults(name, row)
     assert len(faults(name, row | change)) == 1
+
+
+def test_the_time_of_turns() -> None:
+    """The document's table, and two programs of one head, each of four trips."""
+    assert turns.table() in hopper.DOCUMENT.read_text()
+    without = turns.ENDS + 4 * turns.TRIP + turns.READ
+    last = turns.WRITTEN + turns.SEEN + turns.READ + turns.WRITTEN
+    assert turns.clocks(256, 1, causal=False, turns=False) == without
+    assert turns.clocks(256, 1, causal=False, turns=True) == without + last
 
 
 # --- the reading ----------------------------------------------------------------------------------

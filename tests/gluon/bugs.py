@@ -105,7 +105,7 @@ BACKWARD = {
     "descriptor one key too long": ("tma.make_tensor_descriptor(v, [sk, D]", "tma.make_tensor_descriptor(v, [sk + 1, D]"),
 }  # fmt: skip
 
-# Of ops/attention/gluon/forward.py; the backward's are in tests/ops/attention.
+# Of ops/attention/gluon/forward.py.
 PACKAGE_FORWARD = {
     "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
     "V's slot not waited for": ("        mbarrier.wait(ring.v_empty.index(slot), phase)\n", ""),
@@ -128,6 +128,37 @@ PACKAGE_FORWARD = {
     "masked tiles end one early": ("gl.maximum(end - whole, 1)", "gl.maximum(end - whole - 1, 1)"),
     "sink not scaled": ("total = total * gl.exp2(top - new_top) + gl.sum(e, 1)", "total = total + gl.sum(e, 1)"),
     "wrong head of K and V": ("head // group", "head % group"),
+}  # fmt: skip
+
+# Of ops/attention/gluon/backward.py.
+PACKAGE_BACKWARD = {
+    "no turns": ("            while gl.atomic_add(semaphore, 0, sem=\"acquire\", scope=\"gpu\") != before:\n                pass\n", ""),
+    "turn not acquired": ('sem="acquire"', 'sem="relaxed"'),
+    "turn not released": ('sem="release"', 'sem="relaxed"'),
+    "turn given too early": ("            tma.store_wait(0, read_only=False)\n", ""),
+    "turn never given": ('            gl.atomic_add(semaphore, 1, sem="release", scope="gpu")\n', ""),
+    "turns of higher programs": ("before = place.tile ", "before = 2 - place.tile "),
+    "turns of programs that the window excludes": ("            if kind.LEFT:\n                before -=", "            if False:\n                before -="),
+    "dQ freed too early": ("        tma.store_wait(0)\n        mbarrier.arrive(exchange.dq_empty, count=1)\n", "        mbarrier.arrive(exchange.dq_empty, count=1)\n"),
+    "dQ without a fence": ("store(dq)\n    fence_async_shared()\n", "store(dq)\n"),
+    "both halves of dQ added to the first": ("column = half * (kind.D // 2)", "column = 0"),
+    "dS without a fence": ("store(ds)\n    fence_async_shared()\n", "store(ds)\n"),
+    "dS not waited for": ("    mbarrier.wait(exchange.ds_full, turn)\n", ""),
+    "dS freed too early": ("    dq = warpgroup_mma_wait(0, [dq])\n    mbarrier.arrive(exchange.ds_empty, count=1)\n", "    mbarrier.arrive(exchange.ds_empty, count=1)\n    dq = warpgroup_mma_wait(0, [dq])\n"),
+    "queries freed too early": ("    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n    mbarrier.arrive(ring.empty.index(slot), count=1)\n", "    mbarrier.arrive(ring.empty.index(slot), count=1)\n    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n"),
+    "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
+    "dO not waited for": ("    mbarrier.wait(ring.dout_full.index(slot), phase)\n    if not", "    if not"),
+    "queries of the group's first head": ("        head = place.head + member\n        query", "        head = place.head\n        query"),
+    "ring reused too early": ("    mbarrier.wait(exchange.ds_empty, slot ^ 1)  # no product reads the ring any more\n", ""),
+    "dK without the scale": ("    dk *= gradients.scale\n", ""),
+    "dK without a fence": ("        fence_async_shared()\n        tma.async_store", "        tma.async_store"),
+    "dK not waited for": ("dv4)\n        tma.store_wait(0)\n", "dv4)\n"),
+    "keys not cleared": ("        if keys < 64:", "        if keys < 0:"),
+    "queries not cleared": ("if n < place.ragged:", "if n < 0:"),
+    "keys cleared without a fence": ("kind.D)\n            fence_async_shared()\n", "kind.D)\n"),
+    "queries cleared without a fence": ("    fence_async_shared()  # before the products read them\n", ""),
+    "half of the queries cleared": ("    mbarrier.wait(ring.clean, n & 1)\n", ""),
+    "dV beyond the sequence": ("x.dv_ptr, token, place.keys - key,", "x.dv_ptr, token, 64,"),
 }  # fmt: skip
 
 # Of ops/common/gluon_products.py.

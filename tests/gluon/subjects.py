@@ -145,7 +145,7 @@ ALL = {
     "attention backward": Subject(
         package.ROOM / "backward.py",
         package.run_backward,
-        {},
+        bugs.PACKAGE_BACKWARD,
         len(package.BACKWARDS),
     ),
     "products": Subject(

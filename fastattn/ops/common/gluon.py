@@ -178,6 +178,14 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if reads(x) else x.clone(memory_format=torch.contiguous_format)
 
 
+def descriptor_or_copy(x: torch.Tensor, box: Sequence[int]) -> TensorDescriptor:
+    """`descriptor` of `x`, or of a copy where none can be made of `x` itself."""
+    try:
+        return descriptor(x, box)
+    except door.CannotRun:
+        return descriptor(x.clone(memory_format=torch.contiguous_format), box)
+
+
 class _Kept(NamedTuple):
     """The launches that agree in all but their addresses."""
 

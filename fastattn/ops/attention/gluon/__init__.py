@@ -3,8 +3,8 @@
 The forward (`forward.py`): float16 and bfloat16, head_dim up to 256 in steps of 8, v's of its own,
 causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences.
 
-The backward (`backward.py`): all of that up to head_dim 128, with equal bits in every run. That of
-another call is the first other kernel's that can run it.
+The backward (`backward.py`): all of that up to head_dim 128, with equal bits in every run but with
+`deterministic=False`. That of another call is the first other kernel's that can run it.
 """
 
 from __future__ import annotations
