@@ -175,7 +175,12 @@ def row(name: str) -> dict[str, Any]:
         "registers": registers,
         "spilled bytes": spills,
         "shared": compiled.metadata.shared,
-        **read(sass.instructions(text), consumers, _copied(name), turns=name in FORWARD),
+        **read(
+            sass.instructions(text),
+            consumers,
+            *_copied(name, constants),
+            turns=name in FORWARD,
+        ),
     }
 
 
@@ -185,7 +190,8 @@ def _tile(name: str, constants: dict[str, Any]) -> str:
         from fastattn.ops.common import gluon_products as ffn
 
         sides = ffn.CONSUMERS.value * ffn.ROWS.value, 2 * ffn.HALF.value
-        return f"{sides[0]} x {sides[1]}, {ffn.STAGES.value} stages"
+        cluster = ", two programs" if constants["num_ctas"] == 2 else ""
+        return f"{sides[0]} x {sides[1]}, {ffn.STAGES.value} stages{cluster}"
     if "BN" in constants:  # the forward
         sides = constants["CONSUMERS"] * constants["BM"], constants["BN"]
     else:
@@ -195,25 +201,30 @@ def _tile(name: str, constants: dict[str, Any]) -> str:
     return f"{sides[0]} x {sides[1]}, {constants['STAGES']} stages"
 
 
-def _copied(name: str) -> float:
-    """Bytes that are copied for a trip of one consumer, where they bound it."""
+def _copied(name: str, constants: dict[str, Any]) -> tuple[float, float]:
+    """Bytes that are copied for a trip of one consumer, where they bound it; those for a cluster."""
     if name not in PRODUCTS:
-        return 0.0
+        return 0.0, 0.0
     from fastattn.ops.common import gluon_products as ffn
 
-    lines = ffn.CONSUMERS.value * ffn.ROWS.value + 2 * ffn.HALF.value
-    return 2 * ffn.TERMS.value * lines / ffn.CONSUMERS.value
+    line = 2 * ffn.TERMS.value / ffn.CONSUMERS.value
+    left, right = (line * n for n in (ffn.CONSUMERS.value * ffn.ROWS.value, 2 * ffn.HALF.value))
+    return left + right, right if constants["num_ctas"] == 2 else 0.0
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 def read(
-    code: sass.Code, consumers: int = 2, copied: float = 0.0, turns: bool = False
+    code: sass.Code,
+    consumers: int = 2,
+    copied: float = 0.0,
+    multicast: float = 0.0,
+    turns: bool = False,
 ) -> dict[str, Any]:
     """Of a kernel with so many consumers, which multiply in turn or as they come.
 
-    `copied`: bytes for a trip of one of them.
+    `copied`: bytes for a trip of one of them; `multicast`: those of them that two blocks share.
 
     A trip is the loop's without a mask; "loops" are those of all consumers with products, masked or
     not: the most accesses of the stack that one of them has. "groups" are the wgmmas that a trip
@@ -225,7 +236,7 @@ def read(
     chip = model.CHIPS[ARCHITECTURE]
     trip = sass.trip(sass.main_loop(code))
     with_products = [x for x in map(sass.trip, sass.loops(code)) if any(map(sass.wgmma, x))]
-    bound = model.bound(trip, chip, copied)
+    bound = model.bound(trip, chip, copied, multicast)
     low, high = model.estimate(trip, chip, blocks=consumers, warps=1, turns=turns)
     return {
         "registers of the loop": max(map(_highest, trip)) + 1,

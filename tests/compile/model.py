@@ -90,8 +90,11 @@ class Bound(NamedTuple):
         return self.ideal / self.busy[self.longest]
 
 
-def bound(trip: Code, chip: Chip, copied: float = 0.0) -> Bound:
-    """Of a trip; `copied`: bytes that TMA brings for it, which another warp issues."""
+def bound(trip: Code, chip: Chip, copied: float = 0.0, multicast: float = 0.0) -> Bound:
+    """Of a trip; `copied`: bytes that TMA brings for it, which another warp issues.
+
+    `multicast`: bytes of them that the L2 gives once for two blocks of a cluster, half for each.
+    """
     kinds = Counter(sass.kind(x.opcode) for x in trip)
     tensor = shared = 0.0
     for x in trip:
@@ -113,7 +116,7 @@ def bound(trip: Code, chip: Chip, copied: float = 0.0) -> Bound:
         "shared memory": (4 * shared + copied) / SHARED_RATE,  # of the four quarters
     }
     if copied:
-        busy["L2"] = copied / chip.l2
+        busy["L2"] = (copied - multicast / 2) / chip.l2
     return Bound(len(trip), (len(trip) - kinds["mma"]) / ideal, kinds["local"], ideal, busy)
 
 

@@ -152,6 +152,16 @@ PRODUCTS = {
     "added terms not multiplied": ("trips += walk.more", "trips += 0"),
     "added terms of the first operands": ("fill(more, walk.more,", "fill(operands, walk.more,"),
     "left operand not turned": ("WHICH), not kind.LEFT)", "WHICH), kind.LEFT)"),
+    # Clusters.
+    "copies do not wait for the other program": ("            mbarrier.wait(ring.shared.index(slot), phase)\n", "            pass\n"),
+    "the other program's consumers are not waited for": ("batch=STAGES, two_ctas=True", "batch=STAGES"),
+    "two of the consumers wait for the other program": ("count=CONSUMERS)  # of each program", "count=2)"),
+    "no release to the other program": ("            mbarrier.arrive(ring.shared.index(slot), count=1)\n", "            pass\n"),
+    "a release to the other program in slot 0": ("mbarrier.arrive(ring.shared.index(slot), count=1)", "mbarrier.arrive(ring.shared.index(0), count=1)"),
+    "the other program ends before the last arrival": ("        gl.barrier(cluster=True)\n", "        pass\n"),
+    "left operand for both programs": ("full, into, kind.LEFT, False)", "full, into, kind.LEFT, True)"),
+    "consumers' rows of one program": ("row + c * ROWS * gl.num_ctas()", "row + c * ROWS"),
+    "rows of tiles of one program": ("(CONSUMERS * ROWS * gl.num_ctas())", "(CONSUMERS * ROWS)"),
 }  # fmt: skip
 # Of ops/ffn/gluon/forward.py.
 PACKAGE_FFN = {
@@ -160,7 +170,7 @@ PACKAGE_FFN = {
     "activation of the wrong one": ("put_hidden(gate_pre, pre,", "put_hidden(pre, gate_pre,"),
     "the last store not waited for": ("mine, do)\n    tma.store_wait(0)\n", "mine, do)\n"),
     "pre of the gate stored over the other": ("put(gate_pre, results.gate_pre,", "put(gate_pre, results.pre,"),
-    "rows of the first consumer": ("row + WHICH * ROWS", "row"),
+    "rows of the first consumer": ("row += WHICH * ROWS", "row += 0"),
 }  # fmt: skip
 # Of ops/ffn/gluon/backward.py.
 PACKAGE_FFN_BACKWARD = {

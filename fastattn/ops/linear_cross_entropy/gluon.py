@@ -25,7 +25,6 @@ from fastattn import measured
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common import gluon_products as products
 from fastattn.ops.common.gluon_products import (
-    ACCUMULATOR,
     HALF,
     REGISTERS,
     REGISTERS_OF_PRODUCER,
@@ -33,8 +32,10 @@ from fastattn.ops.common.gluon_products import (
     Kind,
     Operands,
     Walk,
+    accumulator,
     biased,
     corner,
+    leave,
     make_ring,
     multiply,
     produce,
@@ -110,7 +111,7 @@ def state(acc, target, column, given, BIASED: gl.constexpr):
     logits = biased(acc, given.bias, column, given.classes, BIASED)
     if given.logit_scale is not None:
         logits *= given.logit_scale
-    columns = (column + gl.arange(0, HALF, gl.SliceLayout(0, ACCUMULATOR)))[None, :]
+    columns = (column + gl.arange(0, HALF, gl.SliceLayout(0, accumulator(gl.num_ctas()))))[None, :]
     picked = gl.sum(gl.where(columns == target[:, None], logits, 0.0), 1)
     logits = gl.where(columns < given.classes, logits, -float("inf"))
     m = gl.max(logits, 1)
@@ -121,7 +122,8 @@ def state(acc, target, column, given, BIASED: gl.constexpr):
 @gluon.jit
 def finish(first, second, row, column, given, BIASED: gl.constexpr):
     """Store the part of a consumer's rows; parts are of tiles of classes, one below the other."""
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, ACCUMULATOR))
+    layout: gl.constexpr = gl.SliceLayout(1, accumulator(gl.num_ctas()))
+    rows = row + gl.arange(0, ROWS * gl.num_ctas(), layout)
     present = rows < given.rows
     target = gl.load(given.targets + rows, mask=present, other=-1).to(gl.int32)
     m, total, picked = state(first, target, column, given, BIASED)
@@ -142,8 +144,9 @@ def consume(given, walk, ring, kind: gl.constexpr, BIASED: gl.constexpr, WHICH: 
     phase = slot
     for tile in range(gl.program_id(0), walk.rows * walk.columns, gl.num_programs(0)):
         row, column = corner(tile, walk, kind)
+        row += WHICH * ROWS * gl.num_ctas()
         first, second, slot, phase = multiply(walk, ring, slot, phase, kind, WHICH)
-        finish(first, second, row + WHICH * ROWS, column, given, BIASED)
+        finish(first, second, row, column, given, BIASED)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -178,6 +181,7 @@ def linear_loss_forward(
         [4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS_OF_PRODUCER],
     )
+    leave()
 
 
 def launch_forward(
@@ -189,18 +193,19 @@ def launch_forward(
 ) -> torch.Tensor:
     """The parts (3, tiles of classes, rows)."""
     classes = weight.shape[0]
-    x_desc, x_lies = products.operand(rows, ROWS.value)
-    weight_desc, weight_lies = products.operand(weight, HALF.value)
-    tiles = products.tiles(len(rows), classes)
+    cluster = products.programs(len(rows), classes, rows.device)
+    x_desc, x_lies = products.operand(rows, ROWS.value, cluster=cluster)
+    weight_desc, weight_lies = products.operand(weight, HALF.value, cluster=cluster)
+    tiles = products.tiles(len(rows), classes, cluster=cluster)
     parts = rows.new_empty((3, tiles[1], len(rows)), dtype=torch.float32)
     kernels.launch(
         linear_loss_forward,
-        products.grid(*tiles, rows.device),
+        products.grid(*tiles, rows.device, cluster),
         parts,
         parts if bias is None else bias.contiguous(),  # no kernel reads the stand-in
         targets, x_desc, weight_desc, *tiles, len(rows), classes,
         products.trips(rows.shape[1]), None if logit_scale == 1.0 else float(logit_scale),
-        X=x_lies, WEIGHT=weight_lies, BIASED=bias is not None,
+        X=x_lies, WEIGHT=weight_lies, BIASED=bias is not None, num_ctas=cluster,
     )  # fmt: skip
     return parts
 
