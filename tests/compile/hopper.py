@@ -169,6 +169,7 @@ def row(name: str) -> dict[str, Any]:
         compiled, text = offline.machine_code(ARCHITECTURE, *source)
     registers, spills = offline.resources(text)
     consumers = constants.get("CONSUMERS", 3 if name in PRODUCTS else 2)
+    code = sass.instructions(text)
     return {
         "tile": _tile(name, constants),
         "consumers": consumers,
@@ -176,11 +177,12 @@ def row(name: str) -> dict[str, Any]:
         "spilled bytes": spills,
         "shared": compiled.metadata.shared,
         **read(
-            sass.instructions(text),
+            code,
             consumers,
             *_copied(name, constants),
             turns=name in FORWARD,
         ),
+        **({"cluster": _cluster(code)} if constants.get("num_ctas", 1) > 1 else {}),
     }
 
 
@@ -265,6 +267,16 @@ def _highest(x: sass.Instruction) -> int:
 
 def _count(code: sass.Code, opcode: str) -> int:
     return sum(x.opcode.startswith(opcode) for x in code)
+
+
+def _cluster(code: sass.Code) -> dict[str, int]:
+    """Instructions that reach the other program of a cluster."""
+    kinds = {
+        "multicasts": "UTMALDG.2D.MULTICAST",
+        "arrivals": "SYNCS.ARRIVE.TRANS64.RED",  # at a barrier whose program an address names
+        "barriers": "UCGABAR_WAIT",
+    }
+    return {name: _count(code, opcode) for name, opcode in kinds.items()}
 
 
 def _stores(code: sass.Code) -> dict[str, int]:
