@@ -183,6 +183,7 @@ def row(name: str) -> dict[str, Any]:
             turns=name in FORWARD,
         ),
         **({"cluster": _cluster(code)} if constants.get("num_ctas", 1) > 1 else {}),
+        **({"end": _end(code, _copied(name, constants))} if name in PRODUCTS else {}),
     }
 
 
@@ -279,6 +280,24 @@ def _cluster(code: sass.Code) -> dict[str, int]:
     return {name: _count(code, opcode) for name, opcode in kinds.items()}
 
 
+def _end(code: sass.Code, copied: tuple[float, float]) -> dict[str, Any]:
+    """Of a tile: what a consumer's loop over tiles has beside a trip; what it costs, by the model.
+
+    The end takes as many clocks as it has instructions, at least: one a clock, of a warp that has
+    its quarter of the multiprocessor for itself.
+    """
+    from compile import model
+
+    trip = sass.trip(sass.main_loop(code))
+    loops = (len(x) for x in sass.loops(code) if any(map(sass.wgmma, x)))
+    end = min(n for n in loops if n > 1.5 * len(trip)) - len(trip)
+    bound = model.bound(trip, model.CHIPS[ARCHITECTURE], *copied)
+    copy = model.CONSUMERS * bound.busy["L2"]
+    product = max(x for unit, x in bound.busy.items() if unit != "L2")
+    shares = (model.with_ends(n, product, copy, end, bound.ideal) for n in (16, 64))
+    return {"instructions": end, "shares": [f"{x:.0%}" for x in shares]}
+
+
 def _stores(code: sass.Code) -> dict[str, int]:
     """Stores to global memory by width: bytes of a thread, or "TMA"."""
     found: dict[str, int] = {}
@@ -328,6 +347,13 @@ def table(rows: dict[str, Any]) -> str:
                 f"| {name} | {x['tile']} | {x['registers of the loop']} | {x['trip']} | {spills} "
                 f"| {x['bound']} | {x['estimate']} |"
             )
+        lines += [
+            "\n| kernel | instructions of a tile's end | share of 1024 terms | of 4096 terms |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name, x in by["rows"].items():
+            if end := x.get("end"):
+                lines.append(f"| {name} | {end['instructions']} | {' | '.join(end['shares'])} |")
         parts.append("\n".join(lines))
     peers = json.loads(PEERS.read_text())["peers"]
     lines = [
