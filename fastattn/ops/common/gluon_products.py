@@ -54,10 +54,9 @@ REGISTERS_OF_PRODUCER = gl.constexpr(24)
 @gluon.constexpr_function
 def accumulator(programs, columns=128):
     """The layout of a consumer's rows: 64 in each program of a cluster."""
-    parts = [3, 0], [4, 1], [16, columns, 16]
     if programs == 1:
-        return gl.NVMMADistributedLayout(*parts)
-    return gl.NVMMADistributedLayout(*parts, cga_layout=[[1, 0]])
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16], cga_layout=[[1, 0]])
 
 
 ACCUMULATOR = gl.constexpr(accumulator(1))

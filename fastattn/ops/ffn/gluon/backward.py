@@ -56,10 +56,9 @@ STRIP = gl.constexpr(64)  # columns that a tile's end treats at once, for want o
 @gluon.constexpr_function
 def sums_layout(programs):
     """Of 64 sums of each program of a cluster."""
-    parts = [1, 1], [1, 32], [1, 4], [1, 0]
     if programs == 1:
-        return gl.BlockedLayout(*parts)
-    return gl.BlockedLayout(*parts, cga_layout=[[1, 0]])
+        return gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    return gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0], cga_layout=[[1, 0]])
 
 
 class Results(NamedTuple):
