@@ -42,7 +42,7 @@ from fastattn.ops.common import launch
 from fastattn.ops.common.gluon import mbarrier, tma
 
 CONSUMERS = gl.constexpr(3)
-ROWS = gl.constexpr(64)  # of a consumer
+ROWS = gl.constexpr(64)  # of a consumer, in each program of a cluster
 HALF = gl.constexpr(128)  # columns of each of its two accumulators, 64 registers of a thread
 TERMS = gl.constexpr(64)  # of the sums in a stage; 128 bytes, a row of the swizzle
 STAGES = gl.constexpr(3)  # 168 KB; results on their way out have 48 KB
@@ -57,9 +57,6 @@ def accumulator(programs, columns=128):
     if programs == 1:
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16], cga_layout=[[1, 0]])
-
-
-ACCUMULATOR = gl.constexpr(accumulator(1))
 
 
 class Kind(NamedTuple):
