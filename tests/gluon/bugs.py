@@ -178,3 +178,43 @@ PACKAGE_FFN_BACKWARD = {
     "barriers initialised after the fence": ("    for i in gl.static_range(2 * CONSUMERS):\n        mbarrier.init(ready.index(i), count=1)\n    ring = make_ring(operands)  # whose fence is after these barriers too\n", "    ring = make_ring(operands)  # whose fence is after these barriers too\n    for i in gl.static_range(2 * CONSUMERS):\n        mbarrier.init(ready.index(i), count=1)\n"),
     "derivative of the other matrix": ("(dhidden * pre * derivative)", "(dhidden * gate_pre * derivative)"),
 }  # fmt: skip
+# Of ops/linear_cross_entropy/gluon/forward.py.
+PACKAGE_LOSS = {
+    "rows of the first consumer": ("row + WHICH * ROWS, column, parts", "row, column, parts"),
+    "second half has the first half's classes": ("add_strip(left, target, column + HALF, found", "add_strip(left, target, column, found"),
+    "strips change places": ("add_strip(left, target, column, found, given)\n    found = add_strip(right, target, column + STRIP,", "add_strip(right, target, column, found, given)\n    found = add_strip(left, target, column + STRIP,"),
+    "classes beyond the last": ('    s = gl.where(there, s, -float("inf"))\n', ""),
+    "sum by the old maximum": ("found.total * gl.exp2((found.m - base(m)) * LOG2_E)", "found.total"),
+    "maximum of the last strip": ("gl.maximum(found.m, gl.max(s, 1))", "gl.max(s, 1)"),
+    "target's score of the last strip": ("s, 0.0), 1) + found.picked", "s, 0.0), 1)"),
+    "smoothing by the old maximum": ("        smooth += seen * (base(found.m) - base(m))\n", ""),
+    "weights of the last strip": ("seen += gl.sum(w, 0)", "seen = found.total * 0.0 + gl.sum(w, 0)"),
+    "classes beyond the last smoothed": ("gl.where(there, s * w[None, :], 0.0)", "s * w[None, :]"),
+    "parts of half a tile": ("(column // (2 * HALF))", "(column // HALF)"),
+    "parts without the last tile": ("gl.cdiv(given.classes, 2 * HALF)", "(given.classes // (2 * HALF))"),
+    "a row too many stored": ("gl.store(at, found.m, mask=present)", "gl.store(at, found.m, mask=rows <= given.rows)"),
+    "a row too many read": ("given.targets + rows, mask=present, other=-1", "given.targets + rows, mask=rows <= given.rows, other=-1"),
+    "weights stored over their sums": ("at + 4 * step", "at + 3 * step"),
+}  # fmt: skip
+# Of ops/linear_cross_entropy/gluon/backward.py.
+PACKAGE_LOSS_BACKWARD = {
+    "rows of the first consumer": ("        row += WHICH * ROWS\n", ""),
+    "second half over the first": ("finish(second, row, column + HALF,", "finish(second, row, column,"),
+    "second strip over the first": ("    column += STRIP\n", ""),
+    "the last store not waited for": ("mine)\n    tma.store_wait(0)\n", "mine)\n"),
+    "all consumers share a tile": ("mine = smem.index(WHICH)", "mine = smem.index(0)"),
+    "gradients of rows that are ignored": ("gl.where(line.counts[:, None], ds, 0.0)", "ds"),
+    "T where m lies": ("upstream.statistics + given.rows + rows", "upstream.statistics + rows"),
+    "a row too many read": ("given.rows + rows, mask=present, other=1.0", "given.rows + rows, mask=rows <= given.rows, other=1.0"),
+    "target not subtracted": ("    ds -= gl.where(columns[None, :] == line.target[:, None], line.hit[:, None], 0.0)\n", ""),
+    "weight of the target left out": ("        hit *= gl.load(given.class_weight + target, mask=target >= 0, other=0.0)\n", "        pass\n"),
+    "weight of no class": ("mask=target >= 0, other", "mask=target >= -1, other"),
+    "smoothing not subtracted": ("        ds -= line.smooth[:, None] * smoothing_weights(columns, given)[None, :]\n", "        pass\n"),
+    "smoothing by the number of classes": ("rule.share * gl.load(upstream.all_weight)", "rule.share * given.classes"),
+    "smoothing without the upstream gradient": ("smooth = scale * rule.share", "smooth = hit * 0.0 + rule.share"),
+    "cap's slope left out": ("        ds *= slope\n", "        pass\n"),
+    "z_loss of the maximum": ("(m + gl.log(total))", "m"),
+    "scale left out": ("        scale *= rule.logit_scale\n", "        pass\n"),
+    "upstream gradient left out": ("every * scale / total", "every / total"),
+    "not divided by T": ("every * scale / total", "every * scale"),
+}  # fmt: skip
