@@ -64,24 +64,21 @@ def _forward(x, weight, bias, targets, class_weight, summed, keep, *rest):  # ty
     return _forward(*tensors, summed, keep, *settings, name, forced)
 
 
-def _families(problem: LinearLossProblem, needs: Sequence[bool]) -> list[LinearLossProblem]:
-    """The calls of one number whose gradients these are."""
+def _families(problem: LinearLossProblem, keep: Sequence[bool]) -> list[LinearLossProblem]:
+    """The calls of one number whose gradients the forward makes."""
     options = problem.options._replace(reduction="sum")
-    return [
-        dataclasses.replace(problem, options=options, needs=tuple(needs), needs_grad=any(needs))
-    ]
+    return [_needing(dataclasses.replace(problem, options=options), *keep)]
 
 
 def _families_of_losses(problem: LinearLossProblem) -> list[LinearLossProblem]:
     """The calls that the same forward runs; the operator does not know which of them it is."""
-    return [
-        *_families(problem, (False,) * 3),
-        *(
-            dataclasses.replace(problem, needs=needs, needs_grad=any(needs))
-            for needs in itertools.product((False, True), repeat=3)
-            if problem.has_bias or not needs[2]
-        ),
-    ]
+    every = itertools.product((False, True), (False, True), {False, problem.has_bias})
+    return [*_families(problem, (False,) * 3), *(_needing(problem, *needs) for needs in every)]
+
+
+def _needing(problem: LinearLossProblem, x: bool, weight: bool, bias: bool) -> LinearLossProblem:
+    needs = x, weight, bias
+    return dataclasses.replace(problem, needs=needs, needs_grad=any(needs))
 
 
 def _forward_fake(x, weight, bias, targets, class_weight, summed, keep, *rest):  # type: ignore[no-untyped-def]
@@ -160,7 +157,7 @@ def _backward(  # type: ignore[no-untyped-def]
         gradients = kernel.kernel_backward(dlosses, *tensors, known, options, needs)
     except Exception as error:
         problem = _problem(*tensors, settings)
-        families = [dataclasses.replace(problem, needs=tuple(needs), needs_grad=True)]
+        families = [_needing(problem, *needs)]
         name = backends.name_of(BACKENDS, kernel)
         name = recovery.next_kernel(error, BACKENDS, name, forced, problem, families, backward=True)
     else:

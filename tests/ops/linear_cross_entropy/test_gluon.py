@@ -69,6 +69,10 @@ def test_any_strides(backend: str, device: str) -> None:
     ):
         given = {"x": x, "weight": weight, "bias": bias} | change
         assert torch.equal(case.ours(backend)(**given), expected)
+        explanation = explanation_of(
+            fastattn.linear_cross_entropy, **given, targets=case.others()[0], backend=backend
+        )
+        laws.copies_are_told(explanation, case.ours(backend), **given)
 
 
 @pytest.mark.parametrize("backend", ("gluon",))
