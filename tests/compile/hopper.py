@@ -76,6 +76,9 @@ PRODUCTS = (
     "ffn input gradient, gated",
     "ffn weight gradient",
     "loss forward",  # of linear_cross_entropy
+    "loss forward, everything",  # all its options
+    "loss backward",
+    "loss backward, everything",
 )
 NAMES = [*FORWARD, *BACKWARD, *PRODUCTS]
 
@@ -85,9 +88,11 @@ def _calls_of_products(name: str) -> list[tuple[dict[str, Any], Callable[[], Any
     import torch
 
     from fastattn.ops.common.gluon_products import product
+    from fastattn.ops.cross_entropy.problem import IGNORED, Options
     from fastattn.ops.ffn.gluon.backward import derivative
     from fastattn.ops.ffn.gluon.forward import first_product
-    from fastattn.ops.linear_cross_entropy.gluon import launch_forward
+    from fastattn.ops.linear_cross_entropy.gluon.backward import launch_gradient
+    from fastattn.ops.linear_cross_entropy.gluon.forward import launch_forward
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
@@ -98,6 +103,12 @@ def _calls_of_products(name: str) -> list[tuple[dict[str, Any], Callable[[], Any
     pre = empty(2, 4096, 4096) if gated else hidden
     gate = into if gated else None
     wide, narrow = empty(4096), empty(1024)
+    row = wide.float()
+    options = Options(IGNORED, 0.0, 0.0, 1.0, 0.0, "none")
+    class_weight = all_weight = None
+    if name.endswith("everything"):
+        options = Options(IGNORED, 0.1, 1e-4, 0.5, 30.0, "none")
+        class_weight, all_weight = row, row[0]
     run: dict[str, Callable[[], Any]] = {
         "up": lambda: first_product(
             x, into, wide, gate, None, hidden, pre, "silu" if gated else "gelu_tanh"
@@ -108,7 +119,19 @@ def _calls_of_products(name: str) -> list[tuple[dict[str, Any], Callable[[], Any
         ),
         "input": lambda: product(x, hidden, into.t(), more=(hidden, into.t())),
         "weight": lambda: product(into.t(), hidden.t(), x),
-        "forward": lambda: launch_forward(x, into.t(), wide, wide.long(), 1.0),
+        "forward": lambda: launch_forward(x, into.t(), wide, row.long(), class_weight, options),
+        "backward": lambda: launch_gradient(
+            hidden,
+            row,
+            x,
+            into.t(),
+            wide,
+            row.long(),
+            class_weight,
+            all_weight,
+            torch.stack([row, row]),
+            options,
+        ),
     }
     return [({"name": name}, run[re.split(r"\W", name)[1]])]
 

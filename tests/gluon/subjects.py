@@ -160,6 +160,15 @@ ALL = {
         bugs.PACKAGE_FFN_BACKWARD,
         len(package.DERIVATIVES),
     ),
+    "loss forward": Subject(
+        package.LOSS / "forward.py", package.run_loss, bugs.PACKAGE_LOSS, len(package.LOSSES)
+    ),
+    "loss backward": Subject(
+        package.LOSS / "backward.py",
+        package.run_loss_backward,
+        bugs.PACKAGE_LOSS_BACKWARD,
+        len(package.LOSSES),
+    ),
 }
 # Without those that add by TMA where the installed Triton cannot.
 SUBJECTS = {

@@ -44,6 +44,7 @@ from fastattn.ops.common.gluon import mbarrier, tma
 CONSUMERS = gl.constexpr(3)
 ROWS = gl.constexpr(64)  # of a consumer, in each program of a cluster
 HALF = gl.constexpr(128)  # columns of each of its two accumulators, 64 registers of a thread
+STRIP = gl.constexpr(64)  # columns that a long end treats at once, for want of registers
 TERMS = gl.constexpr(64)  # of the sums in a stage; 128 bytes, a row of the swizzle
 STAGES = gl.constexpr(3)  # 168 KB; results on their way out have 48 KB
 GROUP = gl.constexpr(8)  # rows of tiles that are walked through together, column by column
@@ -233,6 +234,16 @@ def multiply(walk, ring, slot, phase, kind: gl.constexpr, WHICH: gl.constexpr):
 
 
 # --- the end of a tile ----------------------------------------------------------------------------
+
+
+@gluon.jit
+def strips(half):
+    """The left and the right strip of an accumulator: other names of its registers."""
+    shape: gl.constexpr = (ROWS * gl.num_ctas(), 2, STRIP)
+    layout: gl.constexpr = accumulator(gl.num_ctas(), STRIP)
+    left, right = gl.split(half.reshape(shape).permute((0, 2, 1)))
+    left = gl.convert_layout(left, layout, assert_trivial=True)
+    return left, gl.convert_layout(right, layout, assert_trivial=True)
 
 
 @gluon.jit

@@ -100,10 +100,15 @@ def _call(
 
 
 def _named(loss: torch.Tensor, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A sum is made a mean, in the dtype of x: plain PyTorch's error of one number is chance."""
-    return (
-        {"losses": loss} if loss.dim() else {"mean": (loss / len(given["x"])).to(given["x"].dtype)}
-    )
+    """A sum gets the value of a mean, in the dtype of x, and keeps its gradients.
+
+    Plain PyTorch's error of one number is chance. Gradients of a mean would be lost in the rounding
+    of its value.
+    """
+    if loss.dim():
+        return {"losses": loss}
+    value = loss.detach()
+    return {"mean": (value / len(given["x"]) + (loss - value)).to(given["x"].dtype)}
 
 
 PROOF = proving.Proof(family, inputs, kernel, formula)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops import laws
 from ops.ffn.cases import ACTIVATIONS, Case, check, output_and_gradients
 
 import fastattn
@@ -143,6 +144,11 @@ def test_any_strides(layout: str, gluon_seed: Seed, device: str) -> None:
         ):
             assert torch.equal(view, matrix)
             assert torch.equal(case.ours("gluon")(**inputs | {name: view}), expected)
+            explanation = explanation_of(
+                fastattn.ffn, **{"b1": None, "b2": None, **inputs, name: view},
+                layout=layout, backend="gluon",
+            )  # fmt: skip
+            laws.copies_are_told(explanation, case.ours("gluon"), **inputs | {name: view})
         repeated = matrix[:1].expand(rows, cols)
         assert repeated.stride(0) == 0
         forward(case, inputs | {name: repeated})

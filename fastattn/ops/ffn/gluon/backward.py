@@ -34,6 +34,7 @@ from fastattn.ops.common.gluon_products import (
     REGISTERS,
     REGISTERS_OF_PRODUCER,
     ROWS,
+    STRIP,
     Kind,
     Operands,
     Walk,
@@ -45,12 +46,11 @@ from fastattn.ops.common.gluon_products import (
     multiply,
     produce,
     put,
+    strips,
 )
 from fastattn.ops.common.matrices import as_rows, columns, gradient_like
 from fastattn.ops.ffn.gluon.activations import activation_and_derivative
 from fastattn.ops.ffn.gluon.forward import empty_pre, first_product
-
-STRIP = gl.constexpr(64)  # columns that a tile's end treats at once, for want of registers
 
 
 @gluon.constexpr_function
@@ -108,16 +108,6 @@ def fetched(tiles, WHICH: gl.constexpr, PARITY: gl.constexpr):
     mbarrier.wait(tiles.ready.index(tiles.FIRST + WHICH), PARITY)
     layout: gl.constexpr = accumulator(gl.num_ctas(), STRIP)
     return tiles.smem.index(tiles.FIRST + WHICH).load(layout).to(gl.float32)
-
-
-@gluon.jit
-def strips(half):
-    """The left and the right strip of an accumulator: other names of its registers."""
-    shape: gl.constexpr = (ROWS * gl.num_ctas(), 2, STRIP)
-    layout: gl.constexpr = accumulator(gl.num_ctas(), STRIP)
-    left, right = gl.split(half.reshape(shape).permute((0, 2, 1)))
-    left = gl.convert_layout(left, layout, assert_trivial=True)
-    return left, gl.convert_layout(right, layout, assert_trivial=True)
 
 
 @gluon.jit
