@@ -152,7 +152,9 @@ PRODUCTS = {
     "added terms not multiplied": ("trips += walk.more", "trips += 0"),
     "added terms of the first operands": ("fill(more, walk.more,", "fill(operands, walk.more,"),
     "left operand not turned": ("WHICH), not kind.LEFT)", "WHICH), kind.LEFT)"),
-    # Clusters.
+}  # fmt: skip
+# The same, of clusters.
+CLUSTERS = {
     "copies do not wait for the other program": ("            mbarrier.wait(ring.shared.index(slot), phase)\n", "            pass\n"),
     "the other program's consumers are not waited for": ("batch=STAGES, two_ctas=True", "batch=STAGES"),
     "two of the consumers wait for the other program": ("count=CONSUMERS)  # of each program", "count=2)"),

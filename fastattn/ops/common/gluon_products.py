@@ -156,11 +156,11 @@ def advance(slot, phase):
 
 @gluon.jit
 def load(desc, line, term, full, smem, K_MAJOR: gl.constexpr, SHARED: gl.constexpr):
-    MULTICAST: gl.constexpr = SHARED and gl.num_ctas() > 1
-    if K_MAJOR:
-        tma.async_load(desc, [line, term], full, smem, multicast=MULTICAST)
+    at = (line, term) if K_MAJOR else (term, line)
+    if SHARED and gl.num_ctas() > 1:
+        tma.async_load(desc, at, full, smem, multicast=True)
     else:
-        tma.async_load(desc, [term, line], full, smem, multicast=MULTICAST)
+        tma.async_load(desc, at, full, smem)
 
 
 @gluon.jit

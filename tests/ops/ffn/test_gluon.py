@@ -205,6 +205,7 @@ def test_what_is_frozen_costs_nothing(
 def test_clusters_where_both_programs_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """And where the last round costs less than they gain; a proof runs both kinds of kernels."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gluon, "CLUSTERS", True)
     found = {
         shape: gluon_products.programs(*shape, torch.device("cpu"))
         for shape in ((192, 4096), (193, 4096), (4096, 4096), (3 * 192, 44 * 256), (577, 11264))
