@@ -13,9 +13,10 @@ from fastattn.ops.attention.gluon.backward import backward
 from fastattn.ops.attention.gluon.backward import unsupported as backward_unsupported
 from fastattn.ops.attention.gluon.forward import forward
 from fastattn.ops.attention.problem import AttentionProblem
+from fastattn.ops.attention.tiles import few_queries as declined
 from fastattn.ops.common import gluon
 
-__all__ = ["backward", "backward_unsupported", "forward", "unsupported"]
+__all__ = ["backward", "backward_unsupported", "declined", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 256
 MAX_SOFTCAP = 64.0  # 1 / (e^2x + 1) is right to 2^-24, times twice the cap
