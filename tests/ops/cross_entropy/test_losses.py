@@ -30,12 +30,16 @@ from fastattn.ops.linear_cross_entropy import aten as of_heads
 BACKENDS = ("reference", "torch", "triton")
 OF_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 # None: the loss of logits. Else that of a head with so many features, and a bias.
-OF_BOTH = pytest.mark.parametrize("features", (None, 12), ids=("logits", "head"))
+WHICH = {"logits": None, "head": 12}
+OF_BOTH = pytest.mark.parametrize("features", WHICH.values(), ids=WHICH)
+ON_ALL = pytest.mark.parametrize(
+    ("features", "backend"),
+    [pytest.param(n, b, id=f"{name}-{b}") for name, n in WHICH.items() for b in BACKENDS],
+)
 REDUCTIONS = pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(
@@ -45,8 +49,7 @@ def test_options(
     check(dataclasses.replace(case, bias=weighted), backend)
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 @pytest.mark.parametrize("dtype", (HALF, BF16, DOUBLE))
 @pytest.mark.parametrize("name", ("plain", "sum", "everything"))
 def test_dtypes(
@@ -87,8 +90,7 @@ def test_shapes(
     check(Case(shape, classes, features, ignored=0, options=options, device=device), backend)
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 @REDUCTIONS
 @pytest.mark.parametrize("shape", [(0,), (2, 0)])
 def test_empty(
@@ -102,8 +104,7 @@ def test_empty(
     torch.testing.assert_close(ours, eager, equal_nan=True)
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 @REDUCTIONS
 @pytest.mark.parametrize("name", ("plain", "everything"))
 def test_no_target_counts(
@@ -119,14 +120,12 @@ def test_no_target_counts(
     assert all((grad == 0).all() for grad in ours.values())
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 def test_int32_targets(features: int | None, backend: str, device: str) -> None:
     check(Case((12,), 7, features, targets=torch.int32, device=device), backend)
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_same_inputs_same_bits(
     reduction: str, features: int | None, backend: str, device: str
@@ -148,8 +147,7 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(module, "LARGE", 1 if request.param else 1 << 20)
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 @pytest.mark.parametrize("wrong", (8, -1, -101))
 def test_targets_that_are_no_class(
     wrong: int, features: int | None, large: None, backend: str
@@ -228,8 +226,7 @@ def test_vmap_of_targets_too() -> None:
         torch.testing.assert_close(each[1], single)
 
 
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_compiles_without_a_graph_break(reduction: str, features: int | None, backend: str) -> None:
     """The logits of a head are not in the graph, but for the reference."""
@@ -253,8 +250,7 @@ def test_meta_tensors(features: int | None) -> None:
 
 
 @pytest.mark.fuzz
-@OF_BACKENDS
-@OF_BOTH
+@ON_ALL
 def test_fuzz(features: int | None, backend: str, pytestconfig: pytest.Config, device: str) -> None:
     draws, seed = (pytestconfig.getoption(name) for name in ("--draws", "--seed"))
     for number in range(seed, seed + draws // 3):
