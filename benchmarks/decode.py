@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import checkout  # noqa: F401
 import torch
@@ -38,13 +37,10 @@ class DecodeCell(Cell):
     page_size: int
     capacity: int = 0  # 0: seqlen
 
+    sizes = (
+        "batch", "seqlen_q", "seqlen", "heads", "kv_heads", "head_dim", "page_size", "capacity",
+    )  # fmt: skip
     bound = "copy"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        names = ("batch", "seqlen_q", "seqlen", "heads", "kv_heads", "head_dim", "page_size",
-                 "capacity")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
 
     @property
     def room(self) -> int:
@@ -76,13 +72,12 @@ class DecodeCell(Cell):
         return table.to(self.device)
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
         rows, slots = self.batch, self.room
         if self.page_size:
             rows, slots = self.batch * -(-self.seqlen // self.page_size), self.page_size
-        q = torch.randn(self.batch, self.seqlen_q, self.heads, self.head_dim, **options)
+        q = self.randn(self.batch, self.seqlen_q, self.heads, self.head_dim)
         shape = (rows, slots, self.kv_heads, self.head_dim)
-        return q, torch.randn(shape, **options), torch.randn(shape, **options)
+        return q, self.randn(*shape), self.randn(*shape)
 
     def definition(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if (table := self.block_table) is not None:
