@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +79,13 @@ def test_generation_config(name: str, tmp_path: Path) -> None:
 def test_a_damaged_generation_config(tmp_path: Path) -> None:
     theirs("llama").save_pretrained(tmp_path)
     file = tmp_path / "generation_config.json"
-    file.write_text(json.dumps({"num_beams": 0}))
-    with pytest.raises(ValueError, match=r"generation_config\.json: num_beams must be at least 1"):
-        fastattn.models.load(tmp_path)
+    for text, message in (
+        ('{"num_beams": 0}', "num_beams must be at least 1"),
+        ('{"eos_token_id": "a"}', "eos_token_id must be"),
+        ("[1", "not valid JSON"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+            fastattn.models.load(tmp_path)
     file.unlink()
     assert fastattn.models.load(tmp_path).generation_config is None
