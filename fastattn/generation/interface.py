@@ -18,7 +18,12 @@ from fastattn.generation import beams, contrastive, decoding, sampling, speculat
 from fastattn.generation.config import GenerationConfig, settle
 from fastattn.generation.contract import LanguageModel, is_encoder_decoder
 from fastattn.generation.decoding import Task
-from fastattn.generation.prompts import read_prompts, special_tokens, start_token
+from fastattn.generation.prompts import (
+    read_prompts,
+    right_padded,
+    special_tokens,
+    start_token,
+)
 from fastattn.generation.stopping import StopStrings
 from fastattn.nn.mode import in_mode
 from fastattn.nn.stored_cache import cache_options
@@ -311,10 +316,9 @@ def _before(
 def _encode(model: LanguageModel, sources: list[list[int]], copies: int) -> dict[str, Tensor]:
     """What an encoder-decoder's cache is made from, each source ``copies`` times."""
     lengths = torch.tensor(list(map(len, sources)), device=model.device)
-    longest = max(map(len, sources))
-    ids = [source + [0] * (longest - len(source)) for source in sources]
-    mask = torch.arange(longest, device=model.device) < lengths.unsqueeze(1)
-    hidden: Tensor = cast(Any, model).encode(torch.tensor(ids, device=model.device), mask.long())
+    ids = right_padded(sources, model.device)
+    mask = torch.arange(ids.shape[1], device=model.device) < lengths.unsqueeze(1)
+    hidden: Tensor = cast(Any, model).encode(ids, mask.long())
     return {
         "encoded": hidden.repeat_interleave(copies, 0),
         "encoded_lengths": lengths.repeat_interleave(copies, 0),

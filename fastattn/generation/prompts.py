@@ -96,6 +96,12 @@ def _unpadded(
     ]
 
 
+def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, T) of lists of token ids, with 0 after them; any id does: nothing that counts sees it."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+
+
 def special_tokens(
     config: Any,
     eos_token_id: int | Sequence[int] | None,

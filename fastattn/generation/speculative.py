@@ -265,10 +265,7 @@ class _Reader:
         stored: dict[str, Any],
     ) -> None:
         self._model, self._cache = model, model.new_cache(len(prompts), capacity, **stored)
-        hidden = decoding.read_prompts(model, prompts, self._cache)
-        rows = torch.arange(len(prompts), device=hidden.device)
-        last = torch.tensor(list(map(len, prompts)), device=hidden.device) - 1
-        self.first: Tensor = model.lm_head(hidden[rows, last])
+        self.first = decoding.prefill(model, prompts, self._cache)
 
     def __call__(self, texts: list[list[int]], wanted: list[int], width: int = 0) -> Tensor:
         """(N, V) the logits at each text's last ``wanted`` tokens, row after row.

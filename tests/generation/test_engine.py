@@ -8,22 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from generation.small import Letters, make_model
 from generation.test_graphs import _capture, on_a_gpu
 
-from fastattn import GPT, GPTConfig
-from fastattn.generation import Engine, Request, Sampling, engine, graphs
+from fastattn import GPT
+from fastattn.generation import Engine, Request, Sampling, graphs
 
 END = 88
 
 
 def _model(device: str, **changes: Any) -> GPT:
-    # Weights this large make logits whose order no rounding changes.
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
-        "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": END,
-    }  # fmt: skip
-    return GPT(GPTConfig(**{**config, **changes}), device=device).eval()
+    config = {"vocab_size": 97, "initializer_range": 0.2, "eos_token_id": END}
+    return make_model(device=device, **{**config, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +155,7 @@ def test_decoding_by_graphs(model: GPT, where: str, monkeypatch: pytest.MonkeyPa
 
     original = graphs.GraphDecoder.capture
     monkeypatch.setattr(graphs.GraphDecoder, "capture", capture)
-    monkeypatch.setattr(engine, "_decodes_by_graph", lambda model: True)
+    monkeypatch.setattr(graphs, "captures", lambda model: True)
     serving = Engine(model, pages=20, page_size=4, max_batch=7, prefill_chunk=16)
     arrivals = Arrivals(serving, seed=2)
     for _ in range(24):
@@ -286,10 +282,6 @@ def test_threads_submit_iterate_and_cancel(model: GPT) -> None:
 
 
 def test_stop_strings(model: GPT) -> None:
-    class Letters:
-        def decode(self, tokens: list[int]) -> str:
-            return "".join(chr(ord("0") + token) for token in tokens)
-
     tokenizer = Letters()
     ids = torch.arange(97)[None]
     free = model.generate(ids[:, :4], max_new_tokens=20, eos_token_id=())[0, 4:].tolist()
