@@ -33,15 +33,6 @@ def test_loss_is_transformers_loss(pair: Pair) -> None:
     torch.testing.assert_close(loss, theirs(tokens, labels=tokens).loss, atol=1e-5, rtol=0)
 
 
-def test_head_is_the_embedding(small: dict[str, Any]) -> None:
-    tied = GPT(GPTConfig(**small))
-    assert tied.lm_head.weight is tied.wte.weight
-    apart = GPT(GPTConfig(**small, tie_word_embeddings=False))
-    assert apart.lm_head.weight is not apart.wte.weight
-    for copied in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied)), tied.to(torch.float64)):
-        assert copied.lm_head.weight is copied.wte.weight
-
-
 def test_state_dict_goes_round(small: dict[str, Any]) -> None:
     first, second = GPT(GPTConfig(**small)).eval(), GPT(GPTConfig(**small)).eval()
     second.load_state_dict(first.state_dict())
@@ -72,17 +63,21 @@ def test_dropout_acts_in_training_alone(small: dict[str, Any]) -> None:
         assert torch.equal(model(tokens), model(tokens)), name
 
 
-def test_training_lowers_the_loss(small: dict[str, Any]) -> None:
-    model = GPT(GPTConfig(**{**small, "initializer_range": 0.02}))
+def _losses(model: GPT, steps: int) -> list[float]:
+    """Of steps on the same tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens = torch.randint(0, 97, (4, 17))
-    losses = []
-    for _ in range(60):
+    tokens, losses = torch.randint(0, 97, (4, 17)), []
+    for _ in range(steps):
         _, loss = model(tokens[:, :-1], tokens[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    return losses
+
+
+def test_training_lowers_the_loss(small: dict[str, Any]) -> None:
+    losses = _losses(GPT(GPTConfig(**{**small, "initializer_range": 0.02})), 60)
     assert losses[0] == pytest.approx(4.57, abs=0.2)  # log 97: knows nothing
     assert losses[-1] < 0.5
 
@@ -97,24 +92,17 @@ def test_compiles_whole(small: dict[str, Any], device: str) -> None:
     torch.testing.assert_close(loss, expected_loss)
 
 
-def test_cache_in_parts_equals_the_whole(pair: Pair) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_cache_in_parts_equals_the_whole(pair: Pair, grad: bool) -> None:
+    """It has no gradient, where gradients are on too: the cache is written in place."""
     ours, _ = pair
     tokens = _tokens(pair, batch=2, seqlen=20)
     cache = KVCache(ours.config, 2, 20, device=ours.device)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         parts = [ours(part, cache=cache) for part in tokens.split([7, 1, 1, 6, 5], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), ours(tokens), atol=1e-4, rtol=0)
-
-
-def test_a_cache_has_no_gradient(pair: Pair) -> None:
-    """Where gradients are on, too: the cache is written in place."""
-    ours, _ = pair
-    tokens = _tokens(pair, batch=2, seqlen=20)
-    cache = KVCache(ours.config, 2, 20, device=ours.device)
-    parts = [ours(part, cache=cache) for part in tokens.split([10, 10], dim=1)]
-    logits = torch.cat(parts, dim=1)
-    assert not logits.requires_grad
-    torch.testing.assert_close(logits, ours(tokens).detach(), atol=1e-4, rtol=0)
+        logits = torch.cat(parts, dim=1)
+        assert not logits.requires_grad
+        torch.testing.assert_close(logits, ours(tokens).detach(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -366,15 +354,7 @@ def test_it_trains_with_computed_weights(
     model = GPT(GPTConfig(**{**small, "initializer_range": 0.02}))
     for block in model.blocks:
         change(block.attention)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens = torch.randint(0, 97, (4, 17))
-    losses = []
-    for _ in range(20):
-        _, loss = model(tokens[:, :-1], tokens[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = _losses(model, 20)
     assert losses[-1] < losses[0] - 1
 
 
