@@ -57,15 +57,8 @@ class EncoderDecoder(folder.Pretrained):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(config, EncoderDecoderConfig):
-            raise TypeError(
-                f"config must be an EncoderDecoderConfig, got {type(config).__name__}: write "
-                "EncoderDecoderConfig(vocab_size=..., ...), EncoderDecoderConfig.preset(name), or "
-                "read a model with EncoderDecoder.from_pretrained(path)"
-            )
+        super().__init__(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = config
         padding = config.pad_token_id if config.frozen_padding else None
         self.embedding = torch.nn.Embedding(config.vocab_size, config.d_model, padding, **where)
         self.encoder = Stack(config, decoder=False, **where)
@@ -109,11 +102,6 @@ class EncoderDecoder(folder.Pretrained):
                     queries.weight[:rows] *= module.head_dim**-0.5 / module.softmax_scale
         if self.embedding.padding_idx is not None:
             self.embedding.weight[self.embedding.padding_idx].zero_()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.embedding.weight.device
 
     def forward(
         self,

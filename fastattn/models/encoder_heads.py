@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn import nn
 from fastattn.models import folder
 from fastattn.models.config import ACTIVATIONS
-from fastattn.models.encoder import Encoder, check_config, layer_norm, reset_parameters
+from fastattn.models.encoder import Encoder, layer_norm, reset_parameters
 from fastattn.models.encoder_config import EncoderConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.padding import Padding
@@ -70,9 +70,7 @@ class EncoderHead(folder.Pretrained):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_config(config)
-        self.config = config
+        super().__init__(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoder = Encoder(config, pooler=self.reads_pooled(config), **where)
         self.build(config, where)
@@ -85,11 +83,6 @@ class EncoderHead(folder.Pretrained):
     def build(self, config: EncoderConfig, where: dict[str, Any]) -> None:
         """Make the layers after the encoder."""
         raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.encoder.device
 
 
 class EncoderForMaskedLM(EncoderHead):

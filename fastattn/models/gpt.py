@@ -62,15 +62,8 @@ class GPT(folder.Pretrained):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(config, GPTConfig):
-            raise TypeError(
-                f"config must be a GPTConfig, got {type(config).__name__}: write "
-                "GPTConfig(vocab_size=..., ...), GPTConfig.preset(name), or read a model with "
-                "GPT.from_pretrained(path)"
-            )
+        super().__init__(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = config
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd, **where)
         learned = config.positions == "learned"
         self.wpe = (
@@ -132,11 +125,6 @@ class GPT(folder.Pretrained):
                 torch.nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
             else:
                 torch.nn.init.normal_(parameter, std=std)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
 
     def forward(
         self,
