@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastattn.generation.paging import page_name
@@ -114,7 +113,8 @@ class Request:
         self.tokens.append(token)
         if self._on_token is not None:
             self._on_token(token)
-        if token in self.ends or self._completes_text():
+        ended = self._texts is not None and self._texts.completed(self.prompt, self.tokens)
+        if ended or token in self.ends:
             return "stop"
         return "length" if len(self.tokens) == self.max_new_tokens else None
 
@@ -126,9 +126,3 @@ class Request:
                 self._on_finish(self)
             except Exception as raised:  # others are in the same step
                 self.error = self.error or raised
-
-    def _completes_text(self) -> bool:
-        if self._texts is None:
-            return False
-        new = torch.tensor([self.tokens], device="cpu")
-        return bool(self._texts.ended([self.prompt], new, torch.ones(1, dtype=torch.bool)))

@@ -227,19 +227,13 @@ class _Sequences:
             text.append(token)
             if task.on_token is not None:
                 task.on_token(torch.tensor([token], device=task.model.device))
-            if token in task.ends or self.remaining(row) == 0 or self._completes_text(row):
+            prompt = task.prompts[row]
+            said = task.texts is not None and task.texts.completed(prompt, text[len(prompt) :])
+            if said or token in task.ends or self.remaining(row) == 0:
                 return False
             if i == len(guesses) or token != guesses[i]:
                 return True
         raise AssertionError("the last token is no guess")
-
-    def _completes_text(self, row: int) -> bool:
-        if self._task.texts is None:
-            return False
-        prompt = self._task.prompts[row]
-        new = torch.tensor([self.texts[row][len(prompt) :]], device="cpu")
-        asked = torch.ones(1, dtype=torch.bool, device="cpu")
-        return bool(self._task.texts.ended([prompt], new, asked))
 
     def new_tokens(self) -> Tensor:
         """(B, n), padded."""

@@ -238,16 +238,8 @@ class GPTConfig(Checked):
             changes["activation_function"] = "gelu_new"
         if self.positions != "rotary":
             changes |= {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 1.0}
-        local = self.rope_local_theta
-        if (
-            self.positions != "rotary"
-            or not slides
-            or (local, None)
-            == (
-                self.rope_theta,
-                self.rope_scaling,
-            )
-        ):
+        same = (self.rope_local_theta, None) == (self.rope_theta, self.rope_scaling)
+        if self.positions != "rotary" or not slides or same:
             changes["rope_local_theta"] = None
         return dataclasses.replace(self, **changes)
 
