@@ -204,12 +204,9 @@ def chosen(
 
 
 def timed_interleaved(
-    cell: Any, candidates: Sequence[Candidate], seconds: float, row: Row
+    cell: Cell, candidates: Sequence[Candidate], seconds: float, row: Row
 ) -> dict[str, Sample]:
-    """Time the candidates and write into the row: samples, ratios to ours, the target.
-
-    `cell` says `device`, `rounds`, `batch_seconds`, `target` and `holds`.
-    """
+    """Time the candidates and write into the row: samples, ratios to ours, the target."""
     entries = row["peers"]
     for attempt in range(1, ATTEMPTS + 1):
         samples = interleave(
@@ -287,10 +284,7 @@ def _check(
     first_call = time.perf_counter() - start
     errors = compare(tuple(map(cell.part, got)), exact, eager)
     right = all(error["within"] for error in errors)
-    entry: Entry = {"first_call_seconds": first_call, "errors": errors, "right": right}
-    if peer.note is not None:
-        entry["note"] = peer.note
-    return entry
+    return {"first_call_seconds": first_call, "errors": errors, "right": right}
 
 
 def _results(

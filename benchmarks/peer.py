@@ -41,7 +41,6 @@ class Peer:
     ceiling: bool = False
     bytes: float | None = None
     flops: float | None = None
-    note: str | None = None
 
 
 def compiled(peer: Peer) -> Peer:
