@@ -150,27 +150,3 @@ def test_stop_strings(pair: Pair) -> None:
     )
     # Without an end token there are 2 candidates a beam, with one of them as well.
     assert torch.equal(got, ours.generate(prompts, eos_token_id=end, **every))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "must be at most num_beams = 2, got 3"),
-        ({"num_beams": 98}, "num_beams = 98 is too many for a vocabulary of 97 tokens"),
-        ({"num_beams": 2, "temperature": 0.5}, "temperature would have no effect"),
-        ({"num_beams": 2, "seed": 3}, "seed would have no effect"),
-        (
-            {"num_beams": 2, "penalty_alpha": 0.5, "top_k": 4},
-            "num_beams=2 and penalty_alpha=0.5 ex",
-        ),
-        ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, "num_beams=2 and prompt_lookup_num_tok"),
-        ({"num_beams": 2, "early_stopping": "always"}, 'early_stopping must be True, False or "ne'),
-        ({"length_penalty": 2.0}, "length_penalty would have no effect: give num_beams too"),
-        ({"num_beams": 2, "on_token": print}, "on_token does not go with num_beams"),
-    ],
-    ids=str,
-)
-def test_bad_input(pair: Pair, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pair[0].generate([[1, 2]], max_new_tokens=3, **settings)

@@ -135,29 +135,6 @@ def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
         GenerationConfig.from_folder(tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({}, ValueError, "max_new_tokens must be given: no generation config"),
-        ({"max_length": 3}, ValueError, "max_length must be more than the 3 tokens"),
-        ({"max_new_token": 3}, TypeError, "no argument 'max_new_token': did you mean 'max_new_to"),
-        ({"xyz": 3}, TypeError, "generate has no argument 'xyz'$"),
-        ({"generation_config": {"top_k": 3}}, TypeError, "must be a fastattn.*got dict"),
-        ({"max_new_tokens": 3, "do_sample": 1.5}, TypeError, "do_sample must be True or False"),
-        ({"max_new_tokens": 3, "streamer": print}, TypeError, r"streamer must have put\(tokens\)"),
-        (
-            {"max_new_tokens": 3, "num_return_sequences": 2},
-            ValueError,
-            "num_return_sequences = 2 needs do_sample=True or num_beams",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_input(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        make_model().generate([[1, 2, 3]], **settings)
-
-
 class _Streamer:
     def __init__(self) -> None:
         self.put_: list[torch.Tensor] = []

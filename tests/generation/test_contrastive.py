@@ -59,20 +59,3 @@ def test_fills_the_context() -> None:
         [[1] * 40], max_new_tokens=8, penalty_alpha=0.6, top_k=4
     )
     assert out.shape == (1, 48)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"penalty_alpha": 0.6}, "penalty_alpha needs top_k, at least 2 candidates a step, got No"),
-        ({"penalty_alpha": 0.6, "top_k": 1}, "penalty_alpha needs top_k, at least 2 .* got 1"),
-        ({"penalty_alpha": 0.6, "top_k": 62}, "top_k must be at most the vocabulary's 61 tokens"),
-        ({"penalty_alpha": 1.5, "top_k": 4}, r"penalty_alpha must be in \[0, 1\], got 1.5"),
-        ({"penalty_alpha": 0.6, "top_k": 4, "do_sample": True}, "penalty_alpha excludes do_sample"),
-        ({"penalty_alpha": 0.6, "top_k": 4, "num_return_sequences": 2}, "only one answer otherwi"),
-    ],
-    ids=str,
-)
-def test_bad_input(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_model().generate([[1, 2]], max_new_tokens=3, **settings)

@@ -179,35 +179,3 @@ def test_a_draft_of_nan() -> None:
         model.generate([[1, 2]], max_new_tokens=4, draft_model=draft)
     with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new tok"):
         draft.generate([[1, 2]], max_new_tokens=4, draft_model=model)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"draft": {"vocab_size": 60}}, ValueError, "vocabulary of 61 tokens, got 60"),
-        ({"draft": {"n_positions": 5}}, ValueError, "6 together, and has n_positions = 5"),
-        ({"draft": {}, "prompt_lookup_num_tokens": 3}, ValueError, "draft_model and prompt_lookup"),
-        ({"draft": {}, "num_beams": 2}, ValueError, "num_beams=2 and draft_model exclude each oth"),
-        ({"draft": {}, "assistant_model": 3}, TypeError, "did you mean 'draft_model'"),
-        ({"prompt_lookup_num_tokens": 0}, ValueError, "prompt_lookup_num_tokens must be at least"),
-        ({"num_assistant_tokens": 3}, ValueError, "num_assistant_tokens would have no effect"),
-        ({"max_matching_ngram_size": 3}, ValueError, "max_matching_ngram_size would have no eff"),
-        (
-            {"prompt_lookup_num_tokens": 3, "on_token": print},
-            ValueError,
-            "on_token goes with speculation only for a single prompt, got 2",
-        ),
-        (
-            {"draft": {}, "do_sample": True, "num_return_sequences": 2},
-            ValueError,
-            "num_return_sequences = 2 does not go with speculation",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_input(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    settings = dict(settings)
-    if "draft" in settings:
-        settings["draft_model"] = make_model(1, **settings.pop("draft"))
-    with pytest.raises(error, match=message):
-        make_model().generate([[1, 2], [3]], max_new_tokens=4, **settings)
