@@ -28,6 +28,7 @@ class Request:
         finish_reason: None while it goes on; "stop": an eos token or a stop string; "length":
             ``max_new_tokens`` are there; "cancelled"; "error": see ``error``.
         error: the exception that ended it. Iterating raises it, after the last token.
+        cancelled: whether `cancel` was called; the engine's next step ends it, if nothing else did.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Request:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self._engine = engine
-        self._cancelled = False
+        self.cancelled = False
         self._texts = texts
         self._on_token, self._on_finish = on_token, on_finish
         # What the engine keeps of it. The first `length` of `known` are in the pages.
@@ -72,18 +73,13 @@ class Request:
         return self.finish_reason is not None
 
     @property
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called; the engine's next step ends it, if nothing else did."""
-        return self._cancelled
-
-    @property
     def pending(self) -> int:
         """Tokens that the model has not read yet."""
         return len(self.known) - self.length
 
     def cancel(self) -> None:
         """End it at the engine's next step and free its pages; nothing if it has ended."""
-        self._cancelled = True
+        self.cancelled = True
 
     def __iter__(self) -> Iterator[int]:
         """The new tokens from the first on; steps the engine while there is none."""

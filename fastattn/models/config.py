@@ -148,10 +148,8 @@ class GPTConfig(Checked):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
         self._check_flags()
-        if self.head_size is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}"
-            )
+        if self.head_size is None:
+            self._check_divides("n_head", "n_embd")
         if self.n_head % self.kv_heads:
             raise ValueError(
                 f"n_kv_head must divide n_head, got n_kv_head={self.n_kv_head} and "

@@ -71,6 +71,16 @@ class Arrivals:
         self.requests.append((request, {**how, **seed}))
         return request
 
+    def drive(self, count: int, most_steps: int, cancelled: float) -> None:
+        """Submit so many, with some steps after each; a share is cancelled."""
+        for _ in range(count):
+            self.submit()
+            for _ in range(self.rng.randrange(most_steps)):
+                self.engine.step()
+            if self.rng.random() < cancelled:
+                self.rng.choice(self.requests)[0].cancel()
+        self.engine.run()
+
     def check(self, model: GPT, **arguments: Any) -> None:
         for request, how in self.requests:
             expected = _alone(model, request, **how, **arguments)
@@ -106,13 +116,7 @@ def test_64_random_arrivals(
         model, pages=pages, page_size=page_size, max_batch=max_batch, prefill_chunk=chunk
     )
     arrivals = Arrivals(serving, seed=page_size)
-    for _ in range(64):
-        arrivals.submit()
-        for _ in range(arrivals.rng.randrange(4)):
-            serving.step()
-        if arrivals.rng.random() < 0.1:
-            arrivals.rng.choice(arrivals.requests)[0].cancel()
-    serving.run()
+    arrivals.drive(64, most_steps=4, cancelled=0.1)
     arrivals.check(model)
     reasons = {request.finish_reason for request, _ in arrivals.requests}
     assert reasons == {"stop", "length", "cancelled"}
@@ -133,13 +137,7 @@ def test_random_arrivals_of_random_engines(model: GPT, seed: int) -> None:
         prefill_chunk=rng.randint(1, 100),
     )
     arrivals = Arrivals(serving, seed)
-    for _ in range(40):
-        arrivals.submit()
-        for _ in range(rng.randrange(5)):
-            serving.step()
-        if rng.random() < 0.2:
-            rng.choice(arrivals.requests)[0].cancel()
-    serving.run()
+    arrivals.drive(40, most_steps=5, cancelled=0.2)
     arrivals.check(model)
 
 
