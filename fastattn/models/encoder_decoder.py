@@ -23,13 +23,12 @@ from torch import Tensor
 
 from fastattn import generation, nn
 from fastattn.models import folder, resizing
-from fastattn.models.cache import EncoderDecoderCache
+from fastattn.models.cache import EncoderDecoderCache, dtype_of_caches
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.ids import check_ids, padding_mask
 from fastattn.nn.plain import is_plain
 from fastattn.nn.transformer_block import NORMS
-from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -252,9 +251,7 @@ class EncoderDecoder(folder.Pretrained):
                 f"encoded_lengths must have the shape (batch_size,) = ({batch_size},), got "
                 f"{tuple(encoded_lengths.shape)}"
             )
-        dtype, autocast = self.embedding.weight.dtype, modes.autocast_dtype(self.device.type)
-        if autocast is not None and dtype != torch.float64:
-            dtype = autocast
+        dtype = dtype_of_caches(self.embedding.weight)
         blocks: Any = self.decoder.blocks
         heads = blocks[0].attention.num_kv_heads  # of this process, where several share a layer
         cache = EncoderDecoderCache(

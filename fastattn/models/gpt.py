@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastattn import generation, nn
 from fastattn.models import folder, resizing
-from fastattn.models.cache import KVCache
+from fastattn.models.cache import KVCache, dtype_of_caches
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.packing import check_packed, packed_lengths, packed_positions
@@ -31,7 +31,6 @@ from fastattn.nn.plain import is_plain
 from fastattn.nn.stored_cache import LARGEST as STORED
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.attention import zigzag
-from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -222,9 +221,7 @@ class GPT(folder.Pretrained):
         autocast's, or the weights'; or in ``dtype``, int8 or float8_e4m3fn.
         """
         if dtype is None:
-            dtype, autocast = self.wte.weight.dtype, modes.autocast_dtype(self.device.type)
-            if autocast is not None and dtype != torch.float64:
-                dtype = autocast
+            dtype = dtype_of_caches(self.wte.weight)
         elif dtype not in STORED:
             names = " or ".join(map(str, STORED))
             raise ValueError(f"dtype must be {names}, or None for the model's; got {dtype}")
