@@ -61,27 +61,21 @@ class Distillation(Causal):
     name = "distillation"
     settings_class = DistillationSettings
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: DistillationSettings,
-        interface: Interface = "fastattn",
-    ) -> None:
+    def _derive(self) -> None:
         """Read the teacher.
 
         Raises:
             FileNotFoundError, ValueError: the folder holds no model, or no tokenizer, or one with
                 another vocabulary.
         """
-        super().__init__(tokenizer, settings, interface)
-        theirs = Tokenizer.load(settings.teacher)
-        if theirs.vocabulary != tokenizer.vocabulary:
+        folder = self.settings.teacher
+        theirs = Tokenizer.load(folder)
+        if theirs.vocabulary != self.tokenizer.vocabulary:
             raise ValueError(
-                f"the teacher {settings.teacher} has another vocabulary, of {theirs.vocab_size} "
-                f"tokens, than the student, of {tokenizer.vocab_size}: take its tokenizer for the "
-                "student"
+                f"the teacher {folder} has another vocabulary, of {theirs.vocab_size} tokens, than "
+                f"the student, of {self.tokenizer.vocab_size}: take its tokenizer for the student"
             )
-        self.teacher = _frozen(settings.teacher, interface)
+        self.teacher = _frozen(folder, self.interface)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The weighted sum, a mean over the targets that count."""

@@ -14,7 +14,7 @@ import numpy
 
 from fastattn.nn.checks import check_integer, check_number
 from fastattn.ops.cross_entropy import IGNORED
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record
+from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.objectives.collation import padded, padded_inputs
 from fastattn.training.tokenizer import Tokenizer
 
@@ -61,14 +61,8 @@ class Masked(Objective):
     auto_class = "AutoModelForMaskedLM"
     roles = ("mask", "cls", "sep", "pad")
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: MaskedSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        """Raises ValueError: the tokenizer has no mask token."""
-        super().__init__(tokenizer, settings or MaskedSettings(), interface)
+    def _derive(self) -> None:
+        tokenizer = self.tokenizer
         self.mask = tokenizer.token("mask")
         ids = set(tokenizer.vocabulary.values())  # some tokenizers leave numbers out
         self._ordinary = numpy.array(sorted(ids - tokenizer.special_ids))

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import numpy
 
 from fastattn.nn.checks import check_integer, check_number
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record
+from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.objectives.collation import encoder_decoder_batch
-from fastattn.training.tokenizer import Tokenizer
 
 SENTINELS = 100  # T5's: enough for contexts of 1,800 tokens
 
@@ -74,16 +73,9 @@ class SpanCorruption(Objective):
     roles = ("pad",)
     extra_tokens = tuple(f"<extra_id_{i}>" for i in reversed(range(SENTINELS)))  # as T5's ids
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: SpanCorruptionSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        """Raises ValueError: the tokenizer has too few sentinels for the context."""
-        super().__init__(tokenizer, settings or SpanCorruptionSettings(), interface)
+    def _derive(self) -> None:
         self._sentinels: list[int] = []
-        while (i := tokenizer.token_to_id(f"<extra_id_{len(self._sentinels)}>")) is not None:
+        while (i := self.tokenizer.token_to_id(f"<extra_id_{len(self._sentinels)}>")) is not None:
             self._sentinels.append(i)
         # Tokens of a text whose corruption just fits; the last one of them that does.
         fits = itertools.takewhile(
