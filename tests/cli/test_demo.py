@@ -51,7 +51,7 @@ def test_the_record_is_that_of_a_run_that_learnt(finished: tuple[Path, str]) -> 
     assert len(history.steps) == 12
     assert history.evaluations[-1].loss < history.evaluations[0].loss
     assert f"{history.tokens_per_second:,.0f} tokens/s" in out
-    assert f"validation loss {history.evaluations[-1].loss:.3f}" in out
+    assert f"validation: loss {history.evaluations[-1].loss:.4f}" in out
 
 
 def test_the_model_is_read_by_us_and_by_transformers(finished: tuple[Path, str]) -> None:

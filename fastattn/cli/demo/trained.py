@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ from typing import Any
 import torch
 
 from fastattn.cli.demo.comparison import line
+from fastattn.cli.train.progress import Progress
 from fastattn.models import GPT, GPTConfig
 from fastattn.training import (
     Causal,
-    History,
     Tokenizer,
     TrainingConfig,
     Windows,
@@ -137,14 +135,14 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
         Windows(stream, size.batch_size, size.context, config.seed)
         for stream in (split.training, split.validation)
     )
-    with _progress(config) as on_progress:
+    optimizer = "Muon and AdamW" if config.optimizer == "muon" else "AdamW"
+    tokens = f"{config.batch_size} x {config.context} tokens"
+    line("training", f"{config.steps} steps of {tokens}, {optimizer}")
+    progress = Progress(config.steps, tuple)
+    objective = Causal(tokenizer)
+    with contextlib.closing(progress):
         history = train(
-            model,
-            Causal(tokenizer),
-            windows,
-            config,
-            validation=held_out_windows,
-            on_progress=on_progress,
+            model, objective, windows, config, validation=held_out_windows, on_progress=progress
         )
     # Dropout has done its work, and a Qwen 3's config has no place for it.
     model.config = dataclasses.replace(model.config, embd_pdrop=0.0, resid_pdrop=0.0)
@@ -184,32 +182,3 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
         text = tokenizer.decode(out[0, len(ids) :].tolist()).rstrip("\N{REPLACEMENT CHARACTER}")
         print(f"   [{prompt}]{' / '.join(text.splitlines())}")
     return Trained(batch, bits)
-
-
-@contextlib.contextmanager
-def _progress(config: TrainingConfig) -> Iterator[Callable[[History], None]]:
-    """A line for each validation; on a terminal also one that counts the steps."""
-    optimizer = "Muon and AdamW" if config.optimizer == "muon" else "AdamW"
-    line(
-        "training",
-        f"{config.steps} steps of {config.batch_size} x {config.context} tokens, {optimizer}",
-    )
-    printed = 0
-    terminal = sys.stdout.isatty()
-
-    def show(history: History) -> None:
-        nonlocal printed
-        if terminal and history.steps:
-            done = f"step {len(history.steps)} of {config.steps}, loss {history.steps[-1].loss:.3f}"
-            print(f"\r\033[K   {done}", end="", flush=True)
-        if len(history.evaluations) > printed:
-            printed = len(history.evaluations)
-            last = history.evaluations[-1]
-            clear = "\r\033[K" if terminal else ""
-            print(f"{clear}     step {last.step:>4}  validation loss {last.loss:.3f}", flush=True)
-
-    try:
-        yield show
-    finally:
-        if terminal:
-            print("\r\033[K", end="", flush=True)
