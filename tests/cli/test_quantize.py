@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_a_folder_of_torchaos(folder: Path) -> None:
     assert main(["generate", str(out), "the quick", "--max-new-tokens", "3"]) == 0
 
 
-def test_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused(folder: Path, refused: Any) -> None:
     empty = folder.parent / "empty.txt"
     empty.write_text("")
     for extra, says in (
@@ -67,7 +68,5 @@ def test_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--text", str(empty)], "fewer than 2 tokens"),
         (["--text", str(folder.parent / "missing.txt")], "missing.txt"),
     ):
-        assert main(["quantize", str(folder), *extra]) == 1
-        captured = capsys.readouterr()
-        assert says in captured.err and captured.err.count("\n") == 1
-    assert main(["quantize", str(folder.parent / "nowhere")]) == 1
+        refused(["quantize", str(folder), *extra], says)
+    refused(["quantize", str(folder.parent / "nowhere")], "nowhere")
