@@ -19,6 +19,7 @@ from training.small import (
     VOCABULARY,
     model,
     same,
+    stopping,
     trained,
     weights,
     windows,
@@ -61,10 +62,6 @@ def test_it_learns_and_records() -> None:
     assert seen[:2] == [(0, 1), (1, 1)] and seen[-1] == (60, 4)
     assert not subject.training and not history.interrupted
     assert all(parameter.grad is None for parameter in subject.parameters())
-
-
-def test_without_validation_there_is_none() -> None:
-    assert trained(model(), with_changes(steps=2), validation=None).evaluations == []
 
 
 def test_a_seed_gives_the_same_bits() -> None:
@@ -152,12 +149,10 @@ def test_accumulated_batches_count_as_one_large_one() -> None:
             return whole
 
     subjects = [model().double() for _ in range(2)]
-    config = with_changes(steps=1, warmup_steps=0)
     one, many = (
         train(subject, OBJECTIVE, data, with_changes(steps=1, warmup_steps=0, accumulation=a))
         for subject, data, a in ((subjects[0], One(), 1), (subjects[1], small, 3))
     )
-    assert config.accumulation == 1
     assert many.steps[0].loss == pytest.approx(one.steps[0].loss, rel=1e-6)  # a float32 loss
     assert many.steps[0].gradient_norm == pytest.approx(one.steps[0].gradient_norm, rel=1e-6)
     assert many.steps[0].tokens == one.steps[0].tokens == whole.tokens
@@ -270,12 +265,8 @@ def test_modes_come_back_after_an_error() -> None:
 
 
 def test_ctrl_c_keeps_the_record_and_the_model() -> None:
-    def interrupt(history: History) -> None:
-        if len(history.steps) == 5:
-            raise KeyboardInterrupt
-
     subject = model()
-    history = trained(subject, on_progress=interrupt)
+    history = trained(subject, on_progress=stopping(5))
     assert history.interrupted and len(history.steps) == 5
     assert all(parameter.isfinite().all() for parameter in subject.parameters())
     assert all(parameter.grad is None for parameter in subject.parameters())
@@ -312,7 +303,7 @@ def test_a_step_that_is_not_finite_names_its_batches_and_the_last_checkpoint(
 
     config = with_changes(steps=9, accumulation=2)
     subject, other = model(), model()
-    train(other, OBJECTIVE, windows(), config, on_progress=_stop_after(2))
+    train(other, OBJECTIVE, windows(), config, on_progress=stopping(2))
     digest = batches_digest([windows().batch(4), windows().batch(5)])
     checkpoints = Checkpoints(tmp_path, every_steps=2)
     with pytest.raises(FloatingPointError) as caught:
@@ -321,14 +312,6 @@ def test_a_step_that_is_not_finite_names_its_batches_and_the_last_checkpoint(
     assert message.startswith("step 3: loss ") and f"in the batch {digest};" in message
     assert f"the last good checkpoint is {tmp_path / 'step-000002'}" in message
     assert same(weights(subject), weights(other))
-
-
-def _stop_after(steps: int) -> Any:
-    def stop(history: History) -> None:
-        if len(history.steps) == steps:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 def test_nothing_to_train_is_refused() -> None:

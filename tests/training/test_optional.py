@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastattn.training import History, Tokenizer
+from fastattn.training import History, TensorBoard, Tokenizer
 from fastattn.training.optional import require
 
 
@@ -29,9 +29,11 @@ def test_another_missing_import_is_not_disguised() -> None:
 
 
 def test_features_say_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    for package in ("tokenizers", "matplotlib"):
+    for package in ("tokenizers", "matplotlib", "tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'the tokenizer needs .*"fastattn\[train\]"'):
         Tokenizer.train(["text"])
     with pytest.raises(ImportError, match=r'the loss curve needs .*"fastattn\[train\]"'):
         History().plot(f"{tmp_path}/loss.png")
+    with pytest.raises(ImportError, match=r'TensorBoard needs .*"fastattn\[tensorboard\]"'):
+        TensorBoard("anywhere")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from training.small import model, same, trained, weights, with_changes
+from training.small import model, same, stopping, trained, weights, with_changes
 
 from fastattn.training import Checkpoints, History
 from fastattn.training.checkpoints import tensors
@@ -114,11 +114,8 @@ def test_an_error_is_raised_in_the_next_step_or_at_the_end(
 def test_ctrl_c_waits_for_the_checkpoint(tmp_path: Path) -> None:
     """The one that is being written, and that of the step at which the run ends."""
 
-    def interrupt(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    history, _ = _run(tmp_path, interrupt)
+    checkpoints = Checkpoints(tmp_path, every_steps=2, keep=9)
+    history = trained(model(), CONFIG, checkpoints=checkpoints, on_progress=stopping(3))
     assert history.interrupted and Checkpoints(tmp_path).steps() == [0, 2, 3]
     state = json.loads((tmp_path / "step-000003" / "state.json").read_text())
     assert state["step"] == 3

@@ -9,7 +9,6 @@ import pickle
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,23 +211,6 @@ def test_killed_before_any_file_operation_nothing_is_taken_for_whole(
         prepare(path, Numbers(), home)
         assert contents(home) == expected  # and no rest of the killed one
     assert n > 20
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_time_and_made_again(seed: int, tmp_path: Path) -> None:
-    path = write_records(tmp_path / "data.jsonl", RECORDS)
-    start = time.perf_counter()
-    prepare(path, Numbers(), tmp_path / "whole")
-    seconds = time.perf_counter() - start
-    home = tmp_path / "examples"
-    draw = random.Random(seed)
-    for _ in range(5):
-        process = forked(lambda: prepare(path, Numbers(), home))
-        time.sleep(draw.uniform(0, 1.5 * seconds))
-        os.kill(process, signal.SIGKILL)
-        assert ended(process) in (0, -signal.SIGKILL)
-    prepare(path, Numbers(), home)
-    assert contents(home) == contents(tmp_path / "whole")
 
 
 def test_processes_at_once_share_the_work(tmp_path: Path) -> None:
