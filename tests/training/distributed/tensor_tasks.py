@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from training.distributed.tasks import whole
 
 import fastattn
 from fastattn.models import (
@@ -79,10 +79,6 @@ def results(model: torch.nn.Module, loss: Tensor, **others: Tensor) -> dict[str,
         if parameter.grad is not None:
             found[name] = whole(canonical(model, name, parameter.grad))
     return found
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def tensor_mesh(count: int) -> Any:

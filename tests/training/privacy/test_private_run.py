@@ -94,10 +94,6 @@ def test_keys_are_drawn_and_kept_and_seeds_repeat(fit: Train) -> None:
     [
         (("tokenizer.folder=none", "tokenizer.vocab_size=300"), "trains a tokenizer on the training"),
         (("--dry-run",), "--dry-run measures steps without"),
-        (("privacy.noise_multiplier=1",), "exclude each other"),
-        (("training.accumulation=2",), "accumulation must be 1"),
-        (("privacy.delta=0.1",), "delta must be below 1 / examples"),
-        (("privacy.epsilom=1",), "did you mean 'epsilon'"),
     ],
 )  # fmt: skip
 def test_refusals_in_a_line(fit: Train, arguments: tuple[str, ...], message: str) -> None:
