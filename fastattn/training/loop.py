@@ -25,7 +25,7 @@ from fastattn.nn.mode import in_mode
 from fastattn.training.checkpoints import Checkpoints
 from fastattn.training.contract import Batch, Batches, Objective
 from fastattn.training.distributed.agreement import check_settings, check_tensors
-from fastattn.training.distributed.evaluation import observations, shared
+from fastattn.training.distributed.evaluation import observations
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.share import Share
 from fastattn.training.distributed.tensor import canonical, localised
@@ -311,7 +311,9 @@ def evaluate(
     """
     device, tokens = device or _device(model), config.evaluation_tokens
     with in_mode(model, training=False), autocast(device, config.precision):
-        if parallel is not None and parallel.readers > 1 and shared(objective):
+        # Who measures otherwise reads all on each process.
+        observes = type(objective).measure is Objective.measure
+        if parallel is not None and parallel.readers > 1 and observes:
             found = observations(model, objective, batches, tokens, device, parallel)
             return objective.conclude(list(found))
         return objective.measure(model, _first(batches.once(), tokens, device))

@@ -19,7 +19,6 @@ from fastattn.training import Tokenizer, loop
 from fastattn.training.history import Evaluation, History, Step
 from fastattn.training.objectives import OBJECTIVES
 from fastattn.training.runs import toml
-from fastattn.training.runs.run import opened
 from fastattn.training.runs.settings import Run
 
 CONFIG = """
@@ -125,13 +124,6 @@ def test_the_same_command_goes_on(train: Train, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_the_written_config_is_the_same_run(train: Train, tmp_path: Path) -> None:
-    assert train("training.steps=2", "output.best=false")[0] == 0
-    assert main(["train", "out/run.toml", "output.folder=again"]) == 0
-    one, other = weights("out/model"), weights("again/model")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_dry_run_trains_nothing(train: Train) -> None:
     code, out, _ = train("--dry-run")
     assert code == 0
@@ -196,12 +188,6 @@ def test_errors_are_a_line(train: Train, overrides: list[str], message: str) -> 
     code, _, err = train(*overrides)
     assert code == 1 and err.count("\n") == 1
     assert message in err, err
-
-
-def test_one_run_at_a_time(train: Train) -> None:
-    with opened(Run.of(toml.read("config.toml"))):
-        code, _, err = train()
-    assert code == 1 and err.startswith("fastattn: another run is training in out/checkpoints")
 
 
 def test_help_has_the_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,6 @@ from fastattn.training import History, TensorBoard, Tokenizer
 from fastattn.training.optional import require
 
 
-def test_require_imports() -> None:
-    import json.decoder
-
-    assert require("json.decoder", "train", "a test") is json.decoder
-
-
 def test_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     message = r'a test needs the package surely_not_there: pip install "fastattn\[train\]"'
     for name in ("surely_not_there", "surely_not_there.part"):

@@ -16,7 +16,7 @@ import numpy
 import pytest
 from training.data.counted import Numbers, NumbersSettings, Pairs, write_records
 
-from fastattn.training import Tokenizer, load_corpus
+from fastattn.training import Tokenizer
 from fastattn.training.contract import Objective
 from fastattn.training.data import Examples, Packed, preparation, prepare, storage
 from fastattn.training.objectives.causal import Causal
@@ -350,21 +350,3 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(told) > 5 and told == sorted(told)
     for records, values in told:
         assert values == sum(len(record["ids"][0]) for record in RECORDS[:records])
-
-
-def test_the_shipped_corpus_reads_back(tmp_path: Path) -> None:
-    corpus = load_corpus()
-    lines = [line for text in corpus.values() for line in text.split("\n") if line.strip()]
-    for name, text in corpus.items():
-        (tmp_path / f"{'ec'.index(name[0])}.txt").write_text(text, encoding="utf-8")
-    causal = Causal(Tokenizer.train((text[:9999] for text in corpus.values()), vocab_size=1000))
-    examples = prepare(tmp_path / "*.txt", causal, tmp_path / "examples", documents="line")
-    end = causal.tokenizer.end_of_text
-    for i in range(0, len(lines), 97):
-        ids = examples[i]["input_ids"].tolist()
-        assert ids.pop() == end and causal.tokenizer.decode(ids) == lines[i]
-    assert len(examples) == len(lines)
-    total = int(examples.lengths.sum())
-    batches = list(Packed(examples, causal, 2048, 512, 0).once())
-    assert sum(batch.tokens for batch in batches) == total
-    assert all(batch.arguments["packed"].max_seqlen <= 512 for batch in batches)

@@ -43,16 +43,6 @@ def parts(rank: int, numbers: dict[str, Any], how: dict[str, Any]) -> list[bool]
         return [all(same), tied, torch.equal(whole(ids), late(ids))]
 
 
-def trained(rank: int, numbers: dict[str, Any], late: bool) -> tuple[dict[str, torch.Tensor], Any]:
-    """The weights of a run, whole, and the loss of each step."""
-    subject, weights = _drawn(0) if late else (small.model(), None)
-    config = small.with_changes(steps=3, accumulation=2)
-    layout = tasks.parallel(**numbers)
-    history = small.trained(subject, config, parallel=layout, weights=weights)
-    whole = {name: tasks.whole(value) for name, value in subject.state_dict().items()}
-    return whole, [step.loss for step in history.steps]
-
-
 def differing(rank: int) -> str:
     """What a run says of which rank 1 draws from another seed."""
     subject, weights = _drawn(rank)

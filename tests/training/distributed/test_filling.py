@@ -67,15 +67,6 @@ def test_parts_are_those_of_a_whole_model(
     assert processes.run(count, tasks.parts, numbers, how) == [[True] * 3] * count
 
 
-@pytest.mark.parametrize(
-    "numbers", [{"shard": 2}, pytest.param({"tensor": 2}, marks=pytest.mark.long)]
-)
-def test_a_run_has_the_same_bits(numbers: dict[str, Any]) -> None:
-    whole, losses = processes.run(2, tasks.trained, numbers, False)[0]
-    late, their_losses = processes.run(2, tasks.trained, numbers, True)[0]
-    assert losses == their_losses and small.same(whole, late)
-
-
 def test_a_rank_of_another_seed_is_named() -> None:
     for said in processes.run(2, tasks.differing):
         assert "rank 1 of 2 has other weights at the start" in said

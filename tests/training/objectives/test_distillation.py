@@ -127,18 +127,3 @@ def test_other_vocabularies(tokenizer: Tokenizer, teacher: Path, tmp_path: Path)
         objective.loss(student, _batch(objective))
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
         Distillation(tokenizer, DistillationSettings(teacher=str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({}, ValueError, "teacher must be the folder of a model, got ''"),
-        ({"teacher": "x", "temperature": 0.0}, ValueError, "temperature must be positive"),
-        ({"teacher": "x", "temperature": math.nan}, ValueError, "temperature must be positive"),
-        ({"teacher": "x", "alpha": 1.1}, ValueError, r"alpha must be in \[0, 1\], got 1.1"),
-        ({"teacher": "x", "alpha": "1"}, TypeError, "alpha must be a number"),
-    ],
-)
-def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        DistillationSettings(**settings)
