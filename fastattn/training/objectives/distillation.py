@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.models import load
-from fastattn.nn.checks import check_number
+from fastattn.nn.checks import check_within
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Interface
@@ -47,12 +47,8 @@ class DistillationSettings(CausalSettings):
     def __post_init__(self) -> None:
         if not isinstance(self.teacher, str) or not self.teacher:
             raise ValueError(f"teacher must be the folder of a model, got {self.teacher!r}")
-        check_number("temperature", self.temperature)
-        check_number("alpha", self.alpha)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        check_within("temperature", self.temperature, "(0, inf)", "positive and finite")
+        check_within("alpha", self.alpha, "[0, 1]")
 
 
 class Distillation(Causal):

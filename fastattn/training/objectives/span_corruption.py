@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from fastattn.nn.checks import check_integer, check_number
+from fastattn.nn.checks import check_integer, check_within
 from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.objectives.collation import encoder_decoder_batch
 
@@ -41,14 +41,8 @@ class SpanCorruptionSettings:
 
     def __post_init__(self) -> None:
         check_integer("context", self.context, at_least=3)  # a token, a sentinel, the end of text
-        for name in ("noise_density", "mean_span_length"):
-            check_number(name, getattr(self, name))
-        if not 0 < self.noise_density < 1:
-            raise ValueError(f"noise_density must be in (0, 1), got {self.noise_density}")
-        if not 1 <= self.mean_span_length < float("inf"):
-            raise ValueError(
-                f"mean_span_length must be finite and at least 1, got {self.mean_span_length}"
-            )
+        check_within("noise_density", self.noise_density, "(0, 1)")
+        check_within("mean_span_length", self.mean_span_length, "[1, inf)", "finite and at least 1")
 
     def counts(self, length: int) -> tuple[int, int]:
         """How many of `length` tokens, at least 2, are cut out, and in how many spans."""

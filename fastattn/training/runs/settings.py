@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastattn import models
-from fastattn.nn.checks import check_integer, check_number
+from fastattn.nn.checks import check_integer, check_within
 from fastattn.training.contract import Objective
 from fastattn.training.data.formats import Documents
 from fastattn.training.distributed.layout import DistributedConfig
@@ -106,9 +106,7 @@ class DataSettings:
     documents: Documents = "file"
 
     def __post_init__(self) -> None:
-        fraction = check_number("validation_fraction", self.validation_fraction)
-        if not 0 <= fraction < 1:
-            raise ValueError(f"validation_fraction must be in [0, 1), got {fraction}")
+        check_within("validation_fraction", self.validation_fraction, "[0, 1)")
         if not self.training:
             raise ValueError("training must name at least one file or folder")
 
