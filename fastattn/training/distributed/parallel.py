@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -136,14 +135,6 @@ class Parallel:
             digests = fill(model, weights, device, self.device)
             check_digests(self.processes, digests, "at the start")
         return model
-
-    def share(self, numbers: Sequence[int]) -> list[int]:
-        """Those of a step's batches that are this process's; the first may have one more."""
-        return list(numbers[self.reader :: self.readers])
-
-    def slots(self, numbers: Sequence[int]) -> int:
-        """How many of them each process runs, to exchange gradients with the others; 0 for one."""
-        return 0 if self.mesh is None else -(-len(numbers) // self.readers)
 
     def part(self, batch: Batch) -> Batch:
         """This process's part of each of the batch's sequences.

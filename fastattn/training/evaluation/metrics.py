@@ -48,13 +48,7 @@ def f1(predictions: numpy.typing.ArrayLike, references: numpy.typing.ArrayLike) 
     """The macro F1: the mean of 2 TP / (2 TP + FP + FN) over the classes that occur in either.
 
     Of the counts of all classes together, F1 is `accuracy`, since every sequence has one class.
-
-    Args:
-        predictions, references: (n,) classes, by number or by name; n is at least 1.
-
-    Raises:
-        TypeError: one has numbers and the other names.
-        ValueError: the shapes do not fit.
+    Arguments and errors are those of `accuracy`.
     """
     given, wanted = _classes(predictions, references)
     names, numbers = numpy.unique(numpy.concatenate([given, wanted]), return_inverse=True)

@@ -22,7 +22,6 @@ from fastattn.nn.checks import check_within
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Interface
-from fastattn.training.evaluation.metrics import perplexity
 from fastattn.training.objectives.causal import Causal, CausalSettings
 from fastattn.training.optional import require
 from fastattn.training.tokenizer import Tokenizer
@@ -78,23 +77,17 @@ class Distillation(Causal):
         divergence, own = self._losses(model, batch)
         return self.settings.alpha * divergence + (1 - self.settings.alpha) * own
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def observe(self, model: torch.nn.Module, batch: Batch) -> Any:
+        losses = [loss.item() for loss in self._losses(model, batch)]
+        return (losses if batch.counted else [0.0, 0.0]), batch.counted
+
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """The loss, its parts "divergence" and "cross_entropy", and the latter's perplexity."""
-        totals, counted = torch.zeros(2, dtype=torch.float64), 0
-        for batch in batches:
-            if batch.counted:
-                losses = torch.stack(self._losses(model, batch)).double().cpu()
-                totals += losses * batch.counted
-                counted += batch.counted
-        if not counted:
-            raise ValueError("the validation data have no target that counts in the loss")
-        divergence, own = (totals / counted).tolist()
-        return {
-            "loss": self.settings.alpha * divergence + (1 - self.settings.alpha) * own,
-            "divergence": divergence,
-            "cross_entropy": own,
-            "perplexity": perplexity(own, 1),
-        }
+        both = [*observed]
+        parts = [super(Distillation, self).conclude((x[i], n) for x, n in both) for i in (0, 1)]
+        divergence, own = (part["loss"] for part in parts)
+        loss = self.settings.alpha * divergence + (1 - self.settings.alpha) * own
+        return {**parts[1], "loss": loss, "divergence": divergence, "cross_entropy": own}
 
     def _losses(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """temperature^2 * KL(teacher || student), and the student's causal loss."""
