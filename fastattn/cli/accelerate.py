@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is None:
         batch = _random(model, arguments.batch, arguments.seqlen)
     else:
-        batch = _tokens(transformers, source, arguments.text, arguments.batch)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        batch = dict(tokenizer([arguments.text] * arguments.batch, return_tensors="pt"))
     batch = {name: x.to(model.device) for name, x in _with_labels(model, batch).items()}
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in batch.items())
     print(f"{type(model).__name__}, {arguments.dtype}, {arguments.device}; {shapes}")
@@ -82,13 +83,6 @@ def _load(transformers: Any, source: dict[str, str], dtype: torch.dtype) -> Any:
     (name, *_) = config.architectures or ["AutoModel"]
     cls = getattr(transformers, name, transformers.AutoModel)
     return cls.from_pretrained(**source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-
-
-def _tokens(
-    transformers: Any, source: dict[str, str], text: str, batch: int
-) -> dict[str, torch.Tensor]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    return dict(tokenizer([text] * batch, return_tensors="pt"))
 
 
 def _random(model: Any, batch: int, seqlen: int) -> dict[str, torch.Tensor]:

@@ -192,7 +192,7 @@ class Batches(Protocol):
         ...
 
     def once(self, first: int = 0, step: int = 1) -> Iterable[Batch]:
-        """Each example once, in the order of the data: for an evaluation.
+        """Each example once, in the order of the data: for an evaluation; the last may be smaller.
 
         Of these batches those of the numbers `first`, `first + step`, and so on.
         """

@@ -129,11 +129,7 @@ def train(
         functools.partial(localised, model),
     )
     history = state.history
-
-    def progress() -> None:
-        if on_progress is not None:
-            on_progress(history)
-
+    tell = on_progress or (lambda _: None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(generators_kept(device))
         if not model.training:
@@ -143,7 +139,7 @@ def train(
         if checkpoints is not None:
             parallel.processes.together(lambda: stack.enter_context(checkpoints))
             if checkpoints.restore(state, identity, config):
-                progress()
+                tell(history)
         first, updating = state.step, False
         try:
             for step in range(first, config.steps + 1):
@@ -164,14 +160,14 @@ def train(
                         seconds = time.perf_counter() - start
                         history.add(Step(step, loss, rate, norm, share.tokens, seconds))
                         updating = False
-                    progress()
+                    tell(history)
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
                         measures = evaluate(model, objective, validation, config, device, parallel)
                     if privacy is not None:
                         measures["epsilon"] = privacy.epsilon(step)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
-                    progress()
+                    tell(history)
                 if checkpoints is not None and parallel.agreed(
                     _checkpoint_due(checkpoints, state, config)
                 ):

@@ -19,6 +19,7 @@ CONFIG = TrainingConfig(
     steps=60, batch_size=4, context=16, learning_rate=1e-2, final_learning_rate=1e-3,
     warmup_steps=5, evaluation_interval=25, evaluation_tokens=256,
 )  # fmt: skip
+LLAMA = {"positions": "rotary", "norm": "rms_norm", "gated": True, "tie_word_embeddings": False}
 OBJECTIVE = Causal(Tokenizer.train(["a"], 257))
 
 

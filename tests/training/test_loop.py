@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
 from typing import Any
 
 import numpy
@@ -214,18 +213,6 @@ def test_evaluation_is_the_mean_over_the_windows_in_eval_mode() -> None:
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         assert measures["loss"] == pytest.approx(expected.item(), rel=1e-5)
         subject.train()
-
-
-def test_what_an_objective_measures_is_recorded() -> None:
-    class Measured(Causal):
-        def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-            return {"loss": super().measure(model, batches)["loss"], "half": 0.5}
-
-    history = train(
-        model(), Measured(OBJECTIVE.tokenizer), windows(), with_changes(steps=1),
-        validation=windows(HELD_OUT),
-    )  # fmt: skip
-    assert [dict(e.scores) for e in history.evaluations] == [{"half": 0.5}] * 2
 
 
 def _modes(model: torch.nn.Module) -> list[bool]:

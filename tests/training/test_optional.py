@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastattn.training import History, TensorBoard, Tokenizer
+from fastattn.training.data import read_records
 from fastattn.training.optional import require
 
 
@@ -31,3 +33,10 @@ def test_features_say_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         History().plot(f"{tmp_path}/loss.png")
     with pytest.raises(ImportError, match=r'TensorBoard needs .*"fastattn\[tensorboard\]"'):
         TensorBoard("anywhere")
+    for package in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(sys, "path", [])
+    table = Path(f"{tmp_path}/a.parquet")
+    table.touch()
+    with pytest.raises(ImportError, match=r'needs .* pyarrow: .*"fastattn\[parquet\]"'):
+        list(read_records(table))

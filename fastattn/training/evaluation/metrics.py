@@ -191,7 +191,7 @@ def bleu(
         ValueError: the lengths differ, or there is no sentence.
         ImportError: sacrebleu is not installed.
     """
-    sacrebleu = _sacrebleu("BLEU")
+    sacrebleu = require("sacrebleu", "evaluate", "BLEU")
     streams = _streams(predictions, references)
     return float(sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize).score)
 
@@ -201,7 +201,7 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
     Arguments and errors are those of `bleu`; characters need no tokenizer.
     """
-    sacrebleu = _sacrebleu("chrF")
+    sacrebleu = require("sacrebleu", "evaluate", "chrF")
     streams = _streams(predictions, references)
     return float(sacrebleu.corpus_chrf(list(predictions), streams).score)
 
@@ -281,7 +281,3 @@ def _streams(
             f"got {', '.join(map(str, sorted(counts)))}"
         )
     return [list(stream) for stream in zip(*references)]
-
-
-def _sacrebleu(metric: str) -> Any:
-    return require("sacrebleu", "evaluate", metric)

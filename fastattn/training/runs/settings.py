@@ -210,9 +210,9 @@ class Run:
     def tables(self) -> dict[str, dict[str, Any]]:
         """The tables of a config that describes the run, with every field said."""
         return {
-            name: {"name": self.objective.name, **_values(self.objective.settings)}
+            name: {"name": self.objective.name, **vars(self.objective.settings)}
             if name == "objective"
-            else _values(getattr(self, name))
+            else dict(vars(getattr(self, name)))
             for name in names(Run)
         }
 
@@ -252,8 +252,3 @@ def _objective(
     values = {key: value for key, value in shared.items() if key in known}
     values |= {key: value for key, value in table.items() if key != "name"}
     return ObjectiveSettings(name, filled(cls, values, "objective", keys))
-
-
-def _values(settings: Any) -> dict[str, Any]:
-    """Its fields, and nothing of what is in them."""
-    return {name: getattr(settings, name) for name in names(settings)}

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from training.small import model, same, stopping, trained, weights, with_changes
 
 from fastattn.training import Checkpoints, History
 from fastattn.training.checkpoints import tensors
-from fastattn.training.checkpoints.beside import Beside
 
 pytest.importorskip("safetensors")
 CONFIG = with_changes(steps=6, evaluation_interval=100, ema_decay=0.8)
@@ -119,23 +117,3 @@ def test_ctrl_c_waits_for_the_checkpoint(tmp_path: Path) -> None:
     assert history.interrupted and Checkpoints(tmp_path).steps() == [0, 2, 3]
     state = json.loads((tmp_path / "step-000003" / "state.json").read_text())
     assert state["step"] == 3
-
-
-def test_an_error_of_the_work_is_raised_once() -> None:
-    beside, moment = Beside(), threading.Event()
-    beside.start(lambda: (moment.wait(SECONDS), 1 / 0)[1])
-    beside.join(0.01)
-    assert not beside.failed
-    moment.set()
-    with pytest.raises(ZeroDivisionError):
-        beside.wait()
-    beside.wait()
-    beside.start(lambda: None)
-    beside.wait()
-
-
-def test_a_copy_does_not_follow_the_tensor() -> None:
-    tensor = torch.arange(6.0).reshape(2, 3).t()
-    (copy,) = tensors.copied({"a": tensor}).values()
-    tensor += 1
-    assert copy.is_contiguous() and torch.equal(copy, tensor - 1)

@@ -26,7 +26,6 @@ LAYOUTS = [
     pytest.param(4, {"replicate": 2, "context": 2}, id="DDP-CP", marks=pytest.mark.long),
     pytest.param(4, {"shard": 2, "context": 2}, id="FSDP-CP", marks=pytest.mark.long),
 ]
-LLAMA = {"positions": "rotary", "norm": "rms_norm", "gated": True, "tie_word_embeddings": False}
 # Five batches for two processes: one of them runs a batch in vain.
 UNEVEN = {"accumulation": 5, "steps": 6, "evaluation_interval": 4}
 
@@ -40,7 +39,7 @@ UNEVEN = {"accumulation": 5, "steps": 6, "evaluation_interval": 4}
 )
 def test_gradients_are_those_of_one_process(count: int, numbers: dict[str, Any]) -> None:
     """Of five batches with different numbers of targets; under tensor parallelism of a Llama."""
-    changes, how = {"accumulation": 5}, LLAMA if "tensor" in numbers else {}
+    changes, how = {"accumulation": 5}, small.LLAMA if "tensor" in numbers else {}
     exact_loss, exact = _float64(changes, how)
     eager_loss, eager = processes.run(1, tasks.gradients, {}, changes, how)[0]
     for loss, ours in processes.run(count, tasks.gradients, numbers, changes, how):

@@ -10,8 +10,7 @@ from fastattn.training import TrainingConfig
 
 
 def test_the_rate_rises_then_falls_as_a_cosine() -> None:
-    config = TrainingConfig(steps=110, warmup_steps=10, learning_rate=2.0, final_learning_rate=0.5)
-    rates = [config.learning_rate_at(step) for step in range(1, 111)]
+    rates = _rates("cosine")
     assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
     assert rates[59] == pytest.approx(1.25)  # half way down
     assert rates[-1] == pytest.approx(0.5)
