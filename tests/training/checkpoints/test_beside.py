@@ -15,6 +15,7 @@ from training.small import model, same, stopping, trained, weights, with_changes
 
 from fastattn.training import Checkpoints, History
 from fastattn.training.checkpoints import tensors
+from fastattn.training.checkpoints.beside import Beside
 
 pytest.importorskip("safetensors")
 CONFIG = with_changes(steps=6, evaluation_interval=100, ema_decay=0.8)
@@ -111,9 +112,19 @@ def test_an_error_is_raised_in_the_next_step_or_at_the_end(
 
 def test_ctrl_c_waits_for_the_checkpoint(tmp_path: Path) -> None:
     """The one that is being written, and that of the step at which the run ends."""
-
     checkpoints = Checkpoints(tmp_path, every_steps=2, keep=9)
     history = trained(model(), CONFIG, checkpoints=checkpoints, on_progress=stopping(3))
     assert history.interrupted and Checkpoints(tmp_path).steps() == [0, 2, 3]
     state = json.loads((tmp_path / "step-000003" / "state.json").read_text())
     assert state["step"] == 3
+
+
+def test_an_error_of_the_work_is_raised_once() -> None:
+    beside, moment = Beside(), threading.Event()
+    beside.start(lambda: (moment.wait(SECONDS), 1 / 0)[1])
+    beside.join(0.01)
+    assert not beside.failed
+    moment.set()
+    with pytest.raises(ZeroDivisionError):
+        beside.wait()
+    beside.wait()

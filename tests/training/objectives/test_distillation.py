@@ -108,12 +108,15 @@ def test_what_is_measured(tokenizer: Tokenizer, teacher: Path) -> None:
     objective, student = Distillation(tokenizer, settings), _gpt(tokenizer, 2).eval()
     with torch.no_grad():
         measured = objective.measure(student, [_batch(objective)])
+        assert objective.observe(student, _batch(objective))[1] == _batch(objective).counted
         exact = [model.double() for model in (objective.teacher, student)]
         whole, own, divergence = (
             _defined(tokenizer, *exact, 3.0, alpha).item() for alpha in (0.3, 0.0, 1.0)
         )
     expected = {"loss": whole, "divergence": divergence, "cross_entropy": own}
     assert measured == pytest.approx(expected | {"perplexity": math.exp(own)}, rel=1e-4)
+    two = objective.conclude([([1.0, 3.0], 3), ([5.0, 1.0], 1)])  # 3 targets and 1
+    assert (two["divergence"], two["cross_entropy"]) == (2.0, 2.5)
 
 
 def test_other_vocabularies(tokenizer: Tokenizer, teacher: Path, tmp_path: Path) -> None:
