@@ -28,13 +28,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
 
 from fastattn import extension, measured, proving
+from fastattn.extension import constant
 
 # The module of an op's folder that is the backend, in the order in which they are tried.
 ROOMS = {
@@ -56,12 +57,6 @@ ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 
 _used: str | None = None  # what the innermost use_backend() names
-
-
-def _constant(function: Any) -> Any:
-    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
-    function._dynamo_marked_constant = True
-    return function
 
 
 class UnsupportedError(RuntimeError):
@@ -121,7 +116,7 @@ class Backend:
 _paths: list[str] = []  # of all backends of all ops
 
 
-@_constant
+@constant
 def _import_all() -> None:
     for path in _paths:
         with contextlib.suppress(ImportError):  # a platform without Triton
@@ -158,7 +153,7 @@ def name_of(backends: tuple[Backend, ...], module: ModuleType) -> str:
     return next(backend.name for backend in backends if backend.module is module)
 
 
-@_constant
+@constant
 def triton_runs() -> Literal["compiled", "interpreted", "executed"]:
     """The way in which Triton kernels run in this process; fixed when Triton is imported.
 
@@ -176,7 +171,7 @@ def triton_runs() -> Literal["compiled", "interpreted", "executed"]:
     return "executed" if on(TRITON_ON_CPU) else "compiled"
 
 
-@_constant
+@constant
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -273,7 +268,7 @@ def _in_environment() -> str | None:
     return value.decode() if isinstance(value, bytes) else value
 
 
-@_constant
+@constant
 def _set_in_environment() -> None:
     """Set the variable to "" if it is not set, for torch.compile.
 
@@ -385,6 +380,7 @@ class Explanation:
         backend: the name of the backend that would run, None if the call would raise.
         source: who chooses: the argument, `use_backend`, the environment, or "first capable".
         reasons: for every backend in order, why it would not run; None for the one that would.
+        remark: what that one copies first, None if nothing is to be told.
     """
 
     op: str
@@ -392,13 +388,15 @@ class Explanation:
     backend: str | None
     source: str
     reasons: dict[str, str | None]
+    remark: str | None = None
 
     def __str__(self) -> str:
         runs = self.backend or "no backend: the call would raise UnsupportedError"
         lines = [f"{self.op} on {self.problem}", f"runs on: {runs} ({self.source})"]
         width = max(map(len, self.reasons))
         for name, reason in self.reasons.items():
-            lines.append(f"  {name:<{width}}  {reason or 'runs'}")
+            told = reason or ", ".join(filter(None, ("runs", self.remark)))
+            lines.append(f"  {name:<{width}}  {told}")
         return "\n".join(lines)
 
 
@@ -427,21 +425,32 @@ def _explain(
     return Explanation(op, problem.describe(), chosen, source, reasons)
 
 
-_explainable: dict[Callable[..., Any], tuple[str, Callable[..., Any], tuple[Backend, ...]]] = {}
+Remark = Callable[[str, dict[str, Any]], str | None]
+_explainable: dict[
+    Callable[..., Any], tuple[str, Callable[..., Any], tuple[Backend, ...], Remark | None]
+] = {}
 
 
 def register(
-    function: Callable[..., Any], describe: Callable[..., Any], backends: tuple[Backend, ...]
+    function: Callable[..., Any],
+    describe: Callable[..., Any],
+    backends: tuple[Backend, ...],
+    remark: Remark | None = None,
 ) -> None:
-    """Make `function` known to `explain`; `describe` takes its arguments, returns the problem."""
-    _explainable[function] = (function.__name__, describe, backends)
+    """Make `function` known to `explain`.
+
+    Args:
+        describe: takes the function's arguments, and returns the problem.
+        remark: (backend that would run, arguments by name) -> what `explain` tells of it.
+    """
+    _explainable[function] = (function.__name__, describe, backends, remark)
 
 
 def problem_of(
     function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[Any, tuple[Backend, ...]]:
     """The problem of a call of a public op, and the kernel backends that can run it, in order."""
-    _, describe, backends = _explainable[function]
+    _, describe, backends, _ = _explainable[function]
     problem = describe(*args, **kwargs)
     kernels = (backend for backend in backends if backend.name in KERNELS)
     return problem, tuple(backend for backend in kernels if not backend.unsupported(problem))
@@ -481,9 +490,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 def explanation_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """`explain` without printing."""
     if function not in _explainable:
-        known = ", ".join(sorted(name for name, _, _ in _explainable.values()))
+        known = ", ".join(sorted(name for name, *_ in _explainable.values()))
         raise ValueError(f"function must be an op of fastattn ({known}); got {function!r}")
-    op, describe, backends = _explainable[function]
-    inspect.signature(function).bind(*args, **kwargs)  # raises what the call would
+    op, describe, backends, remark = _explainable[function]
+    bound = inspect.signature(function).bind(*args, **kwargs)  # raises what the call would
     argument = kwargs.pop("backend", None)
-    return _explain(op, backends, describe(*args, **kwargs), argument)
+    explanation = _explain(op, backends, describe(*args, **kwargs), argument)
+    if remark is None or explanation.backend is None:
+        return explanation
+    return replace(explanation, remark=remark(explanation.backend, bound.arguments))

@@ -18,6 +18,8 @@ def hasten() -> None:
     The names are not public: a Triton without them interprets as it does, and test_interpreter.py
     says so.
     """
+    # A launch would import it while triton.language is patched, and Gluon keep what it got.
+    import triton.experimental.gluon.language  # noqa: F401
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,10 @@ import fastattn
 from fastattn.ops.attention import gluon as room
 from fastattn.ops.common import gluon as kernels
 from fastattn.ops.common import gluon_products
+from fastattn.ops.cross_entropy import reference as losses
+from fastattn.ops.cross_entropy.problem import IGNORED, Options
 from fastattn.ops.ffn import gluon as ffn
+from fastattn.ops.linear_cross_entropy import gluon as loss
 from oracle import assert_all_close_to_reference
 
 from .launching import launch
@@ -24,8 +27,10 @@ from .launching import launch
 ROOM = Path(room.__file__).parent
 PRODUCTS = Path(gluon_products.__file__)
 FFN = Path(ffn.__file__).parent
+LOSS = Path(loss.__file__).parent
 # Batch, queries, keys, heads, heads of K and V, head_dim, that of V, and features. Between them: both edges
-# of a band, rows that see no key, a padded head_dim, tiles that end inside of a head and of a box.
+# of a band, rows that see no key, a padded head_dim, tiles that end inside of a head and of a box;
+# dQ in any order, of more heads than start in turn.
 FORWARDS: list[tuple[Any, ...]] = [
     (2, 200, 191, 4, 2, 64, 64, {}),
     (1, 300, 520, 1, 1, 64, 64, {"causal": True}),
@@ -45,6 +50,7 @@ BACKWARDS: list[tuple[Any, ...]] = [
     (1, 256, 300, 1, 1, 72, 64, {"low": True}),
     (2, 70, 300, 2, 1, 64, 64, {"alibi_slopes": True, "softcap": 20.0, "key_lengths": (300, 130)}),
     (1, 174, 239, 2, 1, 64, 64, {"window": (60, 0), "packed": ((70, 140), (30, 50), (65, 20))}),
+    (3, 70, 140, 3, 3, 64, 64, {"deterministic": False}),
 ]
 
 # Of ffn: tokens, in_features, hidden, activation, whether gated; the last has the layout conv1d.
@@ -70,6 +76,14 @@ DERIVATIVES = [
     (250, 72, 392, "silu", True),
     (1700, 8, 200, "relu", False),
 ]
+# Of linear_cross_entropy: rows, features, classes, whether classes have weights, label smoothing, z_loss,
+# scale and cap. The last has few classes, of which each one's share in the smoothing is seen.
+LOSSES = [
+    (130, 264, 264, False, 0.0, 0.0, 1.0, 0.0),
+    (250, 72, 393, True, 0.2, 0.1, 0.5, 4.0),
+    (1700, 8, 300, False, 0.3, 0.0, 1.0, 0.0),
+    (70, 72, 25, True, 0.8, 0.0, 1.0, 0.0),
+]
 ACTIVATIONS = {
     "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
     "silu": F.silu,
@@ -77,21 +91,28 @@ ACTIVATIONS = {
 }
 
 
+def ordered(kernel: Any, args: Sequence[Any]) -> Sequence[str]:
+    """The tensors that a launch adds to in an order: dQ, but where it has no semaphores."""
+    given = dict(zip(kernel.arg_names, args))
+    return ("dq_desc",) if given.get("semaphores") is not None else ()
+
+
 @contextmanager
 def emulated(**options: Any) -> Iterator[None]:
     """The `gluon` backend runs in the emulator; dQ must be added to in an order.
 
     New memory is filled with NaN: else a part of a result that nobody writes may be right by chance.
+    Torch does so in its deterministic mode, of which the calls are not to know.
     """
 
     def launcher(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-        ordered = [x for x in ("dq_desc",) if x in kernel.arg_names]
-        launch(kernel, grid, *args, ordered=ordered, **options, **constants)
+        launch(kernel, grid, *args, ordered=ordered(kernel, args), **options, **constants)
 
     kernels.use(launcher)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: False):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
         kernels.use(None)
@@ -113,11 +134,13 @@ def draw(shape: tuple[Any, ...], seed: int) -> tuple[dict[str, torch.Tensor], di
         given["key_lengths"] = torch.tensor(given["key_lengths"], dtype=torch.int32)
     if given.pop("alibi_slopes", False):
         given["alibi_slopes"] = torch.rand(heads)
-    if "packed" in given:  # with tokens after the last sequence
+    if "packed" in given:  # with tokens after the last sequence, NaN
         tensors = {name: x[0] for name, x in tensors.items()}
         lengths = torch.tensor([(0, 0), *given.pop("packed")], dtype=torch.int32)
         starts = lengths.cumsum(0, dtype=torch.int32).t().contiguous()
         given["cu_seqlens_q"], given["cu_seqlens_k"] = starts
+        for name, x in tensors.items():
+            x[starts[int(name != "q"), -1] :] = torch.nan
     return tensors, given
 
 
@@ -225,6 +248,71 @@ def run_derivative(module: ModuleType, seed: int, **options: Any) -> None:
     eager, exact = formula(torch.float16), formula(torch.float64)
     names = ("hidden", "dpre", "sums")
     assert_all_close_to_reference({n: x for n, *x in zip(names, ours, eager, exact)})
+
+
+class Head:
+    """A problem of linear_cross_entropy by a seed, and its formula."""
+
+    def __init__(self, seed: int) -> None:
+        rows, features, self.classes, weighted, *numbers = LOSSES[seed % len(LOSSES)]
+        torch.manual_seed(seed)
+        self.options = Options(IGNORED, *numbers, "none")
+        self.x = torch.randn(rows, features).half()
+        self.weight = (3 * torch.randn(self.classes, features) / features**0.5).half()
+        self.bias = torch.randn(self.classes).half()
+        self.targets = torch.randint(self.classes, (rows,))
+        self.targets[torch.rand(rows) < 0.2] = IGNORED
+        self.class_weight = torch.rand(self.classes) + 0.1 if weighted else None
+        self.tensors = self.x, self.weight, self.bias, self.targets, self.class_weight
+        self.factors = _factors({"softcap": 0} if self.options.softcap else {})
+
+    def logits(self, dtype: torch.dtype) -> torch.Tensor:
+        return F.linear(*(t.to(dtype) for t in (self.x, self.weight, self.bias)))
+
+    def known(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Of each row: log of the sum of exponentials, the target's score, and smoothing's sum."""
+        s = losses.scores(self.logits(dtype), self.options)
+        lse = s.logsumexp(-1)
+        picked = s.gather(1, self.targets.clamp(min=0)[:, None])[:, 0]
+        w = torch.ones(self.classes) if self.class_weight is None else self.class_weight
+        smooth = ((s - lse[:, None]) * w).sum(1)
+        return {"lse": lse, "picked": picked * (self.targets >= 0), "smooth": smooth}
+
+    def gradient(self, dlosses: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        leaf = self.logits(dtype).requires_grad_()
+        found = losses.token_losses(leaf, self.targets, self.class_weight, self.options)
+        return torch.autograd.grad(found, leaf, dlosses.to(found.dtype))[0]
+
+
+def run_loss(module: ModuleType, seed: int, **options: Any) -> None:
+    """The forward's kernel of a module with the source of ops/linear_cross_entropy/gluon/forward.py."""
+    head = Head(seed)
+    with emulated(seed=seed, **options):
+        m, total, picked, *more = module.launch_forward(*head.tensors, head.options)
+    top = m.amax(0)
+    lse = top + (total * torch.exp(m - top)).sum(0).log()
+    ours = {"lse": lse, "picked": picked.sum(0) * (head.targets >= 0)}
+    if more:
+        smooth, seen = more
+        ours["smooth"] = (smooth + seen * (m - lse)).sum(0)
+    eager, exact = head.known(torch.float16), head.known(torch.float64)
+    named = {name: (x, eager[name], exact[name]) for name, x in ours.items()}
+    assert_all_close_to_reference(named, **head.factors)
+
+
+def run_loss_backward(module: ModuleType, seed: int, **options: Any) -> None:
+    """The gradients of the logits, by a module with the source of .../gluon/backward.py."""
+    head = Head(seed)
+    dlosses = torch.randn(len(head.x))
+    s = losses.scores(head.logits(torch.float64), head.options)
+    m = s.amax(1)
+    statistics = torch.stack([m, torch.exp(s - m[:, None]).sum(1)]).float()
+    all_weight = None if head.class_weight is None else head.class_weight.sum()
+    with emulated(seed=seed, **options):
+        out = torch.empty(len(head.x), -(-head.classes // 8) * 8).half()[:, : head.classes]
+        module.launch_gradient(out, dlosses, *head.tensors, all_weight, statistics, head.options)
+    eager, exact = (head.gradient(dlosses, dtype) for dtype in (torch.float16, torch.float64))
+    assert_all_close_to_reference({"dlogits": (out, eager, exact)}, **head.factors)
 
 
 def _factors(given: dict[str, Any]) -> dict[str, float]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch._dynamo.testing
 
 import fastattn
+from fastattn.backends import Explanation
 
 Tensor = torch.Tensor
 Function = Callable[..., Any]
@@ -140,3 +143,22 @@ def went_straight(straight: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(straight, "run", spy)
     return went
+
+
+def copies_are_told(
+    explanation: Explanation, call: Callable[..., Any], **tensors: torch.Tensor
+) -> None:
+    """`explain` names those matrices of which a Gluon call's kernels read a copy, and no other."""
+    from fastattn.ops.common import gluon
+
+    read: list[int] = []
+
+    def spy(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        read.extend(x.base.data_ptr() for x in args if hasattr(x, "block_shape"))
+
+    with mock.patch.object(gluon, "launch", spy), torch.no_grad():
+        call(**tensors)
+    matrices = [name for name, x in tensors.items() if x.dim() > 1]
+    copied = [name for name in matrices if tensors[name].data_ptr() not in read]
+    told = re.findall(r"after a copy of (.*?):", explanation.remark or "")
+    assert told == ([" and ".join(copied)] if copied else [])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 ALIGNMENT = 16  # bytes, of a descriptor's address and strides
@@ -49,6 +52,41 @@ def misfit(**tensors: torch.Tensor) -> str | None:
                 f"after one: give {name}.clone()"
             )
     return None
+
+
+def copies(rows: str, *matrices: str) -> Callable[[str, dict[str, Any]], str | None]:
+    """For `explain`: what the Gluon kernels of a product copy before they run.
+
+    Args:
+        rows: the argument (..., features) whose features must lie side by side.
+        matrices: those that are read in either order.
+    """
+
+    def remark(backend: str, arguments: dict[str, Any]) -> str | None:
+        if backend != "gluon":
+            return None
+        copied = [
+            name
+            for name in (rows, *matrices)
+            if (x := arguments.get(name)) is not None
+            and x.element_size() == 2  # else autocast makes another one
+            and not (_reads_rows(x) if name == rows else reads(x) or reads(x.t()))
+        ]
+        if not copied:
+            return None
+        return (
+            f"after a copy of {' and '.join(copied)}: TMA reads contiguous elements at multiples "
+            f"of {ALIGNMENT} bytes"
+        )
+
+    return remark
+
+
+def _reads_rows(x: torch.Tensor) -> bool:
+    try:
+        return reads(x.view(-1, x.shape[-1]))
+    except RuntimeError:  # no such view
+        return False
 
 
 def _address(x: torch.Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn import backends, proving
+from fastattn.ops.common import descriptors
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.ffn import problem as _problem
 from fastattn.ops.ffn import proof as _proof
@@ -86,5 +87,5 @@ def ffn(
     return out
 
 
-backends.register(ffn, _problem.describe, BACKENDS)
+backends.register(ffn, _problem.describe, BACKENDS, descriptors.copies("x", "w1", "w2", "gate"))
 proving.register("ffn", _proof.PROOF)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd, dropout
+from fastattn.ops.common import autograd, dropout, recovery
 from fastattn.ops.layer_norm import reference, results
 from fastattn.ops.layer_norm.problem import NormProblem, describe
 
@@ -51,8 +51,16 @@ def run_kernel(
 def _forward(  # type: ignore[no-untyped-def]
     x, residual, weight, bias, seed, dropout_p, eps, center, out_dtype, backend, forced
 ):
-    kernel = backends.module_of(BACKENDS, backend)
-    return kernel.forward(x, residual, weight, bias, eps, center, out_dtype, seed, dropout_p)
+    try:
+        kernel = backends.module_of(BACKENDS, backend)
+        return kernel.forward(x, residual, weight, bias, eps, center, out_dtype, seed, dropout_p)
+    except Exception as error:
+        problem = describe(x, weight, bias, eps, residual, dropout_p, center=center)
+        problem = dataclasses.replace(problem, out_dtype=out_dtype)
+        name = recovery.next_kernel(error, BACKENDS, backend, forced, problem, [problem])
+    return _forward(
+        x, residual, weight, bias, seed, dropout_p, eps, center, out_dtype, name, forced
+    )
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
@@ -113,9 +121,23 @@ def _backward(  # type: ignore[no-untyped-def]
     problem = describe(stream, weight, None, eps, None, center=center)
     problem = dataclasses.replace(problem, dropout_p=dropout_p)
     kernel = backends.select_backward(problem.op, BACKENDS, problem, backend, forced)
-    return kernel.backward(
-        dout, dstream, stream, weight, statistics, center, x_dtype, residual_dtype, bias_dtype,
-        weight_grad, seed, dropout_p,
+    try:
+        return kernel.backward(
+            dout, dstream, stream, weight, statistics, center, x_dtype, residual_dtype, bias_dtype,
+            weight_grad, seed, dropout_p,
+        )  # fmt: skip
+    except Exception as error:
+        forward = dataclasses.replace(
+            problem, dtype=x_dtype, residual_dtype=residual_dtype, out_dtype=dout.dtype
+        )
+        # A bias without a gradient is not known here.
+        biases = {bias_dtype, problem.weight_dtype if center else None}
+        families = [dataclasses.replace(forward, bias_dtype=dtype) for dtype in biases]
+        name = backends.name_of(BACKENDS, kernel)
+        name = recovery.next_kernel(error, BACKENDS, name, forced, problem, families, backward=True)
+    return _backward(
+        dout, dstream, stream, weight, statistics, seed, dropout_p, eps, center, x_dtype,
+        residual_dtype, bias_dtype, weight_grad, name, forced,
     )  # fmt: skip
 
 

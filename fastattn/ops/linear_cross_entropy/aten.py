@@ -145,13 +145,10 @@ def _sweep(
     counted = (flat != options.ignore_index).nonzero().squeeze(1)
     chunks = max(1, -(-len(counted) * classes // CHUNK))
     size = max(1, -(-len(counted) // chunks))
-    buffer = rows.new_empty(min(size, len(counted)), classes)
+    buffer = gradients.empty_logits(min(size, len(counted)))
     for places in counted.split(size):
         some, logits = rows[places], buffer[: len(places)]
-        if bias is None:
-            torch.mm(some, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, some, weight.t(), out=logits)
+        gradients.logits(some, bias, logits)
         of_targets = flat[places].long().unsqueeze(1)
         losses[places] = _finish(logits, of_targets, terms, dlosses[places], any(needs))
         if any(needs):

@@ -1,4 +1,4 @@
-"""The gradients of x, weight and bias from those of the logits, which come in chunks of rows."""
+"""The products of chunks of rows: logits, and from their gradients those of x, weight and bias."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def dtype_of_sum(dtype: torch.dtype) -> torch.dtype:
 class Gradients:
     """Sums over chunks: dx in x's dtype, dweight and dbias in that of `dtype_of_sum`.
 
+    The products are ATen's; a backend may have its own.
+
     The first chunk's product is the sum itself; bfloat16 ones become float32 when a second one is
     added. So rows that come at once take no memory beside their results.
     """
@@ -29,16 +31,31 @@ class Gradients:
         weight: torch.Tensor,  # (V, D)
         needs: tuple[bool, bool, bool],
     ) -> None:
+        self.rows = rows
         self.weight = weight
         self.needs = needs
         self.dx = rows.new_zeros(rows.shape) if needs[0] else None
         self.dweight: torch.Tensor | None = None
         self.dbias: torch.Tensor | None = None
 
+    def empty_logits(self, rows: int) -> torch.Tensor:
+        """Memory for the logits of so many rows, (rows, V)."""
+        return self.weight.new_empty(rows, len(self.weight))
+
+    def multiply(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left @ right
+
+    def logits(self, rows: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out = rows weight^T + bias."""
+        if bias is None:
+            torch.mm(rows, self.weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, self.weight.t(), out=out)
+
     def add(self, places: torch.Tensor | slice, rows: torch.Tensor, dlogits: torch.Tensor) -> None:
         """Add what (n, V) gradients of the logits of `rows` (n, D), x at `places`, come to."""
         if self.dx is not None:
-            self.dx[places] = dlogits @ self.weight
+            self.dx[places] = self.multiply(dlogits, self.weight)
         if self.needs[1]:
             self._add_weight(rows, dlogits)
         if self.needs[2]:
@@ -52,7 +69,7 @@ class Gradients:
             return
         shrink = SHRINK.get(rows.dtype)
         if shrink is None:
-            product = dlogits.t() @ rows
+            product = self.multiply(dlogits.t(), rows)
         else:
             product = torch.addmm(rows.new_zeros(()), dlogits.t(), rows, beta=0.0, alpha=shrink)
         if self.dweight is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn import backends, proving
+from fastattn.ops.common import descriptors
 from fastattn.ops.common.dispatch import Dispatch
 from fastattn.ops.cross_entropy.problem import IGNORED, Options
 from fastattn.ops.linear_cross_entropy import problem as _problem
@@ -95,5 +96,7 @@ def linear_cross_entropy(
     return loss
 
 
-backends.register(linear_cross_entropy, _problem.describe, BACKENDS)
+backends.register(
+    linear_cross_entropy, _problem.describe, BACKENDS, descriptors.copies("x", "weight")
+)
 proving.register("linear_cross_entropy", _proof.PROOF)

@@ -19,12 +19,15 @@ through the same graph (retain_graph=True) makes the gradients again.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd, flops, modes
+from fastattn.ops.common import autograd, flops, modes, recovery
 from fastattn.ops.cross_entropy.problem import Options
 from fastattn.ops.cross_entropy.reference import token_losses
 from fastattn.ops.linear_cross_entropy.aten import of_operator
@@ -45,14 +48,37 @@ def run_kernel(
 
 
 def _forward(x, weight, bias, targets, class_weight, summed, keep, *rest):  # type: ignore[no-untyped-def]
-    *settings, backend, _ = rest
-    kernel = backends.module_of(BACKENDS, backend)
-    losses, statistics, gradients = kernel.kernel_forward(
-        x, weight, bias, targets, class_weight, Options.of_operator(settings), keep
-    )
-    return (losses.sum() if summed else losses), *(
-        losses.new_empty(0) if t is None else t for t in (statistics, *gradients)
-    )
+    *settings, backend, forced = rest
+    tensors, options = (x, weight, bias, targets, class_weight), Options.of_operator(settings)
+    try:
+        kernel = backends.module_of(BACKENDS, backend)
+        losses, statistics, gradients = kernel.kernel_forward(*tensors, options, keep)
+    except Exception as error:
+        problem = _problem(*tensors, settings)
+        families = _families(problem, keep) if any(keep) else _families_of_losses(problem)
+        name = recovery.next_kernel(error, BACKENDS, backend, forced, problem, families)
+    else:
+        return (losses.sum() if summed else losses), *(
+            losses.new_empty(0) if t is None else t for t in (statistics, *gradients)
+        )
+    return _forward(*tensors, summed, keep, *settings, name, forced)
+
+
+def _families(problem: LinearLossProblem, keep: Sequence[bool]) -> list[LinearLossProblem]:
+    """The calls of one number whose gradients the forward makes."""
+    options = problem.options._replace(reduction="sum")
+    return [_needing(dataclasses.replace(problem, options=options), *keep)]
+
+
+def _families_of_losses(problem: LinearLossProblem) -> list[LinearLossProblem]:
+    """The calls that the same forward runs; the operator does not know which of them it is."""
+    every = itertools.product((False, True), (False, True), {False, problem.has_bias})
+    return [*_families(problem, (False,) * 3), *(_needing(problem, *needs) for needs in every)]
+
+
+def _needing(problem: LinearLossProblem, x: bool, weight: bool, bias: bool) -> LinearLossProblem:
+    needs = x, weight, bias
+    return dataclasses.replace(problem, needs=needs, needs_grad=any(needs))
 
 
 def _forward_fake(x, weight, bias, targets, class_weight, summed, keep, *rest):  # type: ignore[no-untyped-def]
@@ -120,19 +146,26 @@ def _backward(  # type: ignore[no-untyped-def]
     dlosses, x, weight, bias, targets, class_weight, statistics, needs, *rest
 ):
     *settings, backend, forced = rest
-    tensors = x, weight, bias, targets, class_weight
+    tensors, options = (x, weight, bias, targets, class_weight), Options.of_operator(settings)
     if backend == "torch":
         kernel = backends.module_of(BACKENDS, backend)
     else:
         problem = _problem(*tensors, settings)
         kernel = backends.select_backward(problem.op, BACKENDS, problem, backend, forced)
-    options = Options.of_operator(settings)
-    statistics = statistics if statistics.numel() else None
-    gradients = kernel.kernel_backward(dlosses, *tensors, statistics, options, needs)
-    return tuple(
-        x.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
-        for tensor, gradient in zip((x, weight, bias), gradients, strict=True)
-    )
+    try:
+        known = statistics if statistics.numel() else None
+        gradients = kernel.kernel_backward(dlosses, *tensors, known, options, needs)
+    except Exception as error:
+        problem = _problem(*tensors, settings)
+        families = [_needing(problem, *needs)]
+        name = backends.name_of(BACKENDS, kernel)
+        name = recovery.next_kernel(error, BACKENDS, name, forced, problem, families, backward=True)
+    else:
+        return tuple(
+            x.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
+            for tensor, gradient in zip((x, weight, bias), gradients, strict=True)
+        )
+    return _backward(dlosses, *tensors, statistics, needs, *settings, name, forced)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

@@ -45,9 +45,9 @@ def splits(tile: Tile, rows: int, classes: int, multiprocessors: int) -> int:
     return max(1, min(-(-2 * multiprocessors // programs), -(-classes // tile.block_n)))
 
 
-def chunk(tile: Tile, rows: int, classes: int) -> int:
-    """Rows of a chunk of the backward: whole tiles, and at least one."""
-    fit = max(1, CHUNK // classes // tile.block_m) * tile.block_m
+def chunk(block_m: int, rows: int, classes: int) -> int:
+    """Rows of a chunk of the backward: whole tiles of `block_m`, and at least one."""
+    fit = max(1, CHUNK // classes // block_m) * block_m
     return min(fit, max(1, rows))
 
 

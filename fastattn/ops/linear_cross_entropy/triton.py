@@ -215,8 +215,9 @@ def kernel_forward(
     """losses (...), and what a backward takes: statistics (2, ...), or those gradients that `keep`
     asks for, of the losses' sum. Losses and statistics are float32."""
     if any(keep):
-        losses, gradients = _with_gradients(x, weight, bias, targets, class_weight, options, keep)
-        return losses, None, gradients
+        gradients = Gradients(_as_rows(x, targets), weight, keep)
+        losses = losses_and_gradients(gradients, bias, targets, class_weight, options)
+        return losses, None, gradients.results(x.shape)
     losses, statistics = _losses(x, weight, bias, targets, class_weight, options)
     return losses, statistics, (None, None, None)
 
@@ -264,34 +265,29 @@ def join_parts(
     )  # fmt: skip
 
 
-def _with_gradients(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+def losses_and_gradients(
+    gradients: Gradients,
     bias: torch.Tensor | None,
-    targets: torch.Tensor,
+    targets: torch.Tensor,  # (...)
     class_weight: torch.Tensor | None,
     options: Options,
-    needs: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    rows, classes = x.reshape(targets.numel(), x.shape[-1]), weight.shape[0]
+) -> torch.Tensor:
+    """losses (...); `gradients`, of no chunk yet, get those of their sum."""
+    rows, classes = gradients.rows, len(gradients.weight)
     flat, class_weight = targets.reshape(-1), as_float32(class_weight)
-    losses = x.new_empty(len(rows), dtype=torch.float32)
+    losses = rows.new_empty(len(rows), dtype=torch.float32)
     ones = losses.new_ones(len(rows))
-    gradients = Gradients(rows, weight, needs)
-    size = tiles.rows_at_once(len(rows), classes, rows.shape[1], x.element_size())
-    buffer = rows.new_empty(size, classes)
+    size = tiles.rows_at_once(len(rows), classes, rows.shape[1], rows.element_size())
+    buffer = gradients.empty_logits(size)
     for start in range(0, len(rows), size):
         part = slice(start, min(start + size, len(rows)))
         some, logits = rows[part], buffer[: part.stop - start]
-        if bias is None:
-            torch.mm(some, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, some, weight.t(), out=logits)
+        gradients.logits(some, bias, logits)
         given = logits, flat[part], class_weight
         losses[part], statistics = of_logits.kernel_forward(*given, options)
         of_logits.kernel_backward(ones[part], *given, statistics, options, out=logits)
         gradients.add(part, some, logits)
-    return losses.view(targets.shape), gradients.results(x.shape)
+    return losses.view(targets.shape)
 
 
 # --- backward -----------------------------------------------------------------------------------
@@ -378,8 +374,8 @@ def kernel_backward(
     class_weight, bias = as_float32(class_weight), _flat(bias)
     all_weight = None if class_weight is None else class_weight.sum()
     gradients = Gradients(rows, weight, needs)
-    size = tiles.chunk(tile, n, classes)
-    buffer = rows.new_empty(size if n else 0, classes)
+    size = tiles.chunk(tile.block_m, n, classes)
+    buffer = gradients.empty_logits(size if n else 0)
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
         some, dlogits = rows[part], buffer[: part.stop - start]

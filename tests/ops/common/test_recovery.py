@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,6 +26,12 @@ from fastattn.ops.common import gluon as gluons
 from fastattn.ops.ffn import gluon as ffn_gluon
 from fastattn.ops.ffn import interface as ffns
 from fastattn.ops.ffn import triton as ffn_triton
+from fastattn.ops.layer_norm import cuda as norm_cuda
+from fastattn.ops.layer_norm import interface as norms
+from fastattn.ops.layer_norm import triton as norm_triton
+from fastattn.ops.linear_cross_entropy import gluon as loss_gluon
+from fastattn.ops.linear_cross_entropy import interface as losses
+from fastattn.ops.linear_cross_entropy import triton as loss_triton
 from oracle import assert_close_to_reference
 
 BAD_TILE = OutOfResources(300_000, 232_448, "shared memory")
@@ -52,6 +58,9 @@ class Kernels:
             (reference, ("forward",)),
             (ffn_gluon, ("forward", "backward")),
             (ffn_triton, ("forward", "backward")),
+            (loss_gluon, ("kernel_forward", "kernel_backward")),
+            (loss_triton, ("kernel_forward", "kernel_backward")),
+            (norm_triton, ("forward", "backward")),
         ):
             for entry in entries:
                 name = f"{module.__name__.rsplit('.', 1)[-1]}.{entry}"
@@ -94,7 +103,8 @@ def kernels(
         for cache in (proving._known, proving._warned, verdicts.environment):
             getattr(cache, "cache_clear", getattr(cache, "clear", None))()
         attentions._dispatch.plans.clear()
-        ffns._dispatch.plans.clear()
+        for op in (ffns, losses, norms):
+            op._dispatch.plans.clear()
 
     restart()
     yield Kernels(monkeypatch)
@@ -302,6 +312,115 @@ def test_a_backward_of_ffn(kernels: Kernels) -> None:
     with pytest.warns(RuntimeWarning, match="the gluon backend of ffn is no longer used"):
         assert kernels.of(out.sum().backward) == ["gluon.backward fails", "triton.backward"]
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+# --- every op, in a compiled model too ------------------------------------------------------------
+
+
+class Op(NamedTuple):
+    """A call, its inputs by shape, and the names of its kernels."""
+
+    call: Callable[..., torch.Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    forward: str  # that fails
+    backward: str
+
+    def second(self, name: str) -> str:
+        return f"triton.{name.partition('.')[2]}"
+
+    def gradients(self, kind: torch.dtype, **more: Any) -> tuple[torch.Tensor, ...]:
+        """Of the reference."""
+        with fastattn.use_backend("reference"):
+            leaves = [x.to(kind).requires_grad_() for x in self.inputs()]
+            return torch.autograd.grad(self.call(*leaves).sum(), leaves)
+
+    def inputs(self) -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        return [torch.randn(shape, generator=g).half() for shape in self.shapes]
+
+
+def loss_of(reduction: str) -> Callable[..., torch.Tensor]:
+    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        targets = torch.arange(6)
+        return fastattn.linear_cross_entropy(x, weight, targets, reduction=reduction)
+
+    return call
+
+
+OPS = {
+    "attention": Op(
+        lambda *x: attention(*x)[0], ((1, 24, 1, 64),) * 3, "gluon.forward", "gluon.backward"
+    ),
+    "ffn": Op(
+        lambda x, w1, w2: fastattn.ffn(x, w1, None, w2, None),
+        ((16, 16), (16, 16), (16, 16)),
+        "gluon.forward",
+        "gluon.backward",
+    ),
+    "layer_norm": Op(
+        lambda x, w, b: fastattn.layer_norm(x, w, b, residual=x)[0].square(),
+        ((6, 40), (40,), (40,)),
+        "cuda.forward",
+        "cuda.backward",
+    ),
+    "linear_cross_entropy": Op(
+        loss_of("none"), ((6, 16), (24, 16)), "gluon.kernel_forward", "gluon.kernel_backward"
+    ),
+    "linear_cross_entropy, mean": Op(
+        loss_of("mean"), ((6, 16), (24, 16)), "gluon.kernel_forward", ""
+    ),
+}
+
+
+@pytest.fixture
+def with_extension(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """And the norms' CUDA C++ kernels are there, with Triton's results."""
+    monkeypatch.setattr(backends.extension, "unavailable", lambda device: None)
+    monkeypatch.setattr(measured, "devices", lambda device: ("a GPU", "sm_80"))
+    forward, backward = norm_triton.forward, norm_triton.backward
+    for name, run in (("forward", forward), ("backward", backward)):
+        monkeypatch.setattr(norm_cuda, name, kernels._spied(f"cuda.{name}", run))
+    return kernels
+
+
+FAILS = [
+    (name, part)
+    for name, op in OPS.items()
+    for part in ("forward", "backward")
+    if op._asdict()[part]
+]
+
+
+@WITH_BACKWARD
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize(("name", "part"), FAILS)
+def test_each_op(name: str, part: str, compiled: bool, request: pytest.FixtureRequest) -> None:
+    """A kernel that cannot be launched: the next one's results, a warning, and no second try."""
+    op = OPS[name]
+    fixture = "with_extension" if name == "layer_norm" else "kernels"
+    kernels: Kernels = request.getfixturevalue(fixture)
+    failing = op._asdict()[part]
+    kernels.raises[failing] = BAD_TILE
+    torch.compiler.reset()
+    call = torch.compile(op.call, fullgraph=True, backend="aot_eager") if compiled else op.call
+
+    def step() -> tuple[torch.Tensor, ...]:
+        leaves = [x.requires_grad_() for x in op.inputs()]
+        return torch.autograd.grad(call(*leaves).sum(), leaves)
+
+    kernels.ran.clear()
+    with pytest.warns(
+        RuntimeWarning,
+        match=f"the {failing.partition('.')[0]} backend of {name.partition(',')[0]} is no longer used",
+    ):
+        grads = step()
+    ran = [x for x in kernels.ran if x.startswith(failing) or x == op.second(failing)]
+    assert f"{failing} fails" in ran and op.second(failing) in ran
+    for triple in zip(grads, op.gradients(torch.float16), op.gradients(torch.float64)):
+        assert_close_to_reference(*triple)
+    torch.compiler.reset()
+    assert f"{failing} fails" not in kernels.of(step)
+    torch.compiler.reset()
 
 
 # --- the door -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,14 @@ class Case:
         weight = torch.rand(self.classes, generator=g) + 0.1 if self.weighted else None
         weight = weight if weight is None else weight.to(self.device)
         return targets.to(self.targets).to(self.device), weight
+
+    def on(self, backend: str | None) -> Case:
+        """The case as `backend` takes it: on `gluon` in 16 bits, with features in steps of 8."""
+        if backend != "gluon":
+            return self
+        assert self.features is not None
+        dtype = HALF if self.dtype == FLOAT else self.dtype
+        return replace(self, dtype=dtype, features=-(-self.features // 8) * 8)
 
     def ours(self, backend: str | None) -> Callable[..., Tensor]:
         targets, weight = self.others()

@@ -115,10 +115,11 @@ def _backward_kernel(
     weight_ptr,  # (classes,), float32, or None
     all_weight_ptr,  # the sum of the weights, or None
     statistics_ptr,  # (2, rows)
-    dlogits_ptr,  # (rows, classes), contiguous
+    dlogits_ptr,  # (rows, classes)
     outer_stride,
     inner_stride,
     inner,
+    dlogits_stride,
     rows,
     classes,
     ignore_index,
@@ -151,7 +152,7 @@ def _backward_kernel(
     dloss = tl.load(dlosses_ptr + row, mask=present, other=0.0)
     ds = gradient(s, slope, column == target, w, m, total, dloss, w_t, all_weight, rule)
     ds = tl.where(target == ignore_index, 0.0, ds).to(dlogits_ptr.dtype.element_ty)
-    tl.store(dlogits_ptr + row * classes + column, ds, mask=present & inside)
+    tl.store(dlogits_ptr + row * dlogits_stride + column, ds, mask=present & inside)
 
 
 def kernel_backward(
@@ -161,9 +162,9 @@ def kernel_backward(
     weight: torch.Tensor | None,  # (V,)
     statistics: torch.Tensor,  # (2, ...)
     options: Options,
-    out: torch.Tensor | None = None,  # (..., V)
+    out: torch.Tensor | None = None,  # (rows, V)
 ) -> torch.Tensor:
-    """dlogits, in their shape and dtype; in `out`, contiguous, which may be the logits themselves.
+    """dlogits, in their shape and dtype; in `out`, which may be the logits themselves.
 
     A program reads the tile that it writes, and no other.
     """
@@ -175,9 +176,9 @@ def kernel_backward(
     launch.launch(
         _backward_kernel, (triton.cdiv(rows, tile.rows) * triton.cdiv(classes, tile.block),),
         dlosses.contiguous(), logits, targets.contiguous(), weight,
-        None if weight is None else weight.sum(), statistics, dlogits, *strides, rows, classes,
-        options.ignore_index, *rule_of(options, classes), ROWS=tile.rows, BLOCK=tile.block,
-        num_warps=tile.num_warps,
+        None if weight is None else weight.sum(), statistics, dlogits, *strides,
+        classes if out is None else out.stride(0), rows, classes, options.ignore_index,
+        *rule_of(options, classes), ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
     )  # fmt: skip
     return dlogits
 
