@@ -26,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz", "tests that draw whole problems (-m fuzz)")
     group.addoption("--draws", type=int, default=240, help="how many problems to draw")
     group.addoption("--seed", type=int, default=0, help="of the first one; the next is seed + 1")
+    group.addoption(
+        "--schedules", type=int, default=1, help="of the Gluon emulator, for each of its problems"
+    )
     parser.getgroup("triton", "Triton kernels without a GPU").addoption(
         "--triton",
         choices=("ir", "interpreter"),

@@ -251,7 +251,8 @@ class _Quarter:
         self.l2 = 0.0  # clock at which it is free
         self.at_barrier: dict[tuple[int, int], dict[int, int]] = {}
         if setting.turns:
-            next(s for s in self.steps if "TRYWAIT" in s.x.opcode).takes_turn = True
+            waits = (s for s in self.steps if "TRYWAIT" in s.x.opcode)
+            next(s for s in waits if "[UR" in s.x.operands).takes_turn = True
             next(s for s in self.steps if "SYNCS.ARRIVE" in s.x.opcode).gives_turn = True
 
     def waits(self, warp: _Warp) -> bool:
@@ -370,8 +371,9 @@ def estimate(
 
     Warpgroups may share the tensor core by turns (a queue of 1) or first come, first served (16),
     which is documented nowhere. With several blocks, the mean over four offsets between them.
-    With `turns`, a block waits at a trip's first barrier in shared memory until the block before
-    has arrived at the first that it arrives at; all other such barriers are passed at once.
+    With `turns`, a block waits at a trip's first barrier of a constant address, which those of a
+    ring have not, until the block before has arrived at the first that it arrives at; all other
+    barriers in shared memory are passed at once.
     """
     queues = (1, 16) if any(map(sass.wgmma, trip)) else (16,)
     offsets = (0, 300, 700, 1100) if blocks > 1 else (0,)

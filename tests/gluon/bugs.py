@@ -126,8 +126,12 @@ PACKAGE_FORWARD = {
     "left edge one off": ("columns >= (rows", "columns > (rows"),
     "right edge one off": ("rows + rule.high + 1, end", "rows + rule.high, end"),
     "masked tiles end one early": ("gl.maximum(end - whole, 1)", "gl.maximum(end - whole - 1, 1)"),
-    "sink not scaled": ("total = total * gl.exp2(top - new_top) + gl.sum(e, 1)", "total = total + gl.sum(e, 1)"),
+    "sink not scaled": ("total * alpha + gl.sum(e, 1)\n    top", "total + gl.sum(e, 1)\n    top"),
     "wrong head of K and V": ("head // group", "head % group"),
+    "output not scaled before the last product": (
+        "    if kind.EARLY:\n        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]\n    v = ring",
+        "    v = ring",
+    ),
 }  # fmt: skip
 
 # Of ops/attention/gluon/backward.py.

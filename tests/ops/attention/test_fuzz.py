@@ -103,18 +103,6 @@ def _draw(random_: random.Random, seed: int, device: str) -> Case:
     return Case(**fields, device=device, seed=seed)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "first" in metafunc.fixturenames:
-        seed, draws = (metafunc.config.getoption(name) for name in ("seed", "draws"))
-        chunks = [
-            (first, min(CHUNK, seed + draws - first)) for first in range(seed, seed + draws, CHUNK)
-        ]
-        metafunc.parametrize(
-            ("first", "count"),
-            [pytest.param(*x, marks=[pytest.mark.long] * (x is not chunks[0])) for x in chunks],
-        )
-
-
 @pytest.mark.fuzz
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_draws(first: int, count: int, backend: str, device: str) -> None:

@@ -22,6 +22,8 @@ from oracle import assert_close_to_reference
 
 LAYOUTS = ("contiguous", "heads first", "expanded")  # of which descriptors can be made
 
+CHUNK = 12  # draws of one test
+
 Seed = Callable[[int], None]
 
 
@@ -58,13 +60,14 @@ def drawn(seed: int, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize(
-    "first", (0, *(pytest.param(n, marks=pytest.mark.long) for n in range(12, 240, 12)))
-)
-def test_random_problems(first: int, gluon_seed: Seed, device: str) -> None:
-    for seed in range(first, first + 12):
-        gluon_seed(seed)
-        check_forward(drawn(seed, device), "gluon")
+@pytest.mark.fuzz
+def test_random_problems(
+    first: int, count: int, gluon_seed: Seed, device: str, pytestconfig: pytest.Config
+) -> None:
+    for seed in range(first, first + count):
+        for schedule in range(pytestconfig.getoption("schedules")):
+            gluon_seed(seed + schedule)
+            check_forward(drawn(seed, device), "gluon")
 
 
 def tensors(device: str) -> dict[str, torch.Tensor]:

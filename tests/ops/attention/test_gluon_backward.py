@@ -32,6 +32,7 @@ from oracle import assert_close_to_reference
 pytestmark = pytest.mark.skipif(
     not kernels.REDUCES, reason="TMA reductions, with which dQ is added, come with Triton 3.8"
 )
+CHUNK = 8  # draws of one test
 
 # Three key tiles and three of queries; two heads share a key head.
 CASES = {
@@ -243,11 +244,11 @@ def drawn(seed: int) -> Case:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "part", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 5))]
-)
-def test_random_shapes(part: int, schedule: dict[str, Any]) -> None:
-    count = 8 if part == 0 else 40
-    for seed in range(40 * part, 40 * part + count):
-        schedule.update(seed=seed, resident=1 + seed % 4, in_order=seed % 3 == 0)
-        check(drawn(seed), "gluon")
+@pytest.mark.fuzz
+def test_random_shapes(
+    first: int, count: int, schedule: dict[str, Any], pytestconfig: pytest.Config
+) -> None:
+    for problem in range(first, first + count):
+        for seed in range(problem, problem + pytestconfig.getoption("schedules")):
+            schedule.update(seed=seed, resident=1 + seed % 4, in_order=seed % 3 == 0)
+            check(drawn(problem), "gluon")

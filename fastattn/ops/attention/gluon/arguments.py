@@ -25,6 +25,7 @@ class Kind(NamedTuple):
     SLOPED: gl.constexpr  # ALiBi
     BOUNDED: gl.constexpr  # a tile may read what lies beyond the keys
     PACKED: gl.constexpr
+    EARLY: gl.constexpr  # the turn is handed on after S, and O scaled in the next trip
 
 
 class Ring(NamedTuple):

@@ -7,9 +7,11 @@ keys and values by TMA into a ring of shared memory; each consumer, a warpgroup,
     m' = max(m, rowmax S);  P = 2^(S - m');  l = l 2^(m - m') + rowsum P;  O = O 2^(m - m')
 
 and issues its products in `turn`, so that its exponentials run under the other ones' products
-(Shah et al. 2024, arXiv:2407.08608). The tiles run from the last key to the first. Those that the
-end of the keys or an edge of the band crosses are masked, in loops of their own; the loop between
-them has no arithmetic of positions.
+(Shah et al. 2024, arXiv:2407.08608). A kernel that is `kind.EARLY` hands the turn on after S, and
+scales O in the next trip, under the products of the consumer before it.
+
+The tiles run from the last key to the first. Those that the end of the keys or an edge of the band
+crosses are masked, in loops of their own; the loop between them has no arithmetic of positions.
 
 Each stage of the ring has four barriers. `k_full` and `v_full` wait for the copy's bytes, `k_empty`
 and `v_empty` for all consumers' products: the producer waits for the last before it copies again.
@@ -110,20 +112,31 @@ def scores(s, row, key, rule, kind: gl.constexpr, MASKED: gl.constexpr):
 
 @gluon.jit
 def trip(
-    acc, total, top, p, old, old_phase, slot, phase,  # of the last trip
+    acc, alpha, total, top, p, old, old_phase, slot, phase,  # of the last trip
     i, q, row, place, rule, ring,
     kind: gl.constexpr, WHICH: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The scores of tile `i`, and the products of the last tile's `p` with its values."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.DV, 16])
     key = (place.tile + place.tiles - 1 - i) * kind.BN
-    wait_turn(ring, i, WHICH)
-    mbarrier.wait(ring.k_full.index(slot), phase)
-    s = products(q, ring.k.index(slot), kind)
-    mbarrier.wait(ring.v_full.index(old), old_phase)
-    v = ring.v.index(old).reshape([kind.BN, kind.DV])
-    acc = warpgroup_mma(p, v, acc, is_async=True)
-    mbarrier.arrive(ring.turn.index((WHICH + 1) % kind.CONSUMERS), count=1)
+    if kind.EARLY:
+        k = ring.k.index(slot)
+        v = ring.v.index(old).reshape([kind.BN, kind.DV])
+        mbarrier.wait(ring.k_full.index(slot), phase)
+        mbarrier.wait(ring.v_full.index(old), old_phase)
+        wait_turn(ring, i, WHICH)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+        s = products(q, k, kind)
+        mbarrier.arrive(ring.turn.index((WHICH + 1) % kind.CONSUMERS), count=1)
+        acc = warpgroup_mma(p, v, acc, is_async=True)
+    else:
+        wait_turn(ring, i, WHICH)
+        mbarrier.wait(ring.k_full.index(slot), phase)
+        s = products(q, ring.k.index(slot), kind)
+        mbarrier.wait(ring.v_full.index(old), old_phase)
+        v = ring.v.index(old).reshape([kind.BN, kind.DV])
+        acc = warpgroup_mma(p, v, acc, is_async=True)
+        mbarrier.arrive(ring.turn.index((WHICH + 1) % kind.CONSUMERS), count=1)
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(ring.k_empty.index(slot), count=1)
     s = scores(s, row, key, rule, kind, MASKED)
@@ -132,12 +145,13 @@ def trip(
     total = total * alpha + gl.sum(e, 1)
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(ring.v_empty.index(old), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+    if not kind.EARLY:
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
     p = gl.convert_layout(e.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
     old = slot
     old_phase = phase
     slot, phase = advance(slot, phase, kind.STAGES)
-    return acc, total, new_top, p, old, old_phase, slot, phase
+    return acc, alpha, total, new_top, p, old, old_phase, slot, phase
 
 
 @gluon.jit
@@ -186,7 +200,8 @@ def consume(
     key = (place.tile + place.tiles - 1) * kind.BN
     s = scores(s, row, key, rule, kind, True)
     e, new_top = exponentials(s, top, rule, kind)
-    total = total * gl.exp2(top - new_top) + gl.sum(e, 1)
+    alpha = gl.exp2(top - new_top)
+    total = total * alpha + gl.sum(e, 1)
     top = new_top
     p = gl.convert_layout(e.to(q.dtype), gl.DotOperandLayout(0, OUT, 2))
     if kind.BOUNDED:  # only the tile of the last keys crosses their end
@@ -207,23 +222,25 @@ def consume(
         whole = gl.cdiv(gl.maximum(row + kind.BM - 1 + rule.low, 0), kind.BN)
         left = gl.minimum(gl.maximum(end - whole, right), place.tiles)
     for i in range(1, right):
-        acc, total, top, p, old, old_phase, slot, phase = trip(
-            acc, total, top, p, old, old_phase, slot, phase,
+        acc, alpha, total, top, p, old, old_phase, slot, phase = trip(
+            acc, alpha, total, top, p, old, old_phase, slot, phase,
             i, q, row, place, rule, ring, kind, WHICH, True,
         )  # fmt: skip
     for i in range(right, left):
-        acc, total, top, p, old, old_phase, slot, phase = trip(
-            acc, total, top, p, old, old_phase, slot, phase,
+        acc, alpha, total, top, p, old, old_phase, slot, phase = trip(
+            acc, alpha, total, top, p, old, old_phase, slot, phase,
             i, q, row, place, rule, ring, kind, WHICH, False,
         )  # fmt: skip
     if kind.LEFT:
         for i in range(left, place.tiles):
-            acc, total, top, p, old, old_phase, slot, phase = trip(
-                acc, total, top, p, old, old_phase, slot, phase,
+            acc, alpha, total, top, p, old, old_phase, slot, phase = trip(
+                acc, alpha, total, top, p, old, old_phase, slot, phase,
                 i, q, row, place, rule, ring, kind, WHICH, True,
             )  # fmt: skip
 
     mbarrier.wait(ring.v_full.index(old), old_phase)
+    if kind.EARLY:
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
     v = ring.v.index(old).reshape([kind.BN, kind.DV])
     acc = warpgroup_mma(p, v, acc, is_async=True)
     acc = warpgroup_mma_wait(0, [acc])
@@ -311,6 +328,7 @@ def attention_forward(
         SLOPED,
         BOUNDED,
         PACKED,
+        DV > 64 and WIDTH == D and not (LEFT or CAPPED or SLOPED),
     )
     dtype: gl.constexpr = q_desc.dtype
 
