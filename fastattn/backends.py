@@ -35,6 +35,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from fastattn import extension, measured, proving
+from fastattn.extension import constant
 
 # The module of an op's folder that is the backend, in the order in which they are tried.
 ROOMS = {
@@ -56,12 +57,6 @@ ENVIRONMENT_VARIABLE = "FASTATTN_BACKEND"
 TRITON_ON_CPU = "FASTATTN_TRITON_ON_CPU"
 
 _used: str | None = None  # what the innermost use_backend() names
-
-
-def _constant(function: Any) -> Any:
-    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
-    function._dynamo_marked_constant = True
-    return function
 
 
 class UnsupportedError(RuntimeError):
@@ -121,7 +116,7 @@ class Backend:
 _paths: list[str] = []  # of all backends of all ops
 
 
-@_constant
+@constant
 def _import_all() -> None:
     for path in _paths:
         with contextlib.suppress(ImportError):  # a platform without Triton
@@ -158,7 +153,7 @@ def name_of(backends: tuple[Backend, ...], module: ModuleType) -> str:
     return next(backend.name for backend in backends if backend.module is module)
 
 
-@_constant
+@constant
 def triton_runs() -> Literal["compiled", "interpreted", "executed"]:
     """The way in which Triton kernels run in this process; fixed when Triton is imported.
 
@@ -176,7 +171,7 @@ def triton_runs() -> Literal["compiled", "interpreted", "executed"]:
     return "executed" if on(TRITON_ON_CPU) else "compiled"
 
 
-@_constant
+@constant
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -273,7 +268,7 @@ def _in_environment() -> str | None:
     return value.decode() if isinstance(value, bytes) else value
 
 
-@_constant
+@constant
 def _set_in_environment() -> None:
     """Set the variable to "" if it is not set, for torch.compile.
 

@@ -13,13 +13,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 NAMESPACE = "fastattn_cuda"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class CannotLoad(RuntimeError):
@@ -79,6 +87,7 @@ def device_type() -> str:
     return "cuda" if _emulator is None else _emulator.device_type
 
 
+@constant
 def unavailable(device: torch.device) -> str | None:
     """The reason why no kernel of the extension can run on `device`, or None; one line."""
     if _emulator is not None:
@@ -97,10 +106,6 @@ def unavailable(device: torch.device) -> str | None:
     except CannotLoad as error:
         return f"the extension cannot be loaded: {error}"
     return no_code(library, Capability(*torch.cuda.get_device_capability(device)), driver())
-
-
-# torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it.
-unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def status() -> str:

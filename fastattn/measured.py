@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn import files, user_cache
+from fastattn.extension import constant
 
 
 class Key(NamedTuple):
@@ -154,6 +155,7 @@ def limits(sizes: Mapping[int, bool]) -> tuple[int, int | None] | None:
     return best[0] if best[0] > min(sizes) else 0, best[-1] if best[-1] < max(sizes) else None
 
 
+@constant
 def devices(device: torch.device) -> tuple[str, ...]:
     """The names that a row may have for `device`, the most precise one first."""
     if device.type != "cuda":
@@ -162,10 +164,6 @@ def devices(device: torch.device) -> tuple[str, ...]:
         return ()
     major, minor = torch.cuda.get_device_capability(device)
     return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
-
-
-# torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it.
-devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- the user's measurements ----------------------------------------------------------------------
@@ -178,9 +176,7 @@ AGAIN = "`fastattn tune` measures again"
 
 def path_of(name: str) -> Path | None:
     """The file of the GPU that torch names so, None where the user has no home."""
-    place = user_cache.folder(FOLDER)
-    digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-    return None if place is None else place / f"{digest}.json"
+    return user_cache.file(FOLDER, name)
 
 
 def write(name: str, rows: Mapping[Key, Faster]) -> Path:
@@ -261,12 +257,14 @@ def _name(device: torch.device) -> str | None:
     return None if name == device.type else name
 
 
+@constant
 def _tuned(device: torch.device) -> bool:
     """Whether the user has rows of a device."""
     name = _name(device)
     return name is not None and bool(of_user(name))
 
 
+@constant
 def _mine(
     op: str, backend: str, dtype: str, needs_grad: bool | None, device: torch.device
 ) -> tuple[str, str, str, int, int | None] | None:
@@ -274,8 +272,3 @@ def _mine(
     name = _name(device)
     row = name and of_user(name).get(Key(op, backend, dtype, needs_grad, name))
     return (name, row.than, row.date, row.least, row.most) if name and row else None
-
-
-# As of `devices`.
-_tuned._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_mine._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn import measured, rule, verdicts
+from fastattn.extension import constant
 from fastattn.verdicts import Subject, Verdict
 
 VARIABLE = "FASTATTN_PROVE"
@@ -128,6 +129,7 @@ def declined(backend: str, problem: Any, *, prove: bool) -> str | None:
     return told
 
 
+@constant
 def _traced(op: str, backend: str, family: str, device: torch.device, first: bool) -> str | None:
     """`declined` for torch.compile, which takes the answer as a constant."""
     verdict = remembered(Subject(op, backend, family, device))
@@ -140,10 +142,6 @@ def _traced(op: str, backend: str, family: str, device: torch.device, first: boo
     if verdict is None or verdict.passed:
         return None
     return f"its proof failed on {where}: {verdict.told}; {AGAIN}"
-
-
-# torch.compiler.assume_constant_result, which would import torch._dynamo (seconds) for it.
-_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _name(device: torch.device) -> str:

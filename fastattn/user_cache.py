@@ -18,6 +18,12 @@ def folder(name: str) -> Path | None:
     return Path(cache, "fastattn", name) if os.path.isabs(cache) else None
 
 
+def file(name: str, about: str, prefix: str = "") -> Path | None:
+    """The file about something in such a folder."""
+    digest = hashlib.sha256(about.encode()).hexdigest()[:32]
+    return None if (place := folder(name)) is None else place / f"{prefix}{digest}.json"
+
+
 @functools.cache
 def sources() -> str:
     """A hash of the ops' code: kernels, launchers and tables of tiles."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -48,12 +47,8 @@ class Subject(NamedTuple):
 
 def path_of(about: Subject) -> Path | None:
     """The file of a verdict: its name stands for all that the verdict depends on."""
-    place = user_cache.folder(FOLDER)
-    if place is None:
-        return None
     named = [about.op, about.backend, about.family, environment(about.backend, about.device)]
-    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
-    return place / f"{about.op}-{about.backend}-{digest}.json"
+    return user_cache.file(FOLDER, json.dumps(named), f"{about.op}-{about.backend}-")
 
 
 def read(path: Path | None) -> tuple[str, str] | None:

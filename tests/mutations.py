@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
+import bounded
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # Numbers and texts at which readers break.
@@ -81,3 +84,30 @@ def _places(value: Any) -> Any:
         for key in value if isinstance(value, dict) else range(len(value)):
             yield value, key
             yield from _places(value[key])
+
+
+def drawn(cases: st.SearchStrategy[Any], draws: int) -> Callable[[Callable[[Any], Any]], Any]:
+    """A decorator: the function without arguments that calls it with so many cases, always these."""
+    the_same = settings(
+        max_examples=draws, derandomize=True, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    return lambda check: the_same(given(cases)(check))
+
+
+MEMORY = 2**28  # beyond what the process has: the readers' libraries want some of their own
+
+
+def fuzz(
+    cases: st.SearchStrategy[Any], draws: int, check: Callable[[Any], Any], memory: int = MEMORY
+) -> None:
+    """`check` of so many cases in a bounded process: it returns, or raises what is documented."""
+
+    @drawn(cases, draws)
+    def draw(case: Any) -> None:
+        try:
+            check(case)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(error)
+
+    bounded.run(draw, memory=memory, seconds=60 + draws)

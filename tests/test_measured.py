@@ -127,14 +127,6 @@ def test_the_call_runs_what_explain_says(plant: Plant, monkeypatch: pytest.Monke
     assert ran == ["reference", "reference", "aten", "aten", "aten"]
 
 
-def test_a_forced_backend_does_not_decline(plant: Plant) -> None:
-    plant("layer_norm", least=22)
-    x = torch.randn(3, 7)
-    assert explanation_of(fastattn.layer_norm, x, backend="torch").backend == "torch"
-    with fastattn.use_backend("torch"):
-        assert explanation_of(fastattn.layer_norm, x).backend == "torch"
-
-
 def test_other_devices_dtypes_and_ops_are_not_meant(plant: Plant) -> None:
     plant("layer_norm", least=22)
     plant("rms_norm", least=22, device="NVIDIA H200")
@@ -286,11 +278,6 @@ def test_limits_of_cuda(
     assert measured.declined("cuda", problem()) == reason
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert measured.declined("cuda", problem()) is None  # whatever the size
-
-
-def test_a_row_of_an_architecture(gpu: None) -> None:
-    measured.TABLE[KEY._replace(device="sm_90")] = Faster("triton", DATE)
-    assert measured.declined("cuda", problem()) is None
 
 
 def test_the_size_of_a_step_of_decoding() -> None:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 from fastattn import backends, extension, measured, proving, user_cache, verdicts
 from fastattn.backends import explanation_of
-from fastattn.cli import main
+from fastattn.cli import main, proofs
 from fastattn.ops.attention.cache import cuda as cache_cuda
 from fastattn.ops.attention.cache import interface as decoding
 from fastattn.ops.attention.cache import proof as cache_proof
@@ -300,32 +300,30 @@ def test_triton_is_out_only_after_a_failed_proof(chip: Chip) -> None:
 # --- what a verdict depends on --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["device", "driver", "torch", "extension", "kernels"])
+CHANGES: dict[str, Callable[[Chip], Any]] = {
+    "device": lambda chip: chip.named("another GPU", "sm_80"),
+    "torch": lambda chip: chip.set(torch, "__version__", "9.9"),
+    "extension": lambda chip: extension.file().write_bytes(b"others"),  # type: ignore[union-attr]
+    "kernels": lambda chip: chip.set(user_cache, "sources", lambda: "others"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_anything_new_is_proven_again(change: str, chip: Chip) -> None:
     chip.call()
-    if change == "device":
-        chip.named("another GPU", "sm_80")
-    elif change == "driver":
-        # It counts on a GPU: a CPU has none.
-        chip.set(verdicts, "_driver", lambda: "1")
-        gpu = torch.device("cuda", 0)
-        verdicts.environment.cache_clear()
-        before = verdicts.environment("cuda", gpu)
-        chip.set(verdicts, "_driver", lambda: "2")
-        verdicts.environment.cache_clear()
-        assert verdicts.environment("cuda", gpu) != before
-        return
-    elif change == "torch":
-        chip.set(torch, "__version__", "9.9")
-    elif change == "extension":
-        file = extension.file()
-        assert file is not None
-        file.write_bytes(b"other kernels")
-    else:
-        chip.set(user_cache, "sources", lambda: "others")
+    CHANGES[change](chip)
     chip.restart()
     assert chip.call() == ["cuda", "cuda"]
     assert len(chip.notes()) == 2
+
+
+def test_the_driver_of_a_gpu_counts(chip: Chip) -> None:
+    found = []
+    for driver in ("1", "2"):
+        chip.set(verdicts, "_driver", lambda driver=driver: driver)
+        verdicts.environment.cache_clear()
+        found.append(verdicts.environment("cuda", torch.device("cuda", 0)))
+    assert found[0] != found[1]
 
 
 def test_the_default_order_by_architecture(chip: Chip) -> None:
@@ -547,36 +545,35 @@ def test_torch_compile_takes_what_is_remembered(chip: Chip) -> None:
         assert backend_of(X) == backend
 
 
-@pytest.mark.parametrize(
-    "mode", ["inference", "no_grad", "autocast", "device", "checkpoint", "hooks", "operator"]
-)
+def refuse(x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("a tensor of the proof")
+
+
+@contextlib.contextmanager
+def hooks() -> Iterator[None]:
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        yield
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "device": lambda: torch.device("meta"),  # of tensors that are made without one
+    "hooks": hooks,
+    "operator": torch._C._AutoDispatchBelowAutograd,  # type: ignore[attr-defined]  # inside of one
+}
+
+
+@pytest.mark.parametrize("mode", [*MODES, "checkpoint"])
 def test_a_proof_does_not_depend_on_the_callers_modes(mode: str, chip: Chip) -> None:
-    x = X.clone().requires_grad_()
     state = torch.get_rng_state()
-    if mode == "inference":
-        with torch.inference_mode():
-            chip.call()
-    elif mode == "no_grad":
-        with torch.no_grad():
-            chip.call()
-    elif mode == "autocast":
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            chip.call()
-    elif mode == "device":
-        with torch.device("meta"):  # of tensors that are made without one
-            chip.call()
-    elif mode == "operator":  # inside of one, below autograd
-        with torch._C._AutoDispatchBelowAutograd():  # type: ignore[attr-defined]
-            chip.call()
-    elif mode == "checkpoint":  # it counts the tensors that the forward saves
+    if mode == "checkpoint":  # it counts the tensors that the forward saves
+        x = X.clone().requires_grad_()
         out = checkpoint(lambda x: fastattn.layer_norm(x, W, residual=x)[0], x, use_reentrant=False)
         out.sum().backward()  # type: ignore[union-attr]
     else:
-
-        def refuse(x: torch.Tensor) -> torch.Tensor:
-            raise AssertionError("a tensor of the proof")
-
-        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        with MODES[mode]():
             chip.call()
     assert torch.equal(state, torch.get_rng_state())
     assert [note["verdict"] for note in chip.notes()] == ["passed"]
@@ -585,15 +582,19 @@ def test_a_proof_does_not_depend_on_the_callers_modes(mode: str, chip: Chip) -> 
 # --- doctor --prove -------------------------------------------------------------------------------
 
 
-def few(dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
-    yield fastattn.layer_norm, (X.to(dtype), W.to(dtype), None, 1e-5, X.to(dtype)), {}
+@pytest.fixture
+def few(chip: Chip) -> None:
+    """A call for doctor to prove, in two dtypes."""
 
-
-def test_doctor_proves_all(chip: Chip, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastattn.cli import proofs
+    def calls(dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+        yield fastattn.layer_norm, (X.to(dtype), W.to(dtype), None, 1e-5, X.to(dtype)), {}
 
     chip.set(proofs, "DTYPES", (torch.float16, torch.float32))
-    chip.set(proofs, "_calls", few)
+    chip.set(proofs, "_calls", calls)
+
+
+@pytest.mark.usefixtures("few")
+def test_doctor_proves_all(chip: Chip, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--prove"]) == 0
     out = capsys.readouterr().out
     assert out.count("  passed  ") == 4  # two dtypes, cuda and triton
@@ -620,35 +621,28 @@ def test_doctor_proves_nothing_where_proofs_are_off(
     assert chip.ran == chip.notes() == []
 
 
+@pytest.mark.usefixtures("few")
 def test_doctor_says_how_long_a_first_call_compiles(
     chip: Chip, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastattn.cli import proofs
-
-    chip.set(proofs, "DTYPES", (torch.float32,))
-    chip.set(proofs, "_calls", few)
     compiled = {"rows_kernel": 1.25, "sums_kernel": None}
     chip.set(proofs.launch, "compilations", lambda: contextlib.nullcontext(compiled))
     assert main(["doctor", "--prove"]) == 0
     lines = capsys.readouterr().out.splitlines()
     told = "            compiled: rows_kernel 1.2 s, sums_kernel from the cache"
-    assert lines.count(told) == 2  # cuda and triton
+    assert lines.count(told) == 4  # two dtypes, cuda and triton
 
 
+@pytest.mark.usefixtures("few")
 def test_doctor_stops_where_the_device_fails(
     chip: Chip, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastattn.cli import proofs
-
-    chip.set(proofs, "_calls", few)
     chip.set(proving, "impossible", lambda device: "the device fails")
     assert main(["doctor", "--prove"]) == 1
     assert "stopped: the device fails" in capsys.readouterr().out
 
 
 def test_doctor_proves_what_has_a_proof(chip: Chip) -> None:
-    from fastattn.cli import proofs
-
     subjects = [about for about, _ in proofs._families(CPU)]
     assert {about.backend for about in subjects} == {"cuda", "triton"}
     assert {about.op for about in subjects} == proving._proofs.keys()

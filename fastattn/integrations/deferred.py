@@ -13,10 +13,10 @@ modified in place since (by an optimiser's step), that is an error, as it is in 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -184,22 +184,17 @@ class DeferredLogits(Tensor):
             formula = _after(source, func, args[1:], kwargs)
             if formula is not None:
                 others = [x.to("meta") if isinstance(x, Tensor) else x for x in args[1:]]
-                like = func(_meta(source), *others, **kwargs)
-                step = partial(_applied, func, args[1:], kwargs)
-                return DeferredLogits.of(like, formula, step, source)
+                meta = torch.empty_strided(
+                    source.shape, source.stride(), dtype=source.dtype, device="meta"
+                )
+                like = func(meta, *others, **kwargs)
+                return DeferredLogits.of(
+                    like, formula, lambda x: func(x, *args[1:], **kwargs), source
+                )
         made = torch.utils._pytree.tree_map_only(
             DeferredLogits, DeferredLogits.values, (args, kwargs)
         )
         return func(*made[0], **made[1])
-
-
-def _meta(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _applied(func: Any, others: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    made: Tensor = func(x, *others, **kwargs)
-    return made
 
 
 def _loss(input: Any, target: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -274,12 +269,8 @@ def _viewed(formula: _Formula, source: DeferredLogits, shape: Any) -> _Formula |
     leading = [*shape][:-1]
     if not shape or shape[-1] not in (vocabulary, -1) or (shape[-1] == -1 and -1 in leading):
         return None
-    if -1 not in leading:
-        rows = 1
-        for size in leading:
-            rows *= size
-        if rows * vocabulary != source.numel():
-            return None
+    if -1 not in leading and math.prod(leading) * vocabulary != source.numel():
+        return None
     return replace(formula, rows=(*formula.rows, lambda x: x.reshape(*leading, x.shape[-1])))
 
 

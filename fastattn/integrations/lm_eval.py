@@ -143,14 +143,16 @@ class FastattnLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether greedy decoding would write it."""
         rows = [self._row(context, tokens) for _, context, tokens in requests]
-        with tqdm(total=len(rows), desc="Scoring", disable=disable_tqdm) as bar:
-            scores = score(self.model, rows, batch_size=self.batch_size, on_progress=bar.update)
         answers = []
-        for (pair, _, _), found in zip(requests, scores, strict=True):
+        for (pair, _, _), found in zip(requests, self._scores(rows, disable_tqdm), strict=True):
             answer = found.log_probabilities.sum().item(), bool(found.greedy.all())
             self.cache_hook.add_partial("loglikelihood", pair, answer)
             answers.append(answer)
         return answers
+
+    def _scores(self, rows: list[Row], disable_tqdm: bool) -> Sequence[Any]:
+        with tqdm(total=len(rows), desc="Scoring", disable=disable_tqdm) as bar:
+            return score(self.model, rows, batch_size=self.batch_size, on_progress=bar.update)
 
     def _row(self, context: Sequence[int], tokens: Sequence[int]) -> Row:
         """Cut from the left to what the model reads; the last token is not read."""
@@ -177,8 +179,7 @@ class FastattnLM(TemplateLM):
             windows = [Row(*make_disjoint_window(pair)) for pair in pairs]
             rows += windows
             counts.append(len(windows))
-        with tqdm(total=len(rows), desc="Scoring", disable=disable_tqdm) as bar:
-            scores = score(self.model, rows, batch_size=self.batch_size, on_progress=bar.update)
+        scores = self._scores(rows, disable_tqdm)
         sums = iter([found.log_probabilities.sum().item() for found in scores])
         totals = [sum(next(sums) for _ in range(count)) for count in counts]
         for request, total in zip(requests, totals, strict=True):

@@ -51,8 +51,7 @@ class Recogniser:
             examined on their own, and its class keeps the name by which tools look for layers.
         keeps_buffers: whether the proof keeps the values of buffers, as of a mask; weights are
             random.
-        keeps_buffers: bool = False
-    proving: a context in which ours is not left out for the proof's calls being small.
+        proving: a context in which ours is not left out for the proof's calls being small.
     """
 
     words: str

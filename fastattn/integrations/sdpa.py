@@ -151,24 +151,23 @@ def _rerouted(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    *rest: Any,
     **options: Any,
 ) -> Tensor:
     """The function in torch.nn.functional during `override_sdpa`."""
     if _standing.active:
-        call = _taken(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        call = _taken(query, key, value, attn_mask, *rest, **options)
         if call is not None:
             return _run(call)
     if _are_plain(query, key, value, attn_mask):
         if query is not None and query.shape[-3:-2] == (0,):
             # No heads, so no elements. torch 2.11 divides by their number on a CPU: a SIGFPE.
             return query @ key.mT @ value
-        return _ORIGINAL(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return _ORIGINAL(query, key, value, attn_mask, *rest, **options)
     # A subclass may compare the function that was called with torch's attribute.
     _standing.change(lent=1)
     try:
-        return _ORIGINAL(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return _ORIGINAL(query, key, value, attn_mask, *rest, **options)
     finally:
         _standing.change(lent=-1)
 
@@ -178,20 +177,17 @@ def fused_or_original(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    *rest: Any,
     **options: Any,
 ) -> Tensor:
     """`scaled_dot_product_attention`, and torch's own for calls that fastattn does not take.
 
     For code that calls torch's by name: see `override_sdpa` for the calls that are torch's.
     """
-    call = _taken(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    call = _taken(query, key, value, attn_mask, *rest, **options)
     if call is not None:
         return _run(call)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, **options
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, *rest, **options)
 
 
 def _taken(

@@ -29,22 +29,17 @@ def _norm_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
     return [Probe((draw.normal(3, 5, *module.normalized_shape) + 4.0,))]
 
 
-def _layer_norm_backend(module: torch.nn.Module, probe: Probe) -> str | None:
-    assert isinstance(module, torch.nn.LayerNorm)
-    x, weight, bias = (
-        None if tensor is None else tensor.flatten(-len(module.normalized_shape))
-        for tensor in (probe.args[0], module.weight, module.bias)
-    )
-    return explanation_of(layer_norm, x, weight, bias, module.eps).backend
+def _norm_backend(
+    function: Callable[..., Any], *names: str
+) -> Callable[[torch.nn.Module, Probe], str | None]:
+    """That of a norm whose weights have these names, its dimensions as one."""
 
+    def backend(module: Any, probe: Probe) -> str | None:
+        tensors = (probe.args[0], *(getattr(module, name) for name in names))
+        folded = (t if t is None else t.flatten(-len(module.normalized_shape)) for t in tensors)
+        return explanation_of(function, *folded, module.eps).backend
 
-def _rms_norm_backend(module: torch.nn.Module, probe: Probe) -> str | None:
-    assert isinstance(module, torch.nn.RMSNorm)
-    x, weight = (
-        None if tensor is None else tensor.flatten(-len(module.normalized_shape))
-        for tensor in (probe.args[0], module.weight)
-    )
-    return explanation_of(rms_norm, x, weight, module.eps).backend
+    return backend
 
 
 def _linear_refusal(module: torch.nn.Module) -> str | None:
@@ -64,10 +59,6 @@ def _linear_probes(module: torch.nn.Module, draw: Draw) -> list[Probe]:
     assert isinstance(module, torch.nn.Linear)
     rows = ((1, 1), (3, 1), (2, 7))
     return [Probe((draw.normal(*shape, module.in_features),)) for shape in rows]
-
-
-def _linear_backend(module: torch.nn.Module, probe: Probe) -> str | None:
-    return "torch"  # a matrix product is a library's
 
 
 def _attention_refusal(module: torch.nn.Module) -> str | None:
@@ -132,8 +123,12 @@ def _attention_backend(module: Any, probe: Probe) -> str | None:
 
 # By exact class; a subclass may have another forward.
 TABLE: dict[type[torch.nn.Module], Recogniser] = {
-    torch.nn.Linear: Recogniser("Linear", Linear, _linear_probes, _linear_backend, _linear_refusal),
-    torch.nn.LayerNorm: Recogniser("LayerNorm", LayerNorm, _norm_probes, _layer_norm_backend),
+    torch.nn.Linear: Recogniser(  # a matrix product is a library's
+        "Linear", Linear, _linear_probes, lambda *_: "torch", _linear_refusal
+    ),
+    torch.nn.LayerNorm: Recogniser(
+        "LayerNorm", LayerNorm, _norm_probes, _norm_backend(layer_norm, "weight", "bias")
+    ),
     torch.nn.MultiheadAttention: Recogniser(
         "MultiheadAttention",
         MultiheadAttention,
@@ -156,5 +151,7 @@ TABLE: dict[type[torch.nn.Module], Recogniser] = {
         _attention_backend,
         fused=torch.nn.Module.modules,
     ),
-    torch.nn.RMSNorm: Recogniser("RMSNorm", RMSNorm, _norm_probes, _rms_norm_backend),
+    torch.nn.RMSNorm: Recogniser(
+        "RMSNorm", RMSNorm, _norm_probes, _norm_backend(rms_norm, "weight")
+    ),
 }

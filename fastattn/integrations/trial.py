@@ -219,17 +219,12 @@ def _calls(
 
         return record
 
-    handles = [
-        swap.module.register_forward_pre_hook(recording(key), with_kwargs=True)
-        for key, group in groups.items()
-        for swap in group
-    ]
-    try:
-        with torch.no_grad():
-            _forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for key, group in groups.items():
+            for module, *_ in group:
+                hook = module.register_forward_pre_hook(recording(key), with_kwargs=True)
+                hooks.enter_context(hook)
+        _forward(model, batch)
     return calls
 
 

@@ -225,18 +225,10 @@ class Attention(torch.nn.Module):
         elif packed is not None:
             heads = self._packed(q, k, v, packed, causal)
         else:
+            p = self.dropout if self.training else 0.0
+            scores = self._scores(causal)
             heads = attention(
-                q,
-                k,
-                v,
-                causal=causal,
-                window=self.window,
-                softmax_scale=self.softmax_scale,
-                softcap=self.softcap,
-                key_lengths=key_lengths,
-                mask=mask,
-                bias=bias,
-                dropout_p=self.dropout if self.training else 0.0,
+                q, k, v, key_lengths=key_lengths, mask=mask, bias=bias, dropout_p=p, **scores
             )
         return self.out_proj(heads.flatten(-2))
 
@@ -276,25 +268,25 @@ class Attention(torch.nn.Module):
         # cos has an angle for each pair: where it is narrow, the op could not tell
         return rotate(q, k, *rotary, rotary_dim=2 * rotary[0].shape[-1], **weights)
 
+    def _scores(self, causal: bool) -> dict[str, Any]:
+        """What the module itself says of the scores."""
+        return {
+            "causal": causal,
+            "window": self.window,
+            "softmax_scale": self.softmax_scale,
+            "softcap": self.softcap,
+        }
+
     def _packed(
         self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, causal: bool
     ) -> Tensor:
         if q.shape[0] != 1:
             raise ValueError(f"packed sequences lie in one row, and x has {q.shape[0]}")
         starts, longest = packed
+        q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
+        p, scores = self.dropout if self.training else 0.0, self._scores(causal)
         heads: Tensor = attention_varlen(
-            q.squeeze(0),
-            k.squeeze(0),
-            v.squeeze(0),
-            starts,
-            starts,
-            longest,
-            longest,
-            causal=causal,
-            window=self.window,
-            softmax_scale=self.softmax_scale,
-            softcap=self.softcap,
-            dropout_p=self.dropout if self.training else 0.0,
+            q, k, v, starts, starts, longest, longest, **scores, dropout_p=p
         )
         return heads.unsqueeze(0)
 
@@ -312,17 +304,8 @@ class Attention(torch.nn.Module):
                 f"attention weights have dropout={self.dropout}, which parts of a sequence on "
                 "several processes do not support: set it to 0 (attn_pdrop of a GPTConfig)"
             )
-        return ring_attention(
-            q,
-            k,
-            v,
-            part.group,
-            causal=causal,
-            window=self.window,
-            softmax_scale=self.softmax_scale,
-            softcap=self.softcap,
-            cu_seqlens=None if packed is None else packed.cu_seqlens,
-        )
+        starts = None if packed is None else packed.cu_seqlens
+        return ring_attention(q, k, v, part.group, **self._scores(causal), cu_seqlens=starts)
 
     def _cached(
         self,
@@ -358,10 +341,7 @@ class Attention(torch.nn.Module):
             block_table=cache.block_table,
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
-            causal=causal,
-            window=self.window,
-            softmax_scale=self.softmax_scale,
-            softcap=self.softcap,
+            **self._scores(causal),
         )
 
     def _cached_with_bias(

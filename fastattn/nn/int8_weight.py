@@ -272,14 +272,11 @@ def round_linear_layers(
 def why_not_rounded(module: torch.nn.Module) -> str | None:
     """Why the weight of a linear layer stays as it is; None if it can be rounded."""
     weight = module._parameters.get("weight")
-    if weight is None or any(isinstance(h, COMPUTING_WEIGHTS) for h in _pre_hooks(module)):
+    hooks = module._forward_pre_hooks.values()
+    if weight is None or any(isinstance(hook, COMPUTING_WEIGHTS) for hook in hooks):
         return "its weight is computed before each call (pruned, normed or parametrised)"
     if type(weight) not in (torch.nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__} (quantised or sharded)"
     if weight.layout is not torch.strided or not weight.is_floating_point() or not weight.numel():
         return f"its weight is {tuple(weight.shape)} of {weight.dtype}, {weight.layout}"
     return None
-
-
-def _pre_hooks(module: torch.nn.Module) -> Sequence[Any]:
-    return tuple(module._forward_pre_hooks.values())

@@ -103,27 +103,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Returns the output, shaped like ``query``, and the attention weights if ``need_weights``
         (averaged over the heads if ``average_attn_weights``), else None.
         """
-        reason = self.why_torch(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            is_causal,
-        )
-        if reason is not None:
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
-            )
+        rest = need_weights, attn_mask, average_attn_weights, is_causal
+        if self.why_torch(query, key, value, key_padding_mask, *rest) is not None:
+            return super().forward(query, key, value, key_padding_mask, *rest)
         self._check_forward(query, key, value, key_padding_mask, attn_mask, is_causal)
 
         batched = query.dim() == 3

@@ -48,7 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
         if x.is_nested:
             check_dropout(dropout_p, residual)
             stream = x if residual is None else F.dropout(x, dropout_p) + residual
-            out = super().forward(stream)
+            out = self._nested(stream)
             return out if residual is None else (out, stream)
         shape = self.normalized_shape
         check_shapes("x", x, residual, shape)
@@ -64,6 +64,9 @@ class RMSNorm(torch.nn.RMSNorm):
     def _factor(self) -> Tensor | None:
         return self.weight
 
+    def _nested(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
 
 class OffsetRMSNorm(RMSNorm):
     """`RMSNorm` that multiplies by 1 + weight, as Gemma has it; the sum is at least float32.
@@ -74,6 +77,9 @@ class OffsetRMSNorm(RMSNorm):
     def _factor(self) -> Tensor | None:
         weight: Tensor | None = self.weight
         return None if weight is None else weight.to(modes.at_least_float32(weight.dtype)) + 1
+
+    def _nested(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self._factor(), self.eps).to(x.dtype)
 
     def reset_parameters(self) -> None:
         """Set the weights to zero."""

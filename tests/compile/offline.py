@@ -230,6 +230,11 @@ def main(op: str, architecture: int) -> None:
 Grid = Iterator[tuple[dict[str, Any], Callable[[], Any]]]
 
 
+def of(dtype: torch.dtype, **more: Any) -> dict[str, Any]:
+    """A configuration."""
+    return {"dtype": str(dtype).removeprefix("torch."), **more}
+
+
 def attention(
     rows: list[tuple[torch.dtype, int, str]] | None = None,
     caches: tuple[tuple[torch.dtype, int, bool, torch.dtype | None], ...] = (
@@ -315,14 +320,7 @@ def attention(
             if one_query and q.dim() == 4 and not masked and extras.q_documents is None:
                 kernels.forward(q[:, :1], k, v, extras, settings)
 
-        yield (
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "head_dim": head_dim,
-                "features": name,
-            },
-            call,
-        )
+        yield of(dtype, head_dim=head_dim, features=name), call
 
     for dtype, head_dim, paged, stored in caches:
         q = empty(2, 1, 32, head_dim, dtype=dtype)
@@ -341,11 +339,11 @@ def attention(
             )  # fmt: skip
 
         yield (
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "head_dim": head_dim,
-                "features": ("paged cache" if paged else "cache") + f" of {stored}" * bool(stored),
-            },
+            of(
+                dtype,
+                head_dim=head_dim,
+                features=("paged cache" if paged else "cache") + f" of {stored}" * bool(stored),
+            ),
             step,
         )
 
@@ -386,14 +384,14 @@ def ffn(rows: list[tuple[torch.dtype, int, str, str, bool, bool]] | None = None)
             kernels.backward(out, *given, pre if save else None, needs, act, layout)
 
         yield (
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "tokens": tokens,
-                "layout": layout,
-                "activation": activation,
-                "recompute": recompute,
-                "gated": gated,
-            },
+            of(
+                dtype,
+                tokens=tokens,
+                layout=layout,
+                activation=activation,
+                recompute=recompute,
+                gated=gated,
+            ),
             call,
         )
 
@@ -419,15 +417,7 @@ def linear() -> Grid:
             out, pre = kernels.forward(*given, act, save)
             kernels.backward(out, *given, pre if save else None, (True, True, True), act)
 
-        yield (
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "tokens": tokens,
-                "activation": activation,
-                "save_pre": save,
-            },
-            call,
-        )
+        yield of(dtype, tokens=tokens, activation=activation, save_pre=save), call
 
 
 def layer_norm(rows: list[tuple[torch.dtype, int, bool, float]] | None = None) -> Grid:
@@ -466,15 +456,7 @@ def layer_norm(rows: list[tuple[torch.dtype, int, bool, float]] | None = None) -
                 None if bias is None else bias.dtype, True, *dropped,
             )  # fmt: skip
 
-        yield (
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "hidden": hidden,
-                "center": center,
-                "dropout_p": dropout_p,
-            },
-            call,
-        )
+        yield of(dtype, hidden=hidden, center=center, dropout_p=dropout_p), call
 
 
 NO_OPTIONS = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0, "softcap": 0.0}
@@ -504,8 +486,7 @@ def cross_entropy(rows: list[tuple[torch.dtype, int, bool]] | None = None) -> Gr
             losses, statistics = kernels.kernel_forward(logits, targets, weight, options)
             kernels.kernel_backward(losses, logits, targets, weight, statistics, options)
 
-        of = {"classes": classes, "everything": everything}
-        yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
+        yield of(dtype, classes=classes, everything=everything), call
 
 
 def linear_cross_entropy(rows: list[tuple[torch.dtype, int, int, bool]] | None = None) -> Grid:
@@ -532,8 +513,7 @@ def linear_cross_entropy(rows: list[tuple[torch.dtype, int, int, bool]] | None =
             losses, statistics, _ = kernels.kernel_forward(*given, options, (False,) * 3)
             kernels.kernel_backward(losses, *given, statistics, options, (True, True, False))
 
-        of = {"classes": classes, "features": features, "everything": everything}
-        yield {"dtype": str(dtype).removeprefix("torch."), **of}, call
+        yield of(dtype, classes=classes, features=features, everything=everything), call
 
 
 def rotary(
@@ -561,15 +541,7 @@ def rotary(
                 wanted = w is not None
                 kernels.backward(q, k, q, k, cos, cos, None, w, w, r, i, 1e-6, 0.0, wanted, wanted)
 
-        yield (
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "head_dim": head_dim,
-                "rotary_dim": rotary_dim,
-                "interleaved": interleaved,
-            },
-            call,
-        )
+        yield of(dtype, head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved), call
 
 
 # The calls in which a model's time goes, and the kernels of each in which that of the call goes.

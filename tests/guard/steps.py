@@ -260,17 +260,20 @@ def _recorded() -> Iterator[list[str]]:
         launch.launch = run
 
 
-class _Operators(TorchDispatchMode):
-    """Counts the operators that PyTorch dispatches, those inside of our registered ops too."""
+class Operators(TorchDispatchMode):
+    """Notes the operators that PyTorch dispatches, those inside of our registered ops too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
+    def note(self, operator: Any, args: Any) -> None:
+        self.names.append(operator._schema.name.removeprefix("aten::"))
+
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.names.append(operator._schema.name.removeprefix("aten::"))
+        self.note(operator, args)
         kwargs = kwargs or {}
         if operator.namespace != "fastattn":
             return operator(*args, **kwargs)
@@ -306,7 +309,7 @@ def _in_both_directions(
 
 @contextlib.contextmanager
 def _dispatched() -> Iterator[list[str]]:
-    with _Operators() as mode:
+    with Operators() as mode:
         yield mode.names
 
 

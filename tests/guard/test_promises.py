@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from guard import specialisations, steps
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn.ops.attention import problem as attention_problem
@@ -43,27 +42,18 @@ def test_no_build_per_shape() -> None:
         assert numbers["all shapes"] == numbers["half of the shapes"] <= MOST_KERNELS, op
 
 
-class _Waits(TorchDispatchMode):
-    """Collects the operators for which the host waits."""
+class _Waits(steps.Operators):
+    """Notes those for which the host waits."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = op._schema.name.removeprefix("aten::")
-        overload = f"{name}.{op._schema.overload_name}"
+    def note(self, operator: Any, args: Any) -> None:
+        name = operator._schema.name.removeprefix("aten::")
+        overload = f"{name}.{operator._schema.overload_name}"
         indexed = name.startswith(("index", "_index")) and any(
             isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
             for x in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
         )
         if name in WAITS or overload in WAITS or indexed:
-            self.found.append(overload)
-        if op.namespace != "fastattn":
-            return op(*args, **(kwargs or {}))
-        with self:  # what happens inside of our operators
-            keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-            return op.redispatch(keys, *args, **(kwargs or {}))
+            self.names.append(overload)
 
 
 @contextlib.contextmanager
@@ -74,14 +64,14 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             original = getattr(torch.Tensor, name)
 
             def read(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                mode.found.append(f"Tensor.{name}")
+                mode.names.append(f"Tensor.{name}")
                 return original(self, *args, **kwargs)
 
             return read
 
         for name in READS:
             patch.setattr(torch.Tensor, name, noted(name))
-        yield mode.found
+        yield mode.names
 
 
 @pytest.fixture

@@ -26,41 +26,34 @@ transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 
 
-def llama_mlp(act: str = "silu") -> torch.nn.Module:
-    from transformers.models.llama.modeling_llama import LlamaMLP
+MODELS = transformers.models
 
-    return LlamaMLP(transformers.LlamaConfig(**{**tiny.DECODER, "hidden_act": act}))
+
+def llama_mlp(act: str = "silu") -> torch.nn.Module:
+    config = transformers.LlamaConfig(**{**tiny.DECODER, "hidden_act": act})
+    return MODELS.llama.modeling_llama.LlamaMLP(config)
 
 
 def gpt2_mlp() -> torch.nn.Module:
-    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-
-    return GPT2MLP(96, transformers.GPT2Config(**tiny.GPT2))
+    return MODELS.gpt2.modeling_gpt2.GPT2MLP(96, transformers.GPT2Config(**tiny.GPT2))
 
 
 def clip_mlp(act: str = "gelu") -> torch.nn.Module:
-    from transformers.models.clip.modeling_clip import CLIPMLP
-
     config = transformers.CLIPVisionConfig(hidden_size=48, intermediate_size=64, hidden_act=act)
-    return CLIPMLP(config)
+    return MODELS.clip.modeling_clip.CLIPMLP(config)
 
 
 def llama_norm() -> torch.nn.Module:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    return LlamaRMSNorm(48)
-
-
-def zero_centered_norm() -> torch.nn.Module:
-    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-
-    return GemmaRMSNorm(48)
+    return MODELS.llama.modeling_llama.LlamaRMSNorm(48)
 
 
 CASES: dict[str, tuple[Callable[[], torch.nn.Module], type[torch.nn.Module]]] = {
     "LayerNorm": (lambda: torch.nn.LayerNorm(48), layers.LayerNorm),
     "RMSNorm": (llama_norm, layers.RMSNorm),
-    "RMSNormZeroCentered": (zero_centered_norm, layers.RMSNormZeroCentered),
+    "RMSNormZeroCentered": (
+        lambda: MODELS.gemma.modeling_gemma.GemmaRMSNorm(48),
+        layers.RMSNormZeroCentered,
+    ),
     "SwiGLUMLP": (llama_mlp, layers.SwiGLUMLP),
     "GeGLUMLP": (lambda: llama_mlp("gelu_pytorch_tanh"), layers.GeGLUMLP),
     "GPT2MLP": (gpt2_mlp, layers.GPT2MLP),
@@ -76,10 +69,7 @@ def kernelized(module: torch.nn.Module, layer: type[torch.nn.Module]) -> torch.n
 
 
 def random_(module: torch.nn.Module, device: str) -> torch.nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    return module.to(device).eval()
+    return tiny.random_(module).to(device).eval()
 
 
 def results(module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

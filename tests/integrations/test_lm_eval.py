@@ -30,38 +30,34 @@ WORDS = [
     "天气",
     "很好",
 ]
-CHOICES = """
-task: choose
+TASK = """
+task: {name}
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/choose.json}}}}
+dataset_kwargs: {{data_files: {{test: {folder}/{name}.json}}}}
 test_split: test
+"""
+TASKS = {
+    "choose": """
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}} Answer:"
+doc_to_text: "{{question}} Answer:"
 doc_to_choice: choices
 doc_to_target: label
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-ROLLING = """
-task: read
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/read.json}}}}
-test_split: test
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "read": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
-"""
-WRITING = """
-task: write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/write.json}}}}
-test_split: test
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""",
+    "write": """
 output_type: generate_until
-doc_to_text: "{{{{text}}}}"
-doc_to_target: "{{{{text}}}}"
-generation_kwargs: {{until: [" the", "o"], max_gen_toks: 12, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: [" the", "o"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
 
 
 def sentence(draw: random.Random, count: int) -> str:
@@ -95,8 +91,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write = [{"text": sentence(draw, n)} for n in (1, 3, 5, 8, 60)]
     for name, docs in (("choose", choose), ("read", read), ("write", write)):
         (folder / f"{name}.json").write_text("\n".join(map(json.dumps, docs)))
-    for name, task in (("choose", CHOICES), ("read", ROLLING), ("write", WRITING)):
-        (folder / f"{name}.yaml").write_text(task.format(folder=folder))
+        text = TASK.format(name=name, folder=folder) + TASKS[name]
+        (folder / f"{name}.yaml").write_text(text)
     return folder
 
 

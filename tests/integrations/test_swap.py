@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.tiny import classes, names, random_
 from torch.nn.utils import parametrize, prune
 
 import fastattn
@@ -40,14 +41,6 @@ class Model(torch.nn.Module):
         return self.drop(self.norm(x))
 
 
-def random_(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights that let no mistake hide behind ones and zeros."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    return model
-
-
 @pytest.fixture
 def model(device: str) -> torch.nn.Module:
     return random_(Model().to(device))
@@ -62,14 +55,6 @@ def x(device: str) -> torch.Tensor:
 def fresh_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that change what a class is swapped to."""
     monkeypatch.setattr(swap, "_replacements", {})
-
-
-def names(entries: tuple[fastattn.integrations.Entry, ...]) -> list[str]:
-    return [entry.name for entry in entries]
-
-
-def classes(model: torch.nn.Module) -> list[type]:
-    return [type(module) for module in model.modules()]
 
 
 def snapshot(model: torch.nn.Module) -> list[dict[str, object]]:
@@ -114,23 +99,6 @@ class TestAccelerate:
         fastattn.restore(model)
         assert snapshot(model) == before
         assert classes(model) == were
-
-    def test_leaves_no_trace_of_the_probe(self, model: torch.nn.Module, x: torch.Tensor) -> None:
-        calls: list[str] = []
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        model.layers[0].eval()
-        modes = [module.training for module in model.modules()]
-        state = torch.get_rng_state()
-        fastattn.accelerate(model)
-        assert calls == []
-        assert torch.equal(torch.get_rng_state(), state)
-        assert [module.training for module in model.modules()] == modes
-        assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
-        model(x)
-        assert calls.count("norm") == 1  # the hooks themselves live on
 
     def test_is_idempotent(self, model: torch.nn.Module) -> None:
         first = fastattn.accelerate(model)
@@ -199,39 +167,18 @@ class Louder(torch.nn.LayerNorm):
         return 2 * super().forward(input)
 
 
-def replaced_forward() -> torch.nn.Module:
-    norm = torch.nn.LayerNorm(8)
-    norm.forward = lambda x: x  # type: ignore[method-assign]
-    return norm
+def norm_with(**attributes: Any) -> Callable[[], torch.nn.Module]:
+    def make() -> torch.nn.Module:
+        norm = torch.nn.LayerNorm(8)
+        for name, value in attributes.items():
+            setattr(norm, name, value)
+        return norm
 
-
-def offloaded() -> torch.nn.Module:
-    norm = torch.nn.LayerNorm(8)
-    norm._hf_hook = object()  # type: ignore[assignment]
-    return norm
-
-
-def several_kinds() -> torch.nn.Module:
-    norm = torch.nn.LayerNorm(8)
-    norm.bias.data = norm.bias.data.bfloat16()
-    return norm
-
-
-def quantised() -> torch.nn.Module:
-    norm = torch.nn.LayerNorm(8)
-    values = torch.ones(8, dtype=torch.int8)
-    norm.weight = torch.nn.Parameter(values, requires_grad=False)
-    return norm
+    return make
 
 
 class Special(torch.nn.Parameter):
     pass
-
-
-def special_tensor() -> torch.nn.Module:
-    norm = torch.nn.LayerNorm(8)
-    norm.weight = Special(torch.ones(8))
-    return norm
 
 
 def parametrised() -> torch.nn.Module:
@@ -247,11 +194,20 @@ def parametrised() -> torch.nn.Module:
         (parametrised, swap.UNKNOWN),
         (lambda: torch.nn.LayerNorm(8, device="meta"), "weight is on the meta device: load"),
         (lambda: fastattn.nn.LayerNorm(8), "already runs on fastattn"),
-        (replaced_forward, "its forward has been replaced on the instance"),
-        (offloaded, "offloaded by Hugging Face accelerate"),
-        (several_kinds, "several kinds: torch.bfloat16 on cpu, torch.float32 on cpu"),
-        (quantised, r"weight is quantised \(torch.int8\)"),
-        (special_tensor, r"weight is a Special \(sharded, quantised or not initialised\)"),
+        (norm_with(forward=lambda x: x), "its forward has been replaced on the instance"),
+        (norm_with(_hf_hook=object()), "offloaded by Hugging Face accelerate"),
+        (
+            norm_with(bias=torch.nn.Parameter(torch.ones(8).bfloat16())),
+            "several kinds: torch.bfloat16 on cpu, torch.float32 on cpu",
+        ),
+        (
+            norm_with(weight=torch.nn.Parameter(torch.ones(8).char(), requires_grad=False)),
+            r"weight is quantised \(torch.int8\)",
+        ),
+        (
+            norm_with(weight=Special(torch.ones(8))),
+            r"weight is a Special \(sharded, quantised or not initialised\)",
+        ),
     ],
 )
 def test_left_alone_with_the_reason(make: object, reason: str) -> None:
@@ -437,18 +393,6 @@ class TestRestore:
         assert type(model.norm) is torch.nn.RMSNorm
 
 
-def deep_copied(model: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(model)
-
-
-def pickled(model: torch.nn.Module) -> torch.nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def old_pickled(model: torch.nn.Module) -> torch.nn.Module:
-    return pickle.loads(pickle.dumps(model, protocol=0))
-
-
 def saved(model: torch.nn.Module) -> torch.nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
@@ -456,7 +400,16 @@ def saved(model: torch.nn.Module) -> torch.nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [deep_copied, pickled, old_pickled, saved])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: pickle.loads(pickle.dumps(model, protocol=0)),
+        saved,
+    ],
+    ids=["deep copy", "pickle", "old pickle", "saved"],
+)
 def test_copies_are_accelerated_and_restorable(
     model: torch.nn.Module, x: torch.Tensor, copied: object
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.tiny import classes, names
 
 import fastattn
 from fastattn.integrations import swap, torch_nn
@@ -80,10 +81,6 @@ def swapped_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(torch_nn.TABLE, torch.nn.LayerNorm, row)
 
     yield use
-
-
-def names(entries: tuple[fastattn.integrations.Entry, ...]) -> list[str]:
-    return [entry.name for entry in entries]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -165,15 +162,15 @@ def test_whatever_the_callers_grad_mode(
 
 
 def test_an_error_of_the_model_leaves_it_as_it_was(model: torch.nn.Module) -> None:
-    before = [type(module) for module in model.modules()]
+    before = classes(model)
     with pytest.raises(RuntimeError):
         fastattn.accelerate(model, batch=torch.randn(ROWS, 5))
-    assert [type(module) for module in model.modules()] == before
+    assert classes(model) == before
     fastattn.accelerate(model)
-    swapped = [type(module) for module in model.modules()]
+    swapped = classes(model)
     with pytest.raises(RuntimeError):
         fastattn.verify(model, torch.randn(ROWS, 5))
-    assert [type(module) for module in model.modules()] == swapped
+    assert classes(model) == swapped
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

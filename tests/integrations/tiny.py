@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastattn.integrations import Entry, Report
+
 VOCABULARY = 97
+HIDDEN = 24  # of modules by themselves
 DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
@@ -98,3 +102,48 @@ def tokens(batch: int, seqlen: int, device: str = "cpu") -> torch.Tensor:
 def exact(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in float64."""
     return copy.deepcopy(model).double()
+
+
+def random_(model: torch.nn.Module, std: float = 1.0) -> torch.nn.Module:
+    """Weights that let no mistake hide behind ones and zeros."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    return model
+
+
+def names(entries: tuple[Entry, ...]) -> list[str]:
+    return [entry.name for entry in entries]
+
+
+def swapped(report: Report) -> Counter[str]:
+    """How many modules of each class."""
+    return Counter(entry.class_name for entry in report.swapped)
+
+
+def classes(model: torch.nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def fresh(module: torch.nn.Module, device: str) -> torch.nn.Module:
+    return copy.deepcopy(module).to(device).eval()
+
+
+def decoder(family: str, settings: dict[str, Any]) -> Any:
+    """A random model of transformers that dispatches."""
+    import transformers
+
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))
+    torch.manual_seed(0)
+    cls = getattr(transformers, f"{family}ForCausalLM")
+    return cls._from_config(config(**settings), attn_implementation="sdpa").eval()
+
+
+def logits_and_gradients(
+    model: torch.nn.Module, ids: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    model = copy.deepcopy(model).to(dtype)
+    logits = model(input_ids=ids, use_cache=False).logits
+    logits.double().softmax(-1).square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}

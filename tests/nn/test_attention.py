@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from nn.compare import assert_module_close
 from nn.formulas import attended
 
 from fastattn.nn import Attention, KeyValueCache, PackedSequences, RotaryEmbedding, SequencePart
@@ -51,12 +50,7 @@ SELF: list[tuple[dict[str, Any], bool]] = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("kwargs", "turns"), SELF, ids=str)
-def test_self_attention(
-    kwargs: dict[str, Any],
-    turns: bool,
-    dtype: torch.dtype,
-    assert_module_close: Callable[..., None],
-) -> None:
+def test_self_attention(kwargs: dict[str, Any], turns: bool, dtype: torch.dtype) -> None:
     module = _attention(dtype, **kwargs)
     rotary = _angles(module) if turns else None
     assert_module_close(
@@ -70,9 +64,7 @@ def test_self_attention(
 
 @pytest.mark.parametrize("rotary_dim", [4, 6, 8])  # of 12 elements
 @pytest.mark.parametrize("kwargs", [{}, {"qk_norm": "head"}], ids=["plain", "normed"])
-def test_a_part_of_a_head_turns(
-    kwargs: dict[str, Any], rotary_dim: int, assert_module_close: Callable[..., None]
-) -> None:
+def test_a_part_of_a_head_turns(kwargs: dict[str, Any], rotary_dim: int) -> None:
     module = _attention(head_dim=12, **kwargs)
     rotary = _angles(module, rotary_dim)
     assert_module_close(
@@ -97,9 +89,7 @@ def test_softcap(softcap: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kwargs", [{}, {"num_kv_heads": 2}, {"bias": False}], ids=str)
-def test_cross_attention(
-    kwargs: dict[str, Any], dtype: torch.dtype, assert_module_close: Callable[..., None]
-) -> None:
+def test_cross_attention(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     module = _attention(dtype, cross=True, **kwargs)
     lengths = torch.tensor([KEYS, 1, 4])
     assert_module_close(
@@ -113,9 +103,7 @@ def test_cross_attention(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_mask_lengths_and_a_bias_with_gradient(
-    causal: bool, assert_module_close: Callable[..., None]
-) -> None:
+def test_mask_lengths_and_a_bias_with_gradient(causal: bool) -> None:
     module = _attention(num_kv_heads=2)
     mask = torch.rand(BATCH, 1, LENGTH, LENGTH) < 0.6
     mask[..., 0] = True  # every row sees a key
@@ -203,9 +191,7 @@ def test_keys_and_values_of_a_context_are_made_once() -> None:
 
 @pytest.mark.parametrize("kwargs", [{"num_kv_heads": 2}, {"window": (1, 1)}], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_sequences_attend_to_themselves(
-    kwargs: dict[str, Any], causal: bool, assert_module_close: Callable[..., None]
-) -> None:
+def test_packed_sequences_attend_to_themselves(kwargs: dict[str, Any], causal: bool) -> None:
     module, lengths = _attention(**kwargs), [3, 0, 1, 5]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     turns = RotaryEmbedding(module.head_dim)(torch.cat([torch.arange(n) for n in lengths]))
@@ -225,15 +211,6 @@ def test_packed_sequences_attend_to_themselves(
         call=lambda m, x: m(x, causal=causal, rotary=turns, packed=PackedSequences(starts, 5)),
         call_theirs=one_by_one,
     )
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_deepcopy_and_pickle(copied: Callable[[Attention], Attention]) -> None:
-    module = _attention(window=(2, 0), qk_norm="head")
-    twin, x = copied(module), torch.randn(BATCH, LENGTH, EMBED)
-    assert torch.equal(twin(x), module(x))
-    assert repr(twin) == repr(module)
-    assert "window=(2, 0), qk_norm='head'" in repr(module)
 
 
 @pytest.mark.parametrize(

@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from nn.compare import LowRank, assert_module_close
+from nn.formulas import ACTIVATIONS
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations
 
 from fastattn.nn import FeedForward
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-ACTIVATIONS = {
-    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
-    "gelu": torch.nn.GELU(),
-    "relu": torch.nn.ReLU(),
-    "silu": torch.nn.SiLU(),
-}
-NAMES = {"linear1": "0", "linear2": "2"}
 
 
-def _sequence(ours: FeedForward) -> torch.nn.Sequential:
-    """torch's own modules with the same weights."""
-    return torch.nn.Sequential(
-        copy.deepcopy(ours.linear1), ACTIVATIONS[ours.activation], copy.deepcopy(ours.linear2)
-    )
+def _plain(ours: FeedForward, x: torch.Tensor) -> torch.Tensor:
+    """The same by its layers, which are torch's own."""
+    activation, hidden = ACTIVATIONS[ours.activation], ours.linear1(x)
+    hidden = activation(hidden) if ours.gate is None else activation(ours.gate(x)) * hidden
+    return ours.linear2(hidden)
 
 
-class Gated(torch.nn.Module):
-    """torch's own modules with the same weights, multiplied by a gate."""
-
-    def __init__(self, ours: FeedForward) -> None:
-        super().__init__()
-        self.linear1, self.linear2 = copy.deepcopy(ours.linear1), copy.deepcopy(ours.linear2)
-        self.gate, self.activation = copy.deepcopy(ours.gate), ACTIVATIONS[ours.activation]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear2(self.activation(self.gate(x)) * self.linear1(x))
+def _assert_as_torch(
+    ours: FeedForward, x: torch.Tensor, theirs: FeedForward | None = None, **call: Any
+) -> None:
+    """`theirs`: a copy from before what hooks count."""
+    assert_module_close(ours, theirs or copy.deepcopy(ours), x, call_theirs=_plain, **call)
 
 
 @pytest.fixture
@@ -62,12 +52,10 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_against_torch(
-    activation: str, recompute: bool, dtype: torch.dtype, assert_module_close: Callable[..., None]
-) -> None:
+def test_against_torch(activation: str, recompute: bool, dtype: torch.dtype) -> None:
     ours = FeedForward(12, 20, activation, recompute=recompute, dtype=dtype)
     x = torch.randn(3, 5, 12, dtype=dtype)
-    assert_module_close(ours, _sequence(ours), x, their_names=NAMES)
+    _assert_as_torch(ours, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,20 +63,15 @@ def test_against_torch(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_gated_against_torch(
-    bias: bool,
-    activation: str,
-    recompute: bool,
-    dtype: torch.dtype,
-    fused_calls: list[object],
-    assert_module_close: Callable[..., None],
+    bias: bool, activation: str, recompute: bool, dtype: torch.dtype, fused_calls: list[object]
 ) -> None:
     ours = FeedForward(12, 20, activation, bias=bias, gated=True, recompute=recompute, dtype=dtype)
-    assert_module_close(ours, Gated(ours), torch.randn(3, 5, 12, dtype=dtype))
+    _assert_as_torch(ours, torch.randn(3, 5, 12, dtype=dtype))
     assert fused_calls
     fused_calls.clear()
     called: list[torch.nn.Module] = []
     ours.gate.register_forward_hook(lambda m, *_: called.append(m))
-    assert_module_close(ours, Gated(ours), torch.randn(3, 5, 12, dtype=dtype))
+    _assert_as_torch(ours, torch.randn(3, 5, 12, dtype=dtype))
     assert ours.gate in called and not fused_calls
 
 
@@ -106,11 +89,9 @@ def test_the_weights_of_a_gated_one() -> None:
 
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (2, 3, 4, 12), (0, 12)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_shapes_and_bias(
-    bias: bool, shape: tuple[int, ...], assert_module_close: Callable[..., None]
-) -> None:
+def test_shapes_and_bias(bias: bool, shape: tuple[int, ...]) -> None:
     ours = FeedForward(12, bias=bias)
-    assert_module_close(ours, _sequence(ours), torch.randn(shape), their_names=NAMES)
+    _assert_as_torch(ours, torch.randn(shape))
 
 
 def test_initialised_as_linear() -> None:
@@ -135,17 +116,15 @@ def test_plain_children_are_fused(fused_calls: list[object]) -> None:
 
 
 @pytest.mark.parametrize("child", ["linear1", "linear2"])
-def test_hooks_of_the_children_fire(
-    child: str, fused_calls: list[object], assert_module_close: Callable[..., None]
-) -> None:
+def test_hooks_of_the_children_fire(child: str, fused_calls: list[object]) -> None:
     ours = FeedForward(8)
-    theirs = _sequence(ours)
+    theirs = copy.deepcopy(ours)
     calls: list[str] = []
     linear = getattr(ours, child)
     linear.register_forward_pre_hook(lambda *_: calls.append("before"))
     linear.register_forward_hook(lambda *_: calls.append("after"))
     linear.register_full_backward_hook(lambda *_: calls.append("backward"))
-    assert_module_close(ours, theirs, torch.randn(4, 8), their_names=NAMES)
+    _assert_as_torch(ours, torch.randn(4, 8), theirs)
     assert calls == ["before", "after", "backward"]
     assert not fused_calls
 
@@ -162,22 +141,17 @@ def test_hooks_for_every_module_fire() -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_wrapped_children_run(
-    activation: str,
-    low_rank: Callable,
-    fused_calls: list[object],
-    assert_module_close: Callable[..., None],
-) -> None:
+def test_wrapped_children_run(activation: str, fused_calls: list[object]) -> None:
     ours = FeedForward(8, activation=activation)
-    ours.linear1, ours.linear2 = low_rank(ours.linear1), low_rank(ours.linear2)
-    assert_module_close(ours, _sequence(ours), torch.randn(4, 8), their_names=NAMES)
+    ours.linear1, ours.linear2 = LowRank(ours.linear1), LowRank(ours.linear2)
+    _assert_as_torch(ours, torch.randn(4, 8))
     assert not fused_calls
 
 
-def test_parametrised_children_run(assert_module_close: Callable[..., None]) -> None:
+def test_parametrised_children_run() -> None:
     ours = FeedForward(8)
     parametrizations.weight_norm(ours.linear1)
-    assert_module_close(ours, _sequence(ours), torch.randn(4, 8), their_names=NAMES)
+    _assert_as_torch(ours, torch.randn(4, 8))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -211,40 +185,26 @@ def test_dropout_on_the_output_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_compiles_without_a_graph_break(
-    hooked: bool, assert_module_close: Callable[..., None]
-) -> None:
+def test_compiles_without_a_graph_break(hooked: bool) -> None:
     ours = FeedForward(8)
-    theirs = _sequence(ours)
+    theirs = copy.deepcopy(ours)
     if hooked:
         ours.linear1.register_forward_hook(lambda m, args, out: out)
     compiled = torch.compile(lambda m, x: m(x), fullgraph=True, backend="aot_eager")
-    assert_module_close(
-        ours, theirs, torch.randn(4, 8), call=compiled, call_theirs=lambda m, x: m(x),
-        their_names=NAMES,
-    )  # fmt: skip
+    _assert_as_torch(ours, torch.randn(4, 8), theirs, call=compiled)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
 def test_autocast(hooked: bool, device: str) -> None:
     ours = FeedForward(64)
-    theirs = _sequence(ours)
+    theirs = copy.deepcopy(ours)
     if hooked:
         ours.linear1.register_forward_hook(lambda *_: None)
     x = torch.randn(8, 64)
     with torch.autocast(device, torch.bfloat16):
-        result, expected = ours(x), theirs(x)
+        result, expected = ours(x), _plain(theirs, x)
     assert result.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(result, expected)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_deepcopy_and_pickle(copied: Callable[[FeedForward], FeedForward]) -> None:
-    ours = FeedForward(8, 12, "relu", recompute=True)
-    twin = copied(ours)
-    x = torch.randn(3, 8)
-    assert torch.equal(twin(x), ours(x))
-    assert repr(twin) == repr(ours)
 
 
 def test_repr_tells_what_it_is() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nn.compare import LowRank, assert_module_close
 from torch.nn.utils import parametrizations, prune
 
 from fastattn.nn import KeyValueCache, MultiheadAttention
@@ -65,39 +66,22 @@ def op_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict]]:
 
 # --- forward, on the fused op -------------------------------------------------------------------
 
-MASKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
-    "no mask": lambda q, k: {},
-    "2-D": lambda q, k: {"attn_mask": _hidden(q, k)},
-    "3-D": lambda q, k: {"attn_mask": _hidden(BATCH * HEADS, q, k)},
-    "padding": lambda q, k: {"key_padding_mask": _hidden(BATCH, k)},
-    "2-D and padding": lambda q, k: {
-        "attn_mask": _hidden(q, k),
-        "key_padding_mask": _hidden(BATCH, k),
-    },
-    "3-D and padding": lambda q, k: {
-        "attn_mask": _hidden(BATCH * HEADS, q, k),
-        "key_padding_mask": _hidden(BATCH, k),
-    },
-    "additive 2-D": lambda q, k: {"attn_mask": _added(q, k)},
-    "additive 3-D": lambda q, k: {"attn_mask": _added(BATCH * HEADS, q, k)},
-    "additive padding": lambda q, k: {"key_padding_mask": _added(BATCH, k)},
-    "additive 2-D and padding": lambda q, k: {
-        "attn_mask": _added(q, k),
-        "key_padding_mask": _added(BATCH, k),
-    },
-    "additive 3-D and padding": lambda q, k: {
-        "attn_mask": _added(BATCH * HEADS, q, k),
-        "key_padding_mask": _added(BATCH, k),
-    },
-}
+MASKS = (
+    *("no mask", "2-D", "3-D", "padding", "2-D and padding", "3-D and padding"),
+    *("additive 2-D", "additive 3-D", "additive padding"),
+    *("additive 2-D and padding", "additive 3-D and padding"),
+)
 
 
-def _of_dtype(masks: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Additive masks as torch wants them: in the inputs' dtype."""
-    return {
-        name: mask.to(dtype) if torch.is_tensor(mask) and mask.is_floating_point() else mask
-        for name, mask in masks.items()
-    }
+def _masks(mask: str, queries: int, keys: int) -> dict[str, torch.Tensor]:
+    """The arguments that a name of MASKS stands for."""
+    draw = _added if "additive" in mask else _hidden
+    masks = {}
+    if "-D" in mask:
+        masks["attn_mask"] = draw(*[BATCH * HEADS] * ("3-D" in mask), queries, keys)
+    if "padding" in mask:
+        masks["key_padding_mask"] = draw(BATCH, keys)
+    return masks
 
 
 def _called(masks: dict[str, Any]) -> Callable[..., torch.Tensor]:
@@ -105,7 +89,11 @@ def _called(masks: dict[str, Any]) -> Callable[..., torch.Tensor]:
 
     def call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         q, k, v = inputs if len(inputs) == 3 else inputs * 3
-        return module(q, k, v, need_weights=False, **_of_dtype(masks, q.dtype))[0]
+        given = {  # additive masks as torch wants them: in the inputs' dtype
+            name: x.to(q.dtype) if torch.is_tensor(x) and x.is_floating_point() else x
+            for name, x in masks.items()
+        }
+        return module(q, k, v, need_weights=False, **given)[0]
 
     return call
 
@@ -113,55 +101,42 @@ def _called(masks: dict[str, Any]) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_cross_attention(
-    mask: str,
-    batch_first: bool,
-    dtype: torch.dtype,
-    op_calls: list,
-    assert_module_close: Callable[..., None],
-) -> None:
+def test_cross_attention(mask: str, batch_first: bool, dtype: torch.dtype, op_calls: list) -> None:
     ours, theirs = _pair(batch_first=batch_first, dtype=dtype)
-    masks = MASKS[mask](QUERIES, KEYS)
+    masks = _masks(mask, QUERIES, KEYS)
     inputs = [_input(n, batch_first=batch_first).to(dtype) for n in (QUERIES, KEYS, KEYS)]
     assert_module_close(ours, theirs, *inputs, call=_called(masks))
     assert len(op_calls) == 1, "ours must run on the fused op"
 
 
+def _square() -> torch.Tensor:
+    """As torch.nn.Transformer makes it; the hint spares it."""
+    return torch.nn.Transformer.generate_square_subsequent_mask(QUERIES)
+
+
+CAUSAL: dict[str, Callable[[], dict[str, Any]]] = {
+    "causal": lambda: {"attn_mask": _causal(QUERIES), "is_causal": True},
+    "causal float": lambda: {"attn_mask": _square(), "is_causal": True},
+    "causal and padding": lambda: {
+        "attn_mask": _causal(QUERIES),
+        "is_causal": True,
+        "key_padding_mask": _hidden(BATCH, QUERIES),
+    },
+    "causal float and float padding": lambda: {
+        "attn_mask": _square(),
+        "is_causal": True,
+        "key_padding_mask": _added(BATCH, QUERIES),
+    },
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(
-    "mask",
-    [*MASKS, "causal", "causal float", "causal and padding", "causal float and float padding"],
-)
+@pytest.mark.parametrize("mask", [*MASKS, *CAUSAL])
 def test_self_attention_through_forward(
-    mask: str,
-    batch_first: bool,
-    dtype: torch.dtype,
-    op_calls: list,
-    assert_module_close: Callable[..., None],
+    mask: str, batch_first: bool, dtype: torch.dtype, op_calls: list
 ) -> None:
-    masks: dict[str, Any]
-    if mask == "causal":
-        masks = {"attn_mask": _causal(QUERIES), "is_causal": True}
-    elif mask == "causal float":  # as torch.nn.Transformer makes it; the hint spares it
-        masks = {
-            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
-            "is_causal": True,
-        }
-    elif mask == "causal float and float padding":  # as torch.nn.Transformer with padding has it
-        masks = {
-            "attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
-            "key_padding_mask": _added(BATCH, QUERIES),
-            "is_causal": True,
-        }
-    elif mask == "causal and padding":
-        masks = {
-            "attn_mask": _causal(QUERIES),
-            "key_padding_mask": _hidden(BATCH, QUERIES),
-            "is_causal": True,
-        }
-    else:
-        masks = MASKS[mask](QUERIES, QUERIES)
+    masks = CAUSAL[mask]() if mask in CAUSAL else _masks(mask, QUERIES, QUERIES)
     ours, theirs = _pair(batch_first=batch_first, dtype=dtype)
     x = _input(QUERIES, batch_first=batch_first).to(dtype)
     assert_module_close(ours, theirs, x, call=_called(masks))
@@ -170,9 +145,7 @@ def test_self_attention_through_forward(
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(QUERIES, KEYS), (KEYS, QUERIES)])
-def test_causal_over_different_lengths(
-    queries: int, keys: int, op_calls: list, assert_module_close: Callable[..., None]
-) -> None:
+def test_causal_over_different_lengths(queries: int, keys: int, op_calls: list) -> None:
     """torch's hint is aligned to the first key."""
     ours, theirs = _pair(batch_first=True)
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1)
@@ -218,9 +191,7 @@ def test_the_gradient_of_an_additive_mask() -> None:
 @pytest.mark.parametrize(
     "sizes", [{}, {"kdim": 10}, {"vdim": 6}, {"kdim": 10, "vdim": 6}, {"kdim": EMBED}]
 )
-def test_other_sizes_of_key_and_value(
-    sizes: dict[str, int], bias: bool, op_calls: list, assert_module_close: Callable[..., None]
-) -> None:
+def test_other_sizes_of_key_and_value(sizes: dict[str, int], bias: bool, op_calls: list) -> None:
     ours, theirs = _pair(bias=bias, batch_first=True, **sizes)
     query = _input(QUERIES)
     key, value = _input(KEYS, ours.kdim), _input(KEYS, ours.vdim)
@@ -231,9 +202,7 @@ def test_other_sizes_of_key_and_value(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_key_that_is_value(
-    bias: bool, op_calls: list, assert_module_close: Callable[..., None]
-) -> None:
+def test_key_that_is_value(bias: bool, op_calls: list) -> None:
     ours, theirs = _pair(bias=bias)
     query, memory = _input(QUERIES, batch_first=False), _input(KEYS, batch_first=False)
     assert_module_close(
@@ -256,13 +225,7 @@ def test_key_that_is_value(
     ],
     ids=["no mask", "2-D", "3-D", "padding", "additive padding", "additive 3-D"],
 )
-def test_unbatched(
-    masks: dict,
-    batch_first: bool,
-    op_calls: list,
-    assert_module_close: Callable[..., None],
-    device: str,
-) -> None:
+def test_unbatched(masks: dict, batch_first: bool, op_calls: list, device: str) -> None:
     ours, theirs = _pair(batch_first=batch_first)
     masks = {name: mask.to(device) for name, mask in masks.items()}
     query, key, value = (torch.randn(n, EMBED) for n in (QUERIES, KEYS, KEYS))
@@ -487,29 +450,18 @@ def test_jit_trace() -> None:
     torch.testing.assert_close(traced(x[:, :3]), Attend()(x[:, :3]))
 
 
-def test_why_torch_is_none_where_the_op_runs() -> None:
-    ours, _ = _pair(batch_first=True)
-    x = _input(QUERIES)
-    for make_masks in MASKS.values():
-        assert ours.why_torch(x, x, x, need_weights=False, **make_masks(QUERIES, QUERIES)) is None
-
-
 # --- compile, autocast, hooks --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", ["no mask", "3-D and padding", "additive 3-D and padding"])
-def test_forward_compiles_without_a_graph_break(
-    mask: str, assert_module_close: Callable[..., None]
-) -> None:
+def test_forward_compiles_without_a_graph_break(mask: str) -> None:
     ours, theirs = _pair(batch_first=True)
-    call = _called(MASKS[mask](QUERIES, QUERIES))
+    call = _called(_masks(mask, QUERIES, QUERIES))
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_module_close(ours, theirs, _input(QUERIES), call=compiled, call_theirs=call)
 
 
-def test_self_attention_compiles_without_a_graph_break(
-    assert_module_close: Callable[..., None],
-) -> None:
+def test_self_attention_compiles_without_a_graph_break() -> None:
     ours, theirs = _pair(batch_first=True)
     lengths = torch.tensor([5, 1, 3])
     compiled = torch.compile(
@@ -540,16 +492,6 @@ def test_autocast(way: str, device: str) -> None:
     assert x.grad.isfinite().all()
 
 
-def test_hooks_fire_on_forward() -> None:
-    ours, _ = _pair(batch_first=True)
-    calls: list[str] = []
-    ours.register_forward_pre_hook(lambda *_: calls.append("before"))
-    ours.register_forward_hook(lambda *_: calls.append("after"))
-    x = _input(QUERIES)
-    ours(x, x, x, need_weights=False)
-    assert calls == ["before", "after"]
-
-
 def test_hooks_of_out_proj_fire_in_self_attention() -> None:
     ours, _ = _pair()
     x = _input(QUERIES)
@@ -558,11 +500,11 @@ def test_hooks_of_out_proj_fire_in_self_attention() -> None:
     assert torch.equal(ours.self_attention(x), 2 * before)
 
 
-def test_wrapped_out_proj_runs_in_self_attention(low_rank: Callable) -> None:
+def test_wrapped_out_proj_runs_in_self_attention() -> None:
     ours, _ = _pair()
     x = _input(QUERIES)
     before = ours.self_attention(x)
-    ours.out_proj = low_rank(ours.out_proj)
+    ours.out_proj = LowRank(ours.out_proj)
     assert not torch.allclose(ours.self_attention(x), before)
     torch.nn.init.zeros_(ours.out_proj.up.weight)
     assert torch.equal(ours.self_attention(x), before)
@@ -589,10 +531,7 @@ def _causal_with_lengths(
 @pytest.mark.parametrize("lengths", [None, [5, 1, 3]])
 @pytest.mark.parametrize("causal", [False, True])
 def test_self_attention_against_torch(
-    causal: bool,
-    lengths: list[int] | None,
-    dtype: torch.dtype,
-    assert_module_close: Callable[..., None],
+    causal: bool, lengths: list[int] | None, dtype: torch.dtype
 ) -> None:
     ours, theirs = _pair(batch_first=True, dtype=dtype)
     key_lengths = None if lengths is None else torch.tensor(lengths)
@@ -689,10 +628,7 @@ def _swap(layer: torch.nn.Module) -> torch.nn.Module:
 
 ENCODER_MASKS: dict[str, Callable[[], dict[str, Any]]] = {
     "no mask": dict,
-    "causal": lambda: {
-        "src_mask": torch.nn.Transformer.generate_square_subsequent_mask(QUERIES),
-        "is_causal": True,
-    },
+    "causal": lambda: {"src_mask": _square(), "is_causal": True},
     "boolean": lambda: {"src_mask": _causal(QUERIES)},
     "padding": lambda: {
         "src_key_padding_mask": torch.arange(QUERIES) >= torch.tensor([[5], [1], [3]])
@@ -704,7 +640,7 @@ ENCODER_MASKS: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("mask", ENCODER_MASKS)
 def test_inside_torchs_encoder_layer(
-    mask: str, norm_first: bool, mode: str, op_calls: list, assert_module_close: Callable[..., None]
+    mask: str, norm_first: bool, mode: str, op_calls: list
 ) -> None:
     theirs = torch.nn.TransformerEncoderLayer(
         EMBED, HEADS, 32, dropout=0.0, batch_first=True, norm_first=norm_first
@@ -718,19 +654,6 @@ def test_inside_torchs_encoder_layer(
     else:
         assert_module_close(ours, theirs, x, call=lambda m, x: m(x, **masks))
         assert len(op_calls) == 1
-
-
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-def test_inside_torchs_transformer(op_calls: list) -> None:
-    theirs = torch.nn.Transformer(EMBED, HEADS, 2, 2, 32, dropout=0.0)
-    ours = _swap(theirs)
-    source, target = _input(KEYS, batch_first=False), _input(QUERIES, batch_first=False)
-    mask = torch.nn.Transformer.generate_square_subsequent_mask(QUERIES)
-    result, expected = (
-        m(source, target, tgt_mask=mask, tgt_is_causal=True) for m in (ours, theirs)
-    )
-    torch.testing.assert_close(result, expected)
-    assert len(op_calls) == 6  # two in the encoder, two causal and two crossing in the decoder
 
 
 # --- wrong arguments -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from nn.compare import LowRank, assert_module_close
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +44,11 @@ def _pair(name: str, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, torch.
 
 def _layer(name: str, **kwargs: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
     return _pair(name, WIDTH, HEADS, 24, **{"dropout": 0.0, "batch_first": True, **kwargs})
+
+
+def _given(name: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a layer is called with: (x, memory) a decoder's, x an encoder's."""
+    return tensors[: 1 + ("Decoder" in name)]
 
 
 def _mask(draw: random.Random, *shape: int) -> torch.Tensor:
@@ -108,9 +114,7 @@ def _drawn(name: str, seed: int, dtype: torch.dtype) -> tuple[Any, Any, list[tor
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", LAYERS)
-def test_random_arguments(
-    name: str, seed: int, dtype: torch.dtype, assert_module_close: Callable[..., None]
-) -> None:
+def test_random_arguments(name: str, seed: int, dtype: torch.dtype) -> None:
     ours, theirs, inputs, call = _drawn(name, seed, dtype)
     for training in (True, False):
         assert_module_close(ours.train(training), theirs.train(training), *inputs, call=call)
@@ -180,7 +184,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_layer_is_a_few_ops(name: str, activation: Any, norm_first: bool, ops: list[str]) -> None:
     ours, _ = _layer(name, activation=activation, norm_first=norm_first)
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    ours(x) if "Encoder" in name else ours(x, x)
+    ours(*_given(name, x, x))
     sums = (2 if "Encoder" in name else 3) - norm_first
     assert sorted(ops) == [*["add, layer_norm"] * sums, "ffn", *["layer_norm"] * norm_first]
 
@@ -215,7 +219,7 @@ def test_why_torch() -> None:
 def test_activations_that_are_modules(name: str, activation: torch.nn.Module) -> None:
     ours, theirs = _layer(name, activation=activation)
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    out, expected = (m(x) if "Encoder" in name else m(x, x) for m in (ours, theirs))
+    out, expected = (m(*_given(name, x, x)) for m in (ours, theirs))
     torch.testing.assert_close(out, expected)
 
 
@@ -240,9 +244,9 @@ def test_torchs_fast_path_in_short_inference(masks: str, device: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_unbatched(name: str, training: bool, assert_module_close: Callable[..., None]) -> None:
+def test_unbatched(name: str, training: bool) -> None:
     ours, theirs = _layer(name)
-    inputs = [torch.randn(n, WIDTH) for n in (LENGTH, MEMORY)][: 1 + ("Decoder" in name)]
+    inputs = _given(name, *(torch.randn(n, WIDTH) for n in (LENGTH, MEMORY)))
     hidden = torch.tensor([False] * 4 + [True])
     kwargs = {("src" if "Encoder" in name else "tgt") + "_key_padding_mask": hidden}
 
@@ -260,7 +264,7 @@ def test_empty_and_single(shape: tuple[int, ...], training: bool) -> None:
     torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
 
 
-def test_strided_inputs(assert_module_close: Callable[..., None]) -> None:
+def test_strided_inputs() -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
 
     def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -296,14 +300,13 @@ def test_every_dropout_drops(name: str) -> None:
         ours.linear1.bias.fill_(1.0)
         ours.linear2.weight.fill_(30.0)
     x = torch.zeros(100, 100, WIDTH)
-    call = ours if "Encoder" in name else lambda x: ours(x, x)
-    seen = ((1 - p) * call(x)).round()
+    seen = ((1 - p) * ours(*_given(name, x, x))).round()
     kept, both = 1 - p, (1 - p) ** 2  # the hidden layer is dropped inside and after
     expected = {0: p * (1 - both), 3: kept * (1 - both), 40: p * both, 43: kept * both}
     shares = {value: (seen == value).float().mean().item() for value in expected}
     assert shares == pytest.approx(expected, abs=0.02)
     ours.eval()
-    assert torch.equal(call(x), x + 33.0)
+    assert torch.equal(ours(*_given(name, x, x)), x + 33.0)
 
 
 # --- parts that must be called -------------------------------------------------------------------
@@ -320,7 +323,7 @@ def test_hooks_on_every_part(name: str, norm_first: bool) -> None:
             child.register_forward_hook(
                 lambda _, args, out, part=part, calls=calls: calls.update({part: (args, out)})
             )
-        module(x) if "Encoder" in name else module(x, x)
+        module(*_given(name, x, x))
         seen.append(calls)
     assert seen[0].keys() == seen[1].keys()
     for part, (args, out) in seen[0].items():
@@ -329,7 +332,7 @@ def test_hooks_on_every_part(name: str, norm_first: bool) -> None:
         torch.testing.assert_close(out, seen[1][part][1], msg=f"the output of {part}")
 
 
-def test_a_norm_over_two_dimensions(assert_module_close: Callable[..., None]) -> None:
+def test_a_norm_over_two_dimensions() -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
     for module in (ours, theirs):
         module.norm1 = torch.nn.LayerNorm((LENGTH, WIDTH))
@@ -337,12 +340,10 @@ def test_a_norm_over_two_dimensions(assert_module_close: Callable[..., None]) ->
 
 
 @pytest.mark.parametrize("part", ["linear1", "linear2", "norm1", "norm2", "dropout", "dropout2"])
-def test_a_part_replaced_by_another_module(
-    part: str, low_rank: Callable[..., Any], assert_module_close: Callable[..., None]
-) -> None:
+def test_a_part_replaced_by_another_module(part: str) -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
     if "linear" in part:
-        wrapped = low_rank(getattr(ours, part))
+        wrapped = LowRank(getattr(ours, part))
     else:
         wrapped = torch.nn.Sequential(getattr(ours, part), torch.nn.Tanh())
     for module in (ours, theirs):
@@ -350,7 +351,7 @@ def test_a_part_replaced_by_another_module(
     assert_module_close(ours, theirs, torch.randn(BATCH, LENGTH, WIDTH))
 
 
-def test_pruned_parts(assert_module_close: Callable[..., None]) -> None:
+def test_pruned_parts() -> None:
     ours, theirs = _layer("TransformerEncoderLayer")
     for module in (ours, theirs):
         prune.l1_unstructured(module.linear1, "weight", 0.5)
@@ -372,7 +373,7 @@ def test_dynamically_quantised(name: str) -> None:
         torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}).train() for m in _layer(name)
     ]
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    ours, theirs = (m(x) if "Encoder" in name else m(x, x) for m in pair)
+    ours, theirs = (m(*_given(name, x, x)) for m in pair)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -410,9 +411,7 @@ def test_encoder_in_inference_with_padding(padding: str, norm: bool, device: str
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_transformer(
-    batch_first: bool, norm_first: bool, assert_module_close: Callable[..., None]
-) -> None:
+def test_transformer(batch_first: bool, norm_first: bool) -> None:
     ours, theirs = _pair(
         "Transformer", WIDTH, HEADS, 2, 2, 24, 0.0, batch_first=batch_first, norm_first=norm_first
     )
@@ -520,7 +519,7 @@ def test_compiles_whole(name: str, grad: bool) -> None:
     ours, _ = _layer(name)
     ours.train(grad)
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    inputs = (x,) if "Encoder" in name else (x, x)
+    inputs = _given(name, x, x)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(compiled(*inputs), ours(*inputs))
@@ -539,14 +538,14 @@ def test_one_compilation_serves_every_length() -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_autocast(name: str, device: str, assert_module_close: Callable[..., None]) -> None:
+def test_autocast(name: str, device: str) -> None:
     ours, theirs = _layer(name, activation="gelu")
 
     def call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16):
             return module(*inputs)
 
-    inputs = [torch.randn(BATCH, n, WIDTH) for n in (LENGTH, MEMORY)][: 1 + ("Decoder" in name)]
+    inputs = _given(name, *(torch.randn(BATCH, n, WIDTH) for n in (LENGTH, MEMORY)))
     assert_module_close(ours, theirs, *inputs, call=call)
 
 
@@ -595,9 +594,7 @@ def test_checkpointing() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_on_every_backend(
-    name: str, backend: str, assert_module_close: Callable[..., None]
-) -> None:
+def test_on_every_backend(name: str, backend: str) -> None:
     ours, theirs = _layer(name, activation="gelu")
 
     def call(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -605,5 +602,5 @@ def test_on_every_backend(
             return module(*inputs)
 
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    inputs = (x,) if "Encoder" in name else (x, torch.randn(BATCH, MEMORY, WIDTH))
+    inputs = _given(name, x, torch.randn(BATCH, MEMORY, WIDTH))
     assert_module_close(ours, theirs, *inputs, call=call, call_theirs=lambda m, *xs: m(*xs))

@@ -1,4 +1,4 @@
-"""TransformerBlock against torch's pre-norm encoder layer and the plain formulas."""
+"""TransformerBlock against the plain formulas."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from nn import formulas
+from nn.compare import assert_module_close
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -17,38 +18,6 @@ from fastattn.nn.transformer_block import PLACEMENTS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 EMBED, HEADS, HIDDEN, LENGTH = 16, 4, 24, 6
-NAMES = {
-    "attention.in_proj.": "self_attn.in_proj_",
-    "attention": "self_attn",
-    "feed_forward.linear": "linear",
-}
-
-
-def _their_name(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def _theirs(block: TransformerBlock) -> torch.nn.TransformerEncoderLayer:
-    """torch's layer with the weights of ours."""
-    layer = torch.nn.TransformerEncoderLayer(
-        EMBED,
-        HEADS,
-        block.feed_forward.feedforward_dim,
-        dropout=0.0,
-        activation={
-            "gelu_tanh": torch.nn.GELU(approximate="tanh"),
-            "relu": torch.nn.functional.relu,
-        }[block.feed_forward.activation],
-        layer_norm_eps=block.norm1.eps,
-        batch_first=True,
-        norm_first=True,
-        bias=block.norm1.bias is not None,
-        dtype=block.norm1.weight.dtype,
-    )
-    layer.load_state_dict({_their_name(k): v for k, v in block.state_dict().items()})
-    return layer
 
 
 def _block(**kwargs: object) -> TransformerBlock:
@@ -64,14 +33,6 @@ def _sum(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:
     return branch + residual
 
 
-def _their_call(causal: bool) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
-    def call(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1) if causal else None
-        return layer(x, src_mask=mask, is_causal=causal)
-
-    return call
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "kwargs",
@@ -84,18 +45,9 @@ def _their_call(causal: bool) -> Callable[[torch.nn.Module, torch.Tensor], torch
     ],
     ids=str,
 )
-def test_against_torch(
-    kwargs: dict, dtype: torch.dtype, assert_module_close: Callable[..., None]
-) -> None:
-    block = _block(dtype=dtype, **kwargs)
-    assert_module_close(
-        block,
-        _theirs(block),
-        torch.randn(3, LENGTH, EMBED, dtype=dtype),
-        call=_sum,
-        call_theirs=_their_call(block.causal),
-        their_names=NAMES,
-    )
+def test_against_the_formula(kwargs: dict, dtype: torch.dtype) -> None:
+    block, x = _block(dtype=dtype, **kwargs), torch.randn(3, LENGTH, EMBED, dtype=dtype)
+    assert_module_close(block, block, x, call=_sum, call_theirs=formulas.block)
 
 
 class Stack(torch.nn.Module):
@@ -113,34 +65,14 @@ class Stack(torch.nn.Module):
         out, _ = self.norm(branch, residual)
         return out
 
-
-def _their_stack(stack: Stack, causal: bool) -> torch.nn.Sequential:
-    call = _their_call(causal)
-
-    class Layer(torch.nn.Module):
-        def __init__(self, layer: torch.nn.Module) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return call(self.layer, x)
-
-    norm = torch.nn.LayerNorm(EMBED)
-    norm.load_state_dict(stack.norm.state_dict())
-    return torch.nn.Sequential(*(Layer(_theirs(block)) for block in stack.blocks), norm)
-
-
-def _stack_names(layers: int) -> dict[str, str]:
-    names = {f"blocks.{i}.": f"{i}.layer." for i in range(layers)}
-    for i in range(layers):
-        names |= {f"{i}.layer.{ours}": f"{i}.layer.{theirs}" for ours, theirs in NAMES.items()}
-    return names | {"norm.": f"{layers}."}
+    def formula(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = formulas.block(block, x)
+        return formulas.normalised(self.norm, x)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_residual_stream_over_several_layers(
-    compiled: bool, assert_module_close: Callable[..., None]
-) -> None:
+def test_the_residual_stream_over_several_layers(compiled: bool) -> None:
     stack = Stack(3, causal=True)
 
     def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -148,11 +80,10 @@ def test_the_residual_stream_over_several_layers(
 
     assert_module_close(
         stack,
-        _their_stack(stack, causal=True),
+        stack,
         torch.randn(2, LENGTH, EMBED),
         call=torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call,
-        call_theirs=call,
-        their_names=_stack_names(3),
+        call_theirs=Stack.formula,
     )
 
 
@@ -167,21 +98,15 @@ def test_one_compilation_serves_every_length() -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_on_every_backend(backend: str, assert_module_close: Callable[..., None]) -> None:
+def test_on_every_backend(backend: str) -> None:
     block = _block(causal=True)
 
     def call(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:
         with fastattn.use_backend(backend):
             return _sum(block, x)
 
-    assert_module_close(
-        block,
-        _theirs(block),
-        torch.randn(2, LENGTH, EMBED),
-        call=call,
-        call_theirs=_their_call(True),
-        their_names=NAMES,
-    )
+    x = torch.randn(2, LENGTH, EMBED)
+    assert_module_close(block, block, x, call=call, call_theirs=formulas.block)
 
 
 def test_functional_transforms_see_through() -> None:
@@ -250,7 +175,7 @@ def test_dropouts_stand_where_they_are_said_to() -> None:
     assert 0.1 < zeros.float().mean() < 0.3, "dropout of the attention's branch"
     branch, _ = block(x)
     assert 0.1 < (branch == 0).float().mean() < 0.3, "dropout of the feed-forward's branch"
-    torch.testing.assert_close(_sum(block.eval(), x), _their_call(False)(_theirs(block).eval(), x))
+    torch.testing.assert_close(_sum(block.eval(), x), formulas.block(block, x))
 
 
 def test_a_hook_on_the_dropout_sees_it_called() -> None:
@@ -303,11 +228,13 @@ def test_autocast_keeps_float32_in_the_stream(device: str) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_deepcopy_and_pickle(copied: Callable[[TransformerBlock], TransformerBlock]) -> None:
-    block = _block(causal=True, softmax_scale=0.3)
+    options = {"norm": "rms_norm", "qk_norm": "head", "window": (2, 0), "gated": True}
+    block = _block(causal=True, softmax_scale=0.3, activation="relu", recompute=True, **options)
     twin = copied(block)
     x = torch.randn(2, LENGTH, EMBED)
     assert torch.equal(_sum(twin, x), _sum(block, x))
     assert repr(twin) == repr(block)
+    assert "window=(2, 0), qk_norm='head', softmax_scale=0.3" in repr(block)
 
 
 def test_parts_and_repr() -> None:
@@ -354,11 +281,7 @@ def test_input_of_another_size() -> None:
 @pytest.mark.parametrize("crosses", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_norm_placements_and_cross_attention(
-    placement: str,
-    crosses: bool,
-    norm: str,
-    dtype: torch.dtype,
-    assert_module_close: Callable[..., None],
+    placement: str, crosses: bool, norm: str, dtype: torch.dtype
 ) -> None:
     block = _block(
         norm_placement=placement, cross_attention=crosses, norm=norm, causal=True, dtype=dtype

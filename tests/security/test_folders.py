@@ -20,8 +20,8 @@ import bounded
 import mutations
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import MEMORY, fuzz
 from safetensors.torch import load_file, save_file
 
 from fastattn import GPT, GPTConfig, models
@@ -32,8 +32,6 @@ from fastattn.models.folder import read_config
 from fastattn.models.folder.gguf_file import read_gguf
 from fastattn.training import Tokenizer
 
-DOCUMENTED = (ValueError, FileNotFoundError)
-MEMORY = 2**28  # beyond what the process has: the readers' libraries want some of their own
 DRAWS = [12, pytest.param(300, marks=pytest.mark.long)]
 SIZES = {
     "gpt2": {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2},
@@ -72,25 +70,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     models.load(path)
     return path
-
-
-def fuzz(
-    cases: st.SearchStrategy[Any], draws: int, check: Callable[[Any], Any], memory: int = MEMORY
-) -> None:
-    """`check` of so many cases in a bounded process: it returns, or raises what is documented."""
-
-    @settings(
-        max_examples=draws, derandomize=True, database=None, deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(cases)
-    def draw(case: Any) -> None:
-        try:
-            check(case)
-        except DOCUMENTED as error:
-            assert str(error)
-
-    bounded.run(draw, memory=memory, seconds=60 + draws)
 
 
 def with_file(original: Path, place: Path, name: str, content: bytes) -> Path:

@@ -19,7 +19,6 @@ from typing import Any
 
 import mutations
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from fastattn import GPT, GPTConfig
 from fastattn.generation import Background, Engine
@@ -126,11 +125,7 @@ def check(path: str, status: int, text: str) -> None:
     ("path", "whole"), [("completions", COMPLETION), ("chat/completions", CHAT)]
 )
 def test_bodies(served: Served, path: str, whole: dict[str, Any], draws: int) -> None:
-    @settings(
-        max_examples=draws, derandomize=True, database=None, deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(mutations.changed_json(whole))
+    @mutations.drawn(mutations.changed_json(whole), draws)
     def draw(value: Any) -> None:
         check(path, *served.ask(path, mutations.text_of(value)))
 
@@ -147,11 +142,7 @@ def test_every_number_of_every_parameter(served: Served) -> None:
 
 @pytest.mark.parametrize("draws", DRAWS)
 def test_bytes_of_bodies(served: Served, draws: int) -> None:
-    @settings(
-        max_examples=draws, derandomize=True, database=None, deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(mutations.changed(json.dumps(COMPLETION, ensure_ascii=False).encode()))
+    @mutations.drawn(mutations.changed(json.dumps(COMPLETION, ensure_ascii=False).encode()), draws)
     def draw(content: bytes) -> None:
         check("completions", *served.ask("completions", content))
 
@@ -181,11 +172,7 @@ def test_bytes_of_requests(served: Served, draws: int, monkeypatch: pytest.Monke
         b"Content-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body)
     )
 
-    @settings(
-        max_examples=draws, derandomize=True, database=None, deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(mutations.changed(whole))
+    @mutations.drawn(mutations.changed(whole), draws)
     def draw(content: bytes) -> None:
         answer = _exchange(served.port, content)
         if answer:

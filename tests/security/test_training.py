@@ -20,7 +20,6 @@ import mutations
 import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from training.small import CONFIG
@@ -43,22 +42,9 @@ DRAWS = [15, pytest.param(300, marks=pytest.mark.long)]
 
 
 def fuzz(cases: st.SearchStrategy[Any], draws: int, check: Callable[[Any], Any]) -> None:
-    """`check` of so many cases in a bounded process: it returns, or raises what is documented."""
-
-    @settings(
-        max_examples=draws, derandomize=True, database=None, deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(cases)
-    def draw(case: Any) -> None:
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                check(case)
-        except DOCUMENTED as error:
-            assert str(error)
-
     # Threads that check sums have a stack and an arena each.
-    bounded.run(draw, memory=2**30, seconds=60 + draws)
+    with warnings.catch_warnings(action="ignore"):
+        mutations.fuzz(cases, draws, check, memory=2**30)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -98,19 +84,23 @@ def sealed(path: Path) -> None:
     durable.seal(path, Processes("auto"))
 
 
+def go_on_with(checkpoint: Path, place: Path, name: str, content: bytes) -> None:
+    """`go_on` from a copy whose file `name` has another content, sealed."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(checkpoint.parent, place)
+    (place / checkpoint.name / name).write_bytes(content)
+    if name != durable.MANIFEST:
+        sealed(place / checkpoint.name)
+    go_on(place)
+
+
 @pytest.mark.parametrize("draws", DRAWS)
 @pytest.mark.parametrize("name", ["state.json", "manifest.json"])
 def test_json_of_a_checkpoint(checkpoint: Path, tmp_path: Path, name: str, draws: int) -> None:
     whole = json.loads((checkpoint / name).read_bytes())
 
     def check(value: Any) -> None:
-        place = tmp_path / "copy"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(checkpoint.parent, place)
-        (place / checkpoint.name / name).write_bytes(mutations.text_of(value))
-        if name != durable.MANIFEST:
-            sealed(place / checkpoint.name)
-        go_on(place)
+        go_on_with(checkpoint, tmp_path / "copy", name, mutations.text_of(value))
 
     fuzz(mutations.changed_json(whole), draws, check)
 
@@ -121,12 +111,7 @@ def test_tensors_of_a_checkpoint(checkpoint: Path, tmp_path: Path, draws: int) -
     whole = (checkpoint / name).read_bytes()
 
     def check(content: bytes) -> None:
-        place = tmp_path / "copy"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(checkpoint.parent, place)
-        (place / checkpoint.name / name).write_bytes(content)
-        sealed(place / checkpoint.name)
-        go_on(place)
+        go_on_with(checkpoint, tmp_path / "copy", name, content)
 
     fuzz(mutations.changed(whole), draws, check)
 
@@ -366,11 +351,7 @@ def test_the_mutations_change_something() -> None:
     """Else nothing here is a test."""
     seen = set()
 
-    @settings(
-        max_examples=50, derandomize=True, database=None, deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(mutations.changed(RUN))
+    @mutations.drawn(mutations.changed(RUN), 50)
     def draw(content: bytes) -> None:
         seen.add(content)
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn.ops.common import tiles
+
 Results = Mapping[str, torch.Tensor | None]
 
 
@@ -41,6 +43,15 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Results], None]:
             assert not other, f"other bits than in the first run: {', '.join(other)}"
 
     return kept
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tiles.Tile]:
+    """The tiles of products that launchers ask for while the test runs."""
+    found: list[tiles.Tile] = []
+    tile = tiles.tile
+    monkeypatch.setattr(tiles, "tile", lambda *a, **k: found.append(tile(*a, **k)) or found[-1])
+    return found
 
 
 def digest(x: torch.Tensor) -> str:

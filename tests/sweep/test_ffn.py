@@ -50,16 +50,8 @@ def of(name: str, dtype: str, layout: str, gated: bool = False) -> Case:
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("gated", (False, True))
 def test_triton(
-    gated: bool,
-    name: str,
-    dtype: str,
-    layout: str,
-    keep: Callable[[Any], None],
-    monkeypatch: pytest.MonkeyPatch,
+    gated: bool, name: str, dtype: str, layout: str, keep: Callable[[Any], None], taken: list[Any]
 ) -> None:
-    taken = []
-    tile = tiles.tile
-    monkeypatch.setattr(tiles, "tile", lambda *a, **k: taken.append(tile(*a, **k)) or taken[-1])
     keep(check(of(name, dtype, layout, gated), "triton"))
     size = getattr(torch, dtype).itemsize
     assert {*taken} == {table(size, which)[name] for which in {False, gated}}

@@ -11,23 +11,14 @@ from ops.linear.cases import Case, check
 from sweep.device import DEVICE, DTYPES
 from sweep.test_ffn import ACTIVATIONS, SHAPES, table
 
-from fastattn.ops.common import tiles
-
 
 @pytest.mark.long
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_triton(
-    name: str,
-    dtype: str,
-    bias: bool,
-    keep: Callable[[Any], None],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, dtype: str, bias: bool, keep: Callable[[Any], None], taken: list[Any]
 ) -> None:
-    taken = []
-    tile = tiles.tile
-    monkeypatch.setattr(tiles, "tile", lambda *a, **k: taken.append(tile(*a, **k)) or taken[-1])
     tokens, features, hidden = SHAPES[name]
     kind = getattr(torch, dtype)
     shape = tokens, features

@@ -167,15 +167,11 @@ def _misplaced(module: torch.nn.Module, bound: FeedForward, draw: Draw) -> str |
     last: list[torch.Tensor] = []
     dropout, fc2 = module._modules[bound.dropout], module._modules[bound.fc2]
     assert dropout is not None and fc2 is not None
-    handles = [
+    with (
         dropout.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
         fc2.register_forward_hook(lambda _, args, out: last.append(out)),
-    ]
-    try:
+    ):
         module(draw.normal(2, 7, sizes(module._modules[bound.fc1])[0]))
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(seen) != 1 or len(last) != 1 or seen[0] is not last[0]:
         return f"{bound.dropout} drops something else than the output"
     return None

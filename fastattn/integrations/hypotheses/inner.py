@@ -10,6 +10,7 @@ is done with a part, or between them, the proof says so.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -168,29 +169,25 @@ def _drops(module: torch.nn.Module, bound: Inner, guesses: Iterator[Sequence[Pro
     ]  # fmt: skip
     hidden: list[torch.Tensor] = []
     fc1, act, fc2 = (_at(module, path) for path in (bound.fc1, bound.act, bound.fc2))
-    handles = [
-        fc1.register_forward_hook(lambda _, args, out: hidden.append(act(out))),
-        fc2.register_forward_pre_hook(lambda _, args: hidden.append(args[0])),
-    ]
     try:
         for attributes, name in zeroed:
             attributes[name] = 0.5
         module.train()
-        for (probe,) in guesses:
-            hidden.clear()
-            try:
-                module(*probe.args, **probe.kwargs)
-            except Exception:
-                continue
-            if len(hidden) == 2 and torch.equal(*hidden):
-                return None
-            break
+        with (
+            fc1.register_forward_hook(lambda _, args, out: hidden.append(act(out))),
+            fc2.register_forward_pre_hook(lambda _, args: hidden.append(args[0])),
+        ):
+            for (probe,) in guesses:
+                hidden.clear()
+                with contextlib.suppress(Exception):
+                    module(*probe.args, **probe.kwargs)
+                    if len(hidden) == 2 and torch.equal(*hidden):
+                        return None
+                    break
         return "elements of the hidden layer are dropped"
     finally:
         for attributes, name in zeroed:
             attributes[name] = 0.0
-        for handle in handles:
-            handle.remove()
 
 
 def of(module: torch.nn.Module) -> Iterator[Recogniser]:

@@ -146,14 +146,10 @@ def norms_of(module: torch.nn.Module) -> Iterator[Norm]:
     epsilons: list[str | float] = [*kept] if kept else [*COMMON_EPS]
     first, *others = [*vectors, None]
     orders = [(first, None)] if len(vectors) < 2 else [(first, others[0]), (others[0], first)]
-    for (weight, bias), eps in itertools.product(orders, epsilons):
-        if bias is None:
-            yield Norm(False, weight, None, 0, eps)
-            if weight is not None:
-                yield Norm(False, weight, None, 1, eps)
-        yield Norm(True, weight, bias, 0, eps)
-        if weight is not None:
-            yield Norm(True, weight, bias, 1, eps)
+    kinds = itertools.product(orders, epsilons, (False, True), (0, 1))
+    for (weight, bias), eps, centered, offset in kinds:
+        if (centered or bias is None) and (weight is not None or not offset):
+            yield Norm(centered, weight, bias, offset, eps)
 
 
 def _width(module: torch.nn.Module) -> int | None:

@@ -129,19 +129,17 @@ def _misplaced(module: torch.nn.Module, bound: PostNorm, probe: Probe) -> str | 
         return None
     dense, dropout, norm = (getattr(module, n) for n in (bound.dense, bound.dropout, bound.norm))
     seen: list[torch.Tensor] = []
-    handles = [
-        dense.register_forward_hook(lambda _, args, out: seen.append(out)),
-        dropout.register_forward_hook(lambda _, args, out: seen.extend((args[0], out))),
-        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
-    ]
     before, dropout.p = dropout.p, 0.5
     try:
-        module.train()
-        module(*probe.args)
+        with (
+            dense.register_forward_hook(lambda _, args, out: seen.append(out)),
+            dropout.register_forward_hook(lambda _, args, out: seen.extend((args[0], out))),
+            norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        ):
+            module.train()
+            module(*probe.args)
     finally:
         dropout.p = before
-        for handle in handles:
-            handle.remove()
     if len(seen) == 4 and seen[0] is seen[1] and torch.equal(seen[2] + probe.args[1], seen[3]):
         return None
     return f"{bound.dropout} drops something else than the output of {bound.dense}"

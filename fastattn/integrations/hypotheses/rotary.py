@@ -167,20 +167,16 @@ def _not_rotated(
         return functools.wraps(original)(apply)
 
     forward = _rotating(type(module).forward, bound, watching)
-    handles = [
-        module._modules[name].register_forward_hook(lambda _, args, out: normed.append(out))  # type: ignore[union-attr]
-        for name in norms.names
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in norms.names:
+            norm: Any = module._modules[name]
+            hooks.enter_context(norm.register_forward_hook(lambda _, args, out: normed.append(out)))
         for probe, *_ in guesses:
             normed.clear()
             rotated.clear()
             with contextlib.suppress(Exception):
                 forward(module, *probe.args, **probe.kwargs)
                 break
-    finally:
-        for handle in handles:
-            handle.remove()
     places = {(x.data_ptr(), x.numel()) for x in rotated}
     if len(normed) == len(norms.names) and all((x.data_ptr(), x.numel()) in places for x in normed):
         return None

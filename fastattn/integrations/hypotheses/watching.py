@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -85,17 +86,11 @@ class _Watch:
         def record(name: str) -> Any:
             return lambda _, args, out: calls.append(_Call(name, args[0], out))
 
-        handles = [
-            layer.register_forward_hook(record(name))
-            for name, layer in self.module.named_modules()
-            if sizes(layer)
-        ]
-        try:
-            with torch.no_grad():
-                result = self.module(*args)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for name, layer in self.module.named_modules():
+                if sizes(layer):
+                    hooks.enter_context(layer.register_forward_hook(record(name)))
+            result = self.module(*args)
         returned = calls[-1].returned
         if result is not returned and not torch.equal(result, returned):  # the first with any nan
             raise ValueError("something is done with the last layer's output")

@@ -12,19 +12,39 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from integrations.huggingface.test_attention_families import (
-    DECODER,
-    ENCODED,
-    ENCODER,
-    FAMILIES,
-    LEFT,
-    RIGHT,
-    SPEECH,
-    inputs_of,
-)
 
 Inputs = dict[str, torch.Tensor]
 
+DECODER = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "eos_token_id": 0,
+}
+ENCODER = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+T5 = {
+    "vocab_size": 97, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 6,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+SPEECH = {
+    "vocab_size": 97, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 6, "decoder_attention_heads": 6, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+MIXTURE = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
 DENSE = {k: v for k, v in DECODER.items() if k != "head_dim"}
 GPT = {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 3,
        "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
@@ -48,9 +68,86 @@ TWO_TOWERS = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # architecture -> (model, settings of its config, inputs)
+LEFT, RIGHT, ENCODED = "padded left", "padded right", "encoder and decoder"
+WHOLE, PACKED, SPOKEN = "whole", "packed", "sound"
 WAVE, PICTURE, PAIR = "waveform", "image", "image and text"
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
-    **{name: (cls, settings, kind) for name, (cls, _, settings, kind, _) in FAMILIES.items()},
+    # of test_attention_families.py
+    "llama": ("LlamaForCausalLM", DECODER, LEFT),
+    "llama, packed": ("LlamaForCausalLM", DECODER, PACKED),
+    "qwen2": ("Qwen2ForCausalLM", DENSE, LEFT),
+    "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}, LEFT),
+    # names a window to layers that have none
+    "olmoe": ("OlmoeForCausalLM",
+              {**DENSE, "num_experts": 4,
+               "num_experts_per_tok": 2, "sliding_window": 6}, WHOLE),
+    "gemma2": ("Gemma2ForCausalLM",
+               {**DECODER, "sliding_window": 6, "attn_logit_softcapping": 0.5}, LEFT),
+    "gemma3": ("Gemma3ForCausalLM", {**DECODER, "sliding_window": 6}, LEFT),
+    "gemma4": ("Gemma4ForCausalLM", {**DECODER, "global_head_dim": 16, "sliding_window": 6,
+                "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97,
+                "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"] * 2}, LEFT),
+    "llama4": ("Llama4ForCausalLM",
+               {**DECODER, "intermediate_size_mlp": 64, "attention_chunk_size": 6,
+                "num_local_experts": 2}, LEFT),
+    "gpt_oss": ("GptOssForCausalLM",
+                {**DECODER, "sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1,
+                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, LEFT),
+    # head_dim of v differs; sinks only in the layers with a window
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM",
+                      {**DECODER, **MIXTURE, "num_attention_heads": 4, "v_head_dim": 4,
+                       "sliding_window": 6}, LEFT),
+    # sinks that are made again for each query, and a relative bias
+    "inkling2": ("Inkling2TextModel", DECODER, LEFT),
+    # the keys that a query sees, by index
+    "deepseek_v32": ("DeepseekV32ForCausalLM",
+                     {**DECODER, **MIXTURE, "num_attention_heads": 4, "num_key_value_heads": 4,
+                      "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                      "qk_nope_head_dim": 8, "v_head_dim": 12, "index_n_heads": 2,
+                      "index_head_dim": 16, "index_topk": 5, "n_group": 1, "topk_group": 1,
+                      "first_k_dense_replace": 1}, LEFT),
+    # writes compressed keys into an additive mask; sinks
+    "deepseek_v4": ("DeepseekV4ForCausalLM",
+                    {**DECODER, **MIXTURE, "head_dim": 16, "num_attention_heads": 4,
+                     "q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "index_n_heads": 2,
+                     "index_head_dim": 16, "index_topk": 2, "sliding_window": 6},
+                    LEFT),
+    "doge": ("DogeForCausalLM", {**DECODER, "keep_window_size": 64}, LEFT),
+    "gpt2": ("GPT2LMHeadModel",
+             {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 3,
+              "bos_token_id": 0, "eos_token_id": 0}, LEFT),
+    "bert": ("BertModel", ENCODER, RIGHT),
+    "roberta": ("RobertaModel", ENCODER, RIGHT),
+    # a window to both sides
+    "modernbert": ("ModernBertModel",
+                   {**ENCODER, "local_attention": 8, "global_attn_every_n_layers": 2,
+                    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "cls_token_id": 0,
+                    "sep_token_id": 0}, RIGHT),
+    "opt": ("OPTForCausalLM",
+            {"vocab_size": 97, "hidden_size": 48, "ffn_dim": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 6, "max_position_embeddings": 64, "word_embed_proj_dim": 48},
+            LEFT),
+    # dispatch, and count on the masks of "eager": no module says whether it is causal
+    "splinter": ("SplinterModel", ENCODER, WHOLE),
+    "pegasus_x": ("PegasusXForConditionalGeneration",
+                  {**SPEECH, "vocab_size": 97, "num_global_tokens": 4, "block_size": 4,
+                   "max_position_embeddings": 64}, ENCODED),
+    # the decoder dispatches, the encoder adds the mask to its own scores
+    "bigbird_pegasus": ("BigBirdPegasusForConditionalGeneration",
+                        {**SPEECH, "vocab_size": 97, "attention_type": "original_full",
+                         "max_position_embeddings": 64}, ENCODED),
+    "vit": ("ViTModel", {**{k: v for k, v in ENCODER.items() if k not in ("vocab_size",
+                                                              "max_position_embeddings")},
+             "image_size": 16, "patch_size": 4}, PICTURE),
+    "t5": ("T5ForConditionalGeneration", T5, ENCODED),
+    "mt5": ("MT5ForConditionalGeneration", T5, ENCODED),
+    "bart": ("BartForConditionalGeneration",
+             {**SPEECH, "max_position_embeddings": 64, "forced_eos_token_id": 0}, ENCODED),
+    "whisper": ("WhisperForConditionalGeneration",
+                {**SPEECH, "num_mel_bins": 8, "max_source_positions": 20,
+                 "max_target_positions": 32, "suppress_tokens": None,
+                 "begin_suppress_tokens": None}, SPOKEN),
     # generators
     "gpt_neo": ("GPTNeoForCausalLM",
                 {"vocab_size": 97, "hidden_size": 48, "num_layers": 2, "num_heads": 6,
@@ -206,8 +303,8 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Inputs]]] = 
 }  # fmt: skip
 
 
-def build(name: str, device: str) -> torch.nn.Module:
-    """A random model on its own best implementation, far from uniform attention, in eval mode."""
+def make(name: str, implementation: str, device: str) -> torch.nn.Module:
+    """A random model, far from uniform attention, in eval mode."""
     if name in OTHERS:
         model = OTHERS[name][0]()
     else:
@@ -215,29 +312,47 @@ def build(name: str, device: str) -> torch.nn.Module:
         if not hasattr(transformers, cls):
             pytest.skip(f"transformers {transformers.__version__} has no {cls}")
         made = getattr(transformers, cls)
-        try:
-            model = made._from_config(made.config_class(**settings), attn_implementation="sdpa")
-        except ValueError:  # it has no other
-            model = made._from_config(made.config_class(**settings), attn_implementation="eager")
+        config = made.config_class(**settings)
+        model = made._from_config(config, attn_implementation=implementation)
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.to(device).eval()
 
 
+def build(name: str, device: str) -> torch.nn.Module:
+    """`make` of the architecture's own best implementation."""
+    try:
+        return make(name, "sdpa", device)
+    except ValueError:  # it has no other
+        return make(name, "eager", device)
+
+
 def inputs(name: str, device: str) -> tuple[Inputs, torch.Tensor | None]:
     """Arguments of the model, and which positions of its output are defined, None for all."""
     torch.manual_seed(1)
     tokens = torch.randint(2, 97, (3, 21))
+    kind = "" if name in OTHERS else ARCHITECTURES[name][2]
+    given, defined = {"input_ids": tokens}, None
     if name in OTHERS:
-        given, defined = OTHERS[name][1](), None
-    elif ARCHITECTURES[name][2] == WAVE:
-        given, defined = {"input_values": torch.randn(2, 400)}, None
-    elif ARCHITECTURES[name][2] == PICTURE:
-        given, defined = {"pixel_values": torch.randn(3, 3, 16, 16)}, None
-    elif ARCHITECTURES[name][2] == PAIR:
-        given = {"input_ids": tokens, "pixel_values": torch.randn(3, 3, 16, 16)}
-        defined = None
-    else:
-        given, defined = inputs_of(ARCHITECTURES[name][2], tokens)
+        given = OTHERS[name][1]()
+    elif kind == WAVE:
+        given = {"input_values": torch.randn(2, 400)}
+    elif kind == PICTURE:
+        given = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    elif kind == PAIR:
+        given["pixel_values"] = torch.randn(3, 3, 16, 16)
+    elif kind == SPOKEN:
+        given = {"input_features": torch.randn(3, 8, 40), "decoder_input_ids": tokens[:, :9]}
+    elif kind == PACKED:
+        places = torch.cat([torch.arange(9), torch.arange(tokens.shape[1] - 9)])
+        given = {"input_ids": tokens[:1], "position_ids": places[None]}
+    elif kind != WHOLE:
+        padding = torch.ones_like(tokens)
+        padding[0, :5] = 0
+        given["attention_mask"] = padding = padding if kind == LEFT else padding.flip(1)
+        if kind == ENCODED:
+            given["decoder_input_ids"] = tokens[:, :9]
+        else:
+            defined = padding.bool().to(device)
     return {n: x.to(device) for n, x in given.items()}, defined

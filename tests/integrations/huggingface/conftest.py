@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from integrations import tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,21 +31,8 @@ def make_gpt2(device: str) -> MakeGPT2:
     ) -> PreTrainedModel:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        settings: dict[str, Any] = {
-            "vocab_size": 97,
-            "n_positions": 64,
-            "n_embd": 48,
-            "n_layer": 2,
-            "n_head": 3,
-            # Far from uniform, so that no mistake drowns and no two tokens tie.
-            "initializer_range": 0.2,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-        }
+        # Far from uniform, so that no mistake drowns and no two tokens tie.
+        settings = {**tiny.GPT2, "initializer_range": 0.2}
         config = GPT2Config(**{**settings, **changes})
         torch.manual_seed(seed)
         made = (cls or GPT2LMHeadModel)._from_config(

@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
 
 import pytest
 import torch
 import transformers
+from integrations.huggingface.architectures import ARCHITECTURES, ENCODER, VISION
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from fastattn.integrations.huggingface import NAME, dispatch
 from fastattn.integrations.huggingface.dispatch import refusal, takes_boolean_masks
 
-DECODER = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-}
-SPEECH = {
-    "vocab_size": 97, "d_model": 48, "encoder_layers": 1, "decoder_layers": 1,
-    "encoder_attention_heads": 6, "decoder_attention_heads": 6, "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64, "max_position_embeddings": 64,
-}  # fmt: skip
-
-# They ask for masks, and compute attention of their own: model, its settings.
-OWN: dict[str, dict[str, Any]] = {
-    "BloomForCausalLM": {"vocab_size": 97, "hidden_size": 48, "n_layer": 1, "n_head": 6},
-    "MptForCausalLM": {"vocab_size": 97, "d_model": 48, "n_heads": 6, "n_layers": 1},
-    "GPTNeoXJapaneseForCausalLM": DECODER,
-    "XGLMForCausalLM": {
-        "vocab_size": 97, "d_model": 48, "ffn_dim": 64, "num_layers": 1, "attention_heads": 6,
-    },
-    "TrOCRForCausalLM": {
-        "vocab_size": 97, "d_model": 48, "decoder_layers": 1, "decoder_attention_heads": 6,
-        "decoder_ffn_dim": 64,
-    },
-    "ImageGPTForCausalImageModeling": {
-        "vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 1, "n_head": 6,
-    },
-    "MvpForConditionalGeneration": SPEECH,
-    "LEDForConditionalGeneration": {**SPEECH, "attention_window": 4},
-    "RoFormerModel": DECODER,
-    "RemBertModel": {**DECODER, "input_embedding_size": 16},
-    "MegatronBertModel": DECODER,
-    "MPNetModel": DECODER,
-    "ConvBertModel": {**DECODER, "embedding_size": 48, "num_attention_heads": 4},
-    "SqueezeBertModel": {**DECODER, "embedding_size": 48},
-    "VisualBertModel": {**DECODER, "visual_embedding_dim": 16},
-    "VitsModel": {"vocab_size": 97},
+# They ask for masks, and compute attention of their own.
+OWN = (
+    "BloomForCausalLM", "MptForCausalLM", "GPTNeoXJapaneseForCausalLM", "XGLMForCausalLM",
+    "TrOCRForCausalLM", "ImageGPTForCausalImageModeling", "MvpForConditionalGeneration",
+    "LEDForConditionalGeneration", "RoFormerModel", "RemBertModel", "MegatronBertModel",
+    "MPNetModel", "ConvBertModel", "SqueezeBertModel", "VisualBertModel", "VitsModel",
     # Those would look the name up in a table of their own.
-    "FalconForCausalLM": {
-        "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6,
-    },
-    "GPTNeoForCausalLM": {
-        "vocab_size": 97, "hidden_size": 48, "num_layers": 1, "num_heads": 6,
-        "attention_types": [[["global"], 1]],
-    },
-}  # fmt: skip
+    "FalconForCausalLM", "GPTNeoForCausalLM",
+)  # fmt: skip
+BLOOM = transformers.BloomConfig(**ARCHITECTURES["bloom"][1])
 
 # They dispatch. Those of the tests beside this one are run too.
 DISPATCH = (
@@ -88,14 +51,15 @@ def model_class(name: str) -> type[PreTrainedModel]:
 @pytest.mark.parametrize("name", OWN)
 def test_attention_of_its_own_is_refused_when_chosen(name: str) -> None:
     cls = model_class(name)
-    config = cls.config_class(**OWN[name])
+    config = cls.config_class()
     message = (
         rf"^{name} does not dispatch .* \({cls.__module__} computes its own\).* "
         r'use attn_implementation="eager"; .* attn_implementation=\{"": "fastattn", .*: "eager"\}$'
     )
-    with pytest.raises(ValueError, match=message):
-        cls._from_config(config, attn_implementation=NAME)
-    assert cls._from_config(config, attn_implementation="eager").config is not None
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match=message):
+            cls._from_config(config, attn_implementation=NAME)
+        assert cls._from_config(config, attn_implementation="eager").config is not None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -103,9 +67,8 @@ def test_attention_of_its_own_is_refused_masks(
     compiled: bool, tokens: torch.Tensor, device: str
 ) -> None:
     """Where the name came past the choice."""
-    cls = model_class("BloomForCausalLM")
-    config = cls.config_class(**OWN["BloomForCausalLM"])
-    model = cls._from_config(config, attn_implementation="eager").to(device)
+    cls = transformers.BloomForCausalLM
+    model = cls._from_config(copy.copy(BLOOM), attn_implementation="eager").to(device)
     model.config._attn_implementation = NAME
     run = torch.compile(model, backend="eager") if compiled else model
     with pytest.raises(Exception, match="does not dispatch its attention"):
@@ -114,11 +77,7 @@ def test_attention_of_its_own_is_refused_masks(
 
 def test_refused_as_a_part_of_a_model() -> None:
     """And the fix that the message names, only for that part."""
-    vision = transformers.ViTConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=6,
-        image_size=16, patch_size=4,
-    )  # fmt: skip
-    text = transformers.TrOCRConfig(**OWN["TrOCRForCausalLM"])
+    vision, text = transformers.ViTConfig(**VISION), transformers.TrOCRConfig(d_model=48)
     both = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs
     cls = transformers.VisionEncoderDecoderModel
     with pytest.raises(ValueError, match="TrOCRForCausalLM does not dispatch"):
@@ -158,11 +117,10 @@ def test_models_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_implementations_are_not_asked_about() -> None:
-    config = transformers.BloomConfig(**OWN["BloomForCausalLM"])
-    model = transformers.BloomForCausalLM._from_config(config)
+    model = transformers.BloomForCausalLM._from_config(BLOOM)
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match='"nonsense"` is not supported'):
-        transformers.BloomForCausalLM._from_config(config, attn_implementation="nonsense")
+        transformers.BloomForCausalLM._from_config(BLOOM, attn_implementation="nonsense")
 
 
 def test_the_choice_is_wrapped_once() -> None:
@@ -200,11 +158,7 @@ def test_masks_of_an_unknown_config() -> None:
 
 def test_git_after_its_choice(tokens: torch.Tensor, device: str) -> None:
     """Its layers are chosen when it is built, and add the mask to their scores."""
-    vision = {
-        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1,
-        "num_attention_heads": 6, "image_size": 16, "patch_size": 4,
-    }  # fmt: skip
-    config = transformers.GitConfig(vision_config=vision, **DECODER)
+    config = transformers.GitConfig(vision_config=VISION, **ENCODER)
     torch.manual_seed(0)
     model = transformers.GitForCausalLM._from_config(config, attn_implementation="eager")
     model = model.to(device).eval()

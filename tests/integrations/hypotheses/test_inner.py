@@ -8,12 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from integrations.tiny import HIDDEN, fresh
 from torch import Tensor, nn
 
 import fastattn
 from fastattn.integrations import swap
-
-HIDDEN = 24
 
 
 class Layer(nn.Module):
@@ -123,15 +122,6 @@ NOT_SWAPPED = {
     "super": NoSuper(),
     "the weight itself": OfTheWeight(),
 }
-
-
-def fresh(module: nn.Module, device: str) -> nn.Module:
-    return copy.deepcopy(module).to(device).eval()
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    return torch.randn(2, 5, HIDDEN, device=device)
 
 
 @pytest.mark.parametrize("name", SWAPPED)

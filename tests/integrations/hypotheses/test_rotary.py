@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-import transformers
+from integrations import tiny
+from integrations.tiny import decoder, logits_and_gradients
 from torch import Tensor
 from transformers.models.cohere import modeling_cohere
 from transformers.models.glm import modeling_glm
@@ -25,11 +26,7 @@ from fastattn.integrations.hypotheses import rebinding
 from fastattn.integrations.hypotheses import rotation as hypothesis
 from oracle import assert_close_to_reference
 
-DECODER: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2,
-}  # fmt: skip
+DECODER = {k: v for k, v in tiny.DECODER.items() if k != "head_dim"} | {"initializer_range": 0.2}
 WIDE = {**DECODER, "head_dim": 16}
 NEOX = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
 
@@ -44,26 +41,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Gemma 3, two thetas": ("Gemma3", WIDE, False),
     "StableLM, partial": ("StableLm", {**DECODER, "hidden_size": 96}, False),
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
-def make(family: str) -> transformers.PreTrainedModel:
+def make(family: str) -> Any:
     name, settings, _ = FAMILIES[family]
-    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**settings)
-    torch.manual_seed(0)
-    cls = getattr(transformers, f"{name}ForCausalLM")
-    model: transformers.PreTrainedModel = cls._from_config(config, attn_implementation="sdpa")
-    return model.eval()
+    return decoder(name, settings)
 
 
 def tokens() -> Tensor:
     return torch.randint(2, 97, (3, 21), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours runs, however small the model."""
-    monkeypatch.setattr(hypothesis, "LEAST_ON_CPU", 0)
 
 
 @pytest.fixture
@@ -84,22 +70,13 @@ def attentions(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name.endswith(("self_attn", "attention"))]
 
 
-def logits_and_gradients(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    model = copy.deepcopy(model).to(dtype)
-    logits = model(input_ids=tokens(), use_cache=False).logits
-    model.zero_grad()
-    logits.double().softmax(-1).square().sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **grads}
-
-
 @pytest.mark.usefixtures("every_size")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_before_and_after(family: str, calls: list[hypothesis.Rotation]) -> None:
     model = make(family)
     ids = tokens()[:, :7]
-    eager = logits_and_gradients(model, torch.float32)
-    exact = logits_and_gradients(model, torch.float64)
+    eager = logits_and_gradients(model, tokens())
+    exact = logits_and_gradients(model, tokens(), torch.float64)
     greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
     report = fastattn.accelerate(model)
 
@@ -107,7 +84,7 @@ def test_a_model_before_and_after(family: str, calls: list[hypothesis.Rotation])
     assert [entry.name for entry in rotary] == attentions(model)
     assert len(rotary) == 2
     calls.clear()
-    ours = logits_and_gradients(model, torch.float32)
+    ours = logits_and_gradients(model, tokens())
     assert len(calls) == 2
     assert all(rotation.interleaved is FAMILIES[family][2] for rotation in calls)
     assert ours.keys() == eager.keys()
@@ -117,7 +94,7 @@ def test_a_model_before_and_after(family: str, calls: list[hypothesis.Rotation])
 
     fastattn.restore(model)
     calls.clear()
-    for name, value in logits_and_gradients(model, torch.float32).items():
+    for name, value in logits_and_gradients(model, tokens()).items():
         assert torch.equal(value, eager[name]), name
     assert not calls
 
