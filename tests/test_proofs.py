@@ -123,6 +123,11 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "attention float32": (fastattn.attention, qkv(dtype=torch.float32), {"causal": True}),
     "one query": (fastattn.attention, qkv(queries=1), {"return_lse": True}),
     "gradients": (fastattn.attention, qkv(True), {"causal": True}),
+    "gradients in any order": (
+        fastattn.attention,
+        qkv(True),
+        {"causal": True, "deterministic": False},
+    ),
     "top-left": (fastattn.attention, qkv(), {"causal": "top_left"}),
     "features": (fastattn.attention, qkv(True), FULL),
     "gradient of a bias": (
@@ -428,6 +433,7 @@ def test_kernels_in_the_emulator(
     assert passed is not bug, told
 
 
+@pytest.mark.usefixtures("any_order")
 def test_families_are_told_apart() -> None:
     """By all that selects a kernel, and by no length."""
     families = {}

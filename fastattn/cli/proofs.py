@@ -143,6 +143,7 @@ def _attention(empty: Callable[..., torch.Tensor]) -> Iterator[Call]:
             {"causal": True, "alibi_slopes": torch.empty(4, device=device)},
             {"causal": True, "document_ids": numbers},
             {"causal": True, "return_lse": True},
+            {"causal": True, "deterministic": False},
             {"key_lengths": numbers[:, 0]},
             {"mask": pairs > 0},
             {"bias": pairs},

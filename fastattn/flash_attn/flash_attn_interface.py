@@ -16,7 +16,8 @@ Differences from flash-attn 2.8:
   pages of any size, int64 where flash-attn wants int32.
 - Under autocast the inputs are cast, by `flash_attn_with_kvcache` to the cache's dtype, by the
   others to autocast's. (flash-attn keeps their dtype, which must be one.)
-- `deterministic` has no effect: every backward is deterministic.
+- `deterministic` is `fastattn.attention`'s: only Hopper's Gluon kernels have another backward
+  without it, and none under torch.use_deterministic_algorithms(True).
 - S_dmask, the third result with return_attn_probs=True, is None: the probabilities are never
   formed. flash-attn has them only for its tests, and not without dropout.
 - `softmax_lse` is the LSE of the documented scores in two cases where flash-attn's is not: a query
@@ -77,8 +78,9 @@ def flash_attn_func(
     triple of the module's text, which has the other arguments too.
     """
     features = _features(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
-    )
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
     return _returned(attention(q, k, v, **features), return_attn_probs)
 
 
@@ -157,8 +159,9 @@ def flash_attn_varlen_func(
             k, v, block_table, cu_seqlens_k, max_seqlen_k
         )
     features = _features(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
-    )
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
     outputs = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         seqused_k=seqused_k, **features,
@@ -319,6 +322,7 @@ def _features(
     window_size: Sequence[int],
     softcap: float,
     alibi_slopes: torch.Tensor | None,
+    deterministic: bool,
     return_attn_probs: bool,
 ) -> dict[str, Any]:
     """The shared arguments under our names."""
@@ -329,6 +333,7 @@ def _features(
         "softcap": _softcap(softcap),
         "alibi_slopes": alibi_slopes,
         "dropout_p": _number("dropout_p", dropout_p),
+        "deterministic": _flag("deterministic", deterministic),
         "return_lse": return_attn_probs,
     }
 

@@ -64,6 +64,7 @@ BACKWARD: dict[str, dict[str, Any]] = {
     "backward d 128, everything": {"window": (256, 64), "softcap": 30.0},  # and ALiBi, a sink
     "backward d 128, key lengths": {"causal": True},
     "backward d 128, packed": {"causal": True},
+    "backward d 128, any order": {"deterministic": False},
     "backward d 64, half": {},
     "backward d 128, half": {"causal": True},
 }
@@ -192,13 +193,21 @@ def row(name: str) -> dict[str, Any]:
         compiled, text = offline.machine_code(ARCHITECTURE, *source)
     registers, spills = offline.resources(text)
     consumers = constants.get("CONSUMERS", 3 if name in PRODUCTS else 2)
+    code = sass.instructions(text)
     return {
         "tile": _tile(name, constants),
         "consumers": consumers,
         "registers": registers,
         "spilled bytes": spills,
         "shared": compiled.metadata.shared,
-        **read(sass.instructions(text), consumers, _copied(name), turns=name in FORWARD),
+        **read(
+            code,
+            consumers,
+            *_copied(name, constants),
+            turns=name in FORWARD,
+        ),
+        **({"cluster": _cluster(code)} if constants.get("num_ctas", 1) > 1 else {}),
+        **({"end": _end(code, _copied(name, constants))} if name in PRODUCTS else {}),
     }
 
 
@@ -208,7 +217,8 @@ def _tile(name: str, constants: dict[str, Any]) -> str:
         from fastattn.ops.common import gluon_products as ffn
 
         sides = ffn.CONSUMERS.value * ffn.ROWS.value, 2 * ffn.HALF.value
-        return f"{sides[0]} x {sides[1]}, {ffn.STAGES.value} stages"
+        cluster = ", two programs" if constants["num_ctas"] == 2 else ""
+        return f"{sides[0]} x {sides[1]}, {ffn.STAGES.value} stages{cluster}"
     if "BN" in constants:  # the forward
         sides = constants["CONSUMERS"] * constants["BM"], constants["BN"]
     else:
@@ -218,25 +228,30 @@ def _tile(name: str, constants: dict[str, Any]) -> str:
     return f"{sides[0]} x {sides[1]}, {constants['STAGES']} stages"
 
 
-def _copied(name: str) -> float:
-    """Bytes that are copied for a trip of one consumer, where they bound it."""
+def _copied(name: str, constants: dict[str, Any]) -> tuple[float, float]:
+    """Bytes that are copied for a trip of one consumer, where they bound it; those for a cluster."""
     if name not in PRODUCTS:
-        return 0.0
+        return 0.0, 0.0
     from fastattn.ops.common import gluon_products as ffn
 
-    lines = ffn.CONSUMERS.value * ffn.ROWS.value + 2 * ffn.HALF.value
-    return 2 * ffn.TERMS.value * lines / ffn.CONSUMERS.value
+    line = 2 * ffn.TERMS.value / ffn.CONSUMERS.value
+    left, right = (line * n for n in (ffn.CONSUMERS.value * ffn.ROWS.value, 2 * ffn.HALF.value))
+    return left + right, right if constants["num_ctas"] == 2 else 0.0
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 def read(
-    code: sass.Code, consumers: int = 2, copied: float = 0.0, turns: bool = False
+    code: sass.Code,
+    consumers: int = 2,
+    copied: float = 0.0,
+    multicast: float = 0.0,
+    turns: bool = False,
 ) -> dict[str, Any]:
     """Of a kernel with so many consumers, which multiply in turn or as they come.
 
-    `copied`: bytes for a trip of one of them.
+    `copied`: bytes for a trip of one of them; `multicast`: those of them that two blocks share.
 
     A trip is the loop's without a mask; "loops" are those of all consumers with products, masked or
     not: the most accesses of the stack that one of them has. "groups" are the wgmmas that a trip
@@ -248,7 +263,7 @@ def read(
     chip = model.CHIPS[ARCHITECTURE]
     trip = sass.trip(sass.main_loop(code))
     with_products = [x for x in map(sass.trip, sass.loops(code)) if any(map(sass.wgmma, x))]
-    bound = model.bound(trip, chip, copied)
+    bound = model.bound(trip, chip, copied, multicast)
     low, high = model.estimate(trip, chip, blocks=consumers, warps=1, turns=turns)
     return {
         "registers of the loop": max(map(_highest, trip)) + 1,
@@ -277,6 +292,34 @@ def _highest(x: sass.Instruction) -> int:
 
 def _count(code: sass.Code, opcode: str) -> int:
     return sum(x.opcode.startswith(opcode) for x in code)
+
+
+def _cluster(code: sass.Code) -> dict[str, int]:
+    """Instructions that reach the other program of a cluster."""
+    kinds = {
+        "multicasts": "UTMALDG.2D.MULTICAST",
+        "arrivals": "SYNCS.ARRIVE.TRANS64.RED",  # at a barrier whose program an address names
+        "barriers": "UCGABAR_WAIT",
+    }
+    return {name: _count(code, opcode) for name, opcode in kinds.items()}
+
+
+def _end(code: sass.Code, copied: tuple[float, float]) -> dict[str, Any]:
+    """Of a tile: what a consumer's loop over tiles has beside a trip; what it costs, by the model.
+
+    The end takes as many clocks as it has instructions, at least: one a clock, of a warp that has
+    its quarter of the multiprocessor for itself.
+    """
+    from compile import model
+
+    trip = sass.trip(sass.main_loop(code))
+    loops = (len(x) for x in sass.loops(code) if any(map(sass.wgmma, x)))
+    end = min(n for n in loops if n > 1.5 * len(trip)) - len(trip)
+    bound = model.bound(trip, model.CHIPS[ARCHITECTURE], *copied)
+    copy = model.CONSUMERS * bound.busy["L2"]
+    product = max(x for unit, x in bound.busy.items() if unit != "L2")
+    shares = (model.with_ends(n, product, copy, end, bound.ideal) for n in (16, 64))
+    return {"instructions": end, "shares": [f"{x:.0%}" for x in shares]}
 
 
 def _stores(code: sass.Code) -> dict[str, int]:
@@ -328,6 +371,13 @@ def table(rows: dict[str, Any]) -> str:
                 f"| {name} | {x['tile']} | {x['registers of the loop']} | {x['trip']} | {spills} "
                 f"| {x['bound']} | {x['estimate']} |"
             )
+        lines += [
+            "\n| kernel | instructions of a tile's end | share of 1024 terms | of 4096 terms |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name, x in by["rows"].items():
+            if end := x.get("end"):
+                lines.append(f"| {name} | {end['instructions']} | {' | '.join(end['shares'])} |")
         parts.append("\n".join(lines))
     peers = json.loads(PEERS.read_text())["peers"]
     lines = [

@@ -90,8 +90,11 @@ class Bound(NamedTuple):
         return self.ideal / self.busy[self.longest]
 
 
-def bound(trip: Code, chip: Chip, copied: float = 0.0) -> Bound:
-    """Of a trip; `copied`: bytes that TMA brings for it, which another warp issues."""
+def bound(trip: Code, chip: Chip, copied: float = 0.0, multicast: float = 0.0) -> Bound:
+    """Of a trip; `copied`: bytes that TMA brings for it, which another warp issues.
+
+    `multicast`: bytes of them that the L2 gives once for two blocks of a cluster, half for each.
+    """
     kinds = Counter(sass.kind(x.opcode) for x in trip)
     tensor = shared = 0.0
     for x in trip:
@@ -113,8 +116,44 @@ def bound(trip: Code, chip: Chip, copied: float = 0.0) -> Bound:
         "shared memory": (4 * shared + copied) / SHARED_RATE,  # of the four quarters
     }
     if copied:
-        busy["L2"] = copied / chip.l2
+        busy["L2"] = (copied - multicast / 2) / chip.l2
     return Bound(len(trip), (len(trip) - kinds["mma"]) / ideal, kinds["local"], ideal, busy)
+
+
+CONSUMERS, STAGES = 3, 3  # of the products' main loop
+RELEASE = 60  # clocks from the end of a product to the arrival at a barrier
+
+
+def with_ends(trips: int, product: float, copy: float, end: float, ideal: float) -> float:
+    """Share of the peak of a persistent kernel whose consumers end a tile after so many trips.
+
+    A consumer takes `end` clocks for it, under the others' products as far as the ring lets these
+    go on. All clocks are of a trip: its products as the busiest unit of an SM takes them (one
+    consumer's after the other's), the copies of a stage from the L2, and products at the peak.
+    """
+    tiles = 40  # of which the second half is counted
+    ready: list[float] = []  # when a stage's bytes are there
+    over: list[list[float]] = [[] for _ in range(CONSUMERS)]  # when a consumer frees it
+    free = [0.0] * CONSUMERS
+    busy = copied = 0.0  # until when the tensor cores, and the L2
+    marks = []
+    while len(over[0]) < tiles * trips:
+        while len(ready) < min(map(len, over)) + STAGES:
+            released = max(x[len(ready) - STAGES] for x in over) if len(ready) >= STAGES else 0.0
+            copied = max(copied, released) + copy
+            ready.append(copied + L2_LATENCY)
+        waiting = (i for i in range(CONSUMERS) if len(over[i]) < len(ready))
+        at, next_one = min((max(free[i], ready[len(over[i])]), i) for i in waiting)
+        busy = max(busy, at) + product
+        over[next_one].append(busy + RELEASE)
+        free[next_one] = busy + RELEASE
+        if len(over[next_one]) % trips == 0:
+            free[next_one] += end
+            if next_one == 0:
+                marks.append(busy)
+    half = len(marks) // 2
+    clocks = (marks[-1] - marks[half]) / (len(marks) - 1 - half)
+    return trips * CONSUMERS * ideal / clocks
 
 
 # --- clock by clock -------------------------------------------------------------------------------

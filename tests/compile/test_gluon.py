@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import triton
-from compile import hopper, model, sass
+from compile import hopper, model, sass, turns
 from compile.test_sass import listing
 
 from fastattn import chips
@@ -58,9 +58,19 @@ def faults(name: str, row: dict[str, Any], version: str = triton.__version__) ->
         "tiles stored without TMA": stores.get("TMA", 0) < 2
         and not name.endswith("packed")
         and not name.startswith("loss forward"),
+        "a cluster without its copies, arrivals, barriers": not _is_cluster(row),
         "packed rows not stored by 16 bytes": name.endswith("packed") and "16" not in stores,
     }
     return [f"{name}: {fault}: {row}" for fault, there in found.items() if there]
+
+
+def _is_cluster(row: dict[str, Any]) -> bool:
+    """Whether a kernel of two programs copies to both, frees slots of both, begins and ends so."""
+    found = row.get("cluster", {})
+    if not row["tile"].endswith("two programs"):
+        return not found
+    arrivals = found["arrivals"] == row["consumers"]  # one in the loop of each
+    return bool(found["multicasts"] >= 2 and arrivals and found["barriers"] >= 2)
 
 
 def check(*names: str) -> None:
@@ -114,12 +124,25 @@ def test_the_rows_under_version_control() -> None:
         ("ffn down", {"registers of the loop": 161}),
         ("ffn down", {"loads of spills of a trip": 1}),
         ("ffn down", {"groups": 8}),
+        ("ffn down", {"cluster": {"multicasts": 0, "arrivals": 3, "barriers": 2}}),
+        ("ffn down", {"cluster": {"multicasts": 2, "arrivals": 2, "barriers": 2}}),
+        ("ffn down", {"cluster": {"multicasts": 2, "arrivals": 3, "barriers": 1}}),
+        ("forward d 64", {"cluster": {"multicasts": 2, "arrivals": 3, "barriers": 2}}),
     ],
 )
 def test_each_fault_is_found(name: str, change: dict[str, Any]) -> None:
     row = hopper.written()[max(hopper.written())]["rows"][name]
     assert not faults(name, row)
     assert len(faults(name, row | change)) == 1
+
+
+def test_the_time_of_turns() -> None:
+    """The document's table, and two programs of one head, each of four trips."""
+    assert turns.table() in hopper.DOCUMENT.read_text()
+    without = turns.ENDS + 4 * turns.TRIP + turns.READ
+    last = turns.WRITTEN + turns.SEEN + turns.READ + turns.WRITTEN
+    assert turns.clocks(256, 1, causal=False, turns=False) == without
+    assert turns.clocks(256, 1, causal=False, turns=True) == without + last
 
 
 # --- the reading ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -322,7 +323,23 @@ def test_return_values(name: str, device: str) -> None:
     assert isinstance(result, tuple) and len(result) == 3
     assert result[1].shape == (2, 4, 24) and result[1].dtype == torch.float32
     assert result[2] is None  # S_dmask is never formed
-    assert torch.equal(through(name, *tensors, deterministic=True), out)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_deterministic_is_passed_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only kernels for Hopper know the difference."""
+    given = []
+
+    def noted(run: Callable[..., Any], *args: Any, **features: Any) -> Any:
+        given.append(features["deterministic"])
+        return run(*args, **features)
+
+    for op in ("attention", "attention_varlen"):
+        run = getattr(flash_attn_interface, op)
+        monkeypatch.setattr(flash_attn_interface, op, functools.partial(noted, run))
+    tensors, _ = draw("cpu", dtype=torch.float16)
+    outs = [through(name, *tensors, **x) for x in ({}, {"deterministic": True})]
+    assert given == [False, True] and torch.equal(*outs)
 
 
 @pytest.mark.parametrize("name", SIX)

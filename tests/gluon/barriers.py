@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import running
+from . import clusters, running
 from .errors import GluonError, check
 from .order import Order
 from .shared import Shared, allocate_shared_memory
@@ -18,8 +18,9 @@ class Barrier:
     phase of that parity is over. Who waits learns what those who arrived knew.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, program: Any):
         self.name, self.count, self.agent = name, None, running.machine.new_agent(name)
+        self.program, self.away = program, dict[int, int]()  # acts of another program's partitions
         self.pending = self.phase = self.bytes = 0
         self.arriving = self.arrived = Order()  # of this phase; of those that are over
 
@@ -42,6 +43,10 @@ class Barrier:
 
     def learn(self, partition: Any) -> None:
         """Take what an arriving partition knows."""
+        if partition.program is not self.program:
+            text = f"arrival at {self.name}, whose program has ended"
+            check(self.program.live, "exit", text)
+            self.away[partition.agent] = partition.now
         self.arriving.join(partition.order)
         partition.tick()
 
@@ -79,24 +84,40 @@ def barrier_at(view: Any) -> Barrier:
     shared = isinstance(view, Shared) and view.dtype.name == "int64"
     check(shared and all(n == 1 for n in view.shape), "type", "not an mbarrier")
     place = tuple(low for low, _ in view.box)
-    known = view.allocation.barriers
-    if place not in known:
+    allocation, program = view.allocation, view.allocation.program
+    if allocation.led:
+        program = program.cluster.programs[0]
+        allocation = clusters.twin(allocation, program)
+    if place not in allocation.barriers:
         slot = f"[{place[0]}]" if len(place) > 1 else ""
-        known[place] = Barrier(view.allocation.name + slot)
-    return known[place]
+        whose = f" of {program.name}" if clusters.size() > 1 else ""
+        allocation.barriers[place] = Barrier(f"{allocation.name}{slot}{whose}", program)
+    return allocation.barriers[place]
 
 
 def allocate_mbarrier(batch: Any = None, two_ctas: Any = False) -> Shared:
-    check(not two_ctas, "type", "clusters are not emulated")
-    return allocate_shared_memory(gl.int64, [1] if batch is None else [int(batch), 1])
+    """With `two_ctas` one of both programs: the first has it, and waits; both arrive at it."""
+    made = allocate_shared_memory(gl.int64, [1] if batch is None else [int(batch), 1])
+    check(not two_ctas or clusters.size() == 2, "type", "two_ctas without a cluster of two")
+    made.allocation.led = bool(two_ctas)
+    return made
+
+
+def _is_others(mbarrier: Any) -> bool:
+    """Whether only the first program of the cluster does this, and another one runs."""
+    return bool(mbarrier.allocation.led) and not clusters.leads()
 
 
 def init(mbarrier: Any, count: Any) -> None:
     running.machine.step()
-    barrier_at(mbarrier).init(int(count), running.partition())
+    if not _is_others(mbarrier):
+        times = clusters.size() if mbarrier.allocation.led else 1
+        barrier_at(mbarrier).init(int(count) * times, running.partition())
 
 
 def invalidate(mbarrier: Any) -> None:
+    if _is_others(mbarrier):
+        return
     barrier = barrier_at(mbarrier)
     outstanding = f"{barrier.name} invalidated with {barrier.bytes} bytes outstanding"
     check(barrier.bytes == 0, "barrier", outstanding)
@@ -124,7 +145,7 @@ def arrive(mbarrier: Any, *, count: Any = 1, pred: Any = True) -> None:
 
 
 def wait(mbarrier: Any, phase: Any, pred: Any = True, deps: Any = ()) -> None:
-    if not bool(pred):
+    if not bool(pred) or _is_others(mbarrier):
         running.machine.step()
         return
     barrier, partition, parity = barrier_at(mbarrier), running.partition(), int(phase)
@@ -137,7 +158,7 @@ def wait(mbarrier: Any, phase: Any, pred: Any = True, deps: Any = ()) -> None:
 
 
 def fence_init_release_cluster() -> None:
-    """A program is a cluster of its own."""
+    """The compiler's barrier of a cluster has one: see language.warp_specialize."""
 
 
 TABLE = {

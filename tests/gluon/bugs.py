@@ -105,7 +105,7 @@ BACKWARD = {
     "descriptor one key too long": ("tma.make_tensor_descriptor(v, [sk, D]", "tma.make_tensor_descriptor(v, [sk + 1, D]"),
 }  # fmt: skip
 
-# Of ops/attention/gluon/forward.py; the backward's are in tests/ops/attention.
+# Of ops/attention/gluon/forward.py.
 PACKAGE_FORWARD = {
     "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
     "V's slot not waited for": ("        mbarrier.wait(ring.v_empty.index(slot), phase)\n", ""),
@@ -128,6 +128,37 @@ PACKAGE_FORWARD = {
     "masked tiles end one early": ("gl.maximum(end - whole, 1)", "gl.maximum(end - whole - 1, 1)"),
     "sink not scaled": ("total = total * gl.exp2(top - new_top) + gl.sum(e, 1)", "total = total + gl.sum(e, 1)"),
     "wrong head of K and V": ("head // group", "head % group"),
+}  # fmt: skip
+
+# Of ops/attention/gluon/backward.py.
+PACKAGE_BACKWARD = {
+    "no turns": ("            while gl.atomic_add(semaphore, 0, sem=\"acquire\", scope=\"gpu\") != before:\n                pass\n", ""),
+    "turn not acquired": ('sem="acquire"', 'sem="relaxed"'),
+    "turn not released": ('sem="release"', 'sem="relaxed"'),
+    "turn given too early": ("            tma.store_wait(0, read_only=False)\n", ""),
+    "turn never given": ('            gl.atomic_add(semaphore, 1, sem="release", scope="gpu")\n', ""),
+    "turns of higher programs": ("before = place.tile ", "before = 2 - place.tile "),
+    "turns of programs that the window excludes": ("            if kind.LEFT:\n                before -=", "            if False:\n                before -="),
+    "dQ freed too early": ("        tma.store_wait(0)\n        mbarrier.arrive(exchange.dq_empty, count=1)\n", "        mbarrier.arrive(exchange.dq_empty, count=1)\n"),
+    "dQ without a fence": ("store(dq)\n    fence_async_shared()\n", "store(dq)\n"),
+    "both halves of dQ added to the first": ("column = half * (kind.D // 2)", "column = 0"),
+    "dS without a fence": ("store(ds)\n    fence_async_shared()\n", "store(ds)\n"),
+    "dS not waited for": ("    mbarrier.wait(exchange.ds_full, turn)\n", ""),
+    "dS freed too early": ("    dq = warpgroup_mma_wait(0, [dq])\n    mbarrier.arrive(exchange.ds_empty, count=1)\n", "    mbarrier.arrive(exchange.ds_empty, count=1)\n    dq = warpgroup_mma_wait(0, [dq])\n"),
+    "queries freed too early": ("    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n    mbarrier.arrive(ring.empty.index(slot), count=1)\n", "    mbarrier.arrive(ring.empty.index(slot), count=1)\n    dv, dk = warpgroup_mma_wait(1, [dv, dk])\n"),
+    "producer starts in phase 0": ("phase = slot + 1  # the ring begins empty", "phase = slot"),
+    "dO not waited for": ("    mbarrier.wait(ring.dout_full.index(slot), phase)\n    if not", "    if not"),
+    "queries of the group's first head": ("        head = place.head + member\n        query", "        head = place.head\n        query"),
+    "ring reused too early": ("    mbarrier.wait(exchange.ds_empty, slot ^ 1)  # no product reads the ring any more\n", ""),
+    "dK without the scale": ("    dk *= gradients.scale\n", ""),
+    "dK without a fence": ("        fence_async_shared()\n        tma.async_store", "        tma.async_store"),
+    "dK not waited for": ("dv4)\n        tma.store_wait(0)\n", "dv4)\n"),
+    "keys not cleared": ("        if keys < 64:", "        if keys < 0:"),
+    "queries not cleared": ("if n < place.ragged:", "if n < 0:"),
+    "keys cleared without a fence": ("kind.D)\n            fence_async_shared()\n", "kind.D)\n"),
+    "queries cleared without a fence": ("    fence_async_shared()  # before the products read them\n", ""),
+    "half of the queries cleared": ("    mbarrier.wait(ring.clean, n & 1)\n", ""),
+    "dV beyond the sequence": ("x.dv_ptr, token, place.keys - key,", "x.dv_ptr, token, 64,"),
 }  # fmt: skip
 
 # Of ops/common/gluon_products.py.
@@ -153,6 +184,18 @@ PRODUCTS = {
     "added terms of the first operands": ("fill(more, walk.more,", "fill(operands, walk.more,"),
     "left operand not turned": ("WHICH), not kind.LEFT)", "WHICH), kind.LEFT)"),
 }  # fmt: skip
+# The same, of clusters.
+CLUSTERS = {
+    "copies do not wait for the other program": ("            mbarrier.wait(ring.shared.index(slot), phase)\n", "            pass\n"),
+    "the other program's consumers are not waited for": ("batch=STAGES, two_ctas=True", "batch=STAGES"),
+    "two of the consumers wait for the other program": ("count=CONSUMERS)  # of each program", "count=2)"),
+    "no release to the other program": ("            mbarrier.arrive(ring.shared.index(slot), count=1)\n", "            pass\n"),
+    "a release to the other program in slot 0": ("mbarrier.arrive(ring.shared.index(slot), count=1)", "mbarrier.arrive(ring.shared.index(0), count=1)"),
+    "the other program ends before the last arrival": ("        gl.barrier(cluster=True)\n", "        pass\n"),
+    "left operand for both programs": ("full, into, kind.LEFT, False)", "full, into, kind.LEFT, True)"),
+    "consumers' rows of one program": ("row + c * ROWS * gl.num_ctas()", "row + c * ROWS"),
+    "rows of tiles of one program": ("(CONSUMERS * ROWS * gl.num_ctas())", "(CONSUMERS * ROWS)"),
+}  # fmt: skip
 # Of ops/ffn/gluon/forward.py.
 PACKAGE_FFN = {
     "second half has the first half's bias": ("        column += HALF\n", "        column += 0\n"),
@@ -160,7 +203,7 @@ PACKAGE_FFN = {
     "activation of the wrong one": ("put_hidden(gate_pre, pre,", "put_hidden(pre, gate_pre,"),
     "the last store not waited for": ("mine, do)\n    tma.store_wait(0)\n", "mine, do)\n"),
     "pre of the gate stored over the other": ("put(gate_pre, results.gate_pre,", "put(gate_pre, results.pre,"),
-    "rows of the first consumer": ("row + WHICH * ROWS", "row"),
+    "rows of the first consumer": ("row += WHICH * ROWS", "row += 0"),
 }  # fmt: skip
 # Of ops/ffn/gluon/backward.py.
 PACKAGE_FFN_BACKWARD = {
@@ -173,14 +216,14 @@ PACKAGE_FFN_BACKWARD = {
     "rows that are not there in the sums": ("gl.where((rows < results.tokens)[:, None], value, 0.0)", "gl.where((rows < results.tokens)[:, None], value, 1.0)"),
     "sums beyond the last column": ("mask=columns < results.width", "mask=columns <= results.width"),
     "all consumers share the first tiles": ("Tiles(smem, ready, 2 * WHICH)", "Tiles(smem, ready, 0)"),
-    "strips change places": ("left, right = gl.split", "right, left = gl.split"),
+    "strips change places": ("left, right = strips(first)", "right, left = strips(first)"),
     "the last store not waited for": ("do, 3)\n    tma.store_wait(0)\n", "do, 3)\n"),
     "barriers initialised after the fence": ("    for i in gl.static_range(2 * CONSUMERS):\n        mbarrier.init(ready.index(i), count=1)\n    ring = make_ring(operands)  # whose fence is after these barriers too\n", "    ring = make_ring(operands)  # whose fence is after these barriers too\n    for i in gl.static_range(2 * CONSUMERS):\n        mbarrier.init(ready.index(i), count=1)\n"),
     "derivative of the other matrix": ("(dhidden * pre * derivative)", "(dhidden * gate_pre * derivative)"),
 }  # fmt: skip
 # Of ops/linear_cross_entropy/gluon/forward.py.
 PACKAGE_LOSS = {
-    "rows of the first consumer": ("row + WHICH * ROWS, column, parts", "row, column, parts"),
+    "rows of the first consumer": ("row += WHICH * ROWS", "row += 0"),
     "second half has the first half's classes": ("add_strip(left, target, column + HALF, found", "add_strip(left, target, column, found"),
     "strips change places": ("add_strip(left, target, column, found, given)\n    found = add_strip(right, target, column + STRIP,", "add_strip(right, target, column, found, given)\n    found = add_strip(left, target, column + STRIP,"),
     "classes beyond the last": ('    s = gl.where(there, s, -float("inf"))\n', ""),
@@ -198,7 +241,7 @@ PACKAGE_LOSS = {
 }  # fmt: skip
 # Of ops/linear_cross_entropy/gluon/backward.py.
 PACKAGE_LOSS_BACKWARD = {
-    "rows of the first consumer": ("        row += WHICH * ROWS\n", ""),
+    "rows of the first consumer": ("row += WHICH * ROWS", "row += 0"),
     "second half over the first": ("finish(second, row, column + HALF,", "finish(second, row, column,"),
     "second strip over the first": ("    column += STRIP\n", ""),
     "the last store not waited for": ("mine)\n    tma.store_wait(0)\n", "mine)\n"),

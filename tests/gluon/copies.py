@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from triton.experimental.gluon.language import _layouts as layouts
 
-from . import running
+from . import clusters, running
 from .barriers import Barrier, barrier_at
 from .errors import check
 from .memory import Buffer, Pointer
@@ -40,27 +40,28 @@ class Descriptor:
         self.buffer, self.start, self.layout, self.dtype = buffer, int(start), layout, buffer.dtype
         self.block_shape = [int(n) for n in block]
         self.shape, self.strides = [int(n) for n in shape], [int(n) for n in strides]
+        self.box, self.divided = clusters.part(self.block_shape, layout)  # of a program
         self.fill = np.nan if padding == "nan" else 0
         width = size(buffer.dtype)
         swizzled = isinstance(layout, layouts.NVMMASharedLayout)
         check(swizzled, "layout", "a descriptor needs an NVMMASharedLayout")
-        ranks = {len(self.shape), len(self.strides), len(self.block_shape)}
+        ranks = {len(self.shape), len(self.strides), len(self.box)}
         check(len(ranks) == 1 and 1 <= len(self.shape) <= 5, "descriptor", f"ranks {ranks}")
         check(self.strides[-1] == 1, "descriptor", "the last stride must be 1")
         aligned = all(n * width % 16 == 0 for n in (self.start, *self.strides[:-1]))
         check(aligned, "descriptor", "base and strides must be multiples of 16 bytes")
         check(all(n > 0 for n in self.shape), "descriptor", f"empty shape {self.shape}")
-        rows = all(0 < n <= BOX for n in self.block_shape[:-1])
-        check(rows, "descriptor", f"box {self.block_shape}: sides are 1 to {BOX}")
-        wide = self.block_shape[-1] * width >= max(16, layout.swizzle_byte_width)
+        rows = all(0 < n <= BOX for n in self.box[:-1])
+        check(rows, "descriptor", f"box {self.box}: sides are 1 to {BOX}")
+        wide = self.box[-1] * width >= max(16, layout.swizzle_byte_width)
         fits = wide and layout.element_bitwidth == 8 * width
-        check(fits, "descriptor", f"{layout} does not fit the box {self.block_shape}")
-        index = np.indices(self.block_shape, np.int64)
-        steps = np.reshape(self.strides, (-1, *[1] * len(self.block_shape)))
+        check(fits, "descriptor", f"{layout} does not fit the box {self.box}")
+        index = np.indices(self.box, np.int64)
+        steps = np.reshape(self.strides, (-1, *[1] * len(self.box)))
         self._index, self._steps = index, (index * steps).sum(0)
 
     type = property(lambda self: self)
-    nbytes_per_cta = property(lambda self: math.prod(self.block_shape) * size(self.dtype))
+    nbytes_per_cta = property(lambda self: math.prod(self.box) * size(self.dtype))
 
     @property
     def block_type(self) -> Any:
@@ -70,17 +71,19 @@ class Descriptor:
     def elements(self, corner: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Of the box there: offsets in the buffer, and which of them lie inside the tensor."""
         at = self._steps + (self.start + sum(c * s for c, s in zip(corner, self.strides)))
-        inside = np.ones(self.block_shape, bool)
+        inside = np.ones(self.box, bool)
         for dim, (c, n) in enumerate(zip(corner, self.shape)):
-            if c < 0 or c + self.block_shape[dim] > n:
+            if c < 0 or c + self.box[dim] > n:
                 inside &= (self._index[dim] >= -c) & (self._index[dim] < n - c)
         return at, inside
 
     def corner(self, coord: Any, view: Shared) -> list[int]:
-        """Coordinates as numbers, after the checks of a copy between the box and a view."""
+        """Where this program's box begins, after the checks of a copy between it and a view."""
         corner = [int(c) for c in coord]
-        box, there = f"box {self.block_shape} {self.dtype}", f"{view.shape} {view.dtype}"
-        same = view.shape == self.block_shape and view.dtype.name == self.dtype.name
+        if self.divided is not None and self.divided < len(corner):
+            corner[self.divided] += clusters.rank() * self.box[self.divided]
+        box, there = f"box {self.box} {self.dtype}", f"{view.shape} {view.dtype}"
+        same = view.shape == self.box and view.dtype.name == self.dtype.name
         text = f"{box} at {corner} against shared memory {there}"
         check(same and len(corner) == len(self.shape), "type", text)
         text = f"descriptor and shared memory have layouts {self.layout} and {view.layout}"
@@ -97,7 +100,7 @@ class Load:
         self, box: Descriptor, corner: list[int], barrier: Barrier, view: Shared, access: Access
     ):
         self.box, self.barrier, self.view, self.access = box, barrier, view, access
-        self.program, self.line = running.partition().program, access.line
+        self.program, self.line = barrier.program, access.line
         self.order = running.partition().order.copy()
         self.at, self.inside = box.elements(corner)
         random, rows = running.machine.random, view.shape[0]
@@ -188,23 +191,40 @@ def async_load(
     machine.step()
     if not bool(pred):
         return
-    partition, target = running.partition(), barrier_at(barrier)
-    corner = tensor_desc.corner(coord, result)
+    partition, corner = running.partition(), tensor_desc.corner(coord, result)
+    check(not barrier.allocation.led, "type", "a load signals each program's own barrier")
+    if not bool(multicast):
+        _load(tensor_desc, corner, barrier_at(barrier), result)
+        barrier_at(barrier).learn(partition)
+        return
+    check(clusters.size() > 1, "type", "multicast without a cluster")
+    check(tensor_desc.divided is None, "layout", "multicast of a box that the programs divide")
+    if clusters.leads():
+        for program in partition.program.cluster.programs:
+            there, into = barrier.of_program(program), result.of_program(program)
+            check(program.live, "exit", f"multicast into {program.name}, which has ended")
+            _load(tensor_desc, corner, barrier_at(there), into)
+        barrier_at(barrier).learn(partition)
+
+
+def _load(box: Descriptor, corner: list[int], target: Barrier, result: Shared) -> None:
+    """Begin to copy into the memory of a program, whose barrier gets the bytes."""
+    machine, partition = running.machine, running.partition()
     target.use(partition)
     text = f"no fence_async_shared between the init of {target.name} and the load that signals it"
     check(not machine.strict or target.visible_to_tma(partition), "fence", text)
     result.writable(partition, "TMA load")
     result.valid[...] = False
     access = result.record("load", target.agent, math.inf, running.line())
-    load = Load(tensor_desc, corner, target, result, access)
-    target.learn(partition)
-    machine.events.append(load)
+    machine.events.append(Load(box, corner, target, result, access))
 
 
 def _store(box: Descriptor, coord: Any, source: Shared, adds: bool) -> None:
     machine = running.machine
     machine.step()
     partition, line = running.partition(), running.line()
+    whole = clusters.size() > 1 and box.divided is None
+    check(not whole, "type", "a TMA store of what both programs have is not emulated")
     corner = box.corner(coord, source)
     source.readable(partition, "TMA store", asynchronous=True)
     partition.stores += 1

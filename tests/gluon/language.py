@@ -10,7 +10,7 @@ import numpy as np
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language import _layouts as layouts
 
-from . import running
+from . import clusters, running
 from .errors import check
 from .memory import atomic, atomic_cas, load, store
 from .shared import allocate_shared_memory
@@ -18,18 +18,22 @@ from .values import F32, SCALARS, Tensor, expand_dims, is_float, promoted, reduc
 
 
 def arange(start: Any, end: Any, layout: Any = None) -> Tensor:
-    return Tensor(np.arange(int(start), int(end)), gl.int32, layout or layouts.AutoLayout())
+    (length,), divided = clusters.part([int(end) - int(start)], layout)
+    first = int(start) + (0 if divided is None else clusters.rank() * length)
+    return Tensor(np.arange(first, first + length), gl.int32, layout or layouts.AutoLayout())
 
 
 def full(shape: Any, value: Any, dtype: Any, layout: Any = None) -> Tensor:
     value = value.data if isinstance(value, Tensor) else value
-    data = rounded(np.full([int(n) for n in shape], value), dtype)
+    shape, _ = clusters.part([int(n) for n in shape], layout)
+    data = rounded(np.full(shape, value), dtype)
     return Tensor(data, dtype, layout or layouts.AutoLayout())
 
 
 def full_like(
     input: Tensor, value: Any, shape: Any = None, dtype: Any = None, layout: Any = None
 ) -> Tensor:
+    check(shape is not None or input.divided is None, "type", "full_like across a cluster")
     return full(shape or input.shape, value, dtype or input.dtype, layout or input.layout)
 
 
@@ -43,14 +47,18 @@ def zeros_like(input: Tensor, **options: Any) -> Tensor:
 
 def convert_layout(value: Any, layout: Any, assert_trivial: Any = False) -> Tensor:
     check(isinstance(value, Tensor), "type", "convert_layout of what is not a tensor")
+    moves = clusters.divided(layout, len(value.shape)) != value.divided
+    check(not moves, "type", "convert_layout between the programs of a cluster is not emulated")
     return Tensor(value.data, value.dtype, layout)
 
 
 def split(a: Tensor) -> tuple[Tensor, Tensor]:
     """The two tiles of which a last axis of length 2 is made."""
     check(a.shape[-1] == 2, "type", f"split of the shape {a.shape}")
-    left, right = np.moveaxis(a.data, -1, 0)
-    return Tensor(left, a.dtype, layouts.AutoLayout()), Tensor(right, a.dtype, layouts.AutoLayout())
+    check(a.divided != len(a.shape) - 1, "type", "split across a cluster")
+    auto = layouts.AutoLayout()
+    halves = (Tensor(x, a.dtype, auto, divided=a.divided) for x in np.moveaxis(a.data, -1, 0))
+    return tuple(halves)  # type: ignore[return-value]
 
 
 def _reduction(f: Any) -> Callable:
@@ -65,6 +73,8 @@ def reduce(input: Any, axis: Any, combine_fn: Callable, keep_dims: Any = False) 
     """Fold an axis by a function of the kernel, in halves; of a tuple of tiles, together."""
     tiles = input if isinstance(input, tuple) else (input,)
     axis = int(axis)
+    across = any(x.divided == axis for x in tiles)
+    check(not across, "type", "a reduction across a cluster is not emulated")
     while tiles[0].shape[axis] > 1:
         halves = [np.split(x.data, 2, axis) for x in tiles]
         first = [Tensor(a, x.dtype, x.layout) for (a, _), x in zip(halves, tiles)]
@@ -142,6 +152,8 @@ def warp_specialize(
     right = len(workers) == len(worker_num_warps) == len(registers)
     check(right, "type", "warp_specialize needs warps and registers for each worker")
     check(all(r <= 256 for r in registers), "type", f"registers {registers}: at most 256")
+    if clusters.size() > 1:  # the compiler has it where barriers are used across programs
+        clusters.meet("the barrier before warp_specialize")
     parent.children = []
     for i, ((function, args), warps) in enumerate(zip(workers, worker_num_warps)):
         name = f"{parent.name}.{i + 1} {function.__name__}"
@@ -192,11 +204,11 @@ TABLE: dict[str, Any] = {
     "atomic_and": atomic(np.bitwise_and, "atomic_and"), "atomic_or": atomic(np.bitwise_or, "atomic_or"),
     "atomic_xor": atomic(np.bitwise_xor, "atomic_xor"),
     "atomic_xchg": atomic(lambda old, new: new, "atomic_xchg"),
-    "program_id": program_id, "num_programs": num_programs, "num_ctas": lambda: 1,
+    "program_id": program_id, "num_programs": num_programs, "num_ctas": clusters.size,
     "num_warps": lambda: running.partition().num_warps, "static_range": range,
     "constexpr": lambda x: x, "static_print": print, "device_print": _nothing,
     "static_assert": lambda cond, msg="": check(cond, "assert", str(msg)),
     "device_assert": device_assert, "assume": device_assert,
-    "barrier": _nothing, "thread_barrier": _nothing,
+    "barrier": clusters.barrier, "thread_barrier": _nothing,
     "multiple_of": _same, "max_contiguous": _same, "max_constancy": _same,
 }  # fmt: skip

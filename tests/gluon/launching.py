@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import running
 from .binding import Function, function
+from .clusters import SIZES, Cluster
 from .copies import Descriptor
 from .memory import Buffer, Pointer, Storage
 from .scheduler import Machine, Partition, Program
@@ -34,6 +35,7 @@ def launch(
     grid: Sequence[int],
     *args: Any,
     num_warps: int = 4,
+    num_ctas: int = 1,
     seed: int = 0,
     mode: str | None = None,
     order: bool = True,
@@ -48,14 +50,15 @@ def launch(
 
     Args:
         kernel: a `@gluon.jit` function, or the Python function in one.
-        grid: one to three numbers of programs.
+        grid: one to three numbers of programs, or of clusters.
         args: tensors, host TensorDescriptors, numbers and constants, in the kernel's order.
         num_warps: of a program, outside of the workers of warp_specialize.
+        num_ctas: programs of a cluster.
         seed: of the schedule; the same seed repeats the run.
         mode: one of scheduler.MODES; by default the seed's.
         order: look for unordered accesses by vector clocks.
         strict: ask for fence_async_shared between a barrier's init and the first load on it.
-        resident: programs that run at once.
+        resident: programs, or clusters, that run at once.
         in_order: start programs by their number, x first, as a chip does, and never more than
             `resident`: then a program may only wait for one of a lower number. By default they
             start in random order, and one more where all that run wait for global memory.
@@ -73,7 +76,10 @@ def launch(
     """
     code = function(getattr(kernel, "fn", kernel))
     sizes = (*(int(n) for n in grid), 1, 1)[:3]
-    before, machine = running.machine, Machine(sizes, seed, mode, order, strict, steps)
+    if num_ctas not in SIZES:
+        raise NotImplementedError(f"the emulator has no clusters of {num_ctas}")
+    before = running.machine
+    machine = Machine(sizes, seed, mode, order, strict, steps, num_ctas)
     running.machine = machine
     try:
         storages: dict[Any, Storage] = {}
@@ -108,9 +114,10 @@ def _program(
     num_warps: int,
 ) -> Callable[[], None]:
     def start() -> None:
-        name = f"program {place}"
-        program = Program(number, place)
-        machine.start(Partition(program, name, lambda: code(**values), num_warps))
+        cluster = Cluster()
+        for _ in range(machine.cluster):
+            program = Program(number, place, cluster)
+            machine.start(Partition(program, program.name, lambda: code(**values), num_warps))
 
     return start
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from triton.experimental.gluon import language as gl
 
-from . import running
+from . import clusters, running
 from .errors import check
 from .order import Order
 from .values import AUTO, Tensor, expanded_layout, is_float, layout_name, rounded, tensor
@@ -174,6 +174,8 @@ def load(
 
 def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
     buffer, (at, active), value = pointer.buffer, pointer.active(mask), tensor(value)
+    if clusters.divided(pointer.layout, at.ndim) is None and not clusters.leads():
+        return  # both programs have the same
     tiles = value.shape and pointer.shape
     same = not tiles or value.layout == pointer.layout or isinstance(value.layout, AUTO)
     check(same, "layout", "value and pointer layouts differ")
@@ -190,6 +192,7 @@ def _atomic(pointer: Pointer, change: Callable, sem: Any, name: str) -> Tensor:
     the partition then waits for a change, so that a wait without end is a deadlock with its line.
     """
     machine, partition, buffer = running.machine, running.partition(), pointer.buffer
+    check(clusters.size() == 1, "type", "atomics of a cluster are not emulated")
     sem = sem or "acq_rel"
     check(sem in ("acquire", "release", "acq_rel", "relaxed"), "type", f"semantics {sem}")
     machine.step()
@@ -239,6 +242,7 @@ def atomic_cas(pointer: Pointer, cmp: Any, val: Any, sem: Any = None, scope: Any
 
 def _add_tile(pointer: Pointer, value: Tensor, mask: Any) -> Tensor:
     running.machine.step()
+    check(clusters.size() == 1, "type", "atomics of a cluster are not emulated")
     partition, buffer, (at, active) = running.partition(), pointer.buffer, pointer.active(mask)
     buffer.inside(at[active], "atomic_add")
     old = np.zeros(at.shape, buffer.data.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,8 @@ PRODUCTS = Path(gluon_products.__file__)
 FFN = Path(ffn.__file__).parent
 LOSS = Path(loss.__file__).parent
 # Batch, queries, keys, heads, heads of K and V, head_dim, that of V, and features. Between them: both edges
-# of a band, rows that see no key, a padded head_dim, tiles that end inside of a head and of a box.
+# of a band, rows that see no key, a padded head_dim, tiles that end inside of a head and of a box;
+# dQ in any order, of more heads than start in turn.
 FORWARDS: list[tuple[Any, ...]] = [
     (2, 200, 191, 4, 2, 64, 64, {}),
     (1, 300, 520, 1, 1, 64, 64, {"causal": True}),
@@ -48,6 +49,7 @@ BACKWARDS: list[tuple[Any, ...]] = [
     (1, 256, 300, 1, 1, 72, 64, {"low": True}),
     (2, 70, 300, 2, 1, 64, 64, {"alibi_slopes": True, "softcap": 20.0, "key_lengths": (300, 130)}),
     (1, 174, 239, 2, 1, 64, 64, {"window": (60, 0), "packed": ((70, 140), (30, 50), (65, 20))}),
+    (3, 70, 140, 3, 3, 64, 64, {"deterministic": False}),
 ]
 
 # Of ffn: tokens, in_features, hidden, activation, whether gated; the last has the layout conv1d.
@@ -88,21 +90,28 @@ ACTIVATIONS = {
 }
 
 
+def ordered(kernel: Any, args: Sequence[Any]) -> Sequence[str]:
+    """The tensors that a launch adds to in an order: dQ, but where it has no semaphores."""
+    given = dict(zip(kernel.arg_names, args))
+    return ("dq_desc",) if given.get("semaphores") is not None else ()
+
+
 @contextmanager
 def emulated(**options: Any) -> Iterator[None]:
     """The `gluon` backend runs in the emulator; dQ must be added to in an order.
 
     New memory is filled with NaN: else a part of a result that nobody writes may be right by chance.
+    Torch does so in its deterministic mode, of which the calls are not to know.
     """
 
     def launcher(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-        ordered = [x for x in ("dq_desc",) if x in kernel.arg_names]
-        launch(kernel, grid, *args, ordered=ordered, **options, **constants)
+        launch(kernel, grid, *args, ordered=ordered(kernel, args), **options, **constants)
 
     kernels.use(launcher)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: False):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
         kernels.use(None)
@@ -124,11 +133,13 @@ def draw(shape: tuple[Any, ...], seed: int) -> tuple[dict[str, torch.Tensor], di
         given["key_lengths"] = torch.tensor(given["key_lengths"], dtype=torch.int32)
     if given.pop("alibi_slopes", False):
         given["alibi_slopes"] = torch.rand(heads)
-    if "packed" in given:  # with tokens after the last sequence
+    if "packed" in given:  # with tokens after the last sequence, NaN
         tensors = {name: x[0] for name, x in tensors.items()}
         lengths = torch.tensor([(0, 0), *given.pop("packed")], dtype=torch.int32)
         starts = lengths.cumsum(0, dtype=torch.int32).t().contiguous()
         given["cu_seqlens_q"], given["cu_seqlens_k"] = starts
+        for name, x in tensors.items():
+            x[starts[int(name != "q"), -1] :] = torch.nan
     return tensors, given
 
 

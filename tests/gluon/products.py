@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from triton.experimental.gluon.language import _layouts as layouts
 
-from . import running
+from . import clusters, running
 from .errors import GluonError, check
 from .shared import Shared
 from .values import Tensor, size
@@ -91,6 +91,9 @@ def _check_tile(a: Any, b: Any, accumulator: Any) -> None:
     whole = m % (16 * warps[0]) == 0 and columns % 8 == 0 and columns <= 256 and n % columns == 0
     deep = depth * size(a.dtype) == 32 and k % depth == 0
     check(whole and deep, "layout", f"tile {m} x {n} x {k} of {layout.instr_shape}")
+    rows, columns = (clusters.divided(layout, 2) == dim for dim in (0, 1))
+    parts = (a.divided, b.divided) == (0 if rows else None, 1 if columns else None)
+    check(parts, "layout", "a cluster divides a product's operands otherwise than its result")
 
 
 def warpgroup_mma(

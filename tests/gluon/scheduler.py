@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import running
+from .clusters import Cluster
 from .copies import Load, Store
 from .errors import GluonError, check
 from .order import Order
@@ -28,16 +29,19 @@ class Stopped(BaseException):
 
 
 class Program:
-    """A program of the grid: one block of the chip."""
+    """A program of the grid, or one of a cluster there: one block of the chip."""
 
-    def __init__(self, number: int, place: tuple[int, int, int]):
-        self.number, self.place = number, place
+    def __init__(self, number: int, place: tuple[int, int, int], cluster: Cluster):
+        self.number, self.place, self.cluster = number, place, cluster
+        self.rank = len(cluster.programs)
+        self.name = f"program {place}" + (f"/{self.rank}" if running.machine.cluster > 1 else "")
+        cluster.programs.append(self)
         self.shared_bytes = self.live = 0
         self.allocations: list[Allocation] = []
 
     def check_end(self, order: Order, events: list[Any]) -> None:
         """Fail where something is still in flight."""
-        end = f"program {self.place} ends"
+        end = f"{self.name} ends"
         for event in events:
             if event.program is self and isinstance(event, Load):
                 raise GluonError("exit", f"{end} with a TMA load in flight ({event.line})")
@@ -49,6 +53,10 @@ class Program:
             for barrier in allocation.barriers.values():
                 if barrier.count is not None and barrier.bytes:
                     raise GluonError("exit", f"{end}, {barrier}")
+                for agent, count in barrier.away.items():
+                    late = f"{running.machine.names[agent]} may still arrive at {barrier.name}"
+                    known = order.seen[agent] >= count or not running.machine.order
+                    check(known, "exit", f"{end}, {late}")
 
 
 class Partition:
@@ -137,7 +145,8 @@ class Machine:
     """A launch in progress.
 
     `order`: look for unordered accesses; `strict`: ask for a fence between a barrier's init and the
-    first load that signals it; `resident`: programs at once; `waiting`: those not yet started.
+    first load that signals it; `resident`: programs, or clusters, at once; `waiting`: those not yet
+    started; `cluster`: programs of one.
     """
 
     def __init__(
@@ -148,7 +157,9 @@ class Machine:
         order: bool,
         strict: bool,
         limit: int,
+        cluster: int = 1,
     ):
+        self.cluster = cluster
         self.grid, self.random, self.limit = grid, random.Random(seed), limit
         self.order, self.strict = order, strict
         self.mode = mode or MODES[(seed + seed // 4) % len(MODES)]
@@ -282,5 +293,5 @@ class Machine:
         for event in [x for x in self.events if x.program is program]:
             while event in self.events:
                 self.fire(event)
-        if self.waiting:
+        if self.waiting and not any(x.live for x in program.cluster.programs):
             self.waiting.pop()()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from triton.experimental.gluon.language import _layouts as layouts
 
-from . import running
+from . import clusters, running
 from .errors import check
 from .values import F32, Tensor, is_float, size
 
@@ -53,9 +53,12 @@ def _within(inner: Box, outer: Box) -> bool:
 
 
 class Allocation:
-    def __init__(self, dtype: Any, shape: list[int], name: str):
+    def __init__(self, dtype: Any, shape: list[int], name: str, program: Any, divided: Any):
         floats = is_float(dtype)
         self.shape, self.name = shape, name
+        self.program, self.number = program, len(program.allocations)
+        self.divided = divided  # the dimension of which the programs of a cluster have parts
+        self.led = False  # of barriers: whether the first program has them for the cluster
         self.accesses: list[Access] = []
         self.barriers: dict[tuple[int, ...], Any] = {}  # by place, where this is memory of barriers
         self.data = np.full(shape, np.nan if floats else 0, F32 if floats else np.int64)
@@ -77,6 +80,12 @@ class Shared:
     element_ty = property(lambda self: self.dtype)
     numel = property(lambda self: math.prod(self.shape))
     nbytes_per_cta = property(lambda self: self.numel * size(self.dtype))
+
+    @property
+    def divided(self) -> int | None:
+        """The dimension of which the programs of a cluster have parts."""
+        whole = self.allocation.divided
+        return self.axes.index(whole) if whole in self.axes else None
 
     @property
     def name(self) -> str:
@@ -108,7 +117,13 @@ class Shared:
         box = self._part(0, int(at), int(at) + 1)
         return Shared(self.allocation, self.dtype, self.layout, box, self.axes[1:])
 
+    def of_program(self, program: Any) -> Shared:
+        """The same view in another program of the cluster."""
+        allocation = clusters.twin(self.allocation, program)
+        return Shared(allocation, self.dtype, self.layout, self.box, self.axes)
+
     def slice(self, start: Any, length: Any, dim: Any = 0) -> Shared:
+        check(int(dim) != self.divided, "layout", f"slice of {self.name} across a cluster")
         box = self._part(int(dim), int(start), int(start) + int(length))
         return Shared(self.allocation, self.dtype, self.layout, box, self.axes)
 
@@ -122,6 +137,7 @@ class Shared:
     def reshape(self, shape: Any) -> Shared:
         """Dimensions of length 1 come and go: these move no data, whatever the swizzle."""
         shape, layout = [int(n) for n in shape], self.layout
+        check(self.divided is None, "type", "reshape of a cluster's memory is not emulated")
         axes = tuple(a for a, n in zip(self.axes, self.shape) if n != 1)
         long = [n for n in self.shape if n != 1]
         right = [n for n in shape if n != 1] == long and len(axes) == len(shape)
@@ -194,12 +210,13 @@ class Shared:
 def allocate_shared_memory(
     element_ty: Any, shape: Any, layout: Any = None, value: Any = None
 ) -> Shared:
-    program, shape = running.partition().program, [int(n) for n in shape]
+    program = running.partition().program
+    shape, divided = clusters.part([int(n) for n in shape], layout)
     program.shared_bytes += -(-math.prod(shape) * size(element_ty) // 16) * 16
     check(
         program.shared_bytes <= 232448, "shared", f"{program.shared_bytes} bytes of shared memory"
     )
-    allocation = Allocation(element_ty, shape, running.assigned() or "memory")
+    allocation = Allocation(element_ty, shape, running.assigned() or "memory", program, divided)
     program.allocations.append(allocation)
     box = tuple((0, n) for n in shape)
     view = Shared(allocation, element_ty, layout, box, tuple(range(len(shape))))

@@ -17,7 +17,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastattn.ops.common.gluon import REDUCES
+from fastattn.ops.common.gluon import CLUSTERS, REDUCES
 from oracle import assert_all_close_to_reference, assert_close_to_reference
 
 from . import bugs, package
@@ -145,11 +145,14 @@ ALL = {
     "attention backward": Subject(
         package.ROOM / "backward.py",
         package.run_backward,
-        {},
+        bugs.PACKAGE_BACKWARD,
         len(package.BACKWARDS),
     ),
     "products": Subject(
-        package.PRODUCTS, package.run_product, bugs.PRODUCTS, len(package.PRODUCT_SHAPES)
+        package.PRODUCTS,
+        package.run_product,
+        bugs.PRODUCTS | (bugs.CLUSTERS if CLUSTERS else {}),
+        len(package.PRODUCT_SHAPES),
     ),
     "ffn forward": Subject(
         package.FFN / "forward.py", package.run_ffn, bugs.PACKAGE_FFN, len(package.FFNS)

@@ -8,6 +8,8 @@ import pytest
 from gluon import counts, mutants
 from gluon.subjects import BACKWARDS, FORWARDS, SUBJECTS
 
+from fastattn.ops.common.gluon import CLUSTERS
+
 BUGS = [(name, bug) for name, subject in SUBJECTS.items() for bug in subject.bugs]
 
 
@@ -29,6 +31,8 @@ def test_planted_bug_is_found(name: str, bug: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", [x for x in counts.load() if x in SUBJECTS])
 def test_counts(name: str) -> None:
+    if name == "products" and not CLUSTERS:
+        pytest.skip("the table has the bugs of clusters, which Triton has from 3.8")
     assert counts.count(name) == counts.load()[name]
 
 

@@ -65,10 +65,10 @@ def columns(layout: Any) -> int:
 TILES = [tiles.forward(d, dv, crowded=False) for d in SIZES for dv in SIZES]
 KINDS = [SimpleNamespace(BM=QUERIES, BN=x.keys, D=x.d, DV=x.dv) for x in TILES]
 TERMS = sorted({n for x in KINDS for n in (x.BM, x.BN)})  # of products with A in registers
-ACCUMULATORS = sorted(
-    {eval(x, {"gl": gl, "kind": kind}) for x in calls("NVMMADistributedLayout") for kind in KINDS},
-    key=columns,
-)
+NAMES = [{"gl": gl, "kind": kind, "columns": n} for kind in KINDS for n in (64, 128)]
+NAMED = {eval(x, names) for x in calls("NVMMADistributedLayout") for names in NAMES}
+ACCUMULATORS = sorted((x for x in NAMED if not x.cga_layout), key=columns)
+OF_CLUSTERS = sorted((x for x in NAMED if x.cga_layout), key=columns)
 OPERANDS = [
     (out, eval(x, {"gl": gl, "OUT": out}))
     for x in sorted(set(calls("DotOperandLayout")))
@@ -115,11 +115,38 @@ def is_swizzled(layout: Any, dtype: torch.dtype, box: Sequence[int]) -> bool:
 def test_the_kernels_have_these() -> None:
     assert [columns(x) for x in ACCUMULATORS] == [32, 64, 128, 256]
     assert len(OPERANDS) == len(ACCUMULATORS)  # one for each
+    assert [columns(x) for x in OF_CLUSTERS] == [64, 128]
 
 
 @pytest.mark.parametrize("layout", ACCUMULATORS, ids=columns)
 def test_accumulators(layout: Any) -> None:
     assert is_an_accumulator(layout)
+
+
+def has_halves(layout: Any, of_one: Any, box: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether both programs of a cluster have their parts as a program alone has `box`."""
+    whole = [n * (1 + x) for n, x in zip(box, second)]
+    first, other = view(layout, whole).chunk(2)
+    there = view(of_one, box)
+    step = torch.tensor([n * x for n, x in zip(box, second)])
+    return torch.equal(first, there) and torch.equal(other, there + step)
+
+
+def test_programs_of_a_cluster_have_64_rows_each() -> None:
+    for layout in OF_CLUSTERS:
+        alone = next(x for x in ACCUMULATORS if columns(x) == columns(layout))
+        assert has_halves(layout, alone, (ROWS, columns(layout)), (1, 0))
+        assert not has_halves(layout, alone, (ROWS, columns(layout)), (0, 1))
+
+
+@pytest.mark.parametrize(
+    "box, second", [((64, 64), (1, 0)), ((64, 128), (1, 0)), ((64, 64), (0, 1))]
+)
+def test_a_box_that_a_cluster_divides(box: tuple[int, int], second: tuple[int, int]) -> None:
+    whole = [n * (1 + x) for n, x in zip(box, second)]
+    x = torch.empty(whole, dtype=torch.bfloat16)
+    alone = kernels.descriptor(x, box).layout
+    assert has_halves(kernels.descriptor(x, whole, second=second).layout, alone, box, second)
 
 
 @pytest.mark.parametrize("terms", TERMS)

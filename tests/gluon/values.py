@@ -14,7 +14,7 @@ import numpy as np
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language import _layouts as layouts
 
-from . import running
+from . import clusters, running
 from .errors import check, fail
 
 F32 = np.float32
@@ -77,8 +77,19 @@ class Tensor:
 
     __array_priority__ = 100
 
-    def __init__(self, data: Any, dtype: Any, layout: Any = None, product: Any = None):
+    def __init__(
+        self,
+        data: Any,
+        dtype: Any,
+        layout: Any = None,
+        product: Any = None,
+        divided: int | None = None,
+    ):
         self._data, self.dtype, self.layout, self.product = data, dtype, layout, product
+        # The dimension of which the programs of a cluster have parts; the layout says it, if any.
+        self.divided = divided
+        if not isinstance(layout, AUTO) and clusters.size() > 1:
+            self.divided = clusters.divided(layout, len(self.shape))
         if layout is not None and product is None:
             warps, there = _warps(layout), running.partition().num_warps
             text = f"{layout_name(layout)} of {warps} warps in a partition of {there}"
@@ -108,9 +119,12 @@ class Tensor:
             x, y = y, x
         with np.errstate(all="ignore"):
             result = f(x, y)
+        divided = self.divided
+        if divided is None and isinstance(other, Tensor):
+            divided = other.divided
         if compare:
-            return Tensor(np.asarray(result, bool), gl.int1, layout)
-        return Tensor(rounded(result, dtype), dtype, layout)
+            return Tensor(np.asarray(result, bool), gl.int1, layout, divided=divided)
+        return Tensor(rounded(result, dtype), dtype, layout, divided=divided)
 
     def _divided(self, other: Any, swap: bool = False) -> Any:
         floats = isinstance(other, float) or is_float(getattr(other, "dtype", gl.int32))
@@ -162,17 +176,22 @@ class Tensor:
             x = x != 0
         elif is_float(self.dtype) and not is_float(dtype):
             x = np.trunc(x)
-        return Tensor(rounded(x, dtype), dtype, self.layout)
+        return Tensor(rounded(x, dtype), dtype, self.layout, divided=self.divided)
 
     cast = to
 
     def permute(self, *order: Any) -> Tensor:
-        order = order[0] if len(order) == 1 else order
-        return Tensor(self.data.transpose([int(o) for o in order]), self.dtype, AUTO[0]())
+        order = [int(o) for o in (order[0] if len(order) == 1 else order)]
+        divided = None if self.divided is None else order.index(self.divided)
+        return Tensor(self.data.transpose(order), self.dtype, AUTO[0](), divided=divided)
 
     def reshape(self, *shape: Any) -> Tensor:
-        shape = shape[0] if len(shape) == 1 else shape
-        return Tensor(self.data.reshape([int(n) for n in shape]), self.dtype, AUTO[0]())
+        shape = [int(n) for n in (shape[0] if len(shape) == 1 else shape)]
+        if self.divided is not None:  # the first dimension, of which a part stays one
+            right = self.divided == 0 and shape[0] % clusters.size() == 0
+            check(right, "type", f"reshape to {shape} across a cluster is not emulated")
+            shape[0] //= clusters.size()
+        return Tensor(self.data.reshape(shape), self.dtype, AUTO[0](), divided=self.divided)
 
     def sum(self, axis: Any = None) -> Tensor:
         return reduced(self, axis, np.add)
@@ -269,15 +288,19 @@ def expand_dims(x: Any, axis: int) -> Any:
     if not isinstance(x, Tensor):
         return x.expand_dims(axis)
     layout = expanded_layout(x.layout, x.shape, axis)
-    return Tensor(np.expand_dims(x.data, axis), x.dtype, layout)
+    divided = x.divided if x.divided is None or x.divided < axis else x.divided + 1
+    return Tensor(np.expand_dims(x.data, axis), x.dtype, layout, divided=divided)
 
 
 def reduced(x: Tensor, axis: Any, f: Any) -> Tensor:
     """Reduce along an axis, or all, by a ufunc of NumPy, and round once."""
     axis = None if axis is None else int(axis)
+    across = x.divided is not None and axis in (None, x.divided)
+    check(not across, "type", "a reduction across a cluster is not emulated")
     data = f.reduce(x.data, axis=axis)
     if np.ndim(data) == 0:
         return Tensor(rounded(data, x.dtype), x.dtype)
     auto = isinstance(x.layout, AUTO)
     layout = x.layout if auto else layouts.SliceLayout(axis, x.layout)
-    return Tensor(rounded(data, x.dtype), x.dtype, layout)
+    divided = x.divided if x.divided is None or x.divided < axis else x.divided - 1
+    return Tensor(rounded(data, x.dtype), x.dtype, layout, divided=divided)

@@ -32,6 +32,7 @@ class Features(NamedTuple):
     softcap: float = 0.0
     dropout_p: float = 0.0
     fp32_precision: str = "ieee"
+    deterministic: bool = True
     mask: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
@@ -42,7 +43,7 @@ class Features(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        return self[6:]
+        return self[7:]
 
 
 class Extras(NamedTuple):
@@ -101,6 +102,7 @@ class Settings(NamedTuple):
     max_seqlen_k: int = 0
     block_q: Static = 0  # tile of the block mask, else 0
     block_k: Static = 0
+    deterministic: bool = True  # whether dq is added to in one order
 
 
 _IN_SCHEMA = {

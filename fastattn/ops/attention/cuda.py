@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastattn.ops.attention import tiles
 from fastattn.ops.attention.call import (
     Extras,
     Learnt,
@@ -53,6 +54,9 @@ def unsupported(problem: AttentionProblem) -> str | None:
     if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
         return f"a sequence of {max(problem.seqlen_q, problem.seqlen_k)} tokens is above 2^30 - 1"
     return None
+
+
+declined = tiles.few_queries
 
 
 def forward(

@@ -59,6 +59,7 @@ def attention(
     block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     fp32_precision: str = "ieee",
+    deterministic: bool = True,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> torch.Tensor: ...
@@ -83,6 +84,7 @@ def attention(
     block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     fp32_precision: str = "ieee",
+    deterministic: bool = True,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> Outputs: ...
@@ -106,6 +108,7 @@ def attention(
     block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     fp32_precision: str = "ieee",
+    deterministic: bool = True,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | Outputs:
@@ -126,7 +129,7 @@ def attention(
     tile by tile (FlashAttention, Dao et al. 2022, arXiv:2205.14135; FlashAttention-2, Dao 2023,
     arXiv:2307.08691, for the loop order): memory is linear in the sequence length, and tiles that
     causality, window, lengths, documents or the block mask exclude are never visited. The backward
-    has no atomics: the same inputs give the same bits.
+    adds in one order: the same inputs give the same bits.
 
     A query that sees no key has output 0, LSE -inf (with a sink: the sink) and zero gradient. Under
     autocast the inputs are cast as F.scaled_dot_product_attention's are.
@@ -162,6 +165,9 @@ def attention(
             are scaled by 1 / (1 - dropout_p). Seeded by torch's generator of the device.
         fp32_precision: how the kernels multiply float32: "ieee", or "tf32x3", three products on the
             tensor cores that together keep nearly float32's precision.
+        deterministic: False lets a backward add dq in any order where that is faster: Hopper's
+            Gluon kernels do. Every other backend gives equal bits either way, and so do these
+            under torch.use_deterministic_algorithms(True).
         return_lse: return the log-sum-exp of the scores too. Its gradient counts.
         backend: "gluon", "cuda", "triton", "torch" or "reference"; default: the first capable one.
 
@@ -180,6 +186,7 @@ def attention(
     if (
         plain and backend is None and window is None and type(softcap) is type(dropout_p) is float
         and not (softcap or dropout_p or return_lse) and fp32_precision == "ieee"
+        and type(deterministic) is bool
     ):  # fmt: skip
         out = straight.run(q, k, v, causal, softmax_scale)
         if out is not None:
@@ -187,7 +194,9 @@ def attention(
     if isinstance(q, torch.Tensor) and (dtype := modes.autocast_dtype(q.device.type)) is not None:
         q, k, v = (_cast(x, dtype) for x in (q, k, v))
         bias, sink = (_cast(x, dtype, keep=torch.float32) for x in (bias, sink))
-    numbers = causal, window, softmax_scale, softcap, dropout_p, fp32_precision
+    if deterministic is False:  # a plan is kept for the order that it has
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    numbers = causal, window, softmax_scale, softcap, dropout_p, fp32_precision, deterministic
     tensors: tuple[Any, ...] = ()
     if not plain:
         tensors = mask, bias, alibi_slopes, sink, key_lengths, document_ids, block_mask
@@ -263,6 +272,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
     block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     fp32_precision: str = "ieee",
+    deterministic: bool = True,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | Outputs:
@@ -286,7 +296,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         document_ids: (total,), or a pair of (total_q,) and (total_k,).
         block_mask: made for max_seqlen_q and max_seqlen_k.
         causal, window, softmax_scale, softcap, alibi_slopes, sink, dropout_p, fp32_precision,
-            return_lse, backend: as `attention`'s.
+            deterministic, return_lse, backend: as `attention`'s.
 
     Returns:
         out, (total_q, heads, head_dim_v), or with `return_lse` (out, lse), lse (heads, total_q).
@@ -307,7 +317,7 @@ def attention_varlen(  # type: ignore[misc]  # the overloads leave the features 
         seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale,
         softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink,
         document_ids=document_ids, block_mask=block_mask, dropout_p=dropout_p,
-        fp32_precision=fp32_precision,
+        fp32_precision=fp32_precision, deterministic=deterministic,
     )  # fmt: skip
     described = _problem.AttentionProblem.of(q, k, v, extras, settings, return_lse=return_lse)
     _, run = _dispatch.make(None, described, backend, "attention_varlen")

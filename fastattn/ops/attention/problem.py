@@ -155,6 +155,7 @@ class AttentionProblem:
             *(name for name in self.given if not name.startswith("cu_seqlens")),
             f"dropout_p={s.dropout_p}" if s.dropout_p else "",
             f"fp32_precision={s.fp32_precision}" if s.fp32_precision != "ieee" else "",
+            "" if s.deterministic else "deterministic=False",
             "return_lse" if self.return_lse else "",
             "with gradients" if self.needs_grad else "",
             "under a torch.func transform or forward-mode AD" if self.transformed else "",
@@ -366,6 +367,8 @@ def check_features(
     if given.fp32_precision not in FP32_PRECISIONS:
         accepted = " or ".join(map(repr, FP32_PRECISIONS))
         raise ValueError(f"fp32_precision must be {accepted}; got {given.fp32_precision!r}")
+    if not isinstance(given.deterministic, bool):
+        raise TypeError(f"deterministic must be True or False; got {given.deterministic!r}")
     if given.mask is not None:
         _check_broadcastable("mask", given.mask, full, q.device)
         if given.mask.dtype != torch.bool:
@@ -393,6 +396,7 @@ def check_features(
         fp32_precision=given.fp32_precision,
         block_q=blocks.block_size[0] if blocks is not None else 0,
         block_k=blocks.block_size[1] if blocks is not None else 0,
+        deterministic=given.deterministic or torch.are_deterministic_algorithms_enabled(),
     )
     return settings, gather(q.dtype, *given.tensors)
 

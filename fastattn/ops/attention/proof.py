@@ -39,6 +39,7 @@ def family(problem: AttentionProblem) -> str | None:
         *(f"{name} float32" for name in problem.wide),
         "lse" if problem.return_lse else "",
         "with gradients" if problem.needs_grad else "",
+        "in any order" if problem.needs_grad and not s.deterministic else "",
         "and of the bias" if problem.needs_bias_grad else "",
         "which has one row" if problem.needs_bias_grad and problem.bias_is_row else "",
     ]
@@ -148,6 +149,7 @@ def options(problem: AttentionProblem) -> dict[str, Any]:
         "softcap": s.softcap,
         "dropout_p": DROPOUT if s.dropout_p else 0.0,
         "fp32_precision": s.fp32_precision,
+        "deterministic": s.deterministic,
     }
 
 

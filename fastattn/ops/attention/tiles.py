@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fastattn.ops.attention.call import Extras, Settings
+from fastattn.ops.attention.problem import AttentionProblem
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,13 @@ def row(
 def is_decode(seqlen_q: int, group_size: int) -> bool:
     """Whether so few rows share a key head that the time goes into reading keys and values."""
     return seqlen_q * group_size <= DECODE_ROWS
+
+
+def few_queries(problem: AttentionProblem) -> str | None:
+    """The reason why the automatic choice passes over a kernel that does not split the keys."""
+    if problem.packed or not is_decode(problem.seqlen_q, problem.group_size):
+        return None
+    return "for so few queries the Triton kernel splits the keys, and packs the heads of a key head"
 
 
 class Split(NamedTuple):

@@ -66,6 +66,7 @@ tma: Any = _completed(
 )
 mbarrier: Any = _completed(hopper.mbarrier, allocate_mbarrier=_allocate_mbarrier)
 REDUCES = hasattr(tma, "async_atomic_add")  # Triton 3.8
+CLUSTERS = REDUCES  # 3.7 has some of it, which no test here has compiled
 
 
 # --- who may run them -----------------------------------------------------------------------------
@@ -133,13 +134,21 @@ _launcher: Callable[..., Any] | None = None
 class _Geometry:
     """A descriptor apart from its address, checked; there is one for each sizes and strides."""
 
-    def __init__(self, name: str, x: torch.Tensor, box: Sequence[int], swizzle: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        x: torch.Tensor,
+        box: Sequence[int],
+        swizzle: int,
+        second: Sequence[int] | None,
+    ) -> None:
         if (reason := descriptors.misfit(**{name: x})) is not None:
             raise door.CannotRun(reason)
         size = x.element_size()
         strides = [ALIGNMENT // size if n == 1 else s for n, s in zip(x.shape, x.stride())]
         strides[-1] = 1
-        layout = gl.NVMMASharedLayout(swizzle, 8 * size, rank=len(box))
+        cluster = {} if second is None else {"cga_layout": [list(second)]}
+        layout = gl.NVMMASharedLayout(swizzle, 8 * size, rank=len(box), **cluster)
         made = TensorDescriptor(x, list(x.shape), strides, list(box), layout)
         self.parts = {**vars(made), "base": None, "geometry": self}
 
@@ -148,7 +157,11 @@ _geometries: PlanCache[_Geometry] = PlanCache()
 
 
 def descriptor(
-    x: torch.Tensor, box: Sequence[int], swizzle: int = 128, name: str = "a tensor"
+    x: torch.Tensor,
+    box: Sequence[int],
+    swizzle: int = 128,
+    name: str = "a tensor",
+    second: Sequence[int] | None = None,
 ) -> TensorDescriptor:
     """A host descriptor of `x`, whose boxes are `box`; beyond its bounds it reads zeros.
 
@@ -156,14 +169,16 @@ def descriptor(
         box: powers of two, at most 256 each; 1 for dimensions that a copy takes one of.
         swizzle: bytes of a row of the swizzled layout in shared memory.
         name: of the tensor, for the error.
+        second: in a cluster of two, which part of the box is the second program's: after the
+            first's along the dimension with a 1; zeros: each has the whole box.
 
     Raises:
         launch.CannotRun: no descriptor can be made of `x` (descriptors.misfit).
     """
-    key = x.shape, x.stride(), x.dtype, swizzle, *box
+    key = x.shape, x.stride(), x.dtype, swizzle, second and tuple(second), *box
     geometry = _geometries.get(key)
     if geometry is None:
-        geometry = _Geometry(name, x, box, swizzle)
+        geometry = _Geometry(name, x, box, swizzle, second)
         _geometries.put(key, geometry)
     if x.data_ptr() % ALIGNMENT:
         raise door.CannotRun(descriptors.misfit(**{name: x}))
@@ -176,6 +191,14 @@ def descriptor(
 def readable(x: torch.Tensor) -> torch.Tensor:
     """`x` itself where a descriptor can be made of it, else a copy."""
     return x if reads(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptor_or_copy(x: torch.Tensor, box: Sequence[int]) -> TensorDescriptor:
+    """`descriptor` of `x`, or of a copy where none can be made of `x` itself."""
+    try:
+        return descriptor(x, box)
+    except door.CannotRun:
+        return descriptor(x.clone(memory_format=torch.contiguous_format), box)
 
 
 class _Kept(NamedTuple):
@@ -198,6 +221,7 @@ def launch(
     that it has then: no address outlives a call, and a CUDA graph keeps the encoded one.
 
     Args:
+        grid: of programs, or of clusters where `constants` have `num_ctas`.
         args: tensors, the first of which says where it runs, or None; descriptors; numbers.
 
     Raises:

@@ -9,18 +9,22 @@ of shared memory, and begins the next tile's while the consumers finish this one
 for its own products before it frees a stage: the tensor cores have those of the other two
 meanwhile. What follows the products of a tile, each kernel has of its own.
 
+Two programs are a *cluster* where there are rows for both: they have the same columns, and one
+copies the right operand to both. To Gluon they are one program of tiles twice as high, of which
+each has its half (`cga_layout`): a consumer has 128 rows, 64 in each. A stage has three barriers:
+`full` and `empty` of each program, and `shared` in the first, where the consumers of both arrive.
+
 An operand is *K-major* if its terms lie side by side in memory, as in a weight (out, in), else they
 lie below each other; TMA and wgmma read both, so nothing is transposed or copied.
 
-A trip of the ring reads (192 + 256) 64 elements from the L2 in 1536 clocks of products, 37.3 bytes
-a clock; tiles of 128 by 256 would read 48. At 32 bytes a clock and multiprocessor, the copies of a
-long sum take 1.17 times as long as its products, and a tile's end is hidden by the copies of the
-next one's stages. Less needs multicast in a cluster: two programs that share the right operand's
-columns read 26.7. More accumulators do not help: 192 by 256 are 128 of a thread's 160 registers.
+A trip of the ring reads (192 + 256 / 2) 64 elements from the L2 in 1536 clocks of products, 26.7
+bytes a clock and multiprocessor; without a cluster 37.3, which at 32 bytes a clock takes 1.17 times
+as long as the products.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -38,14 +42,22 @@ from fastattn.ops.common import launch
 from fastattn.ops.common.gluon import mbarrier, tma
 
 CONSUMERS = gl.constexpr(3)
-ROWS = gl.constexpr(64)  # of a consumer
+ROWS = gl.constexpr(64)  # of a consumer, in each program of a cluster
 HALF = gl.constexpr(128)  # columns of each of its two accumulators, 64 registers of a thread
+STRIP = gl.constexpr(64)  # columns that a long end treats at once, for want of registers
 TERMS = gl.constexpr(64)  # of the sums in a stage; 128 bytes, a row of the swizzle
 STAGES = gl.constexpr(3)  # 168 KB; results on their way out have 48 KB
 GROUP = gl.constexpr(8)  # rows of tiles that are walked through together, column by column
-ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 REGISTERS = gl.constexpr(160)  # of a consumer's thread; a multiprocessor has 64 K
 REGISTERS_OF_PRODUCER = gl.constexpr(24)
+
+
+@gluon.constexpr_function
+def accumulator(programs, columns=128):
+    """The layout of a consumer's rows: 64 in each program of a cluster."""
+    if programs == 1:
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16], cga_layout=[[1, 0]])
 
 
 class Kind(NamedTuple):
@@ -84,6 +96,7 @@ class Ring(NamedTuple):
     second: Any
     full: Any
     empty: Any
+    shared: Any  # of the right operands' slots in both programs of a cluster; without one unused
 
 
 # --- main loop ------------------------------------------------------------------------------------
@@ -105,8 +118,20 @@ def make_ring(operands):
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    shared = empty
+    if gl.num_ctas() > 1:
+        shared = mbarrier.allocate_mbarrier(batch=STAGES, two_ctas=True)
+        for i in gl.static_range(STAGES):
+            mbarrier.init(shared.index(i), count=CONSUMERS)  # of each program
     fence_async_shared()  # before the copies see the barriers
-    return Ring(left, first, second, full, empty)
+    return Ring(left, first, second, full, empty, shared)
+
+
+@gluon.jit
+def leave():
+    """End together: until then the other program of a cluster may arrive at this one's barriers."""
+    if gl.num_ctas() > 1:
+        gl.barrier(cluster=True)
 
 
 @gluon.jit
@@ -116,7 +141,7 @@ def corner(tile, walk, kind: gl.constexpr):
     group = tile // (GROUP * walk.columns)
     within = tile % (GROUP * walk.columns)
     height = gl.minimum(walk.rows - group * GROUP, GROUP)
-    row = (group * GROUP + within % height) * (CONSUMERS * ROWS)
+    row = (group * GROUP + within % height) * (CONSUMERS * ROWS * gl.num_ctas())
     return row, within // height * WIDTH
 
 
@@ -130,16 +155,21 @@ def advance(slot, phase):
 
 
 @gluon.jit
-def load(desc, line, term, full, smem, K_MAJOR: gl.constexpr):
-    if K_MAJOR:
-        tma.async_load(desc, [line, term], full, smem)
+def load(desc, line, term, full, smem, K_MAJOR: gl.constexpr, SHARED: gl.constexpr):
+    at = (line, term) if K_MAJOR else (term, line)
+    if SHARED and gl.num_ctas() > 1:
+        tma.async_load(desc, at, full, smem, multicast=True)
     else:
-        tma.async_load(desc, [term, line], full, smem)
+        tma.async_load(desc, at, full, smem)
 
 
 @gluon.jit
 def fill(operands, trips, row, column, ring, slot, phase, kind: gl.constexpr):
-    """Copy the operands of a tile's trips."""
+    """Copy the operands of a tile's trips.
+
+    In a cluster only the first program waits for `shared`, and copies the right operands to both.
+    The other's may come before it expects them: its `full` counts their bytes, and waits for it.
+    """
     BYTES: gl.constexpr = 2 * TERMS * (CONSUMERS * ROWS + 2 * HALF)
     second = column
     if not kind.PAIR:
@@ -151,9 +181,11 @@ def fill(operands, trips, row, column, ring, slot, phase, kind: gl.constexpr):
         mbarrier.expect(full, BYTES)
         for c in gl.static_range(CONSUMERS):
             into = ring.left.index(slot * CONSUMERS + c)
-            load(operands.left, row + c * ROWS, term, full, into, kind.LEFT)
-        load(operands.first, column, term, full, ring.first.index(slot), kind.FIRST)
-        load(operands.second, second, term, full, ring.second.index(slot), kind.SECOND)
+            load(operands.left, row + c * ROWS * gl.num_ctas(), term, full, into, kind.LEFT, False)
+        if gl.num_ctas() > 1:
+            mbarrier.wait(ring.shared.index(slot), phase)
+        load(operands.first, column, term, full, ring.first.index(slot), kind.FIRST, True)
+        load(operands.second, second, term, full, ring.second.index(slot), kind.SECOND, True)
         slot, phase = advance(slot, phase)
     return slot, phase
 
@@ -180,8 +212,9 @@ def turned(smem, TURN: gl.constexpr):
 @gluon.jit
 def multiply(walk, ring, slot, phase, kind: gl.constexpr, WHICH: gl.constexpr):
     """Both halves of a consumer's part of a tile, and where in the ring the next one begins."""
-    first = gl.zeros([ROWS, HALF], gl.float32, ACCUMULATOR)
-    second = gl.zeros([ROWS, HALF], gl.float32, ACCUMULATOR)
+    layout: gl.constexpr = accumulator(gl.num_ctas())
+    first = gl.zeros([ROWS * gl.num_ctas(), HALF], gl.float32, layout)
+    second = gl.zeros([ROWS * gl.num_ctas(), HALF], gl.float32, layout)
     trips = walk.trips
     if kind.MORE:
         trips += walk.more
@@ -194,6 +227,8 @@ def multiply(walk, ring, slot, phase, kind: gl.constexpr, WHICH: gl.constexpr):
         second = warpgroup_mma(left, other, second, is_async=True)
         first, second = warpgroup_mma_wait(0, [first, second])
         mbarrier.arrive(ring.empty.index(slot), count=1)
+        if gl.num_ctas() > 1:
+            mbarrier.arrive(ring.shared.index(slot), count=1)
         slot, phase = advance(slot, phase)
     return first, second, slot, phase
 
@@ -202,9 +237,20 @@ def multiply(walk, ring, slot, phase, kind: gl.constexpr, WHICH: gl.constexpr):
 
 
 @gluon.jit
+def strips(half):
+    """The left and the right strip of an accumulator: other names of its registers."""
+    shape: gl.constexpr = (ROWS * gl.num_ctas(), 2, STRIP)
+    layout: gl.constexpr = accumulator(gl.num_ctas(), STRIP)
+    left, right = gl.split(half.reshape(shape).permute((0, 2, 1)))
+    left = gl.convert_layout(left, layout, assert_trivial=True)
+    return left, gl.convert_layout(right, layout, assert_trivial=True)
+
+
+@gluon.jit
 def biased(acc, bias_ptr, column, width, BIASED: gl.constexpr):
     if BIASED:
-        columns = column + gl.arange(0, HALF, gl.SliceLayout(0, ACCUMULATOR))
+        layout: gl.constexpr = accumulator(gl.num_ctas())
+        columns = column + gl.arange(0, HALF, gl.SliceLayout(0, layout))
         bias = gl.load(bias_ptr + columns, mask=columns < width, other=0.0)
         acc = acc + bias.to(gl.float32)[None, :]
     return acc
@@ -232,7 +278,7 @@ def consume(
     mine = smem.index(WHICH)
     for tile in range(gl.program_id(0), walk.rows * walk.columns, gl.num_programs(0)):
         row, column = corner(tile, walk, kind)
-        row += WHICH * ROWS
+        row += WHICH * ROWS * gl.num_ctas()
         first, second, slot, phase = multiply(walk, ring, slot, phase, kind, WHICH)
         put(biased(first, bias_ptr, column, walk.width, BIASED), out_desc, row, column, mine)
         column += HALF
@@ -264,7 +310,7 @@ def product_kernel(
     more = Operands(more_left_desc, more_right_desc, more_right_desc)
     walk = Walk(tile_rows, tile_columns, columns, trips, more_trips)
     ring = make_ring(operands)
-    smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, HALF], out_desc.layout)
+    smem = allocate(out_desc, CONSUMERS)
     gl.warp_specialize(
         [
             (consume, (bias_ptr, out_desc, walk, ring, smem, kind, BIASED, 0)),
@@ -275,46 +321,68 @@ def product_kernel(
         [4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS_OF_PRODUCER],
     )
+    leave()
 
 
 # --- launching ------------------------------------------------------------------------------------
 
 
-def tiles(rows: int, columns: int, pair: bool = False) -> tuple[int, int]:
-    """Rows and columns of tiles of a result."""
+def tiles(rows: int, columns: int, pair: bool = False, cluster: int = 1) -> tuple[int, int]:
+    """Rows and columns of tiles of a result; of a cluster's tiles."""
     width = HALF.value * (1 if pair else 2)
-    return -(-rows // (CONSUMERS.value * ROWS.value)), -(-columns // width)
+    return -(-rows // (CONSUMERS.value * ROWS.value * cluster)), -(-columns // width)
+
+
+def programs(rows: int, columns: int, device: torch.device, pair: bool = False) -> int:
+    """Programs of a cluster: two, but for one row of tiles, and where the last round decides.
+
+    All programs walk in rounds. One of a cluster takes 6/7 of another one's time, by the bytes that
+    its copies read from the L2. A row of tiles without a partner is the second program's, empty.
+    """
+    if not kernels.CLUSTERS or tiles(rows, columns, pair)[0] == 1:
+        return 1
+    alone, both = (
+        -(-math.prod(tiles(rows, columns, pair, n)) // (launch.multiprocessors(device) // n))
+        for n in (1, 2)
+    )
+    return 2 if 6 * both <= 7 * alone else 1
 
 
 def trips(terms: int) -> int:
     return -(-terms // TERMS.value)
 
 
-def grid(tile_rows: int, tile_columns: int, device: torch.device) -> tuple[int]:
-    """One program a multiprocessor, if there are as many tiles."""
-    return (min(tile_rows * tile_columns, launch.multiprocessors(device)),)
+def grid(tile_rows: int, tile_columns: int, device: torch.device, cluster: int = 1) -> tuple[int]:
+    """One program a multiprocessor, if there are as many tiles; of clusters, their number."""
+    return (min(tile_rows * tile_columns, launch.multiprocessors(device) // cluster),)
 
 
 def operand(
-    matrix: torch.Tensor, lines: int, k_major: bool | None = None
+    matrix: torch.Tensor, lines: int, k_major: bool | None = None, cluster: int = 1
 ) -> tuple[TensorDescriptor, bool]:
     """The descriptor of an operand, and whether it is K-major; copied if TMA cannot read it.
 
     Args:
         matrix: (lines, terms), as a right operand is if it is transposed.
-        lines: of a box.
+        lines: of a program's box: ROWS of a left operand, HALF of a right one, which the programs
+            of a cluster share.
         k_major: how it has to lie, where that is not free.
+        cluster: its programs.
     """
     if k_major is None:
         k_major = kernels.reads(matrix) or not kernels.reads(matrix.t())
     there = kernels.readable(matrix if k_major else matrix.t())
-    box = [lines, TERMS.value] if k_major else [TERMS.value, lines]
-    return kernels.descriptor(there, box), k_major
+    divided = int(lines == ROWS.value)
+    box, second = [lines * (cluster if divided else 1), TERMS.value], [divided, 0]
+    if not k_major:
+        box, second = box[::-1], second[::-1]
+    return kernels.descriptor(there, box, second=second if cluster == 2 else None), k_major
 
 
-def result(matrix: torch.Tensor) -> TensorDescriptor:
+def result(matrix: torch.Tensor, cluster: int = 1, columns: int = HALF.value) -> TensorDescriptor:
     """The descriptor of a result, or of a matrix that the end of a tile reads; never copied."""
-    return kernels.descriptor(matrix, [ROWS.value, HALF.value])
+    second = [1, 0] if cluster == 2 else None
+    return kernels.descriptor(matrix, [ROWS.value * cluster, columns], second=second)
 
 
 def product(
@@ -334,18 +402,21 @@ def product(
         more: (left, right), of other terms.
     """
     (rows, columns), terms = out.shape, left.shape[1]
-    left_desc, left_lies = operand(left, ROWS.value)
-    right_desc, right_lies = operand(right.t(), HALF.value)
+    cluster = programs(rows, columns, out.device)
+    there = tiles(rows, columns, cluster=cluster)
+    left_desc, left_lies = operand(left, ROWS.value, cluster=cluster)
+    right_desc, right_lies = operand(right.t(), HALF.value, cluster=cluster)
     more_descs, more_terms = (left_desc, right_desc), 0
     if more is not None:
-        more_left, _ = operand(more[0], ROWS.value, left_lies)
-        more_right, _ = operand(more[1].t(), HALF.value, right_lies)
+        more_left, _ = operand(more[0], ROWS.value, left_lies, cluster)
+        more_right, _ = operand(more[1].t(), HALF.value, right_lies, cluster)
         more_descs, more_terms = (more_left, more_right), more[0].shape[1]
     kernels.launch(
         product_kernel,
-        grid(*tiles(rows, columns), out.device),
+        grid(*there, out.device, cluster),
         out if bias is None else bias.contiguous(),  # no kernel reads the stand-in
-        left_desc, right_desc, *more_descs, result(out),
-        *tiles(rows, columns), columns, trips(terms), trips(more_terms),
+        left_desc, right_desc, *more_descs, result(out, cluster),
+        *there, columns, trips(terms), trips(more_terms),
         LEFT=left_lies, RIGHT=right_lies, MORE=more is not None, BIASED=bias is not None,
+        num_ctas=cluster,
     )  # fmt: skip

@@ -51,6 +51,7 @@ class Case:
     block_mask: tuple[int, int] | None = None  # the tile
     dropout_p: float = 0.0
     fp32_precision: str = "ieee"
+    deterministic: bool = True
     packed: tuple[tuple[int, int], ...] | None = None
     used: bool = False  # seqused_q and seqused_k, drawn
     tail: int = 0  # tokens behind the last packed sequence
@@ -99,7 +100,7 @@ class Case:
             {
                 "causal": self.causal, "window": self.window, "softmax_scale": self.softmax_scale,
                 "softcap": self.softcap, "dropout_p": self.dropout_p,
-                "fp32_precision": self.fp32_precision,
+                "fp32_precision": self.fp32_precision, "deterministic": self.deterministic,
             },
         )  # fmt: skip
         options = problem.options
@@ -264,9 +265,8 @@ def formula_of(
     problem: Problem, kept: torch.Tensor | None, tensors: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`formula` on a problem's options and these tensors; a packed one sequence by sequence."""
-    options = {
-        n: x for n, x in problem.options.items() if n not in ("block_mask", "fp32_precision")
-    }
+    ours = "block_mask", "fp32_precision", "deterministic"
+    options = {n: x for n, x in problem.options.items() if n not in ours}
     if not problem.packing:
         return formula(**tensors, **options, blocks=problem.blocks, kept=kept)
     q, k, v = (tensors[name] for name in "qkv")

@@ -85,6 +85,7 @@ CASES = {
     "dropout, causal": Case(40, 70, dropout_p=0.75, causal=True, heads=4),
     "dropout, one row of tiles": Case(3, 203, dropout_p=0.01),  # a share that is hardly there
     "three products of tf32": Case(40, 70, fp32_precision="tf32x3", causal=True),
+    "any order": Case(140, 300, deterministic=False, heads=4, kv_heads=2),
     # --- packed sequences
     "packed": Case(packed=((40, 40), (1, 70), (17, 5))),
     "packed, causal": Case(packed=((40, 40), (33, 5), (5, 70)), causal=True),  # blind rows inside
@@ -142,6 +143,7 @@ ON_GLUON = (
     "one query", "grouped heads", "head_dim 128", "narrower v", "causal, fewer keys",
     "top-left, more keys", "window", "window past the keys", "negative scale", "softcap",
     "alibi by batch", "sink, blind rows", "mask", "packed", "lengths", "dropout",
+    "any order",
 )  # fmt: skip
 
 

@@ -6,13 +6,16 @@ import itertools
 import random
 import re
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from ops.attention.cases import Case, check_forward
 
 import fastattn
-from fastattn.backends import explanation_of
+import fastattn.ops.attention.cuda
+import fastattn.ops.attention.gluon
+from fastattn.backends import explanation_of, problem_of
 from fastattn.ops.attention.gluon import tiles
 from fastattn.ops.common import gluon
 from oracle import assert_close_to_reference
@@ -147,6 +150,15 @@ def test_it_is_chosen_only_by_name(gluon_seed: Seed, device: str) -> None:
     assert explanation.backend != "gluon"
     assert "name backend='gluon' to use it" in str(explanation.reasons["gluon"])
     assert explanation_of(fastattn.attention, **given, backend="gluon").backend == "gluon"
+
+
+@pytest.mark.parametrize("kernels", [fastattn.ops.attention.gluon, fastattn.ops.attention.cuda])
+def test_few_queries_are_left_to_the_kernel_that_splits_their_keys(kernels: ModuleType) -> None:
+    k = torch.empty(2, 4096, 2, 64, dtype=torch.float16)
+    for queries, few in ((1, True), (4, True), (5, False)):  # of 4 heads a key head: 16 rows
+        q = torch.empty(2, queries, 8, 64, dtype=torch.float16)
+        reason = kernels.declined(problem_of(fastattn.attention, q, k, k)[0])
+        assert (reason is not None and "splits the keys" in reason) == few
 
 
 def test_a_cpu_without_the_emulator_is_refused() -> None:

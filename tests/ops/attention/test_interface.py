@@ -73,6 +73,7 @@ NESTED_JAGGED = torch.nested.nested_tensor([torch.randn(3, 4, 8)], layout=torch.
         ({"block_mask": BLOCK_MASK, "window": (1, 1)}, ValueError, "window and block_mask both say"),
         ({"block_mask": BLOCK_MASK}, ValueError, "block_mask must be made for"),
         ({"fp32_precision": "tf32"}, ValueError, "fp32_precision must be 'ieee' or 'tf32x3'; got 'tf32'"),
+        ({"deterministic": 0}, TypeError, "deterministic must be True or False; got 0"),
         ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite; got nan"),
         ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float; got str"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\); got 1.0"),

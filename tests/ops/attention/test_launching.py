@@ -118,6 +118,7 @@ def of_gluon() -> None:
 
     from fastattn.ops.attention import gluon as kernels
     from fastattn.ops.attention.call import NONE, Extras, Settings
+    from fastattn.ops.common import gluon_products as products
     from fastattn.ops.common import launch
 
     noted: list[tuple[Any, ...]] = []
@@ -188,6 +189,15 @@ def of_gluon() -> None:
             kernels.forward(*other, extras, settings)
         of_packed = {"zero_", "fill_", "unsqueeze"} if extras is packed else set[str]()
         assert operators.seen == {"new_empty", *of_packed}
+
+    # Its cluster is kept too: the grid is of clusters, the driver multiplies it by their programs.
+    for rows, programs, grid in ((400, 2, 2), (400, 2, 2), (192, 1, 1)):
+        noted.clear()
+        x, weight, out = (torch.zeros(rows, n).bfloat16() for n in (64, 256, 256))
+        products.product(out, x, weight[:64])
+        (given,) = noted
+        _, ctas, *_ = given[5]  # warps, programs of a cluster, shared memory
+        assert (given[:3], ctas) == ((grid, 1, 1), programs)
 
     # Threads share what is kept, and each launch has the addresses of one call.
     noted.clear()

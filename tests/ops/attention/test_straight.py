@@ -47,7 +47,7 @@ def plain_calls(dtype: torch.dtype) -> list[Call]:
         (qkv(5, 9, dtype=dtype), {"softmax_scale": 0.3}),
         (qkv(1, 9, 4, 2, dtype=dtype), {"causal": True}),
         (qkv(4, 4, 4, 1, dtype=dtype), {"causal": True}),
-        (qkv(1, 1, dtype=dtype), {"causal": True}),
+        (qkv(1, 1, dtype=dtype), {"causal": True, "deterministic": False}),
     ]
 
 
@@ -104,6 +104,7 @@ ERRORS: list[Call] = [
     (QKV, {"softmax_scale": float("inf")}),
     (QKV, {"causal": 2}),
     (QKV, {"fp32_precision": "tf32"}),
+    (QKV, {"deterministic": None}),
     ((QKV[0], *qkv(heads=2, kv_heads=3)[1:]), {}),
     ((QKV[0], QKV[1][:1], QKV[2][:1]), {}),
     ((*QKV[:2], QKV[2][:, :1]), {}),

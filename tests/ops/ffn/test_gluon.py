@@ -14,7 +14,8 @@ from ops.ffn.cases import ACTIVATIONS, Case, check, output_and_gradients
 
 import fastattn
 from fastattn.backends import explanation_of
-from fastattn.ops.common import gluon, gluon_products
+from fastattn.ops.common import gluon, gluon_products, launch
+from fastattn.ops.ffn import proof
 from oracle import assert_close_to_reference
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -199,6 +200,31 @@ def test_what_is_frozen_costs_nothing(
     torch.autograd.grad(out.sum(), [leaves[n] for n in wanted])
     again = [UP] if recompute and expected else []
     assert launched[2:] == [*again, *expected]
+
+
+def test_clusters_where_both_programs_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the last round costs less than they gain; a proof runs both kinds of kernels."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gluon, "CLUSTERS", True)
+    found = {
+        shape: gluon_products.programs(*shape, torch.device("cpu"))
+        for shape in ((192, 4096), (193, 4096), (4096, 4096), (3 * 192, 44 * 256), (577, 11264))
+    }
+    assert list(found.values()) == [1, 2, 2, 1, 2]
+    assert gluon_products.programs(proof.TOKENS, proof.HIDDEN, torch.device("cpu")) == 2
+    assert gluon_products.programs(proof.FEW_TOKENS, proof.HIDDEN, torch.device("cpu")) == 1
+    assert gluon_products.grid(11, 16, torch.device("cpu"), 2) == (66,)
+    monkeypatch.setattr(gluon, "CLUSTERS", False)
+    assert gluon_products.programs(4096, 4096, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize("rows", (192, 193, 380, 577, 800))  # of tiles of 192: 1, 2, 2, 4, 5
+def test_rows_of_tiles_in_pairs(rows: int, gluon_seed: Seed, device: str) -> None:
+    left, right = torch.randn(rows, 72, device=device), torch.randn(72, 264, device=device)
+    out = torch.empty(rows, 264, dtype=HALF, device=device)
+    gluon_products.product(out, left.half(), right.half())
+    exact = left.half().double() @ right.half().double()
+    assert_close_to_reference(out, exact.half(), exact, name="out")
 
 
 @pytest.mark.parametrize("more", (False, True))

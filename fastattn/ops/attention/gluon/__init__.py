@@ -3,8 +3,8 @@
 The forward (`forward.py`): float16 and bfloat16, head_dim up to 256 in steps of 8, v's of its own,
 causal masks and windows, softcap, ALiBi, a sink, grouped heads, key lengths, packed sequences.
 
-The backward (`backward.py`): all of that up to head_dim 128, with equal bits in every run. That of
-another call is the first other kernel's that can run it.
+The backward (`backward.py`): all of that up to head_dim 128, with equal bits in every run but with
+`deterministic=False`. That of another call is the first other kernel's that can run it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from fastattn.ops.attention.gluon.backward import backward
 from fastattn.ops.attention.gluon.backward import unsupported as backward_unsupported
 from fastattn.ops.attention.gluon.forward import forward
 from fastattn.ops.attention.problem import AttentionProblem
+from fastattn.ops.attention.tiles import few_queries as declined
 from fastattn.ops.common import gluon
 
-__all__ = ["backward", "backward_unsupported", "forward", "unsupported"]
+__all__ = ["backward", "backward_unsupported", "declined", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 256
 MAX_SOFTCAP = 64.0  # 1 / (e^2x + 1) is right to 2^-24, times twice the cap

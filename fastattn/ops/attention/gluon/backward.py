@@ -16,7 +16,8 @@ Equal bits in every run: a query tile's additions come in the order of the keys.
 each tile counts the key tiles that have been added; a program adds when the count is its turn. It
 waits only for programs of lower numbers, which a GPU starts first. It passes over the queries from
 the last to the first, so that under a causal mask, where program n has 2 n trips less than program
-0, a wait of n trips at the start costs no time in the end.
+0, a wait of n trips at the start costs no time in the end. With `deterministic=False` there are no
+semaphores, and additions come in any order.
 
 TMA reads whole tiles, also what lies after a sequence and may be NaN. Consumers zero these rows in
 shared memory, and the LSE of such a query is inf: then no product has a NaN, and its P is 0.
@@ -137,17 +138,18 @@ def produce(q_desc, dout_desc, lse_desc, delta_desc, place, ring, kind: gl.const
 
 @gluon.jit
 def add(dq_desc, semaphores, place, exchange, kind: gl.constexpr):
-    """Adds dQ's tiles to global memory, each when it is its turn."""
+    """Adds dQ's tiles to global memory, each when it is its turn, if there are turns."""
     phase = place.tile * 0
     for n in range(place.trips):
         member, tile = visited(n, place)
-        semaphore = semaphores + (place.rows + member * place.tiles + tile)
-        before = place.tile  # key tiles that add to this tile of queries before this one
-        if kind.LEFT:
-            before -= gl.maximum(tile * kind.BM + place.low, 0) // 128
         mbarrier.wait(exchange.dq_full, phase)
-        while gl.atomic_add(semaphore, 0, sem="acquire", scope="gpu") != before:
-            pass
+        if semaphores is not None:
+            semaphore = semaphores + (place.rows + member * place.tiles + tile)
+            before = place.tile  # key tiles that add to this tile of queries before this one
+            if kind.LEFT:
+                before -= gl.maximum(tile * kind.BM + place.low, 0) // 128
+            while gl.atomic_add(semaphore, 0, sem="acquire", scope="gpu") != before:
+                pass
         row = place.start_sums + tile * kind.BM
         head = place.head + member
         for half in gl.static_range(2):
@@ -155,9 +157,10 @@ def add(dq_desc, semaphores, place, exchange, kind: gl.constexpr):
             tma.async_atomic_add(dq_desc, [place.batch, row, head, column], exchange.dq.index(half))
         tma.store_wait(0)
         mbarrier.arrive(exchange.dq_empty, count=1)
-        tma.store_wait(0, read_only=False)
-        gl.barrier()  # the thread that waited and the one that releases may be two
-        gl.atomic_add(semaphore, 1, sem="release", scope="gpu")
+        if semaphores is not None:
+            tma.store_wait(0, read_only=False)
+            gl.barrier()  # the thread that waited and the one that releases may be two
+            gl.atomic_add(semaphore, 1, sem="release", scope="gpu")
         phase ^= 1
 
 
@@ -318,7 +321,7 @@ SIZES = [
 def attention_backward(
     dk_ptr,  # (total_k, kv_heads, head_dim), contiguous, if packed
     dv_ptr,
-    semaphores,  # int32, of all tiles of rows, 0
+    semaphores,  # int32, of all tiles of rows, 0; None: dQ is added to in any order
     slopes_ptr,  # (batch or 1, heads), float32, or None
     key_lengths_ptr,  # (batch,) or None
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,  # (batch + 1,) or None
@@ -451,8 +454,7 @@ def backward(
     starts = extras.cu_seqlens_q
     packed = starts is not None  # then not every token is a sequence's
     dk, dv = (x.new_zeros(x.shape) if packed else x.new_empty(x.shape) for x in (k, v))
-    q4, k4, v4, dout4 = (kernels.readable(x[None] if packed else x) for x in (q, k, v, dout))
-    dk4, dv4 = (x[None] if packed else x for x in (dk, dv))
+    q4, k4, v4, dout4, dk4, dv4 = (x[None] if packed else x for x in (q, k, v, dout, dk, dv))
     batch, seqlen_q, heads, _ = q4.shape
     seqlen_k, kv_heads = k4.shape[1:3]
     of_sums = batch, tiles.head * QUERIES if packed else seqlen_q, heads, head_dim
@@ -461,6 +463,9 @@ def backward(
     if starts is not None:
         batch, longest = starts.shape[0] - 1, min(settings.max_seqlen_k, seqlen_k)
     key_tiles = -(-longest // KEYS)
+    semaphores = None
+    if settings.deterministic:
+        semaphores = torch.zeros((tiles.all,), dtype=torch.int32, device=q.device)
     sides = (min(n, MAX_SEQLEN) for n in settings[:2])  # whoever sees this far sees all
     scale, cap = settings.softmax_scale * LOG2_E, 0.0
     if settings.softcap:
@@ -471,17 +476,16 @@ def backward(
         slopes, extras.key_lengths, extras.cu_seqlens_q, extras.cu_seqlens_k, extras.seqused_q,
         extras.seqused_k,
     )  # fmt: skip
-    boxes = (
-        (q4, QUERIES, box), (k4, KEYS, box), (v4, KEYS, box), (dout4, QUERIES, box),
-        (dk4, KEYS // 2, box), (dv4, KEYS // 2, box), (sums, QUERIES, box // 2),
-    )  # fmt: skip
+    of_queries, of_keys, of_half = ([1, n, 1, box] for n in (QUERIES, KEYS, KEYS // 2))
+    boxes = of_queries, of_keys, of_keys, of_queries
     kernels.launch(
         attention_backward,
         (key_tiles * kv_heads * batch,),
-        dk, dv, torch.zeros((tiles.all,), dtype=torch.int32, device=q.device),
-        *(x if x is None else x.contiguous() for x in vectors),
-        *(kernels.descriptor(x, [1, n, 1, d]) for x, n, d in boxes),
-        *(kernels.descriptor(x.view(-1), [QUERIES], swizzle=0) for x in (base2, delta)),
+        dk, dv, semaphores, *(x if x is None else x.contiguous() for x in vectors),
+        *map(kernels.descriptor_or_copy, (q4, k4, v4, dout4), boxes),
+        kernels.descriptor(dk4, of_half), kernels.descriptor(dv4, of_half),
+        kernels.descriptor(sums, [1, QUERIES, 1, box // 2]),
+        *(kernels.descriptor(x, [QUERIES], swizzle=0) for x in (base2, delta)),
         heads, kv_heads, seqlen_q, seqlen_k, key_tiles, tiles.head, head_dim // 8, head_dim_v // 8,
         0 if slopes is None or slopes.shape[0] == 1 else heads, *sides,
         float(settings.softmax_scale), float(scale), float(cap),

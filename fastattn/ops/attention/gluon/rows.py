@@ -158,10 +158,10 @@ def before(
     extras: Extras,
     box: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(LSE to base 2, delta), float32 of (tiles, QUERIES); inf and 0 where no row is."""
+    """(LSE to base 2, delta), float32 of (tiles * QUERIES,); inf and 0 where no row is."""
     heads, head_dim_v = dout.shape[-2:]
     packed = extras.cu_seqlens_q is not None
-    shape = of.all, QUERIES
+    shape = (of.all * QUERIES,)
     base2 = lse.new_full(shape, float("inf")) if packed else lse.new_empty(shape)
     delta = lse.new_zeros(shape) if packed else lse.new_empty(shape)
     kernels.launch(

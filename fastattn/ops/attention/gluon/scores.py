@@ -93,9 +93,13 @@ def visited(n, place):
 
 @gluon.jit
 def place_of_program(sizes, lengths, TOP_LEFT: gl.constexpr, kind: gl.constexpr):
-    # Key tiles of one head one after another: they share its queries in the L2 cache.
-    tile = gl.program_id(0) % sizes.key_tiles
-    plane = gl.program_id(0) // sizes.key_tiles
+    # The key tiles of 8 heads in turn: enough of one head run at once to share its queries in the
+    # L2 cache, and few of them begin at once and then wait for their turns to add to dQ.
+    begin = gl.program_id(0) // (sizes.key_tiles * 8) * 8
+    among = gl.minimum(gl.num_programs(0) // sizes.key_tiles - begin, 8)
+    rest = gl.program_id(0) - begin * sizes.key_tiles
+    tile = rest // among
+    plane = begin + rest % among
     kv_head = plane % sizes.kv_heads
     sequence = plane // sizes.kv_heads
     group = sizes.heads // sizes.kv_heads

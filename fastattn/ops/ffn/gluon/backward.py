@@ -34,21 +34,31 @@ from fastattn.ops.common.gluon_products import (
     REGISTERS,
     REGISTERS_OF_PRODUCER,
     ROWS,
+    STRIP,
     Kind,
     Operands,
     Walk,
+    accumulator,
+    allocate,
     corner,
+    leave,
     make_ring,
     multiply,
     produce,
     put,
+    strips,
 )
 from fastattn.ops.common.matrices import as_rows, columns, gradient_like
 from fastattn.ops.ffn.gluon.activations import activation_and_derivative
 from fastattn.ops.ffn.gluon.forward import empty_pre, first_product
 
-STRIP = gl.constexpr(64)  # columns that a tile's end treats at once, for want of registers
-NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+
+@gluon.constexpr_function
+def sums_layout(programs):
+    """Of 64 sums of each program of a cluster."""
+    if programs == 1:
+        return gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    return gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0], cga_layout=[[1, 0]])
 
 
 class Results(NamedTuple):
@@ -96,24 +106,22 @@ def fetch(desc, row, column, tiles, WHICH: gl.constexpr):
 def fetched(tiles, WHICH: gl.constexpr, PARITY: gl.constexpr):
     """The strip that `fetch` copies into a tile, in float32."""
     mbarrier.wait(tiles.ready.index(tiles.FIRST + WHICH), PARITY)
-    return tiles.smem.index(tiles.FIRST + WHICH).load(NARROW).to(gl.float32)
-
-
-@gluon.jit
-def strips(half):
-    """The left and the right strip of an accumulator: other names of its registers."""
-    left, right = gl.split(half.reshape((ROWS, 2, STRIP)).permute((0, 2, 1)))
-    left = gl.convert_layout(left, NARROW, assert_trivial=True)
-    return left, gl.convert_layout(right, NARROW, assert_trivial=True)
+    layout: gl.constexpr = accumulator(gl.num_ctas(), STRIP)
+    return tiles.smem.index(tiles.FIRST + WHICH).load(layout).to(gl.float32)
 
 
 @gluon.jit
 def sum_up(value, sums_ptr, row, column, results):
-    """Store the sums of a consumer's rows, of those that there are."""
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, NARROW))
-    columns = column + gl.arange(0, STRIP, gl.SliceLayout(0, NARROW))
-    sums = gl.sum(gl.where((rows < results.tokens)[:, None], value, 0.0), 0)
-    at = (row // ROWS).to(gl.int64) * results.width + columns
+    """Store the sums of a consumer's rows, of those that there are; each program its own."""
+    PROGRAMS: gl.constexpr = gl.num_ctas()
+    layout: gl.constexpr = accumulator(PROGRAMS, STRIP)
+    lines: gl.constexpr = sums_layout(PROGRAMS)
+    rows = row + gl.arange(0, ROWS * PROGRAMS, gl.SliceLayout(1, layout))
+    there = gl.where((rows < results.tokens)[:, None], value, 0.0)
+    sums = gl.convert_layout(gl.sum(there.reshape((PROGRAMS, ROWS, STRIP)), 1), lines)
+    part = row // ROWS + gl.arange(0, PROGRAMS, gl.SliceLayout(1, lines))
+    columns = (column + gl.arange(0, STRIP, gl.SliceLayout(0, lines)))[None, :]
+    at = part.to(gl.int64)[:, None] * results.width + columns
     gl.store(sums_ptr + at, sums, mask=columns < results.width)
 
 
@@ -176,7 +184,7 @@ def consume(
     tiles = Tiles(smem, ready, 2 * WHICH)
     for tile in range(gl.program_id(0), walk.rows * walk.columns, gl.num_programs(0)):
         row, column = corner(tile, walk, kind)
-        row += WHICH * ROWS
+        row += WHICH * ROWS * gl.num_ctas()
         begin(row, column, results, tiles, do)
         first, second, slot, phase = multiply(walk, ring, slot, phase, kind, WHICH)
         left, right = strips(first)
@@ -224,7 +232,7 @@ def ffn_backward(
         tokens, width,
     )  # fmt: skip
     walk = Walk(tile_rows, tile_columns, width, trips, 0)
-    smem = gl.allocate_shared_memory(pre_desc.dtype, [2 * CONSUMERS, ROWS, STRIP], pre_desc.layout)
+    smem = allocate(pre_desc, 2 * CONSUMERS)
     ready = mbarrier.allocate_mbarrier(batch=2 * CONSUMERS)
     for i in gl.static_range(2 * CONSUMERS):
         mbarrier.init(ready.index(i), count=1)
@@ -239,6 +247,7 @@ def ffn_backward(
         [4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS_OF_PRODUCER],
     )
+    leave()
 
 
 def derivative(
@@ -258,22 +267,23 @@ def derivative(
     tokens, width = pre.shape[-2:]
     dpre = torch.empty_like(pre)
     hidden = pre.new_empty(pre.shape[-2:]) if need_hidden else dpre
-    tiles = products.tiles(tokens, width)
-    parts = (*pre.shape[:-2], tiles[0] * CONSUMERS.value, width)
+    cluster = products.programs(tokens, width, pre.device)
+    tiles = products.tiles(tokens, width, cluster=cluster)
+    parts = (*pre.shape[:-2], tiles[0] * CONSUMERS.value * cluster, width)
     sums = pre.new_empty(parts, dtype=torch.float32) if need_sums else dpre
-    dout_desc, dout_lies = products.operand(drows, ROWS.value)
-    w_desc, w_lies = products.operand(w2, HALF.value)
+    dout_desc, dout_lies = products.operand(drows, ROWS.value, cluster=cluster)
+    w_desc, w_lies = products.operand(w2, HALF.value, cluster=cluster)
     both, into = (pre, dpre) if gated else ((pre, pre), (dpre, dpre))
     stored = (*both, *into, hidden if need_hidden else into[0])  # no kernel reads the stand-ins
-    descs = (kernels.descriptor(matrix, [ROWS.value, STRIP.value]) for matrix in stored)
+    descs = (products.result(matrix, cluster, STRIP.value) for matrix in stored)
     kernels.launch(
         ffn_backward,
-        products.grid(*tiles, pre.device),
+        products.grid(*tiles, pre.device, cluster),
         *(sums if gated else (sums, sums)),
         dout_desc, w_desc, *descs,
         *tiles, tokens, width, products.trips(drows.shape[1]),
         DOUT=dout_lies, W=w_lies, ACTIVATION=activation, GATED=gated, HIDDEN=need_hidden,
-        SUMS=need_sums,
+        SUMS=need_sums, num_ctas=cluster,
     )  # fmt: skip
     return hidden, dpre, sums
 

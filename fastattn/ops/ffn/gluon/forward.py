@@ -28,8 +28,10 @@ from fastattn.ops.common.gluon_products import (
     Kind,
     Operands,
     Walk,
+    allocate,
     biased,
     corner,
+    leave,
     make_ring,
     multiply,
     produce,
@@ -95,8 +97,9 @@ def consume(results, walk, ring, smem, kind: gl.constexpr, do: gl.constexpr, WHI
     mine = smem.index(WHICH)
     for tile in range(gl.program_id(0), walk.rows * walk.columns, gl.num_programs(0)):
         row, column = corner(tile, walk, kind)
+        row += WHICH * ROWS * gl.num_ctas()
         first, second, slot, phase = multiply(walk, ring, slot, phase, kind, WHICH)
-        finish(first, second, row + WHICH * ROWS, column, results, walk.width, mine, do)
+        finish(first, second, row, column, results, walk.width, mine, do)
     tma.store_wait(0)
 
 
@@ -131,7 +134,7 @@ def ffn_forward(
     results = Results(bias_ptr, gate_bias_ptr, hidden_desc, pre_desc, gate_pre_desc)
     walk = Walk(tile_rows, tile_columns, hidden, trips, 0)
     ring = make_ring(operands)
-    smem = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS, ROWS, HALF], hidden_desc.layout)
+    smem = allocate(hidden_desc, CONSUMERS)
     gl.warp_specialize(
         [
             (consume, (results, walk, ring, smem, kind, do, 0)),
@@ -142,6 +145,7 @@ def ffn_forward(
         [4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS_OF_PRODUCER],
     )
+    leave()
 
 
 def first_product(
@@ -155,24 +159,26 @@ def first_product(
     activation: str,
 ) -> None:
     """Fill `hidden` and `pre`, those that are given. The weights are (in_features, hidden)."""
-    width = w1.shape[1]
-    x, x_lies = products.operand(rows, ROWS.value)
-    w, w_lies = gated, gate_lies = products.operand(w1.t(), HALF.value)
+    width, pair = w1.shape[1], gate is not None
+    cluster = products.programs(rows.shape[0], width, rows.device, pair)
+    x, x_lies = products.operand(rows, ROWS.value, cluster=cluster)
+    w, w_lies = gated, gate_lies = products.operand(w1.t(), HALF.value, cluster=cluster)
     if gate is not None:
-        gated, gate_lies = products.operand(gate.t(), HALF.value)
+        gated, gate_lies = products.operand(gate.t(), HALF.value, cluster=cluster)
     saved = (pre, pre) if gate is None else (None, None) if pre is None else tuple(pre)
     results = [x for x in (hidden, *saved) if x is not None]
     stored = [results[0] if x is None else x for x in (hidden, *saved)]  # no kernel reads stand-ins
-    tiles = products.tiles(rows.shape[0], width, pair=gate is not None)
+    descs = (products.result(matrix, cluster) for matrix in stored)
+    tiles = products.tiles(rows.shape[0], width, pair, cluster)
     kernels.launch(
         ffn_forward,
-        products.grid(*tiles, rows.device),
+        products.grid(*tiles, rows.device, cluster),
         rows if b1 is None else b1.contiguous(),
         rows if gate_bias is None else gate_bias.contiguous(),
-        x, w, gated, *map(products.result, stored), *tiles, width, products.trips(rows.shape[1]),
+        x, w, gated, *descs, *tiles, width, products.trips(rows.shape[1]),
         X=x_lies, W=w_lies, GATE=gate_lies, ACTIVATION=activation, BIASED=b1 is not None,
-        GATED=gate is not None, GATE_BIASED=gate_bias is not None, SAVE=pre is not None,
-        HIDDEN=hidden is not None,
+        GATED=pair, GATE_BIASED=gate_bias is not None, SAVE=pre is not None,
+        HIDDEN=hidden is not None, num_ctas=cluster,
     )  # fmt: skip
 
 

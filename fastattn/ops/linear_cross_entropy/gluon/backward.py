@@ -24,14 +24,19 @@ from fastattn.ops.common.gluon_products import (
     REGISTERS,
     REGISTERS_OF_PRODUCER,
     ROWS,
+    STRIP,
     Kind,
     Operands,
     Walk,
+    accumulator,
+    allocate,
     corner,
+    leave,
     make_ring,
     multiply,
     produce,
     put,
+    strips,
 )
 from fastattn.ops.common.matrices import as_rows
 from fastattn.ops.common.triton.activations import LOG2_E
@@ -42,13 +47,10 @@ from fastattn.ops.linear_cross_entropy import tiles as table
 from fastattn.ops.linear_cross_entropy.gluon.forward import forward
 from fastattn.ops.linear_cross_entropy.gluon.gradients import OnHopper
 from fastattn.ops.linear_cross_entropy.gluon.scores import (
-    NARROW,
-    STRIP,
     Given,
     known,
     scores,
     smoothing_weights,
-    strips,
 )
 
 NEVER = ["rows", "ignore_index"]  # specialised
@@ -76,7 +78,8 @@ class Row(NamedTuple):
 
 @gluon.jit
 def facts(row, given, upstream):
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, NARROW))
+    layout: gl.constexpr = gl.SliceLayout(1, accumulator(gl.num_ctas(), STRIP))
+    rows = row + gl.arange(0, ROWS * gl.num_ctas(), layout)
     present = rows < given.rows
     named = gl.load(given.targets + rows, mask=present, other=0).to(gl.int64)
     target = known(named, given)
@@ -86,7 +89,7 @@ def facts(row, given, upstream):
     rule = given.rule
     if rule.logit_scale is not None:
         scale *= rule.logit_scale
-    hit = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, NARROW)) + rule.kept
+    hit = gl.zeros([ROWS * gl.num_ctas()], gl.float32, layout) + rule.kept
     if given.class_weight is not None:
         hit *= gl.load(given.class_weight + target, mask=target >= 0, other=0.0)
     every, smooth = hit, scale
@@ -105,7 +108,7 @@ def facts(row, given, upstream):
 @gluon.jit
 def gradient(logits, column, line, given):
     """The gradient of a strip's logits."""
-    columns = column + gl.arange(0, STRIP, gl.SliceLayout(0, NARROW))
+    columns = column + gl.arange(0, STRIP, gl.SliceLayout(0, accumulator(gl.num_ctas(), STRIP)))
     s, slope = scores(logits, columns, given)
     ds = gl.exp2((s - line.m[:, None]) * LOG2_E) * line.every[:, None]
     ds -= gl.where(columns[None, :] == line.target[:, None], line.hit[:, None], 0.0)
@@ -131,7 +134,7 @@ def consume(given, upstream, out_desc, walk, ring, smem, kind: gl.constexpr, WHI
     mine = smem.index(WHICH)
     for tile in range(gl.program_id(0), walk.rows * walk.columns, gl.num_programs(0)):
         row, column = corner(tile, walk, kind)
-        row += WHICH * ROWS
+        row += WHICH * ROWS * gl.num_ctas()
         first, second, slot, phase = multiply(walk, ring, slot, phase, kind, WHICH)
         line = facts(row, given, upstream)
         finish(first, row, column, line, given, out_desc, mine)
@@ -171,7 +174,7 @@ def linear_loss_backward(
     upstream = Upstream(statistics_ptr, dlosses_ptr, all_weight_ptr, ignore_index)
     walk = Walk(tile_rows, tile_columns, classes, trips, 0)
     ring = make_ring(operands)
-    smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, STRIP], out_desc.layout)
+    smem = allocate(out_desc, CONSUMERS)
     gl.warp_specialize(
         [
             (consume, (given, upstream, out_desc, walk, ring, smem, kind, 0)),
@@ -182,6 +185,7 @@ def linear_loss_backward(
         [4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS_OF_PRODUCER],
     )
+    leave()
 
 
 def launch_gradient(
@@ -198,17 +202,18 @@ def launch_gradient(
 ) -> None:
     """Fill `out` with the gradients of the logits."""
     classes = weight.shape[0]
-    x_desc, x_lies = products.operand(rows, ROWS.value)
-    weight_desc, weight_lies = products.operand(weight, HALF.value)
-    out_desc = kernels.descriptor(out, [ROWS.value, STRIP.value])
-    tiles = products.tiles(len(rows), classes)
+    cluster = products.programs(len(rows), classes, rows.device)
+    x_desc, x_lies = products.operand(rows, ROWS.value, cluster=cluster)
+    weight_desc, weight_lies = products.operand(weight, HALF.value, cluster=cluster)
+    out_desc = products.result(out, cluster, STRIP.value)
+    tiles = products.tiles(len(rows), classes, cluster=cluster)
     kernels.launch(
         linear_loss_backward,
-        products.grid(*tiles, rows.device),
+        products.grid(*tiles, rows.device, cluster),
         statistics, dlosses, None if bias is None else bias.contiguous(), targets, class_weight,
         all_weight, x_desc, weight_desc, out_desc, *tiles, len(rows), classes,
         products.trips(rows.shape[1]), options.ignore_index, *rule_of(options, classes),
-        X=x_lies, WEIGHT=weight_lies,
+        X=x_lies, WEIGHT=weight_lies, num_ctas=cluster,
     )  # fmt: skip
 
 

@@ -24,13 +24,17 @@ from fastattn.ops.common.gluon_products import (
     REGISTERS,
     REGISTERS_OF_PRODUCER,
     ROWS,
+    STRIP,
     Kind,
     Operands,
     Walk,
+    accumulator,
     corner,
+    leave,
     make_ring,
     multiply,
     produce,
+    strips,
 )
 from fastattn.ops.common.matrices import as_rows
 from fastattn.ops.common.triton.activations import LOG2_E
@@ -39,13 +43,10 @@ from fastattn.ops.cross_entropy.triton.kernels import as_float32, rule_of
 from fastattn.ops.cross_entropy.triton.rows import Rule
 from fastattn.ops.linear_cross_entropy.gluon.gradients import OnHopper
 from fastattn.ops.linear_cross_entropy.gluon.scores import (
-    NARROW,
-    STRIP,
     Given,
     known,
     scores,
     smoothing_weights,
-    strips,
 )
 from fastattn.ops.linear_cross_entropy.triton import join_parts, losses_and_gradients
 
@@ -71,7 +72,7 @@ def base(m):
 @gluon.jit
 def add_strip(logits, target, column, found, given):
     """The state of rows with a strip more."""
-    columns = column + gl.arange(0, STRIP, gl.SliceLayout(0, NARROW))
+    columns = column + gl.arange(0, STRIP, gl.SliceLayout(0, accumulator(gl.num_ctas(), STRIP)))
     s, _ = scores(logits, columns, given)
     picked = gl.sum(gl.where(columns[None, :] == target[:, None], s, 0.0), 1) + found.picked
     there = (columns < given.classes)[None, :]
@@ -91,10 +92,11 @@ def add_strip(logits, target, column, found, given):
 @gluon.jit
 def finish(first, second, row, column, parts_ptr, given):
     """Store the part of a consumer's rows; parts are of tiles of classes, one below the other."""
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, NARROW))
+    layout: gl.constexpr = gl.SliceLayout(1, accumulator(gl.num_ctas(), STRIP))
+    rows = row + gl.arange(0, ROWS * gl.num_ctas(), layout)
     present = rows < given.rows
     target = known(gl.load(given.targets + rows, mask=present, other=-1), given)
-    zeros = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, NARROW))
+    zeros = gl.zeros([ROWS * gl.num_ctas()], gl.float32, layout)
     found = State(zeros - float("inf"), zeros, zeros, zeros, zeros)
     left, right = strips(first)
     found = add_strip(left, target, column, found, given)
@@ -118,8 +120,9 @@ def consume(parts_ptr, given, walk, ring, kind: gl.constexpr, WHICH: gl.constexp
     phase = slot
     for tile in range(gl.program_id(0), walk.rows * walk.columns, gl.num_programs(0)):
         row, column = corner(tile, walk, kind)
+        row += WHICH * ROWS * gl.num_ctas()
         first, second, slot, phase = multiply(walk, ring, slot, phase, kind, WHICH)
-        finish(first, second, row + WHICH * ROWS, column, parts_ptr, given)
+        finish(first, second, row, column, parts_ptr, given)
 
 
 @gluon.jit(do_not_specialize=NEVER)
@@ -157,6 +160,7 @@ def linear_loss_forward(
         [4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS_OF_PRODUCER],
     )
+    leave()
 
 
 def launch_forward(
@@ -169,19 +173,20 @@ def launch_forward(
 ) -> torch.Tensor:
     """The parts (3, tiles of classes, rows), (5, ...) with label smoothing."""
     classes = weight.shape[0]
-    x_desc, x_lies = products.operand(rows, ROWS.value)
-    weight_desc, weight_lies = products.operand(weight, HALF.value)
-    tiles = products.tiles(len(rows), classes)
+    cluster = products.programs(len(rows), classes, rows.device)
+    x_desc, x_lies = products.operand(rows, ROWS.value, cluster=cluster)
+    weight_desc, weight_lies = products.operand(weight, HALF.value, cluster=cluster)
+    tiles = products.tiles(len(rows), classes, cluster=cluster)
     rule = Rule(*rule_of(options, classes))
     smoothed = rule.share is not None
     parts = rows.new_empty((5 if smoothed else 3, tiles[1], len(rows)), dtype=torch.float32)
     kernels.launch(
         linear_loss_forward,
-        products.grid(*tiles, rows.device),
+        products.grid(*tiles, rows.device, cluster),
         parts, None if bias is None else bias.contiguous(), targets,
         class_weight if smoothed else None, x_desc, weight_desc, *tiles, len(rows), classes,
         products.trips(rows.shape[1]), rule.logit_scale, rule.softcap, rule.share,
-        X=x_lies, WEIGHT=weight_lies,
+        X=x_lies, WEIGHT=weight_lies, num_ctas=cluster,
     )  # fmt: skip
     return parts
 

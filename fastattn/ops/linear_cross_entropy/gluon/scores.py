@@ -7,11 +7,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fastattn.ops.common.gluon_products import ROWS
 from fastattn.ops.common.triton.activations import LOG2_E
-
-STRIP = gl.constexpr(64)  # columns that a tile's end treats at once, for want of registers
-NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
 
 class Given(NamedTuple):
@@ -23,14 +19,6 @@ class Given(NamedTuple):
     rows: Any
     classes: Any
     rule: Any  # cross_entropy's Rule
-
-
-@gluon.jit
-def strips(half):
-    """The left and the right strip of an accumulator: other names of its registers."""
-    left, right = gl.split(half.reshape((ROWS, 2, STRIP)).permute((0, 2, 1)))
-    left = gl.convert_layout(left, NARROW, assert_trivial=True)
-    return left, gl.convert_layout(right, NARROW, assert_trivial=True)
 
 
 @gluon.jit
