@@ -16,7 +16,7 @@ from typing import Any
 import checkout  # noqa: F401
 import torch
 from harness import BACKWARD, FORWARD, OURS, Cell
-from peer import Peer, Refused, compiled, first, imported, matmul, on_a_gpu
+from peer import Peer, Refused, compiled, first, imported, matmul, with_compiled
 from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, boolean, grids, main
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,21 +43,15 @@ class AttentionCell(Cell):
     causal: bool
     feature: str = "none"
     window: int = 0
-    compile: bool = False
 
+    sizes = ("batch", "seqlen", "heads", "kv_heads", "head_dim", "causal")
     bound = "matmul"
 
     @property
     def axes(self) -> dict[str, Any]:
-        names = ("batch", "seqlen", "heads", "kv_heads", "head_dim", "causal")
-        axes = {name: getattr(self, name) for name in names}
-        if self.feature != "none":
-            axes["feature"] = self.feature
-        if self.feature == "window":
-            axes["window"] = self.window
-        if self.compile:
-            axes["compile"] = True
-        return axes
+        feature = {} if self.feature == "none" else {"feature": self.feature}
+        window = {"window": self.window} if self.feature == "window" else {}
+        return {**super().axes, **feature, **window}
 
     @property
     def flops(self) -> float:
@@ -70,12 +64,11 @@ class AttentionCell(Cell):
 
     def inputs(self) -> tuple[Tensor, ...]:
         """q, k, v, and the bias (1, heads, seqlen, seqlen) if there is one."""
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = (torch.randn(self.batch, self.seqlen, n, self.head_dim, **options) for n in heads)
+        q, k, v = (self.randn(self.batch, self.seqlen, n, self.head_dim) for n in heads)
         if self.feature != "bias":
             return q, k, v
-        return q, k, v, torch.randn(1, self.heads, self.seqlen, self.seqlen, **options)
+        return q, k, v, self.randn(1, self.heads, self.seqlen, self.seqlen)
 
     def definition(self, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
         return formula(self, q, k, v, *bias)
@@ -152,10 +145,6 @@ def _bounded(cell: AttentionCell, batch: int, what: str) -> None:
 def eager(cell: AttentionCell) -> Peer:
     _bounded(cell, cell.batch, "the score matrix")
     return Peer(lambda *inputs: formula(cell, *inputs))
-
-
-def eager_compiled(cell: AttentionCell) -> Peer:
-    return compiled(eager(cell))
 
 
 def sdpa(cell: AttentionCell) -> Peer:
@@ -270,8 +259,7 @@ flash_attn_4 = _flash("flash_attn.cute", "flash-attn 4")
 
 
 def xformers(cell: AttentionCell) -> Peer:
-    fmha = imported("xformers.ops", "xformers")
-    on_a_gpu(cell, "xformers")
+    fmha = imported("xformers.ops", "xformers", gpu=cell)
     if cell.feature not in ("none", "window"):
         raise Refused("measured without features and with a window")
     if cell.heads != cell.kv_heads:
@@ -285,8 +273,7 @@ def xformers(cell: AttentionCell) -> Peer:
 
 def cudnn_frontend(cell: AttentionCell) -> Peer:
     """cuDNN's graph of attention, built for the cell by its own Python package; forward."""
-    cudnn = imported("cudnn", "nvidia-cudnn-frontend")
-    on_a_gpu(cell, "cuDNN")
+    cudnn = imported("cudnn", "nvidia-cudnn-frontend", gpu=cell)
     if cell.backward or cell.feature not in ("none", "window") or cell.dtype == "float32":
         raise Refused("measured forward in 16 bits, without features and with a window")
     q, k, v = (x.transpose(1, 2) for x in cell.inputs())
@@ -332,7 +319,6 @@ PEERS = {
     "xformers": xformers,
     "cudnn frontend": cudnn_frontend,
 }
-COMPILED = {"compiled": eager_compiled, "flex": flex}
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -379,7 +365,7 @@ def make(
         return None
     return AttentionCell(
         op="attention", device=device, direction=direction,
-        against={**PEERS, **(COMPILED if compile else {})},
+        against={**with_compiled(PEERS, compile), **({"flex": flex} if compile else {})},
         batch=1 if feature == "bias" and direction != FORWARD else batch,
         seqlen=seqlen, heads=heads, kv_heads=kv_heads, head_dim=head_dim, feature=feature,
         window=window if feature == "window" else 0, compile=compile, **same,

@@ -17,7 +17,7 @@ from typing import Any
 import checkout  # noqa: F401
 import torch
 from harness import BACKWARD, BOTH, FORWARD, OURS, Cell
-from peer import Outputs, Peer, compiled, first, imported, on_a_gpu
+from peer import Outputs, Peer, first, imported, with_compiled
 from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, grids, main
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +34,6 @@ class LossCell(Cell):
     rows: int
     hidden: int
     classes: int
-    compile: bool = False
 
     @property
     def linear(self) -> bool:
@@ -45,10 +44,8 @@ class LossCell(Cell):
         return "gemms" if self.linear else "copy"
 
     @property
-    def axes(self) -> dict[str, Any]:
-        axes = {"rows": self.rows, "classes": self.classes}
-        axes |= {"hidden": self.hidden} if self.linear else {}
-        return axes | ({"compile": True} if self.compile else {})
+    def sizes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("rows", "classes", "hidden") if self.linear else ("rows", "classes")
 
     @property
     def flops(self) -> float | None:
@@ -66,11 +63,10 @@ class LossCell(Cell):
         return float(passes * self.rows * self.classes * self.torch_dtype.itemsize)
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
         if not self.linear:
-            return (torch.randn(self.rows, self.classes, **options),)
-        weight = torch.randn(self.classes, self.hidden, **options) / math.sqrt(self.hidden)
-        return torch.randn(self.rows, self.hidden, **options), weight
+            return (self.randn(self.rows, self.classes),)
+        weight = self.randn(self.classes, self.hidden) / math.sqrt(self.hidden)
+        return self.randn(self.rows, self.hidden), weight
 
     def gradients(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (torch.rand((), device=self.device),)
@@ -104,13 +100,8 @@ def eager(cell: LossCell) -> Peer:
     return Peer((lambda x, w: loss(F.linear(x, w))) if cell.linear else loss)
 
 
-def eager_compiled(cell: LossCell) -> Peer:
-    return compiled(eager(cell))
-
-
 def liger(cell: LossCell) -> Peer:
-    functional = imported("liger_kernel.transformers.functional", "Liger-Kernel")
-    on_a_gpu(cell, "Liger-Kernel")
+    functional = imported("liger_kernel.transformers.functional", "Liger-Kernel", gpu=cell)
     targets = cell.targets()
     if cell.linear:
         fused = functional.liger_fused_linear_cross_entropy
@@ -137,7 +128,6 @@ def gemms(cell: LossCell) -> Peer:
 
 PEERS = {OURS: ours, "eager": eager, "liger": liger}
 CEILING = {True: {"gemms": gemms}, False: {"copy": copy}}
-COMPILED = {"compiled": eager_compiled}
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -157,7 +147,7 @@ def make(*, op: str, direction: str, compile: bool, **same: Any) -> LossCell | N
     """The cell of one value for each axis; None for a linear_cross_entropy's backward alone."""
     if op == LINEAR and direction == BACKWARD:
         return None
-    against = {**PEERS, **CEILING[op == LINEAR], **(COMPILED if compile else {})}
+    against = with_compiled({**PEERS, **CEILING[op == LINEAR]}, compile)
     return LossCell(op=op, direction=direction, compile=compile, against=against, **same)
 
 

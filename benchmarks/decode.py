@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import checkout  # noqa: F401
 import torch
@@ -38,13 +37,10 @@ class DecodeCell(Cell):
     page_size: int
     capacity: int = 0  # 0: seqlen
 
+    sizes = (
+        "batch", "seqlen_q", "seqlen", "heads", "kv_heads", "head_dim", "page_size", "capacity",
+    )  # fmt: skip
     bound = "copy"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        names = ("batch", "seqlen_q", "seqlen", "heads", "kv_heads", "head_dim", "page_size",
-                 "capacity")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
 
     @property
     def room(self) -> int:
@@ -76,13 +72,12 @@ class DecodeCell(Cell):
         return table.to(self.device)
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
         rows, slots = self.batch, self.room
         if self.page_size:
             rows, slots = self.batch * -(-self.seqlen // self.page_size), self.page_size
-        q = torch.randn(self.batch, self.seqlen_q, self.heads, self.head_dim, **options)
+        q = self.randn(self.batch, self.seqlen_q, self.heads, self.head_dim)
         shape = (rows, slots, self.kv_heads, self.head_dim)
-        return q, torch.randn(shape, **options), torch.randn(shape, **options)
+        return q, self.randn(*shape), self.randn(*shape)
 
     def definition(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if (table := self.block_table) is not None:
@@ -136,30 +131,19 @@ def eager(cell: DecodeCell) -> Peer:
     return Peer(cell.definition)
 
 
-def flash_attn_2(cell: DecodeCell) -> Peer:
-    function = imported("flash_attn", "flash-attn 2").flash_attn_with_kvcache
-    if cell.dtype == "float32":
-        raise Refused("flash-attn 2 has no float32")
-    if cell.page_size % 256:
-        raise Refused("its pages are multiples of 256 keys")
-    lengths, table = cell.lengths, cell.block_table
-    return Peer(
-        lambda q, k, v: function(
-            q, k, v, cache_seqlens=lengths, block_table=table, causal=True
-        )
-    )  # fmt: skip
+def _flash(module: str, package: str, pages: str) -> Callable[[DecodeCell], Peer]:
+    """A version of flash-attn; `pages` is its word for the block table."""
 
+    def make(cell: DecodeCell) -> Peer:
+        function = imported(module, package).flash_attn_with_kvcache
+        if cell.dtype == "float32":
+            raise Refused(f"{package} has no float32")
+        if package == "flash-attn 2" and cell.page_size % 256:
+            raise Refused("its pages are multiples of 256 keys")
+        options = {"cache_seqlens": cell.lengths, pages: cell.block_table, "causal": True}
+        return Peer(lambda q, k, v: first(function(q, k, v, **options)))
 
-def flash_attn_3(cell: DecodeCell) -> Peer:
-    function = imported("flash_attn_interface", "flash-attn 3").flash_attn_with_kvcache
-    if cell.dtype == "float32":
-        raise Refused("flash-attn 3 has no float32")
-    lengths, table = cell.lengths, cell.block_table
-    return Peer(
-        lambda q, k, v: first(
-            function(q, k, v, cache_seqlens=lengths, page_table=table, causal=True)
-        )
-    )
+    return make
 
 
 def copy(cell: DecodeCell) -> Peer:
@@ -178,8 +162,8 @@ PEERS = {
     "ours by occupancy": _ours(0),
     "eager": eager,
     "sdpa": sdpa,
-    "flash-attn 2": flash_attn_2,
-    "flash-attn 3": flash_attn_3,
+    "flash-attn 2": _flash("flash_attn", "flash-attn 2", "block_table"),
+    "flash-attn 3": _flash("flash_attn_interface", "flash-attn 3", "page_table"),
 }
 
 

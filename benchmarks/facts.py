@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from schema import Entry, Row, Spread
@@ -61,6 +61,10 @@ def ratio(value: float) -> str:
     return f"{value:.2f}x" if value >= 0.1 else f"{digits(value)}x"
 
 
+def brief(values: Spread) -> str:
+    return "tie" if is_tie(values) else ratio(values["median"])
+
+
 def spread(values: Spread) -> str:
     """ "1.32x (1.30-1.34)"; what is not faster says so."""
     said = outcome(values)
@@ -88,24 +92,6 @@ def plain(text: str) -> str:
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join(f"| {' | '.join(x.replace('|', chr(92) + '|') for x in y)} |" for y in lines)
-
-
-@dataclass
-class Notes:
-    """Footnotes by letters; equal texts share one."""
-
-    texts: dict[str, str] = field(default_factory=dict)
-
-    def mark(self, text: str) -> str:
-        return self.texts.setdefault(plain(text), f"({_letter(len(self.texts))})")
-
-    def __str__(self) -> str:
-        return "\n".join(f"- {mark} {text}" for text, mark in self.texts.items())
-
-
-def _letter(number: int) -> str:
-    before = "" if number < 26 else _letter(number // 26 - 1)
-    return before + chr(ord("a") + number % 26)
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import checkout  # noqa: F401
 import torch
 from harness import BACKWARD, FORWARD, OURS, Cell
-from peer import Outputs, Peer, Refused, compiled, on_a_gpu
+from peer import Outputs, Peer, Refused, on_a_gpu, with_compiled
 from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, grids, main
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,15 +31,9 @@ class FeedForwardCell(Cell):
     inner: int
     activation: str
     layout: str
-    compile: bool = False
 
+    sizes = ("rows", "hidden", "inner", "activation", "layout")
     bound = "gemms"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        names = ("rows", "hidden", "inner", "activation", "layout")
-        axes = {name: getattr(self, name) for name in names}
-        return axes | ({"compile": True} if self.compile else {})
 
     @property
     def flops(self) -> float:
@@ -47,14 +41,12 @@ class FeedForwardCell(Cell):
         return 4.0 * self.rows * self.hidden * self.inner * passes
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
-        x = torch.randn(self.rows, self.hidden, **options)
-        w1 = torch.randn(self.inner, self.hidden, **options) / math.sqrt(self.hidden)
-        w2 = torch.randn(self.hidden, self.inner, **options) / math.sqrt(self.inner)
-        b1, b2 = torch.randn(self.inner, **options), torch.randn(self.hidden, **options)
+        x = self.randn(self.rows, self.hidden)
+        w1 = self.randn(self.inner, self.hidden) / math.sqrt(self.hidden)
+        w2 = self.randn(self.hidden, self.inner) / math.sqrt(self.inner)
         if self.layout == "conv1d":
             w1, w2 = w1.t().contiguous(), w2.t().contiguous()
-        return x, w1, b1, w2, b2
+        return x, w1, self.randn(self.inner), w2, self.randn(self.hidden)
 
     def definition(self, *inputs: Tensor) -> Outputs:
         return eager(self).function(*inputs)
@@ -105,10 +97,6 @@ def epilogue(cell: FeedForwardCell) -> Peer:
     return Peer(call)
 
 
-def eager_compiled(cell: FeedForwardCell) -> Peer:
-    return compiled(eager(cell))
-
-
 def gemms(cell: FeedForwardCell) -> Peer:
     """The bare matrix products of the direction, without bias and activation."""
 
@@ -133,7 +121,6 @@ def gemms(cell: FeedForwardCell) -> Peer:
 
 
 PEERS = {OURS: ours, "gemms": gemms, "eager": eager, "aten epilogue": epilogue}
-COMPILED = {"compiled": eager_compiled}
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -152,7 +139,7 @@ AXES: Mapping[str, Axis] = {
 
 def make(*, hidden: int, inner: int, compile: bool, **same: Any) -> FeedForwardCell:
     """The cell of one value for each axis."""
-    against = {**PEERS, **(COMPILED if compile else {})}
+    against = with_compiled(PEERS, compile)
     inner = inner or 4 * hidden
     return FeedForwardCell(
         op="ffn", hidden=hidden, inner=inner, compile=compile, against=against, **same

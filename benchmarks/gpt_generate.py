@@ -165,13 +165,9 @@ class GenerateCell(ModelCell):
     new_tokens: int
     unequal: bool
 
+    sizes = ("model", "prompts", "prompt", "new_tokens", "unequal")
     bound = "copy"
     reference = "float32"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        names = ("model", "prompts", "prompt", "new_tokens", "unequal", "compile")
-        return {name: getattr(self, name) for name in names}
 
     @property
     def weight_bytes(self) -> float:

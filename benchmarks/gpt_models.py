@@ -116,9 +116,12 @@ class ModelCell(Cell):
     """A row that runs whole models: training or generation."""
 
     model: str
-    compile: bool
 
     rounds = 9
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {**super().axes, "compile": self.compile}
 
     @property
     def limit(self) -> float:  # type: ignore[override]

@@ -185,12 +185,8 @@ class TrainCell(ModelCell):
     seqlen: int
     dropout: float
 
+    sizes = ("model", "batch", "seqlen", "dropout")
     bound = "matmul"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        names = ("model", "batch", "seqlen", "dropout", "compile")
-        return {name: getattr(self, name) for name in names}
 
     @property
     def tokens(self) -> int:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from environment import ROW_FIELDS, nvidia_smi
@@ -50,16 +50,19 @@ class Cell:
     dtype: str
     direction: str = FORWARD
     against: Mapping[str, Callable[..., Peer]]
+    compile: bool = False  # whether torch.compile takes part
+    target: str | None = None  # the promise of this cell, in words
 
+    sizes: ClassVar[tuple[str, ...]] = ()  # the fields that are axes
     limit = 90.0  # seconds after which a cell must be stuck
     rounds = 15
     batch_seconds = 2e-3
-    target: str | None = None  # the promise of this cell, in words
 
     @property
     def axes(self) -> dict[str, Any]:
         """Sizes and options, by name."""
-        raise NotImplementedError
+        axes = {name: getattr(self, name) for name in self.sizes}
+        return axes | ({"compile": True} if self.compile else {})
 
     @property
     def flops(self) -> float | None:
@@ -75,6 +78,10 @@ class Cell:
     def bound(self) -> str | None:
         """The peer that is this cell's ceiling."""
         return None
+
+    def randn(self, *shape: int) -> Tensor:
+        """Random numbers in the cell's dtype, on its device."""
+        return torch.randn(shape, device=self.device, dtype=self.torch_dtype)
 
     def inputs(self) -> Tensors:
         """Fresh random inputs on the device."""
@@ -98,8 +105,8 @@ class Cell:
         return 1
 
     @property
-    def reference(self) -> str:
-        """The dtype of the definition that results are compared with."""
+    def reference(self) -> str | None:
+        """The dtype of the definition that results are compared with; None: they are not."""
         return "float64"
 
     def part(self, tensor: Tensor) -> Tensor:
@@ -133,9 +140,10 @@ class Cell:
             "dtype": self.dtype,
             "axes": self.axes,
             "right": False,
-            "reference": self.reference,
             "peers": entries,
         }
+        if self.reference is not None:
+            row["reference"] = self.reference
         if self.bound is not None:
             row["bound"] = self.bound
         if self.target is not None:
@@ -157,7 +165,7 @@ def measure(cell: Cell, seconds: float, peers: Collection[str] | None = None) ->
     input_sets = [inputs, *(cell.inputs() for _ in range(sets - 1))]
     grad_sets = [cell.gradients(inputs) for _ in input_sets]
     part_inputs, part_grads = (tuple(map(cell.part, x)) for x in (inputs, grad_sets[0]))
-    precise = getattr(torch, cell.reference)
+    precise = getattr(torch, cell.reference or "float64")
     rounded = (tuple(x.to(precise) for x in tensors) for tensors in (part_inputs, part_grads))
     exact = _results(cell, cell.definition, *rounded)
     eager = _results(cell, cell.plain, part_inputs, part_grads)
@@ -196,12 +204,9 @@ def chosen(
 
 
 def timed_interleaved(
-    cell: Any, candidates: Sequence[Candidate], seconds: float, row: Row
+    cell: Cell, candidates: Sequence[Candidate], seconds: float, row: Row
 ) -> dict[str, Sample]:
-    """Time the candidates and write into the row: samples, ratios to ours, the target.
-
-    `cell` says `device`, `rounds`, `batch_seconds`, `target` and `holds`.
-    """
+    """Time the candidates and write into the row: samples, ratios to ours, the target."""
     entries = row["peers"]
     for attempt in range(1, ATTEMPTS + 1):
         samples = interleave(
@@ -279,10 +284,7 @@ def _check(
     first_call = time.perf_counter() - start
     errors = compare(tuple(map(cell.part, got)), exact, eager)
     right = all(error["within"] for error in errors)
-    entry: Entry = {"first_call_seconds": first_call, "errors": errors, "right": right}
-    if peer.note is not None:
-        entry["note"] = peer.note
-    return entry
+    return {"first_call_seconds": first_call, "errors": errors, "right": right}
 
 
 def _results(

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import checkout  # noqa: F401
-import torch
 from harness import BACKWARD, FORWARD, OURS, Cell
-from peer import Outputs, Peer, Refused, compiled, first, imported, on_a_gpu
+from peer import Outputs, Peer, Refused, first, imported, with_compiled
 from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, boolean, grids, main
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,14 +29,9 @@ class NormCell(Cell):
     rows: int
     hidden: int
     residual: bool
-    compile: bool = False
 
+    sizes = ("rows", "hidden", "residual")
     bound = "copy"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        axes = {"rows": self.rows, "hidden": self.hidden, "residual": self.residual}
-        return axes | ({"compile": True} if self.compile else {})
 
     @property
     def bytes(self) -> float:
@@ -51,9 +45,8 @@ class NormCell(Cell):
         return 2 if self.residual else 1
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
-        x, r = (torch.randn(self.rows, self.hidden, **options) for _ in range(2))
-        weight, bias = (torch.randn(self.hidden, **options) for _ in range(2))
+        x, r = (self.randn(self.rows, self.hidden) for _ in range(2))
+        weight, bias = (self.randn(self.hidden) for _ in range(2))
         if self.op == "rms_norm":
             return x, weight
         return (x, weight, bias, r) if self.residual else (x, weight, bias)
@@ -98,13 +91,8 @@ def eager(cell: NormCell) -> Peer:
     return Peer(with_residual)
 
 
-def eager_compiled(cell: NormCell) -> Peer:
-    return compiled(eager(cell))
-
-
 def liger(cell: NormCell) -> Peer:
-    functional = imported("liger_kernel.transformers.functional", "Liger-Kernel")
-    on_a_gpu(cell, "Liger-Kernel")
+    functional = imported("liger_kernel.transformers.functional", "Liger-Kernel", gpu=cell)
     if cell.residual:
         raise Refused("its LayerNorm takes no residual")
     if cell.op == "rms_norm":
@@ -113,8 +101,7 @@ def liger(cell: NormCell) -> Peer:
 
 
 def quack(cell: NormCell) -> Peer:
-    function = imported("quack", "quack").rmsnorm
-    on_a_gpu(cell, "quack")
+    function = imported("quack", "quack", gpu=cell).rmsnorm
     if cell.op != "rms_norm":
         raise Refused("quack's LayerNorm has no backward and no bias")
     return Peer(lambda x, w: first(function(x, w, eps=EPS)))
@@ -126,14 +113,7 @@ def copy(cell: NormCell) -> Peer:
     return Peer(lambda x, *_: x.clone(), ceiling=True, bytes=moved)
 
 
-PEERS = {
-    OURS: ours,
-    "copy": copy,
-    "eager": eager,
-    "liger": liger,
-    "quack": quack,
-}
-COMPILED = {"compiled": eager_compiled}
+PEERS = {OURS: ours, "copy": copy, "eager": eager, "liger": liger, "quack": quack}
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -153,7 +133,7 @@ def make(*, op: str, residual: bool, compile: bool, **same: Any) -> NormCell | N
     """The cell of one value for each axis; None for an rms_norm with a residual."""
     if op == "rms_norm" and residual:
         return None
-    against = {**PEERS, **(COMPILED if compile else {})}
+    against = with_compiled(PEERS, compile)
     return NormCell(op=op, residual=residual, compile=compile, against=against, **same)
 
 

@@ -43,7 +43,7 @@ WORKSPACE, STATE = 4 << 20, 1 << 16
 class MemoryCell(Cell):
     """The memory of one call."""
 
-    compile: bool
+    reference = None  # results are compared in the op's own script
 
     @property
     def limit(self) -> float:  # type: ignore[override]
@@ -65,7 +65,6 @@ class MemoryCell(Cell):
         against = chosen(self.against, peers, self.bound)
         entries = gpt_models.each(against, lambda name, make: self.entry(make), self.device)
         row = self.row(entries)
-        del row["reference"]  # results are compared in the op's own script
         row["right"] = "peak_bytes" in entries[OURS]
         if self.target is not None:
             row["holds"] = row["right"] and self.kept(entries[OURS])
@@ -156,15 +155,10 @@ class TrainingMemory(MemoryCell):
     batch: int
     seqlen: int
 
-    @property
-    def axes(self) -> dict[str, Any]:
-        return {"model": self.model, "batch": self.batch, "seqlen": self.seqlen}
+    sizes = ("model", "batch", "seqlen")
 
-    def entry(self, make: Callable[..., Any]) -> Entry:
-        with gpt_models.quiet():
-            return self.step_entry(make)
-
-    def step_entry(self, make: Callable[[gpt_models.Models], gpt_train.Learner]) -> Entry:
+    @gpt_models.quiet()
+    def entry(self, make: Callable[[gpt_models.Models], gpt_train.Learner]) -> Entry:
         models = gpt_models.Models(self.model, self.device)
         learner = make(models)
         ids = models.random_ids(self.batch, self.seqlen + 1)
@@ -205,66 +199,46 @@ AXES: Mapping[str, Axis] = {
 
 
 def make(
-    *,
-    op: str,
-    device: str,
-    batch: int,
-    seqlen: int,
-    heads: int,
-    head_dim: int,
-    causal: bool,
-    rows: int,
-    hidden: int,
-    classes: int,
-    model: str,
-    direction: str,
-    dtype: str,
-    compile: bool,
+    *, op: str, device: str, direction: str, dtype: str, compile: bool, **sizes: Any
 ) -> MemoryCell | None:
     """The cell of one value for each axis, of which an op takes those that it has."""
     common: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile}
+
+    def of_axes(*names: str) -> dict[str, Any]:
+        return {**common, **{name: sizes[name] for name in names}}
+
     if op == "gpt":
         if direction != BOTH or dtype == "float16":  # which would want a scaled loss
             return None
         return TrainingMemory(
-            op=op, direction=gpt_train.TRAINING, model=model, batch=batch, seqlen=seqlen,
+            op=op, direction=gpt_train.TRAINING, **of_axes("model", "batch", "seqlen"),
             against={**gpt_train.PEERS, **(gpt_train.COMPILED if compile else {})},
-            **common,
         )  # fmt: skip
     common |= {"direction": direction}
-    sizes: dict[str, Any]
+    kind, target, of = OpMemory, None, None
     if op == "attention":
-        sizes = {"batch": batch, "seqlen": seqlen, "heads": heads, "kv_heads": heads}
-        sizes |= {"head_dim": head_dim, "causal": causal, "feature": "none", "window": 0}
-        of: Cell | None = attention.make(**sizes, **common)
-        return _op_memory(AttentionMemory, of, compile, PROMISE)
-    sizes = {"rows": rows, "hidden": hidden}
-    if op == "layer_norm":
-        of = layer_norm.make(op=op, residual=False, **sizes, **common)
+        of = attention.make(
+            **of_axes("batch", "seqlen", "heads", "head_dim", "causal"), kv_heads=sizes["heads"],
+            feature="none", window=0,
+        )  # fmt: skip
+        kind, target = AttentionMemory, PROMISE
+    elif op == "layer_norm":
+        of = layer_norm.make(op=op, residual=False, **of_axes("rows", "hidden"))
     elif op == "linear_cross_entropy":
-        of = cross_entropy.make(op=op, classes=classes, **sizes, **common)
+        of = cross_entropy.make(op=op, **of_axes("rows", "hidden", "classes"))
     else:
-        of = ffn.make(inner=0, activation="gelu_tanh", layout="linear", **sizes, **common)
-    return _op_memory(OpMemory, of, compile, None)
+        options = {"inner": 0, "activation": "gelu_tanh", "layout": "linear"}
+        of = ffn.make(**options, **of_axes("rows", "hidden"))
+    if of is None:
+        return None
+    against = {name: of.against[name] for name in AGAINST if name in of.against}
+    return kind(op=of.op, against=against, of=of, target=target, **common)
 
 
 PROMISE = (
     "linear in seqlen: at most q, k, v, out and lse a token, with a backward also two floats for "
     "each number of those in float32 gradients; out and lse saved"
 )
-
-
-def _op_memory(
-    kind: type[OpMemory], of: Cell | None, compile: bool, target: str | None
-) -> OpMemory | None:
-    if of is None:
-        return None
-    against = {name: of.against[name] for name in AGAINST if name in of.against}
-    return kind(
-        op=of.op, device=of.device, dtype=of.dtype, direction=of.direction, against=against,
-        of=of, compile=compile, target=target,
-    )  # fmt: skip
-
 
 grid = grids(
     batch=[1], seqlen=[4096], heads=[16], head_dim=[128], causal=[True], rows=[8192], hidden=[768],

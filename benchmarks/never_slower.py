@@ -38,11 +38,9 @@ import checkout  # noqa: F401
 import decode
 import ffn
 import layer_norm
-import torch
 from harness import BOTH, FORWARD, OURS, Cell
 from never_slower_table import NEXT, RAN_ON, faster, print_table, table
-from peer import Outputs, Peer
-from peer import compiled as compiled_peer
+from peer import Outputs, Peer, with_compiled
 from schema import Row
 from script import Axis, Grid, Subject, boolean, main
 from torch import Tensor
@@ -151,19 +149,15 @@ class LinearCell(Cell):
     out_features: int
     activation: str
 
-    @property
-    def axes(self) -> dict[str, Any]:
-        names = ("rows", "in_features", "out_features", "activation")
-        return {name: getattr(self, name) for name in names}
+    sizes = ("rows", "in_features", "out_features", "activation")
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
-        x = torch.randn(self.rows, self.in_features, **options)
-        weight = torch.randn(self.out_features, self.in_features, **options)
-        return x, weight / math.sqrt(self.in_features), torch.randn(self.out_features, **options)
+        x, bias = self.randn(self.rows, self.in_features), self.randn(self.out_features)
+        weight = self.randn(self.out_features, self.in_features) / math.sqrt(self.in_features)
+        return x, weight, bias
 
     def gradients(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (inputs[0].new_empty(self.rows, self.out_features).normal_(),)
+        return (self.randn(self.rows, self.out_features),)
 
     def definition(self, *inputs: Tensor) -> Outputs:
         return linear_eager(self).function(*inputs)
@@ -276,11 +270,9 @@ def make(
     against = {OURS: forced(ours, backend), EAGER: eager}
     if backend == "cuda":
         against[NEXT] = forced(ours, NEXT)
-    if compile:
-        against["compiled"] = lambda cell: compiled_peer(eager(cell))
     return kind(
-        op=op, device=device, dtype=dtype, direction=direction, backend=backend, against=against,
-        **own,
+        op=op, device=device, dtype=dtype, direction=direction, backend=backend,
+        against=with_compiled(against, compile), **own,
     )  # fmt: skip
 
 

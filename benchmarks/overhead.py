@@ -19,14 +19,14 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import checkout  # noqa: F401
 import torch
-from harness import OURS, as_tuple, timed_interleaved
+from harness import OURS, Cell, as_tuple, timed_interleaved
 from peer import Outputs, first
 from schema import Entry, Row
 from script import Axis, Grid, Subject, main
@@ -61,7 +61,7 @@ class Calls:
     bare: Function
     registered: Function
     kernels: ModuleType
-    aside: Mapping[str, Function]
+    aside: Mapping[str, Function] = field(default_factory=dict)
 
 
 def attention_calls(device: str) -> Calls:
@@ -90,34 +90,28 @@ def attention_calls(device: str) -> Calls:
 
 
 def layer_norm_calls(device: str) -> Calls:
-    from fastattn.ops.layer_norm import triton as kernels
-
-    registered, f32 = torch.ops.fastattn.layer_norm, torch.float32
-    return Calls(
-        inputs=tuple(torch.randn(shape, device=device) for shape in ((4, 64), 64, 64)),
-        ours=fastattn.layer_norm,
-        bare=lambda x, w, b: torch.layer_norm(x, (64,), w, b),
-        registered=lambda x, w, b: registered(
-            x, None, w, b, None, 0.0, 1e-5, True, f32, "triton", True
-        ),
-        kernels=kernels,
-        aside={},
-    )
+    return _norm_calls(device, fastattn.layer_norm, torch.layer_norm, centred=True)
 
 
 def rms_norm_calls(device: str) -> Calls:
+    return _norm_calls(device, fastattn.rms_norm, torch.rms_norm, centred=False)
+
+
+def _norm_calls(device: str, ours: Function, bare: Function, *, centred: bool) -> Calls:
     from fastattn.ops.layer_norm import triton as kernels
 
     registered, f32 = torch.ops.fastattn.layer_norm, torch.float32
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Outputs:
+        return registered(x, None, weight, bias, None, 0.0, 1e-5, centred, f32, "triton", True)
+
+    shapes = ((4, 64), 64, 64) if centred else ((4, 64), 64)
     return Calls(
-        inputs=tuple(torch.randn(shape, device=device) for shape in ((4, 64), 64)),
-        ours=fastattn.rms_norm,
-        bare=lambda x, w: torch.rms_norm(x, (64,), w),
-        registered=lambda x, w: registered(
-            x, None, w, None, None, 0.0, 1e-5, False, f32, "triton", True
-        ),
+        inputs=tuple(torch.randn(shape, device=device) for shape in shapes),
+        ours=ours,
+        bare=lambda x, *weights: bare(x, (64,), *weights),
+        registered=kernel,
         kernels=kernels,
-        aside={},
     )
 
 
@@ -137,7 +131,6 @@ def ffn_calls(device: str) -> Calls:
         bare=bare,
         registered=lambda *inputs: registered(*inputs, None, None, *options),
         kernels=kernels,
-        aside={},
     )
 
 
@@ -190,33 +183,21 @@ def drained() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
-    """One line of a table."""
+class Call(Cell):
+    """One line of a table; `device` says whose clock it is, `on` where the tensors are."""
 
-    op: str
-    mode: str
     table: str
-    on: str  # the tensors' device
+    on: str
+    most_us: float | None  # the promise; None if there is none
 
-    device = "cpu"  # whose clock it is
+    sizes = ("table",)
+    reference = None
     limit = 60.0
     rounds = 41
-    batch_seconds = 2e-3
 
     @property
     def title(self) -> str:
-        return f"{self.op} {self.mode} table={self.table}"
-
-    @property
-    def most_us(self) -> float | None:
-        """The promise; None if there is none."""
-        return {DEFAULT: ABOVE_US, KERNEL: KERNEL_US.get(self.mode)}.get(self.table)
-
-    @property
-    def target(self) -> str | None:
-        if self.most_us is None:
-            return None
-        return f"at most {self.most_us:g} us" + (" above ATen" if self.table == DEFAULT else "")
+        return f"{self.op} {self.direction} table={self.table}"
 
     def holds(self, samples: Mapping[str, Sample]) -> bool:
         assert self.most_us is not None
@@ -237,23 +218,14 @@ class Call:
         else:
             around = launchers_replaced(calls.kernels)
         with around, fastattn.use_backend("triton") if self.table == PUBLIC else nullcontext():
-            callables = {n: in_mode(f, calls.inputs, self.mode) for n, f in functions.items()}
+            callables = {n: in_mode(f, calls.inputs, self.direction) for n, f in functions.items()}
             results = {name: as_tuple(call()) for name, call in callables.items()}
             right = self.table != DEFAULT or all(map(close, results[OURS], results[ATEN]))
             ours: Entry = {"right": right}
-            row: Row = {
-                "title": self.title,
-                "op": self.op,
-                "direction": self.mode,
-                "dtype": "float32",
-                "axes": {"table": self.table},
-                "right": right,
-                "peers": {OURS: ours, **{name: Entry() for name in functions if name != OURS}},
-            }
+            row = self.row({OURS: ours, **{name: Entry() for name in functions if name != OURS}})
+            row["right"] = right
             for name in calls.aside.keys() & functions.keys():
                 row["peers"][name]["ceiling"] = True
-            if self.target is not None:
-                row["target"] = self.target
             candidates = [Candidate(name, call) for name, call in callables.items()]
             if self.on == "cuda":
                 ours["note"] = "host time"
@@ -280,7 +252,12 @@ AXES: Mapping[str, Axis] = {
 
 def make(*, device: str, op: str, mode: str, table: str) -> Call:
     """The cell of one value for each axis."""
-    return Call(op=op, mode=mode, table=table, on=device)
+    most = {DEFAULT: ABOVE_US, KERNEL: KERNEL_US.get(mode)}.get(table)
+    above = " above ATen" if table == DEFAULT else ""
+    return Call(
+        op=op, device="cpu", dtype="float32", direction=mode, against={}, table=table, on=device,
+        most_us=most, target=None if most is None else f"at most {most:g} us{above}",
+    )  # fmt: skip
 
 
 GRID: Grid = {"table": TABLES, "op": tuple(CALLS), "mode": MODES}

@@ -8,7 +8,7 @@ same tensors in the same layout and return the same result, transposes included 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -41,7 +41,6 @@ class Peer:
     ceiling: bool = False
     bytes: float | None = None
     flops: float | None = None
-    note: str | None = None
 
 
 def compiled(peer: Peer) -> Peer:
@@ -51,14 +50,28 @@ def compiled(peer: Peer) -> Peer:
     return replace(peer, function=torch.compile(peer.function, dynamic=False, fullgraph=True))
 
 
-def imported(module: str, package: str) -> ModuleType:
-    """The module of an optional package. Raises Refused where it cannot be imported."""
+def with_compiled(
+    peers: Mapping[str, Callable[..., Peer]], compile: bool
+) -> Mapping[str, Callable[..., Peer]]:
+    """The peers; `compile`: and the eager one by torch.compile."""
+    if not compile:
+        return peers
+    return {**peers, "compiled": lambda cell: compiled(peers["eager"](cell))}
+
+
+def imported(module: str, package: str, gpu: Any = None) -> ModuleType:
+    """The module of an optional package. Raises Refused where it cannot be imported, or `gpu` is a
+    cell that is on none.
+    """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except Exception as failure:  # a package built for another torch fails in its own ways
         if isinstance(failure, ModuleNotFoundError) and failure.name == module.split(".")[0]:
             raise Refused(f"{package} is not installed") from None
         raise Refused(f"{package} cannot be imported: {failure}") from failure
+    if gpu is not None:
+        on_a_gpu(gpu, package)
+    return found
 
 
 def on_a_gpu(cell: Any, package: str) -> None:
@@ -74,6 +87,5 @@ def first(result: Any) -> Tensor:
 def matmul(cell: Any) -> Peer:
     """A large square product in the cell's dtype: the most that the device can multiply."""
     size = MATMUL_SIZE[cell.device]
-    options = {"device": cell.device, "dtype": cell.torch_dtype}
-    a, b = (torch.randn(size, size, **options) for _ in range(2))
+    a, b = cell.randn(size, size), cell.randn(size, size)
     return Peer(lambda *_: a @ b, ceiling=True, flops=2.0 * size**3)

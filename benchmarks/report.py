@@ -12,16 +12,30 @@ names the file and the place.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import report_compare
 from checkout import ROOT
-from facts import plain, table
+from facts import (
+    Against,
+    against,
+    axes_text,
+    axis_text,
+    digits,
+    groups,
+    peers_of,
+    plain,
+    ratio,
+    split_axes,
+    table,
+    tally,
+)
 from report_files import ReportError, Run, load
-from report_tables import joined, run_section, summary_table
-from schema import SchemaError
+from schema import Row, SchemaError
+from show import columns, faults, remarks
 
 INTRODUCTION = """\
 # Performance
@@ -31,11 +45,13 @@ Written by `python benchmarks/report.py` from results files. The method: `benchm
 LEGEND = """\
 A ratio is the time of a peer over ours, taken round by round: above 1 fastattn is faster. In
 brackets stand the 20th and the 80th percentile over the rounds; where they enclose 1, or the median
-is within 2% of it, it is a tie. "ours +3.0 us" is our time less the peer's. All else is a median.
-"share of ceiling" is our rate over that of the named ceiling in the same rounds. A wrong result is
-timed all the same and says "wrong"; means over cells leave it out. "-" is a cell that a peer cannot
-do, "failed" what should not have failed: the reasons are under the table."""
+is within 2% of it, it is a tie. "-3.0 us" is the peer's time less ours. All else is a median. "of
+copy" is our rate over that of the named ceiling in the same rounds; "peak" is memory above the
+inputs, of a peer as a multiple of ours, and "saved" is kept by the forward for the backward. A
+wrong result is timed all the same and says "wrong"; means over cells leave it out. "-" is a cell
+that a peer cannot do, "FAILED" what should not have failed: the reasons are under the table."""
 
+AGAINST = ("against", "cells", "geometric mean", "faster / tie / slower", "worst cell")
 NO_GPU = "Nothing has been measured on a GPU."
 
 
@@ -163,6 +179,77 @@ def _environments(runs: Sequence[Run]) -> str:
 
 def _distinct(texts: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(texts))
+
+
+def joined(parts: Iterable[str]) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def bullets(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {plain(text)}" for text in texts)
+
+
+def summary_table(runs: Sequence[Run]) -> str:
+    """All subjects on all devices against every peer."""
+    lines = []
+    for run in runs:
+        rows = run.data["rows"]
+        found = [_against_line(of, of.worst["title"]) for of in against(rows)]
+        where = [plain(run.device), run.name, tally(rows)]
+        lines += [[*where, *line] for line in found or [["-"] * len(AGAINST)]]
+    return table(("device", "subject", "measured", *AGAINST), lines)
+
+
+def _against_line(of: Against, where: str) -> list[str]:
+    worst = f"{ratio(of.least)} {plain(where)}".rstrip()
+    return [of.peer, of.cells, ratio(of.mean), of.counts, worst]
+
+
+def run_section(run: Run, method: Mapping[str, str]) -> str:
+    """All of one file; `method` is the part of its method that is not said elsewhere."""
+    data = run.data
+    words = data["command"]
+    if words[:1] and words[0].endswith(".py"):  # a script itself is not executable
+        words = ["python", *words]
+    counts = f"{tally(data['rows'])}, {len(data['skipped'])} skipped"
+    parts = [
+        f"### {run.name}",
+        f"```bash\n{shlex.join(words)}\n```",
+        f"`{run.path.name}`: {counts}, {data['seconds']:.0f} s; commit {run.commit}.",
+        bullets(f"{name}: {text}" for name, text in method.items()),
+    ]
+    if "peak" in data:
+        of, flops = plain(data["peak"]["of"]), plain(data["peak"]["flops"])
+        parts.append(f"MFU is of {digits(data['peak']['tflops'])} TFLOP/s ({of}); FLOPs: {flops}.")
+    for (op, direction, dtype), rows in groups(data["rows"]).items():
+        parts += [f"#### {op} {direction}, {dtype}".rstrip(" ,"), group_tables(rows)]
+    if data["skipped"]:
+        parts += ["Skipped:", bullets(f"{x['title']}: {x['why']}" for x in data["skipped"])]
+    return joined(parts)
+
+
+def group_tables(rows: Sequence[Row]) -> str:
+    """Rows of one op, direction and dtype; what they come to against each peer; what they say."""
+    varying, same = split_axes(rows)
+    axes = [[name, *(plain(axis_text(x["axes"].get(name))) for x in rows)] for name in varying]
+    if len(set(zip(*(column[1:] for column in axes)))) < len(rows):
+        axes.insert(0, ["cell", *(plain(row["title"]) for row in rows)])
+    bounds = {row.get("bound") for row in rows}
+    names = [name for name in peers_of(rows) if name not in bounds]
+    ours, peers = columns(rows, names, whole=True)
+    headers, *cells = zip(*axes, *ours, *peers)
+    totals = [
+        _against_line(of, axes_text({name: of.worst["axes"].get(name) for name in varying}))
+        for of in against(rows)
+    ]
+    return joined(
+        [
+            f"All with {plain(axes_text(same))}." if same else "",
+            table(headers, cells),
+            table(AGAINST, totals) if totals and len(rows) > 1 else "",
+            bullets([*faults(rows), *remarks(rows)]),
+        ]
+    )
 
 
 if __name__ == "__main__":

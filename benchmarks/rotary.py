@@ -14,7 +14,7 @@ from typing import Any
 import checkout  # noqa: F401
 import torch
 from harness import BACKWARD, FORWARD, OURS, Cell
-from peer import Outputs, Peer, Refused, compiled, imported, on_a_gpu
+from peer import Outputs, Peer, Refused, imported, with_compiled
 from script import COMPILE, DIRECTION, DTYPE, Axis, Subject, boolean, grids, main
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,15 +34,9 @@ class RotaryCell(Cell):
     kv_heads: int
     head_dim: int
     norms: bool
-    compile: bool = False
 
+    sizes = ("batch", "seqlen", "heads", "kv_heads", "head_dim", "norms")
     bound = "copy"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        names = ("batch", "seqlen", "heads", "kv_heads", "head_dim", "norms")
-        axes = {name: getattr(self, name) for name in names}
-        return axes | ({"compile": True} if self.compile else {})
 
     @property
     def elements(self) -> int:
@@ -59,14 +53,9 @@ class RotaryCell(Cell):
         return 2
 
     def inputs(self) -> tuple[Tensor, ...]:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.torch_dtype}
-        q, k = (
-            torch.randn(self.batch, self.seqlen, heads, self.head_dim, **options)
-            for heads in (self.heads, self.kv_heads)
-        )
-        if not self.norms:
-            return q, k
-        return q, k, *(torch.randn(self.head_dim, **options) for _ in "qk")
+        heads = (self.heads, self.kv_heads)
+        q, k = (self.randn(self.batch, self.seqlen, n, self.head_dim) for n in heads)
+        return (q, k, *(self.randn(self.head_dim) for _ in "qk")) if self.norms else (q, k)
 
     def gradients(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(torch.randn_like(x) for x in inputs[:2])
@@ -113,13 +102,8 @@ def eager(cell: RotaryCell, dtype: torch.dtype | None = None) -> Peer:
     return Peer(call)
 
 
-def eager_compiled(cell: RotaryCell) -> Peer:
-    return compiled(eager(cell))
-
-
 def liger(cell: RotaryCell) -> Peer:
-    functional = imported("liger_kernel.transformers.functional", "Liger-Kernel")
-    on_a_gpu(cell, "Liger-Kernel")
+    functional = imported("liger_kernel.transformers.functional", "Liger-Kernel", gpu=cell)
     if cell.norms:
         raise Refused("its rotary embedding has no norm")
     cos, sin = cell.angles()
@@ -139,7 +123,6 @@ def copy(cell: RotaryCell) -> Peer:
 
 
 PEERS = {OURS: ours, "copy": copy, "eager": eager, "liger": liger}
-COMPILED = {"compiled": eager_compiled}
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -159,7 +142,7 @@ AXES: Mapping[str, Axis] = {
 
 def make(*, compile: bool, **same: Any) -> RotaryCell:
     """The cell of one value for each axis."""
-    against = {**PEERS, **(COMPILED if compile else {})}
+    against = with_compiled(PEERS, compile)
     return RotaryCell(op="rotary", compile=compile, against=against, **same)
 
 

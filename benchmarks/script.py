@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import checkout
 import schema
 import supervise
 import torch
 from environment import environment, others
-from harness import DIRECTIONS, DeviceLost, reason
+from harness import DIRECTIONS, Cell, DeviceLost, reason
 from schema import Environment, Peak, Results, Row
 from show import Progress, summary
 
@@ -45,19 +45,6 @@ METHOD = {
     "flops": "attention 4 B H Sq Sk D forward, half of it causal; backward 2.5 times forward",
     "bytes": "each tensor that must be read or written, once",
 }
-
-
-class Measurable(Protocol):
-    """A cell: harness.Cell, or something with the same interface."""
-
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def limit(self) -> float:
-        """Seconds after which it must be stuck."""
-
-    def measure(self, seconds: float, peers: Sequence[str] | None) -> Row: ...
 
 
 Grid = Mapping[str, Sequence[Any]]  # axis -> values, of which all combinations are taken
@@ -112,14 +99,14 @@ class Subject:
     description: str
     axes: Mapping[str, Axis]
     presets: Mapping[tuple[str, str], Sequence[Grid]]
-    make: Callable[..., Measurable | None]
+    make: Callable[..., Cell | None]
     seconds: Mapping[str, float] = field(default_factory=lambda: {"cpu": 1.0, "cuda": 1.5})
     peak: Callable[[str], Peak | None] = lambda device: None
     method: Mapping[str, str] = field(default_factory=dict)
 
     def cells(
         self, device: str, preset: str, given: Mapping[str, Sequence[Any]] | None = None
-    ) -> list[Measurable]:
+    ) -> list[Cell]:
         """The cells of a preset, in order, each once; `given` axes replace the preset's.
 
         Raises ValueError, naming those there are, for a preset that the subject does not have.
@@ -129,7 +116,7 @@ class Subject:
             raise ValueError(
                 f"{self.name} has no preset {preset!r} on {device}; it has {', '.join(known)}"
             )
-        found: dict[str, Measurable] = {}
+        found: dict[str, Cell] = {}
         for grid in self.presets[device, preset]:
             for values in _product({**grid, **(given or {})}):
                 cell = self.make(device=device, **values)
@@ -214,7 +201,7 @@ def _main(subject: Subject, argv: list[str]) -> int:
 
 
 def run(
-    subject: Subject, cells: Sequence[Measurable], argv: list[str], arguments: argparse.Namespace
+    subject: Subject, cells: Sequence[Cell], argv: list[str], arguments: argparse.Namespace
 ) -> int:
     """Have the cells measured in another process; write and show the results."""
     start = time.monotonic()
@@ -303,7 +290,7 @@ def exit_code(results: Results) -> int:
 # --- the measuring process ------------------------------------------------------------------------
 
 
-def work(subject: Subject, cells: Sequence[Measurable], arguments: argparse.Namespace) -> int:
+def work(subject: Subject, cells: Sequence[Cell], arguments: argparse.Namespace) -> int:
     """Measure the cells and say so in lines of JSON: each cell when it begins, then its row."""
     lines = Lines()
     pin(arguments)

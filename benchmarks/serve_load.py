@@ -41,19 +41,8 @@ from fastattn import GPT, GPTConfig
 from fastattn.training import Tokenizer
 
 WORDS = (
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "今天",
-    "天气",
-    "很好",
-)
+    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "今天", "天气", "很好",
+)  # fmt: skip
 CONTEXT = 256
 CASES = 200
 WARM_UP = 0.2  # of the time that a process of the server lives

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,16 +15,19 @@ from facts import (
     absent,
     against,
     axes_text,
+    brief,
     competitors,
     digits,
     duration,
     entry_of,
     failed,
-    is_tie,
     memory,
+    peers_of,
+    ratio,
     split_axes,
+    spread,
 )
-from schema import Entry, Results, Row
+from schema import Results, Row
 
 WIDTH = 100
 LEAST_SHAPE = 16  # columns of what tells the rows apart; longer texts take several lines
@@ -59,22 +63,29 @@ def _measured(row: Row) -> Iterator[tuple[str, str]]:
     yield "saved", memory(ours["saved_bytes"]) if "saved_bytes" in ours else ""
 
 
-def _peer(row: Row, name: str) -> str:
-    """A peer's time, or else its memory, as a multiple of ours."""
+def _peer(row: Row, name: str, whole: bool = False) -> str:
+    """A peer's time, or else its memory, as a multiple of ours; `whole`: both, with the spread."""
     entry, ours = entry_of(row, name), entry_of(row, OURS)
-    text = _times(entry)
-    if not text and "peak_bytes" in entry and ours.get("peak_bytes"):
-        text = f"{entry['peak_bytes'] / ours['peak_bytes']:.2f}x"
-    wrong = " wrong" if entry.get("right") is False else ""
-    return f"{text or '-'}{wrong}"
+    said = [f"{-entry['above_us']['median']:+.1f} us"] if "above_us" in entry else []
+    if "times_ours" in entry and (whole or not said):
+        said.insert(0, (spread if whole else brief)(entry["times_ours"]))
+    if whole and "decode_step_us" in entry:
+        said.append(f"step {duration(entry['decode_step_us']['median'])}")
+    if "peak_bytes" in entry and ours.get("peak_bytes") and (whole or not said):
+        said.append(ratio(entry["peak_bytes"] / ours["peak_bytes"]) + " peak" * whole)
+    if whole and "saved_bytes" in entry:
+        said.append(f"{memory(entry['saved_bytes'])} saved")
+    return (", ".join(said) or "-") + (" wrong" if entry.get("right") is False else "")
 
 
-def _times(entry: Entry) -> str:
-    if "above_us" in entry:
-        return f"{-entry['above_us']['median']:+.1f} us"
-    if "times_ours" not in entry:
-        return ""
-    return "tie" if is_tie(entry["times_ours"]) else f"{entry['times_ours']['median']:.2f}x"
+def columns(
+    rows: Sequence[Row], names: Sequence[str], whole: bool = False
+) -> tuple[list[list[str]], list[list[str]]]:
+    """What there is of ours, and the peers of `names` that took part; each begins with its name."""
+    units = dict.fromkeys(unit for row in rows for unit, text in _measured(row) if text)
+    ours = [[unit, *(dict(_measured(row)).get(unit, "") for row in rows)] for unit in units]
+    there = [name for name in names if not absent(rows, name)]
+    return ours, [[name, *(_peer(row, name, whole) for row in rows)] for name in there]
 
 
 # --- all rows -------------------------------------------------------------------------------------
@@ -85,16 +96,21 @@ def summary(results: Results) -> str:
     rows = results["rows"]
     measured = [row for row in rows if "error" not in row]
     lines = list(_tables(measured)) if measured else []
-    for row in rows:
-        if (why := row.get("error") or entry_of(row, OURS).get("error")) is not None:
-            lines.append(f"FAILED: {row['title']}: {why}")
-        elif not row["right"]:
-            lines.append(f"WRONG: {row['title']}")
-        elif row.get("holds") is False:
-            lines.append(f"MISSED: {row['title']}: {row.get('target')}")
+    lines += faults(rows)
     lines += [f"left out: {skipped['title']}: {skipped['why']}" for skipped in results["skipped"]]
     lines += standings(measured)
     return "\n".join(part for line in lines for part in _wrapped(line))
+
+
+def faults(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each row that failed, is wrong or missed its target."""
+    for row in rows:
+        if (why := row.get("error") or entry_of(row, OURS).get("error")) is not None:
+            yield f"FAILED: {row['title']}: {why}"
+        elif not row["right"]:
+            yield f"WRONG: {row['title']}"
+        elif row.get("holds") is False:
+            yield f"MISSED: {row['title']}: {row.get('target')}"
 
 
 def _wrapped(line: str) -> list[str]:
@@ -122,23 +138,17 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     about, shapes = _shapes(rows)
     measure = "time" if any("median_us" in entry_of(row, OURS) for row in rows) else "memory"
     yield f"{about}; a peer's {measure} over ours:"
-    units = dict.fromkeys(unit for row in rows for unit, text in _measured(row) if text)
-    ours = [[unit, *(dict(_measured(row)).get(unit, "") for row in rows)] for unit in units]
-    peers = [
-        [name, *(_peer(row, name) for row in rows)]
-        for name in competitors(rows)
-        if not absent(rows, name)
-    ]
+    ours, peers = columns(rows, competitors(rows))
     first = True
     while first or peers:
-        columns = ours if first else []
-        room = WIDTH - LEAST_SHAPE - sum(map(_width, columns))
+        shown = ours if first else []
+        room = WIDTH - LEAST_SHAPE - sum(map(_width, shown))
         count = 0
         while count < len(peers) and (room := room - _width(peers[count])) >= 0:
             count += 1
         count = max(count, 0 if first else 1)
-        columns, peers, first = [*columns, *peers[:count]], peers[count:], False
-        yield from _table(shapes, columns)
+        shown, peers, first = [*shown, *peers[:count]], peers[count:], False
+        yield from _table(shapes, shown)
 
 
 def _width(column: Sequence[str]) -> int:
@@ -164,29 +174,38 @@ def _table(shapes: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[
 
 
 def standings(rows: Sequence[Row]) -> list[str]:
-    """Against each peer, where it is right: wins, ties, losses; who took no part; targets."""
+    """Against each peer, where it is right: wins, ties, losses; what the rows say; targets."""
     lines: list[str] = []
     if found := against(rows):
         shapes = dict(zip([row["title"] for row in rows], _shapes(rows)[1]))
         totals = [
-            (of.peer, of.counts, f"{of.mean:.2f}x", f"{of.least:.2f}x {shapes[of.worst['title']]}")
+            (of.peer, of.counts, ratio(of.mean), f"{ratio(of.least)} {shapes[of.worst['title']]}")
             for of in found
         ]
         headers = ("against", "faster / tie / slower", "mean", "worst")
         lines += ["", *table(headers, totals).splitlines(), ""]
-    reasons: dict[str, str] = {}
+    return lines + remarks(rows)
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Who is not installed; the other reasons and notes, with the number of their rows; targets."""
+    texts: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        for name, entry in row.get("peers", {}).items():
-            if "refused" in entry and absent(rows, name):
-                reasons.setdefault(name, entry["refused"])
-    missing = [name for name, why in reasons.items() if why.endswith(NOT_INSTALLED)]
-    if missing:
-        lines.append(f"not installed: {', '.join(missing)}")
-    lines += [f"{n} took no part: {why}" for n, why in reasons.items() if n not in missing]
-    targets = [row for row in rows if "holds" in row]
-    if targets:
-        held = sum(row["holds"] for row in targets)
-        lines.append(f"targets: {held} of {len(targets)} rows hold")
+        for name in (OURS, *peers_of([row])):
+            entry = entry_of(row, name)
+            if (text := entry.get("refused", entry.get("note"))) is not None:
+                texts[name, text] += 1
+    missing = dict.fromkeys(name for name, why in texts if why.endswith(NOT_INSTALLED))
+    lines = [f"not installed: {', '.join(missing)}"] if missing else []
+    lines += [
+        f"{name}, {count} of {len(rows)} rows: {why}"
+        for (name, why), count in texts.items()
+        if name not in missing
+    ]
+    targets = [row for row in rows if "target" in row]
+    for target in dict.fromkeys(row["target"] for row in targets):
+        held = [row.get("holds") is True for row in targets if row["target"] == target]
+        lines.append(f"{sum(held)} of {len(held)} rows hold their target: {target}")
     return lines
 
 

@@ -22,17 +22,17 @@ import itertools
 import os
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import checkout  # noqa: F401
 import gpt_train
 import numpy
 import torch
 from gpt_models import TRANSFORMERS, config_of
-from harness import OURS, timed_interleaved
+from harness import OURS, Cell, timed_interleaved
 from schema import Entry, Row
 from script import Axis, Subject, grids, main
 from torch import Tensor
@@ -68,52 +68,40 @@ class StepCell(gpt_train.TrainCell):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartCell:
+class PartCell(Cell):
     """A row of another part; `model`, `batch` and `seqlen` as far as the part has them."""
 
-    part: str
-    device: str
     model: str
     batch: int
     seqlen: int
-    dtype: str = "float32"
 
+    promise: ClassVar[str]  # the target
+    reference = None
     limit = 900.0
     rounds = 9
-    batch_seconds = 2e-3
-
-    @property
-    def title(self) -> str:
-        axes = " ".join(f"{name}={value}" for name, value in self.axes.items())
-        return f"train {self.part} {axes}"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        return {"model": self.model, "batch": self.batch, "seqlen": self.seqlen}
-
-    @property
-    def target(self) -> str:
-        raise NotImplementedError
-
-    def holds(self, samples: Mapping[str, Sample]) -> bool:
-        raise NotImplementedError
 
     def run(
         self, entries: dict[str, Entry], candidates: Sequence[Candidate], seconds: float
     ) -> tuple[Row, dict[str, Sample]]:
         """The row with its times."""
-        row: Row = {
-            "title": self.title, "op": "train", "direction": self.part, "dtype": self.dtype,
-            "axes": self.axes, "right": True, "peers": entries, "target": self.target,
-        }  # fmt: skip
+        row = self.row(entries)
+        row["right"] = True
         return row, timed_interleaved(self, candidates, seconds, row)
+
+    def rate(self, row: Row, samples: Mapping[str, Sample], size: int, ceiling: str) -> None:
+        """Write the rates of so many bytes, and our share of the ceiling."""
+        for name, sample in samples.items():
+            row["peers"][name]["gbps"] = size / sample.median / 1e9
+        row["bound"] = ceiling
+        row["peers"][OURS]["share"] = samples[ceiling].median / samples[OURS].median
 
 
 # --- packing --------------------------------------------------------------------------------------
 
 
 class PackingCell(PartCell):
-    target = f"packed {FASTER_PACKED} times as fast as padded, at most 1% of tokens dropped"
+    sizes = ("model", "batch", "seqlen")
+    promise = f"packed {FASTER_PACKED} times as fast as padded, at most 1% of tokens dropped"
 
     def holds(self, samples: Mapping[str, Sample]) -> bool:
         return ratio(samples[PADDED], samples[OURS]).median >= FASTER_PACKED
@@ -202,7 +190,7 @@ def write_lines(folder: Path, lines: Sequence[str]) -> Path:
 
 
 class ShardsCell(PartCell):
-    target = f"at least {SHARD_RATE / 1e6:g} MB a second and processor"
+    promise = f"at least {SHARD_RATE / 1e6:g} MB a second and processor"
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -228,10 +216,7 @@ class ShardsCell(PartCell):
             entries: dict[str, Entry] = {OURS: {"right": True}, BARE: {"ceiling": True}}
             bare = Candidate(BARE, lambda: tokenizer.encode_many(lines))
             row, samples = self.run(entries, [Candidate(OURS, ours), bare], seconds)
-        for name, sample in samples.items():
-            entries[name]["gbps"] = self.size / sample.median / 1e9
-        row["bound"] = BARE
-        entries[OURS]["share"] = samples[BARE].median / samples[OURS].median
+        self.rate(row, samples, self.size, BARE)
         return row
 
 
@@ -239,11 +224,8 @@ class ShardsCell(PartCell):
 
 
 class CheckpointCell(PartCell):
-    target = f"at most {CHECKPOINT_SHARE:.0%} of the default interval"
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        return {"model": self.model}
+    sizes = ("model",)
+    promise = f"at most {CHECKPOINT_SHARE:.0%} of the default interval"
 
     def holds(self, samples: Mapping[str, Sample]) -> bool:
         minutes = Checkpoints("unused").every_minutes
@@ -277,17 +259,14 @@ class CheckpointCell(PartCell):
             entries: dict[str, Entry] = {OURS: {"right": True}, FILE: {"ceiling": True}}
             candidates = [Candidate(OURS, ours), Candidate(FILE, one_file)]
             row, samples = self.run(entries, candidates, seconds)
-        for name, sample in samples.items():
-            entries[name]["gbps"] = size / sample.median / 1e9
-        row["bound"] = FILE
-        entries[OURS]["share"] = samples[FILE].median / samples[OURS].median
+        self.rate(row, samples, size, FILE)
         entries[OURS]["note"] = f"{size / 2**20:.0f} MiB: the model twice and the optimiser"
         return row
 
 
 # --- the script -----------------------------------------------------------------------------------
 
-CELLS: Mapping[str, Callable[..., Any]] = {
+CELLS: Mapping[str, type[PartCell]] = {
     PACKING: PackingCell,
     SHARDS: ShardsCell,
     CHECKPOINT: CheckpointCell,
@@ -301,13 +280,15 @@ AXES: Mapping[str, Axis] = {
 
 
 def make(*, device: str, part: str, model: str, batch: int, seqlen: int) -> Any:
+    common: dict[str, Any] = {
+        "op": "train", "direction": part, "device": device, "dtype": "float32", "model": model,
+        "batch": batch, "seqlen": seqlen,
+    }  # fmt: skip
     if part in CELLS:
-        return CELLS[part](part=part, device=device, model=model, batch=batch, seqlen=seqlen)
+        return CELLS[part](against={}, target=CELLS[part].promise, **common)
     return StepCell(
-        op="train", direction=STEP, device=device, model=model, batch=batch, seqlen=seqlen,
-        dropout=0.0, dtype="float32", compile=False,
-        against={OURS: gpt_train.accelerated, TRANSFORMERS: gpt_train.transformers},
-        target=f"accelerated at least {FASTER_STEP} times as fast as transformers",
+        dropout=0.0, against={OURS: gpt_train.accelerated, TRANSFORMERS: gpt_train.transformers},
+        target=f"accelerated at least {FASTER_STEP} times as fast as transformers", **common,
     )  # fmt: skip
 
 

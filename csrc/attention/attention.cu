@@ -1,6 +1,10 @@
-// The ops of attention.h: the call's dtype, device and stream.
-#include "attention/attention.h"
-
+// attention and its backward as ops (fastattn/ops/attention/cuda.py allocates and calls): the
+// call's dtype, device and stream.
+//
+// q, out, dout, dq (batch, seqlen_q, heads, width), k, v, dk, dv (batch, seqlen_k, kv_heads, width)
+// with any strides but a last one of 1; lse and delta (batch, heads, seqlen_q) float32, contiguous.
+// With cu_seqlens the batch is 1, and sequences lie one after another. bias and mask (boolean) have
+// four dimensions, 1 where they are broadcast. `longest` is the length of the longest sequence.
 #include "attention/launchers.cuh"
 
 namespace fastattn {
@@ -43,6 +47,7 @@ void attention_forward(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Opt
   run(call, out, lse, sink, on.stream());
 }
 
+// `delta` is scratch, like lse.
 void attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor dout,
                         OptionalTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
                         OptionalTensor mask, OptionalTensor bias, OptionalTensor alibi_slopes,
@@ -60,3 +65,25 @@ void attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor do
 }
 
 }  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
+  m.def(
+      "attention_forward(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? key_lengths, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seqused_q, Tensor? seqused_k, Tensor? dropout_seed, int window_left, "
+      "int window_right, bool top_left, float softmax_scale, float softcap, float dropout_p, "
+      "int threshold, int longest_q, int longest_k) -> ()");
+  m.def(
+      "attention_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) delta, "
+      "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? key_lengths, Tensor? "
+      "cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seqused_q, Tensor? seqused_k, Tensor? dropout_seed, int window_left, "
+      "int window_right, bool top_left, float softmax_scale, float softcap, float dropout_p, "
+      "int threshold, int longest_q, int longest_k) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
+  m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
+}

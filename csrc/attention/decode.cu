@@ -1,4 +1,5 @@
-// The ops of decode.h: the call's dtype.
+// Attention on a key-value cache as ops (fastattn/ops/attention/cache/cuda.py calls them): the
+// call's dtype.
 #include "attention/decode_launch.cuh"
 
 namespace fastattn {
@@ -34,6 +35,8 @@ void for_dtypes(const Tensor& x, const Tensor& cache, Run run) {
 
 }  // namespace
 
+// New keys, turned by `rotary_*` (positions, half), and values into the caches, after `lengths`.
+// Caches of int8, or of float8_e4m3fn as uint8, have scales, (kv_heads,) or (batch, kv_heads).
 void append_to_cache(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor lengths,
                      OptionalTensor block_table, OptionalTensor rows, OptionalTensor rotary_cos,
                      OptionalTensor rotary_sin, OptionalTensor k_scale, OptionalTensor v_scale,
@@ -45,6 +48,10 @@ void append_to_cache(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor 
   });
 }
 
+// Attention of q on the first lengths + appended keys, by `blocks` blocks. With `part_out` (most,
+// batch, seqlen_q, heads, head_dim_v up to a multiple of 4) and `part_lse` (most, batch, seqlen_q,
+// heads), both float32, in at most so many parts of `part_keys` keys or more, a multiple of 128,
+// which are joined; without them in one.
 void attend_to_cache(Tensor out, Tensor lse, OptionalTensor part_out, OptionalTensor part_lse,
                      Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
                      OptionalTensor block_table, OptionalTensor rows, OptionalTensor starts,
@@ -66,3 +73,22 @@ void attend_to_cache(Tensor out, Tensor lse, OptionalTensor part_out, OptionalTe
 }
 
 }  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
+  m.def(
+      "append_to_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, "
+      "Tensor? block_table, Tensor? rows, Tensor? rotary_cos, Tensor? rotary_sin, "
+      "Tensor? k_scale, Tensor? v_scale, bool rotary_interleaved, int capacity) -> ()");
+  m.def(
+      "attend_to_cache(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? part_out, Tensor(d!)? part_lse, "
+      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? "
+      "rows, "
+      "Tensor? starts, Tensor? alibi_slopes, Tensor? sink, Tensor? rotary_cos, Tensor? rotary_sin, "
+      "Tensor? k_scale, Tensor? v_scale, bool rotary_interleaved, bool rotary_advances, int capacity, int appended, "
+      "int part_keys, int blocks, int window_left, int window_right, float softmax_scale, "
+      "float softcap) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
+  m.impl("append_to_cache", TORCH_BOX(&fastattn::append_to_cache));
+  m.impl("attend_to_cache", TORCH_BOX(&fastattn::attend_to_cache));
+}

@@ -1,4 +1,4 @@
-// The kernels of decode.h for one dtype and caches of 8-bit numbers.
+// The kernels of decode.cu for one dtype and caches of 8-bit numbers.
 #include "attention/decode_launch.cuh"
 
 namespace fastattn {

@@ -1,4 +1,4 @@
-// The kernels of decode.h for one dtype.
+// The kernels of decode.cu for one dtype.
 #include "attention/decode_launch.cuh"
 
 namespace fastattn {

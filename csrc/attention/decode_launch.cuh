@@ -6,7 +6,6 @@
 
 #include "attention/append.cuh"
 #include "attention/decode.cuh"
-#include "attention/decode.h"
 #include "attention/launchers.cuh"
 #include "attention/merge.cuh"
 

@@ -6,8 +6,8 @@
 #include <initializer_list>
 #include <stdexcept>
 
-#include "attention/attention.h"
 #include "attention/params.cuh"
+#include "device/tensor.cuh"
 
 namespace fastattn {
 

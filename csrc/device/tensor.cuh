@@ -18,7 +18,7 @@
 // A torch without CUDA lacks this symbol, and must be able to load the library and to say so.
 #pragma weak aoti_torch_get_current_cuda_stream
 
-// The dispatch key under which library.cpp registers the ops.
+// The dispatch key under which the ops are registered.
 #define FA_DISPATCH_KEY CUDA
 
 namespace fastattn {

@@ -1,7 +1,6 @@
 #include "ffn/column_sums.cuh"
 
 #include "device/tensor.cuh"
-#include "ffn/ffn.h"
 
 namespace fastattn::ffn {
 namespace {
@@ -39,6 +38,7 @@ void sum_as(const Tensor& sums, const Tensor& matrix, int64_t rows_per_part) {
 
 }  // namespace
 
+// sums[i] = the sum of the rows i rows_per_part to (i + 1) rows_per_part of the matrix.
 void column_sums(Tensor sums, Tensor matrix, int64_t rows_per_part) {
   const ScalarType in = matrix.scalar_type(), out = sums.scalar_type();
   constexpr ScalarType half = ScalarType::Half, bf16 = ScalarType::BFloat16;
@@ -52,3 +52,10 @@ void column_sums(Tensor sums, Tensor matrix, int64_t rows_per_part) {
 }
 
 }  // namespace fastattn::ffn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
+  m.def("ffn_column_sums(Tensor(a!) sums, Tensor matrix, int rows_per_part) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
+  m.impl("ffn_column_sums", TORCH_BOX(&fastattn::ffn::column_sums));
+}

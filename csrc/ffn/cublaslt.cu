@@ -22,7 +22,6 @@
 
 #include "device/tensor.cuh"
 #include "ffn/activation.cuh"
-#include "ffn/ffn.h"
 
 namespace fastattn::ffn {
 namespace {
@@ -236,10 +235,14 @@ bool run(uint32_t epilogue, const Tensor& out, const std::optional<Tensor>& auxi
 
 }  // namespace
 
+// The version of the cuBLASLt that torch carries; 0 if there is none.
 int64_t cublaslt_version() {
   return library() == nullptr ? 0 : static_cast<int64_t>(library()->GetVersion());
 }
 
+// `product` by cuBLASLt (cublaslt.cu), for "gelu_tanh", "relu" and no activation, `pre` for the
+// first only. All rows are aligned to 16 bytes; no size is zero. False, and nothing is done, if
+// cuBLASLt has no algorithm for such a product: it is asked once.
 bool cublaslt_product(Tensor out, std::optional<Tensor> pre, Tensor workspace, Tensor a, Tensor b,
                       std::optional<Tensor> bias, int64_t activation) {
   uint32_t bits = 0;
@@ -250,6 +253,8 @@ bool cublaslt_product(Tensor out, std::optional<Tensor> pre, Tensor workspace, T
   return run(bits == 0 ? epilogue::plain : bits, out, pre, bias, workspace, a, b);
 }
 
+// The same of `product_derivative`, for "gelu_tanh": out = (a b) activation'(pre), and
+// bias_gradient (n,) = the sums of its columns, if there is such a tensor.
 bool cublaslt_product_derivative(Tensor out, std::optional<Tensor> bias_gradient, Tensor workspace,
                                  Tensor a, Tensor b, Tensor pre) {
   const uint32_t bits = bias_gradient ? epilogue::bias_gradient : 0;
@@ -257,3 +262,20 @@ bool cublaslt_product_derivative(Tensor out, std::optional<Tensor> bias_gradient
 }
 
 }  // namespace fastattn::ffn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
+  m.def("ffn_cublaslt_version() -> int");
+  m.def(
+      "ffn_cublaslt_product(Tensor(a!) out, Tensor(b!)? pre, Tensor(c!) workspace, Tensor a, "
+      "Tensor b, Tensor? bias, int activation) -> bool");
+  m.def(
+      "ffn_cublaslt_product_derivative(Tensor(a!) out, Tensor(b!)? bias_gradient, "
+      "Tensor(c!) workspace, Tensor a, Tensor b, Tensor pre) -> bool");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, CompositeExplicitAutograd, m) {
+  m.impl("ffn_cublaslt_version", TORCH_BOX(&fastattn::ffn::cublaslt_version));
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
+  m.impl("ffn_cublaslt_product", TORCH_BOX(&fastattn::ffn::cublaslt_product));
+  m.impl("ffn_cublaslt_product_derivative", TORCH_BOX(&fastattn::ffn::cublaslt_product_derivative));
+}

@@ -2,7 +2,6 @@
 
 #include "device/tensor.cuh"
 #include "ffn/dispatch.cuh"
-#include "ffn/ffn.h"
 
 namespace fastattn::ffn {
 
@@ -100,6 +99,9 @@ void backward(const Tensor& out, const std::optional<Tensor>& activated,
 
 }  // namespace
 
+// out = activation(a b + bias), and pre = a b + bias if there is such a tensor: a (m, k), b (k, n),
+// bias (n,), out and pre (m, n). `tile_rows` is 128 or 64; operands that are read by the element
+// take 64.
 void product(Tensor out, std::optional<Tensor> pre, Tensor a, Tensor b, std::optional<Tensor> bias,
              int64_t activation, int64_t tile_rows) {
   if (out.scalar_type() == ScalarType::Half) {
@@ -108,6 +110,9 @@ void product(Tensor out, std::optional<Tensor> pre, Tensor a, Tensor b, std::opt
   forward<bfloat16_t>(out, pre, a, b, bias, activation, tile_rows);
 }
 
+// out = (a b) activation'(pre), and activated = activation(pre), and sums = the column sums of out
+// over every 32 rows (the last may be fewer), if there are such tensors: a (m, k), b (k, n), the
+// others (m, n), sums (m / 32 rounded up, n) in float32.
 void product_derivative(Tensor out, std::optional<Tensor> activated, std::optional<Tensor> sums,
                         Tensor a, Tensor b, Tensor pre, int64_t activation, int64_t tile_rows) {
   if (out.scalar_type() == ScalarType::Half) {
@@ -117,3 +122,16 @@ void product_derivative(Tensor out, std::optional<Tensor> activated, std::option
 }
 
 }  // namespace fastattn::ffn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
+  m.def(
+      "ffn_product(Tensor(a!) out, Tensor(b!)? pre, Tensor a, Tensor b, Tensor? bias, "
+      "int activation, int tile_rows) -> ()");
+  m.def(
+      "ffn_product_derivative(Tensor(a!) out, Tensor(b!)? activated, Tensor(c!)? sums, Tensor a, "
+      "Tensor b, Tensor pre, int activation, int tile_rows) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
+  m.impl("ffn_product", TORCH_BOX(&fastattn::ffn::product));
+  m.impl("ffn_product_derivative", TORCH_BOX(&fastattn::ffn::product_derivative));
+}

@@ -7,7 +7,6 @@
 
 #include "layer_norm/column_sums.cuh"
 #include "layer_norm/launchers.cuh"
-#include "layer_norm/layer_norm.h"
 
 namespace fastattn {
 namespace {
@@ -92,6 +91,9 @@ void run_rows(Family family, const BackwardParams& p, int64_t blocks, Stream str
 
 }  // namespace
 
+// The gradients of x, and of residual where its dtype is another, and of weight and bias if wanted:
+// then `partials` is float32 scratch, (wanted of these two, blocks, hidden), whose number of blocks
+// decides the order of the sums over rows.
 void layer_norm_backward(Tensor dx, OptionalTensor dresidual, OptionalTensor dweight,
                          OptionalTensor dbias, OptionalTensor partials, Tensor dout,
                          OptionalTensor dstream, Tensor stream, OptionalTensor weight,
@@ -146,3 +148,13 @@ void layer_norm_backward(Tensor dx, OptionalTensor dresidual, OptionalTensor dwe
 }
 
 }  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
+  m.def(
+      "layer_norm_backward(Tensor(a!) dx, Tensor(b!)? dresidual, Tensor(c!)? dweight, "
+      "Tensor(d!)? dbias, Tensor(e!)? partials, Tensor dout, Tensor? dstream, Tensor stream, "
+      "Tensor? weight, Tensor statistics, bool center) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
+  m.impl("layer_norm_backward", TORCH_BOX(&fastattn::layer_norm_backward));
+}

@@ -5,7 +5,6 @@
 #include "layer_norm/forward.cuh"
 
 #include "layer_norm/launchers.cuh"
-#include "layer_norm/layer_norm.h"
 
 namespace fastattn {
 namespace {
@@ -52,6 +51,9 @@ void run_long(ForwardParams p, Stream stream) {
 
 }  // namespace
 
+// out, stream = norm(x + residual), x + residual. x and residual (rows, hidden) with contiguous
+// rows, evenly spaced; out and stream contiguous; statistics float32, (2, rows) for layer_norm
+// (`center`): rstd and mean, (1, rows) for rms_norm: rstd. No residual, no stream.
 void layer_norm_forward(Tensor out, OptionalTensor stream, Tensor statistics, Tensor x,
                         OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
                         double eps, bool center) {
@@ -86,3 +88,12 @@ void layer_norm_forward(Tensor out, OptionalTensor stream, Tensor statistics, Te
 }
 
 }  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn_cuda, m) {
+  m.def(
+      "layer_norm_forward(Tensor(a!) out, Tensor(b!)? stream, Tensor(c!) statistics, Tensor x, "
+      "Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, FA_DISPATCH_KEY, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&fastattn::layer_norm_forward));
+}

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.cli import answers
 from fastattn.training.optional import require
 
 SEED = 0
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", help="the batch; without it tokens are random")
     parser.add_argument("--batch", type=int, default=2, help="rows of the batch (default: 2)")
     parser.add_argument("--seqlen", type=int, default=128, help="random tokens (default: 128)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    answers.add_model(parser)
     parser.add_argument("--train", action="store_true", help="time forward and backward")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="modules to swap, as a.*.b")
     parser.add_argument("--exclude", nargs="+", metavar="NAME", default=[], help="and not to swap")
@@ -43,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0 if every proof holds."""
-    for name in ("batch", "seqlen"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1; got {getattr(arguments, name)}")
+    answers.check_least(arguments, "batch", "seqlen")
     transformers = require("transformers", "hf", "fastattn accelerate")
     torch.manual_seed(SEED)
     source = {"pretrained_model_name_or_path": _place(arguments.model)}
@@ -56,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is None:
         batch = _random(model, arguments.batch, arguments.seqlen)
     else:
-        batch = _tokens(transformers, source, arguments.text, arguments.batch)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        batch = dict(tokenizer([arguments.text] * arguments.batch, return_tensors="pt"))
     batch = {name: x.to(model.device) for name, x in _with_labels(model, batch).items()}
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in batch.items())
     print(f"{type(model).__name__}, {arguments.dtype}, {arguments.device}; {shapes}")
@@ -85,13 +83,6 @@ def _load(transformers: Any, source: dict[str, str], dtype: torch.dtype) -> Any:
     (name, *_) = config.architectures or ["AutoModel"]
     cls = getattr(transformers, name, transformers.AutoModel)
     return cls.from_pretrained(**source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-
-
-def _tokens(
-    transformers: Any, source: dict[str, str], text: str, batch: int
-) -> dict[str, torch.Tensor]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    return dict(tokenizer([text] * batch, return_tensors="pt"))
 
 
 def _random(model: Any, batch: int, seqlen: int) -> dict[str, torch.Tensor]:

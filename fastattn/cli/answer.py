@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("count", "longest"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1; got {getattr(arguments, name)}")
+    answers.check_least(arguments, "count", "longest")
     passage = _read(arguments.context)
     model, tokenizer = answers.load_for(
         arguments, models.EncoderForQuestionAnswering, "fastattn answer"

@@ -29,6 +29,34 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="default: cpu")
 
 
+def check_least(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError where one of these options is given, and below 1."""
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+
+
+def existing(folder: str | Path) -> Path:
+    """The path of a folder that is there; FileNotFoundError if it is not."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
+    return path
+
+
+def texts(arguments: argparse.Namespace) -> list[str]:
+    """The texts of the command line, or of "-" the lines of stdin that are not blank."""
+    given: list[str] = arguments.texts
+    if given == ["-"]:
+        return [line for line in sys.stdin.read().splitlines() if line.strip()]
+    return given
+
+
+def labels(config: models.EncoderConfig) -> list[str]:
+    """The names of a classifier's classes, in the order of their numbers."""
+    return list(config.label_names or [f"LABEL_{number}" for number in range(config.n_labels)])
+
+
 def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dtype", choices=NAMES, help="of the keys and values; default: the model's"
@@ -66,9 +94,7 @@ def load(folder: str | None, arguments: argparse.Namespace, purpose: str) -> tup
             not this model's: it has ids that the model lacks.
     """
     transformers = require("transformers", "hf", purpose)
-    path = _smollm2(purpose) if folder is None else Path(folder).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}")
+    path = existing(_smollm2(purpose) if folder is None else folder)
     weights = list(path.glob("*.gguf"))
     gguf: dict[str, Any] = {"gguf_file": weights[0].name} if len(weights) == 1 else {}
     dtype = getattr(torch, arguments.dtype)
@@ -94,9 +120,7 @@ def load_for(arguments: argparse.Namespace, cls: type, purpose: str) -> tuple[An
         ImportError: safetensors or tokenizers is not installed.
         OSError, ValueError: the folder holds no such model, or no tokenizer.
     """
-    path = Path(arguments.folder).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}")
+    path = existing(arguments.folder)
     model = models.load(path, dtype=getattr(torch, arguments.dtype), device=arguments.device)
     if not isinstance(model, cls):
         raise ValueError(

@@ -10,7 +10,6 @@ objective "classification". Each line of the output has the class, its probabili
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fastattn import models
 from fastattn.cli import answers
@@ -27,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    texts = arguments.texts
-    if texts == ["-"]:
-        texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    texts = answers.texts(arguments)
     model, tokenizer = answers.load_for(
         arguments, models.EncoderForSequenceClassification, "fastattn classify"
     )
@@ -39,8 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
             "fastattn classify takes models that give a text one class of several; this one has "
             f"n_labels {config.n_labels} and the problem_type {config.problem_type!r}"
         )
-    labels = config.label_names or tuple(f"LABEL_{number}" for number in range(config.n_labels))
-    settings = ClassificationSettings(labels=labels, context=min(512, config.n_positions))
+    labels = answers.labels(config)
+    settings = ClassificationSettings(labels=tuple(labels), context=min(512, config.n_positions))
     objective = Classification(tokenizer, settings)
     for first in range(0, len(texts), BATCH):
         part = texts[first : first + BATCH]

@@ -30,7 +30,7 @@ import torch
 
 import fastattn
 from fastattn import models
-from fastattn.cli.answers import add_model
+from fastattn.cli import answers
 from fastattn.nn.mode import in_mode
 from fastattn.training.contract import Batch, Example, Objective
 from fastattn.training.data.formats import Documents, Sourced
@@ -55,14 +55,10 @@ from fastattn.training.tokenizer import Tokenizer
 
 Scores = Mapping[str, float]
 # Of our models the class, of transformers' the end of the architecture's name in config.json.
-OBJECTIVES: Mapping[str, type[Objective]] = {
-    "GPT": Causal,
-    "EncoderDecoder": SequenceToSequence,
-    "EncoderForMaskedLM": Masked,
-    "EncoderForSequenceClassification": Classification,
-    "EncoderForTokenClassification": TokenClassification,
-    "EncoderForQuestionAnswering": QuestionAnswering,
-}
+MEASURED: tuple[type[Objective], ...] = (
+    Causal, SequenceToSequence, Masked, Classification, TokenClassification, QuestionAnswering,
+)  # fmt: skip
+OBJECTIVES = {objective.model_class: objective for objective in MEASURED}
 ARCHITECTURES: Mapping[str, type[Objective]] = {
     "ForCausalLM": Causal,
     "LMHeadModel": Causal,
@@ -107,15 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     translation = parser.add_argument_group("translation")
     translation.add_argument("--beams", type=int, default=4, help="1 is greedy (default: 4)")
     translation.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    add_model(parser)
+    answers.add_model(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1; got {arguments.batch_size}")
-    folder = Path(arguments.folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+    answers.check_least(arguments, "batch_size")
+    folder = answers.existing(arguments.folder)
     load = _of_transformers if arguments.library == "transformers" else _of_ours
     model, cls = load(folder, arguments)
     objective = _objective(model, cls, Tokenizer.load(folder), arguments)
@@ -193,8 +186,7 @@ def _labels(model: Any) -> list[str]:
     named = getattr(model.config, "id2label", None)
     if named is not None:
         return [named[i] for i in sorted(named)]
-    count = model.config.n_labels
-    return list(model.config.label_names or [f"LABEL_{i}" for i in range(count)])
+    return answers.labels(model.config)
 
 
 def _of_texts(
@@ -212,8 +204,8 @@ def _of_texts(
             batch_size=arguments.batch_size,
             on_progress=counter.add,
         )
-    names = ("perplexity", "bits_per_byte", "nats_per_token")
-    return {**{name: getattr(found, name) for name in names}, "tokens": found.tokens}
+    names = ("perplexity", "bits_per_byte", "nats_per_token", "tokens")
+    return {name: getattr(found, name) for name in names}
 
 
 def _of_membership(

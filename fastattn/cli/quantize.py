@@ -24,11 +24,10 @@ from typing import Any
 import torch
 
 from fastattn import models
-from fastattn.cli.answers import add_model
+from fastattn.cli.answers import add_model, check_least
 from fastattn.compression import MODES, quantize
 from fastattn.compression.quantisation import size
 from fastattn.models import GPT
-from fastattn.nn.checks import check_integer
 from fastattn.training.data.corpus import load_corpus
 from fastattn.training.evaluation.perplexity import perplexity
 from fastattn.training.optional import require
@@ -50,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("tokens", "new_tokens"):
-        check_integer(f"--{name.replace('_', '-')}", getattr(arguments, name), at_least=1)
+    check_least(arguments, "tokens", "new_tokens")
     path = Path(arguments.folder).expanduser()
     text = _text(arguments.text)
     tokenizer, save_tokenizer = _tokenizer(path)

@@ -11,7 +11,6 @@ FOLDER has an encoder-decoder, as `fastattn train` saves it with the objective
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fastattn import models
 from fastattn.cli import answers
@@ -33,13 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    texts = arguments.texts
-    if texts == ["-"]:
-        texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
     model, tokenizer = answers.load_for(arguments, models.EncoderDecoder, "fastattn translate")
     settings = SequenceToSequenceSettings(prefix=arguments.prefix)
     objective = SequenceToSequence(tokenizer, settings)
-    sources = [objective.source_ids(text).tolist() for text in texts]
+    sources = [objective.source_ids(text).tolist() for text in answers.texts(arguments)]
     with in_mode(model, training=False):
         for text in translations(
             model,

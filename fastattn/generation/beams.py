@@ -107,7 +107,6 @@ class _Beams:
     def __init__(self, search: BeamSearch, task: Task) -> None:
         count, beams, device = len(task.prompts), search.num_beams, task.model.device
         self._search, self._task = search, task
-        self._ends = task.end_tokens()
         self._step = 0
         self.tokens = task.new_tokens(beams).unflatten(0, (count, beams))
         # All beams of a prompt are the same at first: only the first one counts.
@@ -156,8 +155,8 @@ class _Beams:
         """(B, J), whether each candidate (B, J, n) ends with its last token."""
         task, (count, size, length) = self._task, tokens.shape
         ended = torch.full((count, size), length == task.max_new_tokens, device=tokens.device)
-        if self._ends is not None:
-            ended = ended | torch.isin(tokens[:, :, -1], self._ends)
+        if task.ends:
+            ended = ended | torch.isin(tokens[:, :, -1], task.end_tokens)
         if task.texts is not None:
             prompts = [prompt for prompt in task.prompts for _ in range(size)]
             asked = (self.open.unsqueeze(1) & ~ended).flatten()

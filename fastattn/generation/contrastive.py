@@ -30,7 +30,7 @@ def check(task: Task, top_k: int) -> None:
 
 def search(task: Task, alpha: float, top_k: int) -> Tensor:
     """The new tokens (B, n); ``alpha`` is transformers' penalty_alpha."""
-    model, new, ends = task.model, task.new_tokens(), task.end_tokens()
+    model, new = task.model, task.new_tokens()
     (count, steps), history = new.shape, decoding.History(task)
     lengths = torch.tensor(list(map(len, task.prompts)), device=new.device)
     shortest, longest = (f(map(len, task.prompts)) for f in (min, max))
@@ -60,11 +60,7 @@ def search(task: Task, alpha: float, top_k: int) -> Tensor:
 
         tokens = torch.where(unfinished, best.indices[each, chosen], task.pad)
         new[:, step] = tokens
-        if ends is not None:
-            unfinished = unfinished & ~torch.isin(tokens, ends)
-        if task.texts is not None:
-            ended = task.texts.ended(task.prompts, new[:, : step + 1], unfinished)
-            unfinished = unfinished & ~ended
+        unfinished = task.going_on(unfinished, new[:, : step + 1])
         if task.on_token is not None:
             task.on_token(tokens)
         if not unfinished.any():

@@ -9,6 +9,7 @@ it, and the cache lets the first new token overwrite it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastattn.generation import graphs, processors, sampling
 from fastattn.generation.contract import LanguageModel, is_encoder_decoder
+from fastattn.generation.prompts import right_padded
 from fastattn.generation.sampling import Sampling
 from fastattn.generation.stopping import StopStrings
 from fastattn.nn.stored_cache import FIRST
@@ -63,17 +65,26 @@ class Task:
         shape = (len(self.prompts) * copies, self.max_new_tokens)
         return torch.full(shape, self.pad, device=self.model.device)
 
-    def end_tokens(self) -> Tensor | None:
-        return torch.tensor(self.ends, device=self.model.device) if self.ends else None
+    @functools.cached_property
+    def end_tokens(self) -> Tensor:
+        return torch.tensor(self.ends, dtype=torch.int64, device=self.model.device)
+
+    def going_on(self, rows: Tensor, new: Tensor) -> Tensor:
+        """Which of ``rows`` (B,) the last of the new tokens (B, n) does not end."""
+        if self.ends:
+            rows = rows & ~torch.isin(new[:, -1], self.end_tokens)
+        if self.texts is not None:
+            rows = rows & ~self.texts.ended(self.prompts, new, rows)
+        return rows
 
 
 def one_by_one(task: Task, numbers: Tensor | None) -> Tensor:
     """The new tokens (B, n), greedy, or drawn by ``numbers`` (max_new_tokens, B)."""
-    new, ends, texts = task.new_tokens(), task.end_tokens(), task.texts
+    new = task.new_tokens()
     batch_size, max_new_tokens = new.shape
     decoder, logits = start(task)
     history = History(task)
-    stops = ends is not None or texts is not None
+    stops = bool(task.ends) or task.texts is not None
     unfinished = torch.ones(batch_size, dtype=torch.bool, device=new.device)
     needed = torch.zeros((), dtype=torch.int64, device=new.device)  # steps until all had ended
     found = torch.zeros_like(needed).expand(batch_size)  # a row's token, NO_TOKEN from the first on
@@ -92,10 +103,7 @@ def one_by_one(task: Task, numbers: Tensor | None) -> Tensor:
         if last or checked:
             check_tokens(tokens if every == 1 else found, step)
         new[:, step] = tokens
-        if ends is not None:
-            unfinished = unfinished & ~torch.isin(tokens, ends)
-        if texts is not None:
-            unfinished = unfinished & ~texts.ended(task.prompts, new[:, : step + 1], unfinished)
+        unfinished = task.going_on(unfinished, new[:, : step + 1])
         if task.on_token is not None:
             task.on_token(new[:, step])
         if last or (stops and checked and not unfinished.any()):
@@ -147,7 +155,7 @@ class History:
         return processors.process(logits, ids, counts, last, task.sampling, task.ends)
 
 
-def start(task: Task, copies: int = 1) -> tuple[EagerDecoder | graphs.GraphDecoder, Tensor]:
+def start(task: Task, copies: int = 1) -> tuple[graphs.GraphDecoder, Tensor]:
     """A decoder that has read each prompt ``copies`` times, and the logits after it: (B * copies,
     V), a prompt's copies one after another.
     """
@@ -157,9 +165,9 @@ def start(task: Task, copies: int = 1) -> tuple[EagerDecoder | graphs.GraphDecod
     size, capacity = len(prompts) * copies, longest + task.max_new_tokens
     decoder = _decoder(model, size, capacity, **encoder, **task.stored)
     if copies == 1:
-        return decoder, _prefill(model, prompts, decoder.cache)
+        return decoder, prefill(model, prompts, decoder.cache)
     cache = model.new_cache(len(prompts), longest, **task.encoder, **task.stored)
-    logits = _prefill(model, prompts, cache)
+    logits = prefill(model, prompts, cache)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(copies)
     decoder.cache.fill(cache, rows)
     return decoder, logits[rows]
@@ -171,7 +179,7 @@ def decode(model: LanguageModel, tokens: Tensor, cache: KVCache) -> Tensor:
     return logits
 
 
-def _prefill(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> Tensor:
+def prefill(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> Tensor:
     """Read the prompts into the empty cache; (B, V) the logits after each prompt's last token."""
     hidden = read_prompts(model, prompts, cache)
     rows = torch.arange(len(prompts), device=hidden.device)
@@ -224,40 +232,18 @@ def _batches(lengths: list[int], spared: int | None, first: int) -> list[list[in
 
 def _read_padded(model: LanguageModel, prompts: list[list[int]], cache: KVCache) -> Tensor:
     lengths = list(map(len, prompts))
-    longest = max(lengths)
-    # Any id does as padding on the right: nothing that counts sees it.
-    ids = torch.tensor(
-        [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device
-    )
-    hidden = model.features(ids, cache)
-    if min(lengths) < longest:
+    hidden = model.features(right_padded(prompts, model.device), cache)
+    if min(lengths) < max(lengths):
         cache.set_lengths(lengths)
     return hidden
 
 
-class EagerDecoder:
-    """`decode` with a cache of its own."""
-
-    def __init__(
-        self, model: LanguageModel, batch_size: int, capacity: int, **options: Any
-    ) -> None:
-        self.model = model
-        self.cache = model.new_cache(batch_size, capacity, **options)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return decode(self.model, tokens, self.cache)
-
-
 def _decoder(
     model: LanguageModel, batch_size: int, capacity: int, **options: Any
-) -> EagerDecoder | graphs.GraphDecoder:
-    if not _decodes_by_graph(model):
-        return EagerDecoder(model, batch_size, capacity, **options)
-    if "encoded" in options:  # whose keys and values are this call's
-        cache = model.new_cache(batch_size, capacity, **options)
-        return graphs.GraphDecoder(decode, model, cache).capture()
-    return graphs.decoder(decode, model, batch_size, capacity, **options)
-
-
-def _decodes_by_graph(model: LanguageModel) -> bool:
-    return model.device.type == "cuda"
+) -> graphs.GraphDecoder:
+    captures = graphs.captures(model)
+    if captures and "encoded" not in options:  # whose keys and values are this call's
+        return graphs.decoder(decode, model, batch_size, capacity, **options)
+    cache = model.new_cache(batch_size, capacity, **options)
+    decoder = graphs.GraphDecoder(decode, model, cache)
+    return decoder.capture() if captures else decoder

@@ -23,7 +23,7 @@ from fastattn.generation import graphs, processors, sampling
 from fastattn.generation.contract import LanguageModel, batch_context, is_encoder_decoder
 from fastattn.generation.decoding import decode, no_token
 from fastattn.generation.paging import PagedMemory
-from fastattn.generation.prompts import read_prompts, special_tokens
+from fastattn.generation.prompts import read_prompts, right_padded, special_tokens
 from fastattn.generation.request import Request
 from fastattn.generation.sampling import Sampling
 from fastattn.generation.scheduling import Rows, Scheduler
@@ -284,13 +284,9 @@ class Engine:
         self, chunks: list[list[int]], lengths: list[int], table: Tensor, asked: list[int]
     ) -> Tensor:
         """Read B chunks; the logits after the last token of the rows ``asked``, (len(asked), V)."""
-        longest, device = max(map(len, chunks)), self.model.device
-        # Any id does as padding on the right: nothing that counts sees it.
-        ids = torch.tensor(
-            [chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device
-        )
-        cache = self._memory.cache(len(ids))
+        cache = self._memory.cache(len(chunks))
         cache.place(lengths, table)
+        ids = right_padded(chunks, self.model.device)
         hidden = self.model.features(ids, cache)  # type: ignore[arg-type]  # (B, T, C)
         last = [len(chunks[index]) - 1 for index in asked]
         return self.model.lm_head(hidden[asked, last]) if asked else hidden[:0, 0]
@@ -298,7 +294,7 @@ class Engine:
     def _decode(self, tokens: list[int], lengths: list[int], table: Tensor) -> Tensor:
         """B tokens -> (B, V) the logits of the next."""
         count = len(tokens)
-        if not _decodes_by_graph(self.model):
+        if not graphs.captures(self.model):
             cache = self._memory.cache(count)
             cache.place(lengths, table)
             ids = torch.tensor(tokens, device=self.model.device)
@@ -357,7 +353,3 @@ def _processed(request: Request, logits: Tensor) -> Tensor:
         how,
         request.ends,
     )
-
-
-def _decodes_by_graph(model: LanguageModel) -> bool:
-    return model.device.type == "cuda"

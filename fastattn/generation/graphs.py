@@ -34,6 +34,11 @@ BUCKET = 256
 KEPT = 4
 
 
+def captures(model: LanguageModel) -> bool:
+    """Whether a model's steps are captured: on CUDA devices."""
+    return model.device.type == "cuda"
+
+
 class GraphDecoder:
     """A decoding step on static tensors: `capture` it once, after that each call replays it.
 
@@ -58,29 +63,29 @@ class GraphDecoder:
             self.cache.set_lengths(nothing)
             side.wait_stream(current)
             with torch.cuda.stream(side):  # compiles kernels, allocates workspaces
-                self._run()
+                self._run(self._tokens)
             current.wait_stream(side)
             self.cache.set_lengths(nothing)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=side):
-                self._logits = self._run()
+                self._logits = self._run(self._tokens)
         self._graph = graph
         self.cache.reset()
         return self
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B,) the last tokens -> (B, V) the logits of the next, overwritten by the next call."""
-        self._tokens.copy_(tokens)
         if self._graph is None:
-            return self._run()
+            return self._run(tokens)
+        self._tokens.copy_(tokens)
         self._graph.replay()
         assert self._logits is not None
         return self._logits
 
-    def _run(self) -> Tensor:
+    def _run(self, tokens: Tensor) -> Tensor:
         model = self._model()
         assert model is not None
-        return self._step(model, self._tokens, self.cache)
+        return self._step(model, tokens, self.cache)
 
 
 # By model.

@@ -18,7 +18,13 @@ from fastattn.generation import beams, contrastive, decoding, sampling, speculat
 from fastattn.generation.config import GenerationConfig, settle
 from fastattn.generation.contract import LanguageModel, is_encoder_decoder
 from fastattn.generation.decoding import Task
-from fastattn.generation.prompts import read_prompts, special_tokens, start_token
+from fastattn.generation.processors import padded
+from fastattn.generation.prompts import (
+    read_prompts,
+    right_padded,
+    special_tokens,
+    start_token,
+)
 from fastattn.generation.stopping import StopStrings
 from fastattn.nn.mode import in_mode
 from fastattn.nn.stored_cache import cache_options
@@ -118,8 +124,11 @@ def generate(
     tell = _listeners(on_token, streamer, method, len(prompts) * copies)
     run = _runner(method, chosen, draft_model, task, seed, copies)
 
-    width = 1 if encoded else _width(input_ids, sources)
-    before = _before(input_ids, prompts, width, pad, model.device, given=not encoded)
+    if isinstance(input_ids, Tensor) and not encoded:
+        before = input_ids.to(model.device, torch.int64)
+    else:
+        before = padded(prompts, pad, model.device)
+    width = before.shape[1]
     if streamer is not None:
         streamer.put(before.cpu())
     with torch.inference_mode(), in_mode(cast(torch.nn.Module, model), training=False):
@@ -288,33 +297,12 @@ def _listeners(
     return tell
 
 
-def _width(input_ids: Tensor | Sequence[Sequence[int]], prompts: list[list[int]]) -> int:
-    return input_ids.shape[1] if isinstance(input_ids, Tensor) else max(map(len, prompts))
-
-
-def _before(
-    input_ids: Tensor | Sequence[Sequence[int]],
-    prompts: list[list[int]],
-    width: int,
-    pad: int,
-    device: torch.device,
-    *,
-    given: bool,
-) -> Tensor:
-    """(B, width) what comes before the new tokens: a tensor as it was given, lists padded."""
-    if given and isinstance(input_ids, Tensor):
-        return input_ids.to(device, torch.int64)
-    rows = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    return torch.tensor(rows, device=device)
-
-
 def _encode(model: LanguageModel, sources: list[list[int]], copies: int) -> dict[str, Tensor]:
     """What an encoder-decoder's cache is made from, each source ``copies`` times."""
     lengths = torch.tensor(list(map(len, sources)), device=model.device)
-    longest = max(map(len, sources))
-    ids = [source + [0] * (longest - len(source)) for source in sources]
-    mask = torch.arange(longest, device=model.device) < lengths.unsqueeze(1)
-    hidden: Tensor = cast(Any, model).encode(torch.tensor(ids, device=model.device), mask.long())
+    ids = right_padded(sources, model.device)
+    mask = torch.arange(ids.shape[1], device=model.device) < lengths.unsqueeze(1)
+    hidden: Tensor = cast(Any, model).encode(ids, mask.long())
     return {
         "encoded": hidden.repeat_interleave(copies, 0),
         "encoded_lengths": lengths.repeat_interleave(copies, 0),

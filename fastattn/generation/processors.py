@@ -18,10 +18,10 @@ from torch import Tensor
 from fastattn.generation.sampling import Processor, Sampling, penalise
 
 
-def padded(sequences: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """Token ids (B, n) for `process`, of lists of any lengths."""
+def padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:
+    """Lists of token ids as (B, n), with ``pad`` before them; of `process` that is V."""
     longest = max(map(len, sequences))
-    rows = [[vocab_size] * (longest - len(row)) + list(row) for row in sequences]
+    rows = [[pad] * (longest - len(row)) + list(row) for row in sequences]
     return torch.tensor(rows, device=device)
 
 

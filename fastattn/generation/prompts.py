@@ -96,6 +96,12 @@ def _unpadded(
     ]
 
 
+def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, T) of lists of token ids, with 0 after them; any id does: nothing that counts sees it."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+
+
 def special_tokens(
     config: Any,
     eos_token_id: int | Sequence[int] | None,
@@ -118,17 +124,9 @@ def special_tokens(
                     f"got {given!r}"
                 )
     chosen = chosen or GenerationConfig()
-    ends = _several(
-        next(
-            (said for said in (eos_token_id, chosen.eos_token_id) if said is not None),
-            config.eos_token_id,
-        )
-    )
-    ends = [token for token in ends if 0 <= token < config.vocab_size]
-    pad = next(
-        (said for said in (pad_token_id, chosen.pad_token_id) if said is not None),
-        config.pad_token_id,
-    )
+    said = _first(eos_token_id, chosen.eos_token_id, config.eos_token_id)
+    ends = [token for token in _several(said) if 0 <= token < config.vocab_size]
+    pad = _first(pad_token_id, chosen.pad_token_id, config.pad_token_id)
     if pad is None or not 0 <= pad < config.vocab_size:
         pad = ends[0] if ends else 0
     return ends, pad
@@ -136,23 +134,24 @@ def special_tokens(
 
 def start_token(config: Any, chosen: GenerationConfig) -> int:
     """The first token of an encoder-decoder's decoder; ValueError if nothing says it."""
-    for token in (
-        chosen.decoder_start_token_id,
-        getattr(config, "decoder_start_token_id", None),
-        chosen.bos_token_id,
-        config.bos_token_id,
-    ):
-        if token is not None:
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(
-                    f"decoder_start_token_id must be from 0 to vocab_size - 1 = "
-                    f"{config.vocab_size - 1}, got {token}"
-                )
-            return int(token)
-    raise ValueError(
-        "an encoder-decoder needs decoder_start_token_id: neither the call nor the model's config "
-        "says it"
-    )
+    configs = getattr(config, "decoder_start_token_id", None)
+    token = _first(chosen.decoder_start_token_id, configs, chosen.bos_token_id, config.bos_token_id)
+    if token is None:
+        raise ValueError(
+            "an encoder-decoder needs decoder_start_token_id: neither the call nor the model's "
+            "config says it"
+        )
+    if not 0 <= token < config.vocab_size:
+        raise ValueError(
+            f"decoder_start_token_id must be from 0 to vocab_size - 1 = {config.vocab_size - 1}, "
+            f"got {token}"
+        )
+    return int(token)
+
+
+def _first(*said: Any) -> Any:
+    """The first that is not None."""
+    return next((one for one in said if one is not None), None)
 
 
 def _several(tokens: int | Sequence[int] | None) -> list[int]:

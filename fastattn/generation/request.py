@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastattn.generation.paging import page_name
@@ -29,6 +28,7 @@ class Request:
         finish_reason: None while it goes on; "stop": an eos token or a stop string; "length":
             ``max_new_tokens`` are there; "cancelled"; "error": see ``error``.
         error: the exception that ended it. Iterating raises it, after the last token.
+        cancelled: whether `cancel` was called; the engine's next step ends it, if nothing else did.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Request:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self._engine = engine
-        self._cancelled = False
+        self.cancelled = False
         self._texts = texts
         self._on_token, self._on_finish = on_token, on_finish
         # What the engine keeps of it. The first `length` of `known` are in the pages.
@@ -73,18 +73,13 @@ class Request:
         return self.finish_reason is not None
 
     @property
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called; the engine's next step ends it, if nothing else did."""
-        return self._cancelled
-
-    @property
     def pending(self) -> int:
         """Tokens that the model has not read yet."""
         return len(self.known) - self.length
 
     def cancel(self) -> None:
         """End it at the engine's next step and free its pages; nothing if it has ended."""
-        self._cancelled = True
+        self.cancelled = True
 
     def __iter__(self) -> Iterator[int]:
         """The new tokens from the first on; steps the engine while there is none."""
@@ -114,7 +109,8 @@ class Request:
         self.tokens.append(token)
         if self._on_token is not None:
             self._on_token(token)
-        if token in self.ends or self._completes_text():
+        ended = self._texts is not None and self._texts.completed(self.prompt, self.tokens)
+        if ended or token in self.ends:
             return "stop"
         return "length" if len(self.tokens) == self.max_new_tokens else None
 
@@ -126,9 +122,3 @@ class Request:
                 self._on_finish(self)
             except Exception as raised:  # others are in the same step
                 self.error = self.error or raised
-
-    def _completes_text(self) -> bool:
-        if self._texts is None:
-            return False
-        new = torch.tensor([self.tokens], device="cpu")
-        return bool(self._texts.ended([self.prompt], new, torch.ones(1, dtype=torch.bool)))

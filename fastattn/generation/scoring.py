@@ -9,7 +9,6 @@ vocabulary. Rows are padded on the right, where no causal query sees the padding
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.generation.contract import batch_context, is_encoder_decoder
+from fastattn.generation.prompts import right_padded
 from fastattn.nn.checks import check_integer
 from fastattn.nn.mode import in_mode
 
@@ -135,9 +135,9 @@ def _score_ours(model: Any, rows: Sequence[Row]) -> list[Scores]:
 
 
 def _score_transformers(model: Any, rows: Sequence[Row]) -> list[Scores]:
-    ids, ends = _padded([[*row.context, *row.tokens[:-1]] for row in rows], _device(model))
-    logits = model(input_ids=ids, use_cache=False).logits
-    return _scores(rows, _picked(logits, rows, ends), lambda picked: picked)
+    whole = [[*row.context, *row.tokens[:-1]] for row in rows]
+    logits = model(input_ids=right_padded(whole, _device(model)), use_cache=False).logits
+    return _scores(rows, _picked(logits, rows, list(map(len, whole))), lambda picked: picked)
 
 
 def _hidden(model: Any, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
@@ -155,24 +155,14 @@ def _hidden(model: Any, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
     _, limit = batch_context(model.config)
     fits = limit is None or longest + rest <= limit
     if not min(map(len, prefixes)) or not reads_less or not fits:
-        ids, ends = _padded(whole, device)
-        return model.features(ids), ends
-    ids, lengths = _padded(prefixes, device)
+        return model.features(right_padded(whole, device)), list(map(len, whole))
     prefix = model.new_cache(len(shared), longest)
-    model.features(ids, prefix)
-    prefix.set_lengths(lengths)
+    model.features(right_padded(prefixes, device), prefix)
+    prefix.set_lengths(list(map(len, prefixes)))
     cache = model.new_cache(len(rows), longest + rest)
     places = {context: place for place, context in enumerate(shared)}
     cache.fill(prefix, torch.tensor([places[tuple(r.context)] for r in rows], device=device))
-    ids, ends = _padded(rests, device)
-    return model.features(ids, cache), ends
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int]]:
-    """(B, T) int64, padded on the right with 0, and the lengths."""
-    lengths = [len(row) for row in rows]
-    padded = [[*row, *itertools.repeat(0, max(lengths) - len(row))] for row in rows]
-    return torch.tensor(padded, device=device), lengths
+    return model.features(right_padded(rests, device), cache), list(map(len, rests))
 
 
 def _picked(states: Tensor, rows: Sequence[Row], ends: Sequence[int]) -> Tensor:

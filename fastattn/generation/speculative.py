@@ -227,19 +227,13 @@ class _Sequences:
             text.append(token)
             if task.on_token is not None:
                 task.on_token(torch.tensor([token], device=task.model.device))
-            if token in task.ends or self.remaining(row) == 0 or self._completes_text(row):
+            prompt = task.prompts[row]
+            said = task.texts is not None and task.texts.completed(prompt, text[len(prompt) :])
+            if said or token in task.ends or self.remaining(row) == 0:
                 return False
             if i == len(guesses) or token != guesses[i]:
                 return True
         raise AssertionError("the last token is no guess")
-
-    def _completes_text(self, row: int) -> bool:
-        if self._task.texts is None:
-            return False
-        prompt = self._task.prompts[row]
-        new = torch.tensor([self.texts[row][len(prompt) :]], device="cpu")
-        asked = torch.ones(1, dtype=torch.bool, device="cpu")
-        return bool(self._task.texts.ended([prompt], new, asked))
 
     def new_tokens(self) -> Tensor:
         """(B, n), padded."""
@@ -265,10 +259,7 @@ class _Reader:
         stored: dict[str, Any],
     ) -> None:
         self._model, self._cache = model, model.new_cache(len(prompts), capacity, **stored)
-        hidden = decoding.read_prompts(model, prompts, self._cache)
-        rows = torch.arange(len(prompts), device=hidden.device)
-        last = torch.tensor(list(map(len, prompts)), device=hidden.device) - 1
-        self.first: Tensor = model.lm_head(hidden[rows, last])
+        self.first = decoding.prefill(model, prompts, self._cache)
 
     def __call__(self, texts: list[list[int]], wanted: list[int], width: int = 0) -> Tensor:
         """(N, V) the logits at each text's last ``wanted`` tokens, row after row.

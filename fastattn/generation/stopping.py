@@ -49,13 +49,12 @@ class StopStrings:
         """
         count = self._longest + MARGIN
         rows = zip(prompts, new[:, -count:].tolist(), asked.tolist(), strict=True)
-        answers = [
-            wanted and self._is_completed((prompt + tokens)[-count:])
-            for prompt, tokens, wanted in rows
-        ]
+        answers = [wanted and self.completed(prompt, tokens) for prompt, tokens, wanted in rows]
         return torch.tensor(answers, device=new.device)
 
-    def _is_completed(self, tokens: list[int]) -> bool:
+    def completed(self, prompt: list[int], new: list[int]) -> bool:
+        """`ended` of one sequence."""
+        tokens = (prompt + new)[-(self._longest + MARGIN) :]
         text = self._tokenizer.decode(tokens)
         # Not its length: half a character, which the last token completes, decodes as another one.
         pairs = zip(text, self._tokenizer.decode(tokens[:-1]))

@@ -14,6 +14,13 @@ from fastattn.models.config import GPTConfig
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.nn import KeyValueCache
 from fastattn.nn.stored_cache import LARGEST as STORED
+from fastattn.ops.common import modes
+
+
+def dtype_of_caches(weight: Tensor) -> torch.dtype:
+    """Of a model's keys and values: autocast's, or its weights'."""
+    autocast = modes.autocast_dtype(weight.device.type)
+    return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
 
 
 class KVCache:

@@ -64,6 +64,11 @@ class Checked:
             if field.type == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{field.name} must be True or False, got {value!r}")
 
+    def _check_divides(self, part: str, whole: str) -> None:
+        a, b = getattr(self, part), getattr(self, whole)
+        if b % a:
+            raise ValueError(f"{part} must divide {whole}, got {part}={a} and {whole}={b}")
+
     def _check_choices(self, **known: Iterable[Any]) -> None:
         for name, values in known.items():
             check_choice(name, getattr(self, name), values)

@@ -148,10 +148,8 @@ class GPTConfig(Checked):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
         self._check_flags()
-        if self.head_size is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}"
-            )
+        if self.head_size is None:
+            self._check_divides("n_head", "n_embd")
         if self.n_head % self.kv_heads:
             raise ValueError(
                 f"n_kv_head must divide n_head, got n_kv_head={self.n_kv_head} and "
@@ -238,16 +236,8 @@ class GPTConfig(Checked):
             changes["activation_function"] = "gelu_new"
         if self.positions != "rotary":
             changes |= {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 1.0}
-        local = self.rope_local_theta
-        if (
-            self.positions != "rotary"
-            or not slides
-            or (local, None)
-            == (
-                self.rope_theta,
-                self.rope_scaling,
-            )
-        ):
+        same = (self.rope_local_theta, None) == (self.rope_theta, self.rope_scaling)
+        if self.positions != "rotary" or not slides or same:
             changes["rope_local_theta"] = None
         return dataclasses.replace(self, **changes)
 

@@ -62,10 +62,8 @@ class Encoder(folder.Pretrained):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_config(config)
+        super().__init__(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = config
         width, pad = config.n_embd, config.pad_token_id
         self.wte = torch.nn.Embedding(config.vocab_size, width, padding_idx=pad, **where)
         self.wpe = self.wtt = None
@@ -105,11 +103,6 @@ class Encoder(folder.Pretrained):
         pooler = config.pooler if pooler is None else pooler
         self.pooler = nn.Linear(width, width, **where) if pooler else None
         reset_parameters(self, config)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.wte.weight.device
 
     def forward(
         self,
@@ -241,14 +234,6 @@ class Encoder(folder.Pretrained):
         rows = 2**31 if self.wpe is None else self.wpe.num_embeddings
         check_ids("position_ids", positions, rows, of="positions")
         return positions
-
-
-def check_config(config: EncoderConfig) -> None:
-    if not isinstance(config, EncoderConfig):
-        raise TypeError(
-            f"config must be an EncoderConfig, got {type(config).__name__}: write "
-            "EncoderConfig(vocab_size=..., ...), or read a model with from_pretrained(path)"
-        )
 
 
 def layer_norm(config: EncoderConfig, where: dict[str, Any]) -> nn.LayerNorm:

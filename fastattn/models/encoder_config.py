@@ -133,10 +133,7 @@ class EncoderConfig(Checked):
             positions=POSITIONS, norm_placement=PLACEMENTS, pooling=POOLINGS,
             problem_type=PROBLEM_TYPES,
         )  # fmt: skip
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_head must divide n_embd, got n_head={self.n_head} and n_embd={self.n_embd}"
-            )
+        self._check_divides("n_head", "n_embd")
         self._check_tokens()
         self._check_rotary()
         self._settle_layer_types(self.n_layer, "local_attention")

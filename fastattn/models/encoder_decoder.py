@@ -23,13 +23,12 @@ from torch import Tensor
 
 from fastattn import generation, nn
 from fastattn.models import folder, resizing
-from fastattn.models.cache import EncoderDecoderCache
+from fastattn.models.cache import EncoderDecoderCache, dtype_of_caches
 from fastattn.models.config import ACTIVATIONS
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.ids import check_ids, padding_mask
 from fastattn.nn.plain import is_plain
 from fastattn.nn.transformer_block import NORMS
-from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -57,15 +56,8 @@ class EncoderDecoder(folder.Pretrained):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(config, EncoderDecoderConfig):
-            raise TypeError(
-                f"config must be an EncoderDecoderConfig, got {type(config).__name__}: write "
-                "EncoderDecoderConfig(vocab_size=..., ...), EncoderDecoderConfig.preset(name), or "
-                "read a model with EncoderDecoder.from_pretrained(path)"
-            )
+        super().__init__(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = config
         padding = config.pad_token_id if config.frozen_padding else None
         self.embedding = torch.nn.Embedding(config.vocab_size, config.d_model, padding, **where)
         self.encoder = Stack(config, decoder=False, **where)
@@ -109,11 +101,6 @@ class EncoderDecoder(folder.Pretrained):
                     queries.weight[:rows] *= module.head_dim**-0.5 / module.softmax_scale
         if self.embedding.padding_idx is not None:
             self.embedding.weight[self.embedding.padding_idx].zero_()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.embedding.weight.device
 
     def forward(
         self,
@@ -264,9 +251,7 @@ class EncoderDecoder(folder.Pretrained):
                 f"encoded_lengths must have the shape (batch_size,) = ({batch_size},), got "
                 f"{tuple(encoded_lengths.shape)}"
             )
-        dtype, autocast = self.embedding.weight.dtype, modes.autocast_dtype(self.device.type)
-        if autocast is not None and dtype != torch.float64:
-            dtype = autocast
+        dtype = dtype_of_caches(self.embedding.weight)
         blocks: Any = self.decoder.blocks
         heads = blocks[0].attention.num_kv_heads  # of this process, where several share a layer
         cache = EncoderDecoderCache(

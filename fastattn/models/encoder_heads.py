@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn import nn
 from fastattn.models import folder
 from fastattn.models.config import ACTIVATIONS
-from fastattn.models.encoder import Encoder, check_config, layer_norm, reset_parameters
+from fastattn.models.encoder import Encoder, layer_norm, reset_parameters
 from fastattn.models.encoder_config import EncoderConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.padding import Padding
@@ -70,9 +70,7 @@ class EncoderHead(folder.Pretrained):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_config(config)
-        self.config = config
+        super().__init__(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoder = Encoder(config, pooler=self.reads_pooled(config), **where)
         self.build(config, where)
@@ -86,16 +84,41 @@ class EncoderHead(folder.Pretrained):
         """Make the layers after the encoder."""
         raise NotImplementedError
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.encoder.device
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> HeadOutput:
+        """The logits, and with labels their loss.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: as `Encoder.forward`'s.
+            labels: as the class says.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        hidden, padding = self.encoder.encode(
+            input_ids, attention_mask, token_type_ids, position_ids
+        )
+        return self.outputs(hidden, padding, labels)
+
+    def outputs(self, hidden: Tensor, padding: Padding | None, labels: Tensor | None) -> HeadOutput:
+        """What `forward` gives, of the states (B, T, C)."""
+        raise NotImplementedError
 
 
 class EncoderForMaskedLM(EncoderHead):
     """The tokens that stand at masked positions (Devlin et al. 2018).
 
-    logits = decoder(transform(hidden)), the decoder's weight that of the token embedding.
+    logits = decoder(transform(hidden)), the decoder's weight that of the token embedding: the
+    outputs are (logits (B, T, V), None), with labels (None, loss), for which no logits are kept.
+    Labels (B, T) are the tokens that stand there, or -100 where none counts; the loss is their mean
+    cross-entropy (NaN if none counts).
     """
 
     def build(self, config: EncoderConfig, where: dict[str, Any]) -> None:
@@ -108,29 +131,10 @@ class EncoderForMaskedLM(EncoderHead):
         if self.config.tie_word_embeddings:
             self.decoder.weight = self.encoder.wte.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> HeadOutput:
-        """(logits (B, T, V), None); with labels (None, loss), for which no logits are kept.
-
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids: as `Encoder.forward`'s.
-            labels: (B, T) the tokens that stand there, or -100 where none counts. The loss is their
-                mean cross-entropy (NaN if none counts).
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the message names it.
-        """
+    def outputs(self, hidden: Tensor, padding: Padding | None, labels: Tensor | None) -> HeadOutput:
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignored=IGNORED)
-            _check_shape("labels", labels, input_ids.shape)
-        hidden, _ = self.encoder.encode(input_ids, attention_mask, token_type_ids, position_ids)
+            _check_shape("labels", labels, hidden.shape[:2])
         if labels is None:
             return HeadOutput(self.decoder(self.transform(hidden)), None)
         hidden, labels = hidden.flatten(0, 1), labels.flatten().long()
@@ -147,7 +151,12 @@ class EncoderForMaskedLM(EncoderHead):
 
 
 class EncoderForSequenceClassification(EncoderHead):
-    """Classes or values of whole sequences: classifier(pooled)."""
+    """Classes or values of whole sequences: classifier(pooled), (B, L), and the loss or None.
+
+    Labels go by ``config.problem_type``: (B,) int64 or int32 classes, -100 where none counts;
+    (B, L) floats from 0 to 1, one for each class (the loss is the mean binary cross-entropy); (B,
+    L), or (B,) where L is 1, values (the mean squared error).
+    """
 
     def reads_pooled(self, config: EncoderConfig) -> bool:
         return config.pooler
@@ -157,29 +166,7 @@ class EncoderForSequenceClassification(EncoderHead):
         self.dropout = torch.nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.n_embd, config.n_labels, **where)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> HeadOutput:
-        """(logits (B, L), loss or None).
-
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids: as `Encoder.forward`'s.
-            labels: by ``config.problem_type``: (B,) int64 or int32 classes, -100 where none counts;
-                (B, L) floats from 0 to 1, one for each class (the loss is the mean binary
-                cross-entropy); (B, L), or (B,) where L is 1, values (the mean squared error).
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the message names it.
-        """
-        hidden, padding = self.encoder.encode(
-            input_ids, attention_mask, token_type_ids, position_ids
-        )
+    def outputs(self, hidden: Tensor, padding: Padding | None, labels: Tensor | None) -> HeadOutput:
         logits = self.classifier(self.dropout(self._pooled(hidden, padding)))
         return HeadOutput(logits, None if labels is None else self._loss(logits, labels))
 
@@ -215,38 +202,23 @@ class EncoderForSequenceClassification(EncoderHead):
 
 
 class EncoderForTokenClassification(EncoderHead):
-    """A class for every token: tagger(hidden)."""
+    """A class for every token: tagger(hidden), (B, T, L), and the loss or None.
+
+    Labels are (B, T) int64 or int32 classes, -100 where none counts: give it for padding. The loss
+    is their mean cross-entropy (NaN if none counts).
+    """
 
     def build(self, config: EncoderConfig, where: dict[str, Any]) -> None:
         self.transform = None if config.pooler else Transform(config, where)
         self.dropout = torch.nn.Dropout(config.classifier_dropout)
         self.tagger = nn.Linear(config.n_embd, config.n_labels, **where)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> HeadOutput:
-        """(logits (B, T, L), loss or None).
-
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids: as `Encoder.forward`'s.
-            labels: (B, T) int64 or int32 classes, -100 where none counts: give it for padding. The
-                loss is their mean cross-entropy (NaN if none counts).
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the message names it.
-        """
-        hidden, _ = self.encoder.encode(input_ids, attention_mask, token_type_ids, position_ids)
+    def outputs(self, hidden: Tensor, padding: Padding | None, labels: Tensor | None) -> HeadOutput:
         hidden = hidden if self.transform is None else self.transform(hidden)
         logits = self.tagger(self.dropout(hidden))
         if labels is None:
             return HeadOutput(logits, None)
-        _check_shape("labels", labels, input_ids.shape)
+        _check_shape("labels", labels, logits.shape[:2])
         _check_labels(labels, self.config.n_labels)
         return HeadOutput(logits, cross_entropy(logits.flatten(0, 1), labels.flatten().long()))
 
@@ -260,7 +232,7 @@ class EncoderForQuestionAnswering(EncoderHead):
         self.dropout = torch.nn.Dropout(0.0 if config.pooler else config.classifier_dropout)
         self.spans = nn.Linear(config.n_embd, 2, **where)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

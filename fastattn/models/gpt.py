@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastattn import generation, nn
 from fastattn.models import folder, resizing
-from fastattn.models.cache import KVCache
+from fastattn.models.cache import KVCache, dtype_of_caches
 from fastattn.models.config import ACTIVATIONS, GPTConfig
 from fastattn.models.ids import check_ids
 from fastattn.models.packing import check_packed, packed_lengths, packed_positions
@@ -31,7 +31,6 @@ from fastattn.nn.plain import is_plain
 from fastattn.nn.stored_cache import LARGEST as STORED
 from fastattn.nn.transformer_block import NORMS
 from fastattn.ops.attention import zigzag
-from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED, cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -62,15 +61,8 @@ class GPT(folder.Pretrained):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(config, GPTConfig):
-            raise TypeError(
-                f"config must be a GPTConfig, got {type(config).__name__}: write "
-                "GPTConfig(vocab_size=..., ...), GPTConfig.preset(name), or read a model with "
-                "GPT.from_pretrained(path)"
-            )
+        super().__init__(config)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = config
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd, **where)
         learned = config.positions == "learned"
         self.wpe = (
@@ -132,11 +124,6 @@ class GPT(folder.Pretrained):
                 torch.nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
             else:
                 torch.nn.init.normal_(parameter, std=std)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
 
     def forward(
         self,
@@ -234,9 +221,7 @@ class GPT(folder.Pretrained):
         autocast's, or the weights'; or in ``dtype``, int8 or float8_e4m3fn.
         """
         if dtype is None:
-            dtype, autocast = self.wte.weight.dtype, modes.autocast_dtype(self.device.type)
-            if autocast is not None and dtype != torch.float64:
-                dtype = autocast
+            dtype = dtype_of_caches(self.wte.weight)
         elif dtype not in STORED:
             names = " or ".join(map(str, STORED))
             raise ValueError(f"dtype must be {names}, or None for the model's; got {dtype}")

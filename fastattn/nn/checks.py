@@ -35,12 +35,28 @@ def check_number(name: str, value: Any) -> float:
         raise ValueError(f"{name} is too large: {error}") from error
 
 
+def check_within(name: str, value: Any, interval: str, words: str = "") -> float:
+    """``value`` as a float in an interval, as "(0, 1]"; TypeError or ValueError if it is not.
+
+    ``words`` say in the error what it must be, in place of the interval.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    number = check_number(name, value)
+    inside = low < number < high or (number == low and interval[0] == "[")
+    if not inside and not (number == high and interval[-1] == "]"):
+        raise ValueError(f"{name} must be {words or f'in {interval}'}, got {value!r}")
+    return number
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_probability(name: str, p: Any) -> float:
     """``p`` as a float; TypeError or ValueError unless it is a dropout's probability, in [0, 1)."""
-    p = check_number(name, p)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {p}")
-    return p
+    return check_within(name, p, "[0, 1)")
 
 
 def check_positive(name: str, size: Any) -> int:

@@ -21,6 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fastattn.training.evaluation.metrics import perplexity
 from fastattn.training.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
@@ -64,6 +65,7 @@ class Objective(abc.ABC):
             transformers by which it reads a model of theirs.
         roles, extra_tokens: the special tokens that a tokenizer needs beside the end of text, by
             role, and others that are never cut: one that is trained for the objective has them.
+        of_text: whether the targets are the tokens of a text: then the perplexity is measured too.
         truncated: how many texts `encode` has cut so far, to a length that a setting gives.
     """
 
@@ -75,12 +77,26 @@ class Objective(abc.ABC):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     roles: ClassVar[tuple[str, ...]] = ()
     extra_tokens: ClassVar[tuple[str, ...]] = ()
+    of_text: ClassVar[bool] = False
 
-    def __init__(self, tokenizer: Tokenizer, settings: Any, interface: Interface) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, settings: Any = None, interface: Interface = "fastattn"
+    ) -> None:
+        """
+        Args:
+            settings: of `settings_class`; None: its defaults.
+
+        Raises:
+            ValueError: the tokenizer lacks a token, or the settings do not fit it.
+        """
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.settings = self.settings_class() if settings is None else settings
         self.interface = interface
         self.truncated = 0
+        self._derive()
+
+    def _derive(self) -> None:  # noqa: B027  # most objectives have nothing to derive
+        """Set what follows from tokenizer and settings."""
 
     @abc.abstractmethod
     def encode(self, record: Record) -> Iterable[Example]:
@@ -164,7 +180,8 @@ class Objective(abc.ABC):
             counted += targets
         if not counted:
             raise ValueError("the validation data have no target that counts in the loss")
-        return {"loss": total / counted}
+        loss = total / counted
+        return {"loss": loss, "perplexity": perplexity(loss, 1)} if self.of_text else {"loss": loss}
 
 
 class Batches(Protocol):
@@ -175,7 +192,7 @@ class Batches(Protocol):
         ...
 
     def once(self, first: int = 0, step: int = 1) -> Iterable[Batch]:
-        """Each example once, in the order of the data: for an evaluation.
+        """Each example once, in the order of the data: for an evaluation; the last may be smaller.
 
         Of these batches those of the numbers `first`, `first + step`, and so on.
         """

@@ -25,7 +25,7 @@ from fastattn.nn.mode import in_mode
 from fastattn.training.checkpoints import Checkpoints
 from fastattn.training.contract import Batch, Batches, Objective
 from fastattn.training.distributed.agreement import check_settings, check_tensors
-from fastattn.training.distributed.evaluation import observations, shared
+from fastattn.training.distributed.evaluation import observations
 from fastattn.training.distributed.parallel import Parallel
 from fastattn.training.distributed.share import Share
 from fastattn.training.distributed.tensor import canonical, localised
@@ -129,11 +129,7 @@ def train(
         functools.partial(localised, model),
     )
     history = state.history
-
-    def progress() -> None:
-        if on_progress is not None:
-            on_progress(history)
-
+    tell = on_progress or (lambda _: None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(generators_kept(device))
         if not model.training:
@@ -143,7 +139,7 @@ def train(
         if checkpoints is not None:
             parallel.processes.together(lambda: stack.enter_context(checkpoints))
             if checkpoints.restore(state, identity, config):
-                progress()
+                tell(history)
         first, updating = state.step, False
         try:
             for step in range(first, config.steps + 1):
@@ -164,14 +160,14 @@ def train(
                         seconds = time.perf_counter() - start
                         history.add(Step(step, loss, rate, norm, share.tokens, seconds))
                         updating = False
-                    progress()
+                    tell(history)
                 if validation is not None and _validation_due(step, config, history):
                     with state.evaluated():
                         measures = evaluate(model, objective, validation, config, device, parallel)
                     if privacy is not None:
                         measures["epsilon"] = privacy.epsilon(step)
                     history.evaluations.append(Evaluation(step, measures.pop("loss"), measures))
-                    progress()
+                    tell(history)
                 if checkpoints is not None and parallel.agreed(
                     _checkpoint_due(checkpoints, state, config)
                 ):
@@ -311,7 +307,9 @@ def evaluate(
     """
     device, tokens = device or _device(model), config.evaluation_tokens
     with in_mode(model, training=False), autocast(device, config.precision):
-        if parallel is not None and parallel.readers > 1 and shared(objective):
+        # Who measures otherwise reads all on each process.
+        observes = type(objective).measure is Objective.measure
+        if parallel is not None and parallel.readers > 1 and observes:
             found = observations(model, objective, batches, tokens, device, parallel)
             return objective.conclude(list(found))
         return objective.measure(model, _first(batches.once(), tokens, device))

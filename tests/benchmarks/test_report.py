@@ -14,7 +14,6 @@ import numpy
 import pytest
 import report
 import report_compare
-import report_tables
 import schema
 from checkout import ROOT
 from schema import Entry, Results, Row
@@ -272,51 +271,44 @@ def test_the_page_says_where_what_and_how(place: Place) -> None:
 
 def test_a_cell_has_time_rate_share_and_ratios() -> None:
     rows = [x for x in attention_rows() if x["direction"] == "forward"]
-    text = report_tables.group_tables(rows, {"gemms"})
+    text = report.group_tables(rows)
     assert "All with causal=yes." in text
-    cell = line_with(text, "| 8 | 2048 | 64 |", "% of gemms")
+    cell = line_with(text, "| 8 | 2048 | 64 |")
     assert re.fullmatch(
-        r"\| 8 \| 2048 \| 64 \| 6\.\d\d ms \| \d\d\.\d \| 55\.0% \| 70% of gemms "
-        r"\| 1\.\d\dx \(1\.\d\d-1\.\d\d\) \| \d\.\d\dx \(\d\.\d\d-\d\.\d\d\) \|",
+        r"\| 8 \| 2048 \| 64 \| 6\.\d\d ms \| \d\d\.\d \| 55\.0% \| 70% \| 8\.00 MiB \| 1\.00 MiB "
+        r"\| 1\.\d\dx \(1\.\d\d-1\.\d\d\), 1\.00x peak "
+        r"\| \d\.\d\dx \(\d\.\d\d-\d\.\d\d\), 4\.00x peak \|",
         cell,
     )
-    assert line_with(text, "| 4 | 4096 | 64 |", "% of gemms", "| - (a) |")
-    assert "- (a) the score matrix would take 4 GiB" in text
+    assert line_with(text, "| TFLOP/s | MFU | of gemms | peak | saved | sdpa | eager |")
+    assert line_with(text, "| 4 | 4096 | 64 |").endswith("| - |")
+    assert "- eager, 2 of 8 rows: the score matrix would take 4 GiB" in text
     assert line_with(text, "| sdpa | 8 | 1.3", "| 8 / 0 / 0 |")
-    assert line_with(text, "| 8 | 2048 | 64 | 8.00 MiB + 1.00 MiB | 8.00 MiB (1.00x) | 32.0 MiB")
-    assert "gemms (ceiling)" not in text
 
 
-def test_reasons_are_footnotes_and_equal_ones_share_a_letter() -> None:
-    ours = samples(10.0)
+def test_reasons_and_notes_are_counted_and_no_fault_is_hidden() -> None:
+    ours, refused = samples(10.0), {"refused": "no | GPU\n<here>"}
     rows = [
-        row("norm", {"ours": entry(ours), "a": {"refused": "no | GPU\n<here>"}}, {"n": 1}),
-        row("norm", {"ours": entry(ours), "a": {"refused": "no | GPU\n<here>"}}, {"n": 2}),
+        row("norm", {"ours": entry(ours), "a": refused, "b": {"refused": "no time"}}, {"n": 1}),
+        row("norm", {"ours": entry(ours), "a": refused}, {"n": 2}),
         row("norm", {"ours": {"error": "RuntimeError: broke"}}, {"n": 3}, right=False),
         row("norm", {}, {"n": 4}, error="stuck", right=False),
         row("norm", {"ours": entry(ours, right=False)}, {"n": 5}, right=False),
         row("norm", {"ours": entry(ours), "a": entry(ours, ours, note="one kernel")}, {"n": 6}),
     ]
-    text = report_tables.group_tables(rows, set())
-    notes = ["(a) no | GPU &lt;here>", "(b) RuntimeError: broke", "(c) stuck", "(d) one kernel"]
-    assert re.findall("^- (.*)", text, re.M) == notes
-    assert text.count("- (a) |") == 2
-    assert line_with(text, "| 3 | failed (b) |") and line_with(text, "| 4 | failed (c) |")
-    assert re.search(r"\| 5 \| \S+ us wrong \|", text)
-    assert line_with(text, "| 6 |", "1.00x tie (1.00-1.00) (d) |")
-    assert facts.tally(rows) == "6 cells, 2 failed, 1 wrong"
-
-
-def test_who_takes_no_part_has_no_column() -> None:
-    ours = samples(10.0)
-    reasons = ("not installed", "not installed", "no backward")
-    rows = [
-        row("norm", {"ours": entry(ours), "a": entry(ours, ours), "b": {"refused": x}}, {"n": n})
-        for n, x in enumerate(reasons)
+    text = report.group_tables(rows)
+    assert re.findall("^- (.*)", text, re.M) == [
+        "FAILED: norm forward n=3: RuntimeError: broke",
+        "FAILED: norm forward n=4: stuck",
+        "WRONG: norm forward n=5",
+        "a, 2 of 6 rows: no | GPU &lt;here>",
+        "b, 1 of 6 rows: no time",
+        "a, 1 of 6 rows: one kernel",
     ]
-    text = report_tables.group_tables(rows, set())
-    assert "| n | ours | a |" in text
-    assert "- b took no part: not installed; no backward" in text
+    assert line_with(text, "| n | ours | a |")  # who takes no part has no column
+    assert line_with(text, "| 3 | FAILED | - |") and line_with(text, "| 4 | FAILED | - |")
+    assert line_with(text, "| 6 |", "1.00x tie (1.00-1.00) |")
+    assert facts.tally(rows) == "6 cells, 2 failed, 1 wrong"
 
 
 def test_means_leave_out_what_is_wrong() -> None:
@@ -329,19 +321,18 @@ def test_means_leave_out_what_is_wrong() -> None:
         {"ours": entry(ours), "a": {"refused": "cannot"}},
     ]
     rows = [row("norm", of, {"n": number}) for number, of in enumerate(peers)]
-    text = report_tables.group_tables(rows, set())
+    text = report.group_tables(rows)
     assert line_with(text, "| a | 2 of 4 | 1.00x | 1 / 0 / 1 | 0.50x n=1 |")
     assert line_with(text, "0.10x slower (0.10-0.10) wrong")
 
 
-def test_targets_name_the_worst_cell() -> None:
+def test_targets_are_counted_and_a_missed_one_is_named() -> None:
     rows = overhead_rows()
-    assert line_with(report_tables.targets_table(rows), "| 5 us above ATen | 1 of 2 |").endswith(
-        "| call forward n=1: missed, ours +6.2 us against ATen |"
-    )
-    assert line_with(report_tables.group_tables(rows, set()), "ours +6.2 us | missed |")
     rows.append(row("call", {}, {"n": 2}, error="broke", target="5 us above ATen", right=False))
-    assert "| 1 of 3 | call forward n=2: not judged |" in report_tables.targets_table(rows)
+    text = report.group_tables(rows)
+    assert line_with(text, "| 1 |", "slower", "), -6.2 us |")
+    assert "- MISSED: call forward n=1: 5 us above ATen" in text
+    assert "- 1 of 3 rows hold their target: 5 us above ATen" in text
 
 
 def test_what_was_not_measured_is_listed(place: Place) -> None:
@@ -355,18 +346,17 @@ def test_what_was_not_measured_is_listed(place: Place) -> None:
 
 
 def test_generation_has_tokens_and_steps() -> None:
-    text = report_tables.group_tables(gpt_rows(), set())
-    cell = line_with(text, "n_layer=12 n_embd=768")
+    cell = line_with(report.group_tables(gpt_rows()), "n_layer=12 n_embd=768")
     assert "| 71.1 | 14.0 ms |" in cell and ", step 29.0 ms |" in cell
 
 
 def test_memory_alone_needs_no_times() -> None:
-    peers: Any = {"ours": {"peak_bytes": 1 << 20}, "a": {"peak_bytes": 3 << 20}}
+    peers: Any = {"ours": {"peak_bytes": 1 << 20}, "a": {"peak_bytes": 3 << 20, "saved_bytes": 9}}
     rows = [row("attention", peers, {"n": 1})]
     rows.append(row("attention", {**peers, "a": {"refused": "cannot"}}, {"n": 2}))
-    text = report_tables.group_tables(rows, set())
-    assert line_with(text, "| 1 | 1.00 MiB | 3.00 MiB (3.00x) |")
-    assert line_with(text, "| 2 | 1.00 MiB | - (a) |")
+    text = report.group_tables(rows)
+    assert line_with(text, "| 1 | 1.00 MiB | 3.00x peak, 9 B saved |")
+    assert line_with(text, "| 2 | 1.00 MiB | - |")
     assert len(re.findall("^[|] ---", text, re.M)) == 1
 
 
@@ -375,7 +365,10 @@ def test_memory_alone_needs_no_times() -> None:
     [
         (1.32, 1.30, 1.34, "1.32x (1.30-1.34)"),
         (1.32, 0.99, 1.50, "1.32x tie (0.99-1.50)"),
+        (1.32, 1.00, 1.50, "1.32x tie (1.00-1.50)"),
         (1.015, 1.01, 1.02, "1.01x tie (1.01-1.02)"),
+        (1.02, 1.015, 1.03, "1.02x tie (1.01-1.03)"),
+        (0.98, 0.97, 0.99, "0.98x tie (0.97-0.99)"),
         (0.80, 0.79, 0.81, "0.80x slower (0.79-0.81)"),
         (0.004, 0.003, 0.005, "0.00400x slower (0.00-0.01)"),
     ],

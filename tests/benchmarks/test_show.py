@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import facts
 import pytest
 import show
 
@@ -23,21 +22,6 @@ def row(**peers: Any) -> Any:
 
 def summary(*rows: Any, skipped: Any = ()) -> list[str]:
     return show.summary({"rows": list(rows), "skipped": list(skipped)}).splitlines()  # type: ignore[typeddict-item]
-
-
-@pytest.mark.parametrize(
-    ("spread", "tie"),
-    [
-        ((1.32, 1.30, 1.35), False),
-        ((1.32, 0.99, 1.60), True),  # the rounds do not decide
-        ((1.02, 1.015, 1.03), True),  # they do, but by less than anyone feels
-        ((0.98, 0.97, 0.99), True),
-        ((0.90, 0.85, 0.95), False),
-        ((1.10, 1.00, 1.20), True),
-    ],
-)
-def test_a_tie_is_said_to_be_one(spread: tuple[float, ...], tie: bool) -> None:
-    assert facts.is_tie(entry(*spread)["times_ours"]) is tie
 
 
 def test_one_line_has_everyone() -> None:
@@ -89,7 +73,7 @@ def test_wins_ties_losses_and_who_took_no_part() -> None:
     rows = [
         row(peer=entry(2.0)), row(peer=entry(1.0)), row(peer=entry(0.5)),
         row(peer=entry(9.0, right=False), slow={"refused": "no backward"}, **absent),
-        row() | {"holds": True}, row() | {"holds": False},
+        row() | {"target": "fast", "holds": True}, row() | {"target": "fast", "holds": False},
     ]  # fmt: skip
     lines = show.standings(rows)
     assert lines == [
@@ -99,8 +83,8 @@ def test_wins_ties_losses_and_who_took_no_part() -> None:
         "peer     1 / 1 / 1              1.00x  0.50x -",
         "",
         "not installed: flash, xformers",
-        "slow took no part: no backward",
-        "targets: 1 of 2 rows hold",
+        "slow, 1 of 6 rows: no backward",
+        "1 of 2 rows hold their target: fast",
     ]
 
 

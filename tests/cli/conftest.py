@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastattn import GPT, GPTConfig
+from fastattn.cli import main
 from fastattn.training import Tokenizer
 
 TEMPLATE = (
@@ -17,6 +19,19 @@ TEMPLATE = (
 )
 CONTEXT = 96
 END = 256  # <|endoftext|>
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str], str], None]:
+    """`refused(argv, message)`: the command ends with 1, and prints one line, an error."""
+
+    def check(argv: list[str], message: str) -> None:
+        capsys.readouterr()
+        assert main(argv) == 1, argv
+        out, error = capsys.readouterr()
+        assert message in error and error.count("\n") == 1 and out == "", error
+
+    return check
 
 
 @pytest.fixture(scope="session")

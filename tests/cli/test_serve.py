@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 from fastattn import GPT
-from fastattn.cli import main
 from fastattn.generation import Background, Engine
 
 pytest.importorskip("starlette")
@@ -354,16 +353,11 @@ def test_openais_client(served: Served) -> None:
         client.chat.completions.create(**{**ask, "model": "gpt-9"})
 
 
-def test_a_port_in_use_is_said_before_the_model_is_read(
-    served: Served, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["serve", "no/such/folder", "--port", str(served.port)]) == 1
-    assert (
-        f"cannot listen on 127.0.0.1:{served.port}: Address already in use"
-        in capsys.readouterr().err
-    )
-    assert main(["serve", "no/such/folder", "--port", "0"]) == 1
-    assert "there is no folder no/such/folder" in capsys.readouterr().err
+def test_a_port_in_use_is_said_before_the_model_is_read(served: Served, refused: Any) -> None:
+    port = served.port
+    message = f"cannot listen on 127.0.0.1:{port}: Address already in use"
+    refused(["serve", "no/such/folder", "--port", str(port)], message)
+    refused(["serve", "no/such/folder", "--port", "0"], "there is no folder no/such/folder")
 
 
 @pytest.mark.long

@@ -102,21 +102,18 @@ def test_names_of_the_server(served: Served, host: str, known: bool) -> None:
     assert served.ask(Host=host)[0] == (200 if known else 400)
 
 
-def test_another_host_takes_a_key(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_host_takes_a_key(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTATTN_API_KEY", raising=False)
-    everywhere = ["serve", "no/such/folder", "--port", "0", "--host", "0.0.0.0"]
-    assert main(everywhere) == 1
-    assert "set FASTATTN_API_KEY to a key" in capsys.readouterr().err
+    command, further = (
+        ["serve", "no/such/folder", "--port", "0", "--host"],
+        "there is no folder no/",
+    )
+    refused([*command, "0.0.0.0"], "set FASTATTN_API_KEY to a key")
     for here in ("127.0.0.1", "127.0.0.2", "localhost"):
-        assert main(["serve", "no/such/folder", "--port", "0", "--host", here]) == 1
-        assert "there is no folder no/such/folder" in capsys.readouterr().err
-    assert main([*everywhere, "--no-key"]) == 1
-    assert "there is no folder no/such/folder" in capsys.readouterr().err
+        refused([*command, here], further)
+    refused([*command, "0.0.0.0", "--no-key"], further)
     monkeypatch.setenv("FASTATTN_API_KEY", KEY)
-    assert main(everywhere) == 1
-    assert "there is no folder no/such/folder" in capsys.readouterr().err
+    refused([*command, "0.0.0.0"], further)
 
 
 @pytest.mark.parametrize("key", ["short", "with a space in it", "ключ" * 8, "a" * 20 + "\n"])
@@ -127,9 +124,8 @@ def test_a_poor_key_is_refused_and_not_shown(key: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("option", ["--rate", "--max-choices", "--max-new-tokens"])
-def test_a_limit_of_nothing(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "no/such/folder", option, "0"]) == 1
-    assert f"{option} must be at least 1; got 0" in capsys.readouterr().err
+def test_a_limit_of_nothing(option: str, refused: Any) -> None:
+    refused(["serve", "no/such/folder", option, "0"], f"{option} must be at least 1; got 0")
 
 
 class TestRate:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import fastattn
 from fastattn.compression import MODES, prune_weights, quantize
@@ -124,32 +125,39 @@ def test_rounded_as_it_is_read(tmp_path: Path) -> None:
     assert not any(isinstance(p, Int8Weight) and p.requires_grad for p in read.parameters())
 
 
-def test_damaged_folders(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+NAME = "blocks.0.attention.in_proj.weight"
 
+
+def _assert_refused(
+    folder: Path, changes: list[tuple[dict[str, torch.Tensor], str]], mode: str, other: str
+) -> None:
+    """A folder with each change; then without the weight `NAME`, and with another mode."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    whole = load_file(file)
+    for change, says in changes:
+        save_file({**whole, **change}, file)
+        with pytest.raises(ValueError, match=says):
+            fastattn.models.load(folder)
+    save_file({key: x for key, x in whole.items() if key.partition(":")[0] != NAME}, file)
+    with pytest.raises(ValueError, match=f"{NAME} is missing"):
+        fastattn.models.load(folder)
+    config.write_text(config.read_text().replace(mode, other))
+    with pytest.raises(ValueError, match="quantization_config"):
+        fastattn.models.load(folder)
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
     model = _gpt(**LLAMA)
     quantize(model, "int8")
     model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    whole = load_file(file)
-    name = "blocks.0.attention.in_proj.weight"
-    for change, says in (
-        ({name: whole[name][:, :-1].contiguous()}, f"{name} must have the shape"),
-        ({name: whole[name].to(torch.int8)}, "I8"),
+    whole = load_file(tmp_path / "model.safetensors")
+    changes = [
+        ({NAME: whole[NAME][:, :-1].contiguous()}, f"{NAME} must have the shape"),
+        ({NAME: whole[NAME].to(torch.int8)}, "I8"),
         ({"norm_f.weight": whole["norm_f.weight"].to(torch.uint8)}, "norm_f.weight must"),
         ({"stranger": torch.ones(2)}, "stranger is unexpected"),
-    ):
-        save_file({**whole, **change}, file)
-        with pytest.raises(ValueError, match=says):
-            fastattn.models.load(tmp_path)
-    del whole[name]
-    save_file(whole, file)
-    with pytest.raises(ValueError, match=f"{name} is missing"):
-        fastattn.models.load(tmp_path)
-    config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"bits": 8', '"bits": 3'))
-    with pytest.raises(ValueError, match="quantization_config"):
-        fastattn.models.load(tmp_path)
+    ]
+    _assert_refused(tmp_path, changes, '"bits": 8', '"bits": 3')
 
 
 def _torchaos(mode: str) -> Any:
@@ -178,32 +186,18 @@ def test_torchaos_saved_and_loaded(mode: str, tmp_path: Path) -> None:
 
 
 def test_damaged_folders_of_torchaos(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     _torchaos("int8-dynamic").save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    whole = load_file(file)
-    name = "blocks.0.attention.in_proj.weight"
-    parts = {key for key in whole if key.startswith(f"{name}:")}
-    assert len(parts) == 3
-    for change, says in (
-        ({f"{name}:scale": whole[f"{name}:scale"][:-1].clone()}, "must have the parts"),
-        ({f"{name}:scale": whole[f"{name}:scale"].to(torch.int8)}, "must have the parts"),
-        ({f"{name}:qdata": torch.zeros(2, dtype=torch.uint8)}, "has too few bytes for the shape"),
-        ({f"{name}:other": torch.zeros(2, dtype=torch.uint8)}, "must have the parts"),
+    whole = load_file(tmp_path / "model.safetensors")
+    assert sum(key.startswith(f"{NAME}:") for key in whole) == 3
+    changes = [
+        ({f"{NAME}:scale": whole[f"{NAME}:scale"][:-1].clone()}, "must have the parts"),
+        ({f"{NAME}:scale": whole[f"{NAME}:scale"].to(torch.int8)}, "must have the parts"),
+        ({f"{NAME}:qdata": torch.zeros(2, dtype=torch.uint8)}, "has too few bytes for the shape"),
+        ({f"{NAME}:other": torch.zeros(2, dtype=torch.uint8)}, "must have the parts"),
         ({"stranger:qdata": torch.zeros(2, dtype=torch.uint8)}, "stranger:qdata is unexpected"),
-        ({name: torch.ones(2)}, "must have the parts|unexpected|shape"),
-    ):
-        save_file({**whole, **change}, file)
-        with pytest.raises(ValueError, match=says):
-            fastattn.models.load(tmp_path)
-    save_file({key: value for key, value in whole.items() if key not in parts}, file)
-    with pytest.raises(ValueError, match=f"{name} is missing"):
-        fastattn.models.load(tmp_path)
-    config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"int8-dynamic"', '"int3"'))
-    with pytest.raises(ValueError, match="quantization_config"):
-        fastattn.models.load(tmp_path)
+        ({NAME: torch.ones(2)}, "must have the parts|unexpected|shape"),
+    ]
+    _assert_refused(tmp_path, changes, '"int8-dynamic"', '"int3"')
 
 
 def test_a_weight_that_no_mode_makes_is_not_saved(tmp_path: Path) -> None:

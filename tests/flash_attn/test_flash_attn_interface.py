@@ -11,13 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ops import laws
 from ops.attention import cases
+from ops.attention.cache import test_cache as kv_cache
 
 from fastattn import flash_attn
 from fastattn.flash_attn import flash_attn_interface
 from oracle import assert_close_to_reference
 
 Tensors = tuple[torch.Tensor, ...]
+OURS = {  # names of arguments
+    "cache_seqlens": "cache_lengths",
+    "cache_batch_idx": "cache_indices",
+    "cache_leftpad": "cache_starts",
+    "window_size": "window",
+}
 EMPTY = inspect.Parameter.empty
 
 # --- the signatures -------------------------------------------------------------------------------
@@ -110,27 +118,18 @@ def assert_as(
 ) -> None:
     """`ours(*tensors)` -> out with its gradients, and `ours_lse` -> (out, lse), against `plain`."""
     factors = CAPPED if capped else {}
+    inputs, doubles = dict(zip("qkv", tensors)), [x.double() for x in tensors]
+    dout = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
+    dout = dout.to(tensors[0])
 
-    def with_gradients(
-        function: Callable[..., Any], inputs: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        result = function(*leaves)
-        out = result if isinstance(result, torch.Tensor) else result[0]
-        g = torch.Generator().manual_seed(1)
-        dout = torch.randn(out.shape, generator=g).to(tensors[0].dtype)
-        return [out, *torch.autograd.grad(out, leaves, dout.to(out))]
+    def found(function: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
+        return laws.results(lambda **x: function(*x.values()), inputs, dout)
 
-    doubles = [x.double() for x in tensors]
-    triples = zip(
-        with_gradients(ours, tensors),
-        with_gradients(plain, tensors),
-        with_gradients(plain, doubles),
-    )
-    for n, (actual, eager, exact) in enumerate(triples):
-        name = f"gradient {n - 1}" if n else "out"
-        assert actual.dtype == tensors[0].dtype
-        assert_close_to_reference(actual, eager, exact, name=name, **factors)
+    def out(*inputs: torch.Tensor) -> torch.Tensor:
+        return plain(*inputs)[0]
+
+    exact = found(out, laws.doubled(inputs))
+    laws.held(found(ours, inputs), found(out, inputs), exact, "flash-attn's", **factors)
     with torch.no_grad():
         results = zip(("out", "lse"), ours_lse(*tensors), plain(*tensors), plain(*doubles))
         for name, actual, eager, exact in results:
@@ -431,22 +430,6 @@ def test_packed_as_transformers_calls(device: str) -> None:
     torch.testing.assert_close(out, torch.cat(alone))
 
 
-def test_gradient_of_packed_tensors_is_packed(device: str) -> None:
-    (q, k, v), _ = draw(device)
-    qkv = torch.stack([q, k, v], 2).requires_grad_()
-    dout = torch.randn_like(q)
-    (packed,) = torch.autograd.grad(
-        flash_attn.flash_attn_qkvpacked_func(qkv, causal=True), qkv, dout
-    )
-
-    def gradients(dtype: torch.dtype) -> torch.Tensor:
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = formula(*leaves, causal=True)[0]
-        return torch.stack(torch.autograd.grad(out, leaves, dout.to(dtype)), 2)
-
-    assert_close_to_reference(packed, gradients(torch.float32), gradients(torch.float64))
-
-
 @pytest.mark.parametrize(
     "name, shape, layout",
     [
@@ -514,22 +497,12 @@ def cumulative(lengths: tuple[int, ...], device: str) -> torch.Tensor:
     )
 
 
-def by_sequence(
-    q: torch.Tensor, keys: list[tuple[torch.Tensor, torch.Tensor]], **options: Any
-) -> Tensors:
-    """Packed (out, lse) of dense attention, a sequence at a time; `keys` are each one's k and v."""
-    slopes = options.pop("alibi_slopes", None)
-    outs, lses, start = [], [], 0
-    for b, (length, (k, v)) in enumerate(zip(LENGTHS_Q, keys)):
-        own = slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
-        one = q[None, start : start + length]
-        out, lse = formula(one, k[None], v[None], alibi_slopes=own, **options)
-        outs.append(out[0])
-        lses.append(lse[0])
-        start += length
-    outs.append(torch.zeros_like(q[start:]))
-    lses.append(lses[0].new_full((q.shape[1], q.shape[0] - start), float("-inf")))
-    return torch.cat(outs), torch.cat(lses, 1)
+def packed(*tensors: torch.Tensor, **options: Any) -> Tensors:
+    """`formula` on the sequences of these lengths."""
+    starts = (cumulative(lengths, "cpu") for lengths in (LENGTHS_Q, LENGTHS_K))
+    packing = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts))
+    problem = cases.Problem({}, {OURS.get(n, n): x for n, x in options.items()}, packing)
+    return cases.formula_of(problem, None, dict(zip("qkv", tensors)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -545,16 +518,12 @@ def test_varlen(case: str, dtype: torch.dtype, device: str) -> None:
         max(LENGTHS_K),
     )
 
-    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
-        pieces = zip(*(x.split([*LENGTHS_K, BEYOND])[:-1] for x in (k, v)))
-        return by_sequence(q, list(pieces), **options)
-
     assert_as(
         lambda *x: flash_attn.flash_attn_varlen_func(*x, *lengths, **options),
         lambda *x: flash_attn.flash_attn_varlen_func(
             *x, *lengths, **options, return_attn_probs=True
         )[:2],
-        plain,
+        lambda *x: packed(*x, **options),
         tensors,
         capped="softcap" in options,
     )
@@ -577,13 +546,14 @@ def test_varlen_with_pages(case: str, device: str) -> None:
         max(LENGTHS_K),
     )
     table = torch.tensor(TABLE, dtype=torch.int32, device=device)
+    pages = [row[: -(-n // PAGE_SIZE)] for row, n in zip(TABLE, LENGTHS_K)]
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
-        keys = [
-            tuple(x[row[: -(-n // PAGE_SIZE)]].flatten(0, 1)[:n] for x in (k, v))
-            for row, n in zip(TABLE, LENGTHS_K)
-        ]
-        return by_sequence(q, keys, **options)
+        k, v = (
+            torch.cat([x[row].flatten(0, 1)[:n] for row, n in zip(pages, LENGTHS_K)])
+            for x in (k, v)
+        )
+        return packed(q, k, v, **options)
 
     ours, ours_options = flash_attn.flash_attn_varlen_func, options | {"block_table": table}
     assert_as(
@@ -665,7 +635,7 @@ NAN = float("nan")
 
 
 class Cache:
-    """A cache laid out as a case asks for it, the arguments of the call, and the plain formula."""
+    """A cache laid out as a case asks for it, and the arguments of the call."""
 
     def __init__(
         self,
@@ -683,110 +653,55 @@ class Cache:
         alibi: tuple[int, ...] | None = None,
         **options: Any,
     ) -> None:
-        self.batch, self.new, self.filled = len(filled), new, filled
-        self.starts = starts or (0,) * self.batch
-        self.page, self.rows, self.table = page, rows, None
-        self.options: dict[str, Any] = options
-        self.interleaved = options.pop("rotary_interleaved", True)
-        passed: dict[str, Any] = {} if self.interleaved else {"rotary_interleaved": False}
-
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape).to(dtype).to(device)
 
-        self.q = normal(self.batch, seqlen_q, HEADS, HEAD_DIM)
-        self.k, self.v = normal(2, self.batch, new, KV_HEADS, HEAD_DIM)
-        self.keys, self.values = normal(2, self.batch, CAPACITY, KV_HEADS, HEAD_DIM)
-        for b, (start, end) in enumerate(zip(self.starts, filled)):
-            for x in (self.keys, self.values):
-                x[b, :start] = NAN
-                x[b, end:] = NAN
+        def integers(x: tuple[int, ...]) -> torch.Tensor:
+            return torch.tensor(x, dtype=torch.int32, device=device)
+
+        batch, passed = len(filled), options
+        shape = batch, CAPACITY
         if page:
-            order = torch.randperm(self.batch * CAPACITY // page + 2)  # two pages are no one's
-            self.table = order[:-2].view(self.batch, -1)
-            passed["block_table"] = self.table.to(torch.int32).to(device)
+            shape = batch * CAPACITY // page + 2, page  # two pages are no one's
+            pages = torch.randperm(shape[0])[:-2].view(batch, -1)
+            passed["block_table"] = pages.to(torch.int32).to(device)
         if rows is not None:
-            passed["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32, device=device)
-        self.k_cache, self.v_cache = self.laid_out(self.keys), self.laid_out(self.values)
+            shape = max(rows) + 2, CAPACITY
+            passed["cache_batch_idx"] = integers(rows)
         if said == "tensor":
-            passed["cache_seqlens"] = torch.tensor(filled, dtype=torch.int32, device=device)
+            passed["cache_seqlens"] = integers(filled)
         elif said == "int":
             (passed["cache_seqlens"],) = set(filled)
         if starts:
-            passed["cache_leftpad"] = torch.tensor(starts, dtype=torch.int32, device=device)
+            passed["cache_leftpad"] = integers(starts)
+        self.q = normal(batch, seqlen_q, HEADS, HEAD_DIM)
+        self.k, self.v = normal(2, batch, new, KV_HEADS, HEAD_DIM)
         if new:
             passed |= {"k": self.k, "v": self.v}
-        self.angles = 3.0 * torch.rand(CAPACITY, rotary // 2).to(device)
         if rotary:
-            passed |= {
-                "rotary_cos": self.angles.cos().to(dtype),
-                "rotary_sin": self.angles.sin().to(dtype),
-            }
+            angles = 3.0 * torch.rand(CAPACITY, rotary // 2).to(device)
+            passed["rotary_cos"] = angles.cos().to(dtype)
+            passed["rotary_sin"] = angles.sin().to(dtype)
         if alibi is not None:
-            self.options["alibi_slopes"] = torch.rand(alibi).to(device)
-        self.passed = passed | self.options
-
-    def laid_out(self, logical: torch.Tensor) -> torch.Tensor:
-        if self.table is not None:
-            pool = logical.new_full((self.table.numel() + 2, self.page, KV_HEADS, HEAD_DIM), NAN)
-            pool[self.table.flatten()] = logical.unflatten(1, (-1, self.page)).flatten(0, 1)
-            return pool
-        if self.rows is not None:
-            cache = logical.new_full((max(self.rows) + 2, *logical.shape[1:]), NAN)
-            cache[list(self.rows)] = logical
-            return cache
-        return logical.clone()
-
-    def logical(self, laid_out: torch.Tensor) -> torch.Tensor:
-        if self.table is not None:
-            return laid_out[self.table].flatten(1, 2)
-        return laid_out if self.rows is None else laid_out[list(self.rows)]
+            passed["alibi_slopes"] = torch.rand(alibi).to(device)
+        self.passed = passed
+        k_cache, v_cache = normal(2, *shape, KV_HEADS, HEAD_DIM)
+        self.call = {
+            "q": self.q, "k_cache": k_cache, "v_cache": v_cache, "causal": False,
+            "rotary_interleaved": True, **{OURS.get(n, n): x for n, x in passed.items()},
+            "cache_lengths": integers(filled),
+        }  # fmt: skip
+        poisoned = kv_cache.poisoned(self.call)
+        self.k_cache, self.v_cache = poisoned["k_cache"], poisoned["v_cache"]
 
     def run(self, **more: Any) -> Any:
         return flash_attn.flash_attn_with_kvcache(
             self.q, self.k_cache, self.v_cache, **self.passed, **more
         )
 
-    def rotated(self, x: torch.Tensor, position: int, apart: bool) -> torch.Tensor:
-        """x (tokens, heads, head_dim) from `position` on, or all at it."""
-        half = self.angles.shape[1]
-        places = position + torch.arange(len(x)) * apart
-        cos, sin = (
-            f(self.angles)[places, None].to(self.q.dtype).to(x.dtype)
-            for f in (torch.cos, torch.sin)
-        )
-        turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        else:
-            a, b = turned[..., :half], turned[..., half:]
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-        return torch.cat([turned, rest], -1)
-
-    def appended(self, dtype: torch.dtype) -> Tensors:
-        """The logical caches after the call."""
-        keys, values = self.keys.to(dtype), self.values.to(dtype)
-        for b, end in enumerate(self.filled):
-            if self.new:
-                keys[b, end : end + self.new] = self.rotated(self.k[b].to(dtype), end, apart=True)
-                values[b, end : end + self.new] = self.v[b].to(dtype)
-        return keys, values
-
     def plain(self, dtype: torch.dtype) -> Tensors:
         """(out, lse), a sequence at a time, on the keys that count and no others."""
-        keys, values = self.appended(dtype)
-        options = dict(self.options)
-        slopes = options.pop("alibi_slopes", None)
-        apart = options.get("causal", False) or options.get("window_size", (-1, -1)) != (-1, -1)
-        outs, lses = [], []
-        for b, (start, end) in enumerate(zip(self.starts, self.filled)):
-            q = self.rotated(self.q[b].to(dtype), end, apart)
-            k, v = (x[None, b, start : end + self.new] for x in (keys, values))
-            own = slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
-            out, lse = formula(q[None], k, v, alibi_slopes=own, **options)
-            outs.append(out)
-            lses.append(lse)
-        return torch.cat(outs), torch.cat(lses)
+        return kv_cache.formula(self.call, dtype)
 
 
 # Each case has its reason.
@@ -836,20 +751,7 @@ def test_kvcache(case: str, dtype: torch.dtype, device: str) -> None:
     results = zip(("out", "lse"), (out, lse), cache.plain(dtype), cache.plain(torch.float64))
     for name, actual, eager, exact in results:
         assert_close_to_reference(actual, eager, exact, name=name, **factors)
-
-    # The caches themselves hold the new keys and values, and are otherwise as they were.
-    eager_keys, _ = cache.appended(dtype)
-    exact_keys, exact_values = cache.appended(torch.float64)
-    keys, values = cache.logical(cache.k_cache), cache.logical(cache.v_cache)
-    for b, end in enumerate(cache.filled):
-        added = slice(end, end + cache.new)
-        assert_close_to_reference(
-            keys[b, added], eager_keys[b, added], exact_keys[b, added], name="keys"
-        )
-        keys[b, added] = cache.keys[b, added]
-    same = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
-    torch.testing.assert_close(keys, cache.keys, **same)
-    torch.testing.assert_close(values, exact_values.to(dtype), **same)
+    kv_cache.check_appended(cache.call, {"k_cache": cache.k_cache, "v_cache": cache.v_cache})
 
 
 def test_kvcache_returns_out_alone(device: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from generation.small import Letters, make_prompts, padded
 
 from fastattn import GPT
 from fastattn.generation import decoding
@@ -15,20 +16,13 @@ from fastattn.generation import decoding
 Pair = tuple[GPT, Any]
 MakePair = Callable[..., Pair]
 LENGTHS = [5, 12, 1]
+PROMPTS = make_prompts(LENGTHS, 97)
 # Not 0, in place of which transformers' beams pad with the first end token.
 PAD = 96
 
 
-def _prompts(seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(97, (n,), generator=generator).tolist() for n in LENGTHS]
-
-
 def _theirs(model: Any, prompts: list[list[int]], pad: int = PAD, **settings: Any) -> torch.Tensor:
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    mask = torch.tensor(mask, device=model.device)
+    ids, mask = padded(prompts, pad, model.device)
     settings = {"do_sample": False, "pad_token_id": pad, **settings}
     return model.generate(ids, attention_mask=mask, **settings)
 
@@ -55,7 +49,7 @@ def test_equal_to_transformers(make_pair: MakePair, settings: dict[str, Any]) ->
     """Ends come at various times; unequal prompts in one batch."""
     seed = SETTINGS.index(settings)
     ours, theirs = make_pair(seed=seed)
-    prompts = _prompts(seed)
+    prompts = make_prompts(LENGTHS, 97, seed)
     for ends in (None, _ends(ours, prompts, 1 + seed % 3)):
         every = {"max_new_tokens": 12, "eos_token_id": ends, **settings}
         every |= {"num_return_sequences": settings["num_beams"]}
@@ -67,7 +61,7 @@ def test_equal_to_transformers(make_pair: MakePair, settings: dict[str, Any]) ->
 @pytest.mark.parametrize("seed", range(12, 15))
 def test_equal_to_transformers_for_many_seeds(make_pair: MakePair, seed: int) -> None:
     ours, theirs = make_pair(seed=seed)
-    prompts = _prompts(seed)
+    prompts = make_prompts(LENGTHS, 97, seed)
     for settings, count in itertools.product(SETTINGS, (1, 2)):
         every = {"max_new_tokens": 20, "eos_token_id": _ends(ours, prompts, count), **settings}
         got = ours.generate(prompts, pad_token_id=PAD, **every)
@@ -86,7 +80,7 @@ def test_equal_to_transformers_for_many_seeds(make_pair: MakePair, seed: int) ->
 )
 def test_processors_equal_transformers(pair: Pair, settings: dict[str, Any]) -> None:
     ours, theirs = pair
-    prompts = _prompts()[:1] if "repetition_penalty" not in settings else _prompts()
+    prompts = PROMPTS[:1] if "repetition_penalty" not in settings else PROMPTS
     every = {"max_new_tokens": 12, "num_beams": 3, "eos_token_id": _ends(ours, prompts, 1)}
     got = ours.generate(prompts, pad_token_id=PAD, **every, **settings)
     assert torch.equal(got, _theirs(theirs, prompts, **every, **settings))
@@ -101,7 +95,7 @@ def test_processors_equal_transformers(pair: Pair, settings: dict[str, Any]) -> 
 def test_sampling_draws_as_transformers_does(pair: Pair, settings: dict[str, Any]) -> None:
     """From torch's generator, in the same order."""
     ours, theirs = pair
-    prompts = [p[:1] + [5] * 4 for p in _prompts()]
+    prompts = [p[:1] + [5] * 4 for p in PROMPTS]
     every = {"max_new_tokens": 10, "num_beams": 3, "do_sample": True, "num_return_sequences": 2}
     every |= {"eos_token_id": _ends(ours, prompts, 2)}
     torch.manual_seed(3)
@@ -114,7 +108,7 @@ def test_sampling_draws_as_transformers_does(pair: Pair, settings: dict[str, Any
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_batch_equals_each_prompt_alone(pair: Pair, sampled: bool) -> None:
     ours, _ = pair
-    prompts = _prompts()
+    prompts = PROMPTS
     every = {"max_new_tokens": 14, "num_beams": 3, "num_return_sequences": 2, "pad_token_id": PAD}
     every |= {"eos_token_id": _ends(ours, prompts, 2), "repetition_penalty": 1.1}
     if sampled:
@@ -130,7 +124,7 @@ def test_a_batch_equals_each_prompt_alone(pair: Pair, sampled: bool) -> None:
 def test_steps_in_vain_leave_no_trace(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, which is asked only now and then whether all prompts are settled."""
     ours, _ = pair
-    prompts = _prompts()
+    prompts = PROMPTS
     every = {"max_new_tokens": 20, "num_beams": 3, "eos_token_id": _ends(ours, prompts, 3)}
     expected = ours.generate(prompts, early_stopping=True, **every)
     steps = []
@@ -147,12 +141,8 @@ def test_steps_in_vain_leave_no_trace(pair: Pair, monkeypatch: pytest.MonkeyPatc
 def test_stop_strings(pair: Pair) -> None:
     """The best sequences that end with the text, scored as if by an end token."""
 
-    class Letters:
-        def decode(self, ids: list[int]) -> str:
-            return "".join(chr(0x4E00 + i) for i in ids)
-
     ours, _ = pair
-    prompts = _prompts()
+    prompts = PROMPTS
     every = {"max_new_tokens": 12, "num_beams": 3, "pad_token_id": PAD}
     (end,) = _ends(ours, prompts, 1)
     got = ours.generate(
@@ -160,37 +150,3 @@ def test_stop_strings(pair: Pair) -> None:
     )
     # Without an end token there are 2 candidates a beam, with one of them as well.
     assert torch.equal(got, ours.generate(prompts, eos_token_id=end, **every))
-
-
-@pytest.mark.parametrize("every", [1, 16])
-def test_nan(pair: Pair, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = pair
-    monkeypatch.setattr(decoding, "check_every", lambda *args: every)
-    with torch.no_grad():
-        ours.norm_f.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new tok"):
-        ours.generate(_prompts(), max_new_tokens=3, num_beams=2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "must be at most num_beams = 2, got 3"),
-        ({"num_beams": 98}, "num_beams = 98 is too many for a vocabulary of 97 tokens"),
-        ({"num_beams": 2, "temperature": 0.5}, "temperature would have no effect"),
-        ({"num_beams": 2, "seed": 3}, "seed would have no effect"),
-        (
-            {"num_beams": 2, "penalty_alpha": 0.5, "top_k": 4},
-            "num_beams=2 and penalty_alpha=0.5 ex",
-        ),
-        ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, "num_beams=2 and prompt_lookup_num_tok"),
-        ({"num_beams": 2, "early_stopping": "always"}, 'early_stopping must be True, False or "ne'),
-        ({"length_penalty": 2.0}, "length_penalty would have no effect: give num_beams too"),
-        ({"num_beams": 2, "on_token": print}, "on_token does not go with num_beams"),
-    ],
-    ids=str,
-)
-def test_bad_input(pair: Pair, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pair[0].generate([[1, 2]], max_new_tokens=3, **settings)

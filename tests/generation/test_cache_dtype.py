@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from generation.small import make_prompts
 from generation.test_engine import GEMMA, Arrivals, _model
 
 from fastattn import GPT
@@ -24,6 +25,7 @@ METHODS = {
 }
 # The lengths around the first tokens, which decide on the scales.
 LENGTHS = (1, 5, FIRST - 1, FIRST, FIRST + 1, 30)
+PROMPTS = make_prompts(LENGTHS, vocab_size=88, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +33,12 @@ def model(device: str) -> GPT:
     return _model(device)
 
 
-def _prompts() -> list[list[int]]:
-    numbers = torch.Generator().manual_seed(1)
-    return [torch.randint(88, (n,), generator=numbers).tolist() for n in LENGTHS]
-
-
 @KINDS
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_is_its_prompt_alone(model: GPT, kind: str, method: str) -> None:
     how: dict[str, Any] = {**METHODS[method], "max_new_tokens": 12, "cache_dtype": kind}
-    prompts = _prompts()
-    together = model.generate(prompts, **how)[:, max(LENGTHS) :]
-    for row, prompt in enumerate(prompts):
+    together = model.generate(PROMPTS, **how)[:, max(LENGTHS) :]
+    for row, prompt in enumerate(PROMPTS):
         if method == "sampling":
             how["seed"] = 3 + row
         alone = model.generate([prompt], **how)[0, len(prompt) :].tolist()
@@ -51,14 +47,14 @@ def test_a_row_is_its_prompt_alone(model: GPT, kind: str, method: str) -> None:
 
 def test_a_draft_has_the_same_cache(model: GPT) -> None:
     how: dict[str, Any] = {"max_new_tokens": 12, "cache_dtype": "int8"}
-    expected = model.generate(_prompts(), **how)
-    assert torch.equal(model.generate(_prompts(), draft_model=model, **how), expected)
+    expected = model.generate(PROMPTS, **how)
+    assert torch.equal(model.generate(PROMPTS, draft_model=model, **how), expected)
 
 
 @KINDS
 def test_greedy_tokens_are_nearly_the_best(model: GPT, kind: str) -> None:
     """By the exact logits each is less than a tenth of their deviation below the best."""
-    prompts = torch.tensor([_prompts()[-1][:20], _prompts()[-1][10:]], device=model.device)
+    prompts = torch.tensor([PROMPTS[-1][:20], PROMPTS[-1][10:]], device=model.device)
     tokens = model.generate(prompts, max_new_tokens=20, eos_token_id=(), cache_dtype=kind)
     with torch.no_grad():
         logits = model(tokens)[:, 19:-1]
@@ -97,8 +93,7 @@ def test_an_engines_requests(
 @KINDS
 def test_short_prompts_of_one_step(model: GPT, kind: str) -> None:
     """Lengths that the engine reads in one call, padded, where no scales are to be fixed."""
-    numbers = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(88, (8 + i % 8,), generator=numbers).tolist() for i in range(16)]
+    prompts = make_prompts([8 + i % 8 for i in range(16)], vocab_size=88, seed=2)
     engine = Engine(model, pages=200, page_size=4, cache_dtype=kind)
     asked = [engine.submit(prompt, max_new_tokens=12) for prompt in prompts]
     engine.run()

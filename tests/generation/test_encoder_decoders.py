@@ -1,65 +1,33 @@
-"""generate on an encoder-decoder: a stand-in of few parts, that answers what generation asks."""
+"""generate on a small encoder-decoder, against the model without a cache and by brute force."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastattn import GPT, GPTConfig, generation, nn
-from fastattn.models.cache import KVCache
+from fastattn.models import EncoderDecoder, EncoderDecoderConfig
 
-V, WIDTH = 11, 16
+V = 11
 SOURCES = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
 
 
-class Standin(torch.nn.Module):
-    """A GPT whose hidden states also attend to an encoder's."""
-
-    def __init__(self, **changes: Any) -> None:
-        super().__init__()
-        sizes: dict[str, Any] = {"n_positions": 24, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
-        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        config = GPTConfig(vocab_size=V, initializer_range=0.4, **sizes, **special)
-        self.decoder = GPT(config)
-        self.encoder = torch.nn.Embedding(V, WIDTH)
-        self.mixer = nn.Attention(WIDTH, 2)
-        self.cross = nn.Attention(WIDTH, 2, cross=True)
-        self.config = SimpleNamespace(
-            **{**vars(config), "is_encoder_decoder": True, "decoder_start_token_id": 2, **changes}
-        )
-        self.lm_head = self.decoder.lm_head
-        self.device = torch.device("cpu")
-
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids)
-        return hidden + self.mixer(hidden, mask=attention_mask.bool()[:, None, None])
-
-    def new_cache(
-        self, batch_size: int, capacity: int, *, encoded: Tensor, encoded_lengths: Tensor
-    ) -> KVCache:
-        cache = self.decoder.new_cache(batch_size, capacity)
-        keys, values = self.cross.keys_and_values(encoded)
-        cache.context = nn.KeyValueCache(keys, values, encoded_lengths)  # type: ignore[attr-defined]
-        return cache
-
-    def features(self, input_ids: Tensor, cache: Any = None, encoded: Any = None) -> Tensor:
-        hidden = self.decoder.features(input_ids, cache)
-        return hidden + 2 * self.cross(hidden, encoded if cache is None else cache.context)
-
-    generate = generation.generate
-
-
-def _model(**changes: Any) -> Standin:
-    torch.manual_seed(0)
-    return Standin(**changes).eval()
+def _model(**changes: Any) -> EncoderDecoder:
+    """Its tokens differ by source and by place."""
+    torch.manual_seed(2)
+    sizes: dict[str, Any] = {"vocab_size": V, "n_positions": 24, "d_model": 16}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
+    kind = {"positions": "learned", "norm_placement": "pre", "tie_word_embeddings": False}
+    special = {"eos_token_id": None, "pad_token_id": None, "decoder_start_token_id": 2}
+    config = {**sizes, **kind, **special, "initializer_range": 0.8, **changes}
+    return EncoderDecoder(EncoderDecoderConfig(**config)).eval()
 
 
 @torch.no_grad()
-def _log_probs(model: Standin, source: list[int], text: list[list[int]]) -> Tensor:
+def _log_probs(model: EncoderDecoder, source: list[int], text: list[list[int]]) -> Tensor:
     """(N, T, V) after each token of ``text`` (N, T), for one source, without a cache."""
     ids = torch.tensor([source])
     encoded = model.encode(ids, torch.ones_like(ids)).expand(len(text), -1, -1)
@@ -141,4 +109,5 @@ def test_bad_input() -> None:
         model.generate([[1]], max_new_tokens=2, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="more than the model's n_positions = 24"):
         model.generate([[1]], max_new_tokens=24)
-    assert _model(n_positions=None).generate([[1]], max_new_tokens=20).shape == (1, 21)
+    model = _model(n_positions=None, positions="relative")
+    assert model.generate([[1]], max_new_tokens=20).shape == (1, 21)

@@ -8,22 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from generation.small import Letters, make_model
 from generation.test_graphs import _capture, on_a_gpu
 
-from fastattn import GPT, GPTConfig
-from fastattn.generation import Engine, Request, Sampling, engine, graphs
+from fastattn import GPT
+from fastattn.generation import Engine, Request, Sampling, graphs
 
 END = 88
 
 
 def _model(device: str, **changes: Any) -> GPT:
-    # Weights this large make logits whose order no rounding changes.
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
-        "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": END,
-    }  # fmt: skip
-    return GPT(GPTConfig(**{**config, **changes}), device=device).eval()
+    config = {"vocab_size": 97, "initializer_range": 0.2, "eos_token_id": END}
+    return make_model(device=device, **{**config, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +71,16 @@ class Arrivals:
         self.requests.append((request, {**how, **seed}))
         return request
 
+    def drive(self, count: int, most_steps: int, cancelled: float) -> None:
+        """Submit so many, with some steps after each; a share is cancelled."""
+        for _ in range(count):
+            self.submit()
+            for _ in range(self.rng.randrange(most_steps)):
+                self.engine.step()
+            if self.rng.random() < cancelled:
+                self.rng.choice(self.requests)[0].cancel()
+        self.engine.run()
+
     def check(self, model: GPT, **arguments: Any) -> None:
         for request, how in self.requests:
             expected = _alone(model, request, **how, **arguments)
@@ -110,13 +116,7 @@ def test_64_random_arrivals(
         model, pages=pages, page_size=page_size, max_batch=max_batch, prefill_chunk=chunk
     )
     arrivals = Arrivals(serving, seed=page_size)
-    for _ in range(64):
-        arrivals.submit()
-        for _ in range(arrivals.rng.randrange(4)):
-            serving.step()
-        if arrivals.rng.random() < 0.1:
-            arrivals.rng.choice(arrivals.requests)[0].cancel()
-    serving.run()
+    arrivals.drive(64, most_steps=4, cancelled=0.1)
     arrivals.check(model)
     reasons = {request.finish_reason for request, _ in arrivals.requests}
     assert reasons == {"stop", "length", "cancelled"}
@@ -137,13 +137,7 @@ def test_random_arrivals_of_random_engines(model: GPT, seed: int) -> None:
         prefill_chunk=rng.randint(1, 100),
     )
     arrivals = Arrivals(serving, seed)
-    for _ in range(40):
-        arrivals.submit()
-        for _ in range(rng.randrange(5)):
-            serving.step()
-        if rng.random() < 0.2:
-            rng.choice(arrivals.requests)[0].cancel()
-    serving.run()
+    arrivals.drive(40, most_steps=5, cancelled=0.2)
     arrivals.check(model)
 
 
@@ -159,7 +153,7 @@ def test_decoding_by_graphs(model: GPT, where: str, monkeypatch: pytest.MonkeyPa
 
     original = graphs.GraphDecoder.capture
     monkeypatch.setattr(graphs.GraphDecoder, "capture", capture)
-    monkeypatch.setattr(engine, "_decodes_by_graph", lambda model: True)
+    monkeypatch.setattr(graphs, "captures", lambda model: True)
     serving = Engine(model, pages=20, page_size=4, max_batch=7, prefill_chunk=16)
     arrivals = Arrivals(serving, seed=2)
     for _ in range(24):
@@ -286,10 +280,6 @@ def test_threads_submit_iterate_and_cancel(model: GPT) -> None:
 
 
 def test_stop_strings(model: GPT) -> None:
-    class Letters:
-        def decode(self, tokens: list[int]) -> str:
-            return "".join(chr(ord("0") + token) for token in tokens)
-
     tokenizer = Letters()
     ids = torch.arange(97)[None]
     free = model.generate(ids[:, :4], max_new_tokens=20, eos_token_id=())[0, 4:].tolist()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from generation.small import Letters, make_prompts, padded
 
 from fastattn import GPT, GPTConfig
 from fastattn.generation import decoding, graphs
@@ -19,39 +20,7 @@ Pair = tuple[GPT, transformers.GPT2LMHeadModel]
 MakePair = Callable[..., Pair]
 
 # Unequal prompts; the longest is not the first.
-LENGTHS = [5, 17, 1, 11]
-
-
-@pytest.fixture(params=["growing", "static"])
-def _cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Decode with either cache: the step that a GPU's graph captures runs eagerly on a CPU."""
-    if request.param == "growing":
-        monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
-    elif device == "cpu":
-        monkeypatch.setattr(
-            decoding,
-            "_decoder",
-            lambda model, batch_size, capacity: graphs.GraphDecoder(
-                decoding.decode, model, model.new_cache(batch_size, capacity + 3)
-            ),
-        )
-
-
-either_cache = pytest.mark.usefixtures("_cache")
-
-
-def _prompts(model: GPT, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    vocab_size = model.config.vocab_size
-    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
-
-
-def _padded(prompts: list[list[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask), padded on the left."""
-    longest = max(map(len, prompts))
-    ids = [[pad] * (longest - len(p)) + p for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+PROMPTS = make_prompts([5, 17, 1, 11], 97)
 
 
 def _theirs(model: Any, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -60,7 +29,6 @@ def _theirs(model: Any, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return model.generate(tokens, **{**settings, **kwargs})
 
 
-@either_cache
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_greedy_equals_transformers(make_pair: MakePair, batch: int, seed: int) -> None:
@@ -71,11 +39,10 @@ def test_greedy_equals_transformers(make_pair: MakePair, batch: int, seed: int) 
     assert torch.equal(got, _theirs(theirs, tokens, max_new_tokens=55))
 
 
-@either_cache
 @pytest.mark.parametrize("changes", [{}, {"scale_attn_by_inverse_layer_idx": True}], ids=str)
 def test_left_padding_equals_transformers(make_pair: MakePair, changes: dict[str, Any]) -> None:
     ours, theirs = make_pair(**changes)
-    tokens, mask = _padded(_prompts(ours), 0, ours.device)
+    tokens, mask = padded(PROMPTS, 0, ours.device)
     got = ours.generate(tokens, max_new_tokens=30, attention_mask=mask)
     expected = _theirs(theirs, tokens, max_new_tokens=30, attention_mask=mask)
     assert torch.equal(got, expected)
@@ -87,10 +54,9 @@ def _first_repeated_ends(pair: Pair, tokens: torch.Tensor, steps: int) -> list[i
     return sorted({int(row[3 + 4 * b]) for b, row in enumerate(free[:-1])})
 
 
-@either_cache
 def test_ends_and_padding_equal_transformers(pair: Pair) -> None:
     ours, theirs = pair
-    tokens, mask = _padded(_prompts(ours), 0, ours.device)
+    tokens, mask = padded(PROMPTS, 0, ours.device)
     ends = _first_repeated_ends(pair, tokens, 30)
     for eos in (ends[0], ends):
         settings = {"max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": 96}
@@ -100,7 +66,6 @@ def test_ends_and_padding_equal_transformers(pair: Pair) -> None:
     assert (got == 96).any()
 
 
-@either_cache
 def test_stops_when_all_have_ended(pair: Pair) -> None:
     ours, theirs = pair
     tokens = torch.randint(0, 97, (2, 6), device=ours.device)
@@ -120,13 +85,11 @@ def test_checks_for_the_end_now_and_then(pair: Pair, monkeypatch: pytest.MonkeyP
     expected = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
     decode, steps = decoding.decode, []
     monkeypatch.setattr(decoding, "decode", lambda *args: (steps.append(1), decode(*args))[1])
-    monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
     monkeypatch.setattr(decoding, "check_every", lambda *args: 16)
     got = ours.generate(tokens, max_new_tokens=30, eos_token_id=ends)
     assert torch.equal(got, expected) and len(steps) == 15
 
 
-@either_cache
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
 def test_repetition_penalty_equals_transformers(pair: Pair, penalty: float) -> None:
     ours, theirs = pair
@@ -145,20 +108,18 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@either_cache
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_batch_equals_each_prompt_alone(pair: Pair, settings: dict[str, Any]) -> None:
     ours, _ = pair
-    prompts = _prompts(ours)
     seeds: list[Any] = [None] * 4
     if settings.get("do_sample"):
         seeds = [11, 12, 13, 14]
         settings = {**settings, "seed": 11}
-    together = ours.generate(prompts, max_new_tokens=40, pad_token_id=0, **settings)
-    tokens, mask = _padded(prompts, 0, ours.device)
-    padded = ours.generate(tokens, max_new_tokens=40, attention_mask=mask, **settings)
-    assert torch.equal(together, padded)
-    for row, prompt, seed in zip(together, prompts, seeds, strict=True):
+    together = ours.generate(PROMPTS, max_new_tokens=40, pad_token_id=0, **settings)
+    tokens, mask = padded(PROMPTS, 0, ours.device)
+    same = ours.generate(tokens, max_new_tokens=40, attention_mask=mask, **settings)
+    assert torch.equal(together, same)
+    for row, prompt, seed in zip(together, PROMPTS, seeds, strict=True):
         alone = ours.generate([prompt], max_new_tokens=40, **{**settings, "seed": seed})
         assert torch.equal(row[-len(alone[0]) :], alone[0])
 
@@ -168,9 +129,7 @@ def test_very_unequal_prompts_are_read_in_passes(
 ) -> None:
     """On a CPU; each with its like, and each gets the tokens that it gets alone."""
     model, read = pair[0], []
-    draw = torch.Generator().manual_seed(0)
-    lengths = (3, 50, 20, 2, 48, 50)
-    prompts = [torch.randint(97, (n,), generator=draw).tolist() for n in lengths]
+    prompts = make_prompts((3, 50, 20, 2, 48, 50), 97)
     alone = [model.generate([p], max_new_tokens=6, do_sample=False)[0, -6:] for p in prompts]
     features = type(model).features
 
@@ -185,13 +144,11 @@ def test_very_unequal_prompts_are_read_in_passes(
     assert read[: len(passes)] == passes
 
 
-@either_cache
 def test_seed_decides_the_draws(pair: Pair) -> None:
     ours, _ = pair
-    prompts = _prompts(ours)
 
     def sample(seed: Any) -> torch.Tensor:
-        return ours.generate(prompts, max_new_tokens=20, do_sample=True, seed=seed)
+        return ours.generate(PROMPTS, max_new_tokens=20, do_sample=True, seed=seed)
 
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
@@ -207,9 +164,8 @@ def test_seed_decides_the_draws(pair: Pair) -> None:
 
 def test_top_k_of_one_is_greedy(pair: Pair) -> None:
     ours, _ = pair
-    prompts = _prompts(ours)
-    greedy = ours.generate(prompts, max_new_tokens=20)
-    assert torch.equal(ours.generate(prompts, max_new_tokens=20, do_sample=True, top_k=1), greedy)
+    greedy = ours.generate(PROMPTS, max_new_tokens=20)
+    assert torch.equal(ours.generate(PROMPTS, max_new_tokens=20, do_sample=True, top_k=1), greedy)
 
 
 # --- the caller's context -------------------------------------------------------------------------
@@ -233,16 +189,14 @@ def _set(setter: Callable[[Any], None], value: Any, before: Any) -> Iterator[Non
         setter(before)
 
 
-@either_cache
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[3]], ids=["greedy", "sampling"])
 def test_the_context_does_not_count(pair: Pair, settings: dict[str, Any], context: str) -> None:
     ours, _ = pair
-    prompts = _prompts(ours)
     seeds = {"seed": 3} if settings else {}
-    expected = ours.generate(prompts, max_new_tokens=8, **settings, **seeds)
+    expected = ours.generate(PROMPTS, max_new_tokens=8, **settings, **seeds)
     with CONTEXTS[context]():
-        got = ours.generate(prompts, max_new_tokens=8, **settings, **seeds)
+        got = ours.generate(PROMPTS, max_new_tokens=8, **settings, **seeds)
     assert torch.equal(got, expected)
 
 
@@ -257,11 +211,10 @@ METHODS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_the_context_does_not_count_for_any_method(pair: Pair, context: str) -> None:
     ours, _ = pair
-    prompts = _prompts(ours)
     for method in METHODS:
-        expected = ours.generate(prompts, max_new_tokens=6, **method)
+        expected = ours.generate(PROMPTS, max_new_tokens=6, **method)
         with CONTEXTS[context]():
-            got = ours.generate(prompts, max_new_tokens=6, **method)
+            got = ours.generate(PROMPTS, max_new_tokens=6, **method)
         assert torch.equal(got, expected)
 
 
@@ -270,20 +223,18 @@ def test_methods_under_autocast(pair: Pair, method: dict[str, Any]) -> None:
     """The cache is autocast's too; no step fails for a dtype."""
     ours, _ = pair
     with torch.autocast(ours.device.type, dtype=torch.bfloat16):
-        out = ours.generate(_prompts(ours), max_new_tokens=6, **method)
+        out = ours.generate(PROMPTS, max_new_tokens=6, **method)
     assert out.shape == (4, 23) and not out.is_inference()
 
 
-@either_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.float64])
 def test_autocast(make_pair: MakePair, dtype: torch.dtype, weights: torch.dtype) -> None:
     """Each new token is the most probable one by the model on the whole text, under autocast."""
     ours, _ = make_pair(dtype=weights)
-    prompts = _prompts(ours)
     with torch.autocast(ours.device.type, dtype=dtype):
-        out = ours.generate(prompts, max_new_tokens=12)
-        for row, prompt in zip(out, prompts, strict=True):
+        out = ours.generate(PROMPTS, max_new_tokens=12)
+        for row, prompt in zip(out, PROMPTS, strict=True):
             text = row[17 - len(prompt) :]
             with torch.no_grad():
                 logits = ours(text[None])[0, len(prompt) - 1 : -1].float()
@@ -304,7 +255,7 @@ def test_a_graph_is_kept_for_each_dtype_of_autocast(pair: Pair) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("check_every", [1, 16], ids=["at once", "now and then"])
-@pytest.mark.parametrize("settings", [SETTINGS[0], *SETTINGS[2:]], ids=str)
+@pytest.mark.parametrize("settings", [SETTINGS[0], *SETTINGS[2:], METHODS[0], METHODS[2]], ids=str)
 def test_logits_that_are_no_distribution(
     pair: Pair,
     settings: dict[str, Any],
@@ -317,7 +268,7 @@ def test_logits_that_are_no_distribution(
     with torch.no_grad():
         ours.norm_f.bias.fill_(value)  # the head's products are NaN
     with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new token"):
-        ours.generate(_prompts(ours), max_new_tokens=3, **settings)
+        ours.generate(PROMPTS, max_new_tokens=3, **settings)
 
 
 # --- stop strings ---------------------------------------------------------------------------------
@@ -332,7 +283,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def _speller(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have the model write a text: `decode` and `_prefill` give its tokens one by one."""
+    """Have the model write a text: `decode` and `prefill` give its tokens one by one."""
 
     def write(text: str) -> None:
         ids = iter(tokenizer.encode(text) + [0] * 50)
@@ -342,9 +293,8 @@ def _speller(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
             logits[0, next(ids)] = 1.0
             return logits
 
-        monkeypatch.setattr(decoding, "_prefill", step)
+        monkeypatch.setattr(decoding, "prefill", step)
         monkeypatch.setattr(decoding, "decode", step)
-        monkeypatch.setattr(decoding, "_decoder", decoding.EagerDecoder)
 
     return write
 
@@ -401,18 +351,13 @@ def test_stop_strings_equal_transformers(
 
 
 def test_rows_end_by_their_own_texts(pair: Pair) -> None:
-    class Letters:
-        def decode(self, ids: list[int]) -> str:
-            return "".join(chr(0x4E00 + i) for i in ids)
-
     ours, _ = pair
-    prompts = _prompts(ours)
-    free = ours.generate(prompts, max_new_tokens=12)[:, 17:]
+    free = ours.generate(PROMPTS, max_new_tokens=12)[:, 17:]
     stops = [chr(0x4E00 + int(free[0, 3])), Letters().decode(free[1, 5:7].tolist())]
     got = ours.generate(
-        prompts, max_new_tokens=12, pad_token_id=96, stop_strings=stops, tokenizer=Letters()
+        PROMPTS, max_new_tokens=12, pad_token_id=96, stop_strings=stops, tokenizer=Letters()
     )[:, 17:]
-    for row, whole, prompt in zip(got.tolist(), free.tolist(), prompts, strict=True):
+    for row, whole, prompt in zip(got.tolist(), free.tolist(), PROMPTS, strict=True):
         ends = [
             n
             for n in range(1, 13)
@@ -422,14 +367,12 @@ def test_rows_end_by_their_own_texts(pair: Pair) -> None:
         assert row[:n] == whole[:n] and set(row[n:]) <= {96}
 
 
-@either_cache
 def test_on_token_sees_each_step(pair: Pair) -> None:
     ours, _ = pair
-    prompts = _prompts(ours)
-    free = ours.generate(prompts, max_new_tokens=10)[:, 17:]
+    free = ours.generate(PROMPTS, max_new_tokens=10)[:, 17:]
     steps: list[torch.Tensor] = []
     got = ours.generate(
-        prompts,
+        PROMPTS,
         max_new_tokens=10,
         eos_token_id=sorted(set(free[:, 4].tolist())),
         pad_token_id=96,
@@ -486,8 +429,7 @@ def test_result_can_be_trained_on(pair: Pair) -> None:
 
 def test_bfloat16(make_pair: MakePair) -> None:
     ours, _ = make_pair(dtype=torch.bfloat16)
-    prompts = _prompts(ours)
-    out = ours.generate(prompts, max_new_tokens=20, do_sample=True, top_p=0.9, seed=0)
+    out = ours.generate(PROMPTS, max_new_tokens=20, do_sample=True, top_p=0.9, seed=0)
     assert out.shape == (4, 37) and out.dtype == torch.int64
 
 

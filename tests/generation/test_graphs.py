@@ -29,7 +29,7 @@ class _StandIn:
         decoder = self.decoder()
         assert decoder is not None
         before = decoder.cache.longest
-        self.logits.copy_(decoder._run())
+        self.logits.copy_(decoder._run(decoder._tokens))
         decoder.cache.longest = before  # a replay does not count for the host
 
 
@@ -37,10 +37,10 @@ def _capture(decoder: graphs.GraphDecoder) -> graphs.GraphDecoder:
     """`GraphDecoder.capture` with its order of steps, but for CUDA's."""
     nothing = [0] * decoder.cache.batch_size
     decoder.cache.set_lengths(nothing)
-    decoder._run()
+    decoder._run(decoder._tokens)
     decoder.cache.set_lengths(nothing)
     graph = _StandIn()
-    decoder._logits = decoder._run()
+    decoder._logits = decoder._run(decoder._tokens)
     graph.capture(decoder, decoder._logits)
     decoder._graph = graph  # type: ignore[assignment]
     decoder.cache.reset()
@@ -54,14 +54,16 @@ def model(
     """A model that decodes by graphs."""
     if request.param == "stand-in":
         monkeypatch.setattr(graphs.GraphDecoder, "capture", _capture)
-        monkeypatch.setattr(decoding, "_decodes_by_graph", lambda model: True)
+        monkeypatch.setattr(graphs, "captures", lambda model: True)
     yield GPT(GPTConfig(**small), device="cpu" if request.param == "stand-in" else "cuda").eval()
 
 
-def _eager(model: GPT, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def _eager(
+    model: GPT, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, **how: Any
+) -> torch.Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "_decoder", decoding.EagerDecoder)
-        return model.generate(prompts, max_new_tokens=30)
+        patch.setattr(graphs, "captures", lambda model: False)
+        return model.generate(prompts, **{"max_new_tokens": 30, **how})
 
 
 def test_replayed_equals_eager(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +76,7 @@ def test_beams_replayed_equal_eager(model: GPT, monkeypatch: pytest.MonkeyPatch)
     """Prompts are read into the memory of the graph, and beams reordered in it."""
     prompts, how = [[1, 2, 3], [4]], {"max_new_tokens": 20, "num_beams": 3, "eos_token_id": 5}
     got = model.generate(prompts, **how)
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding, "_decoder", decoding.EagerDecoder)
-        assert torch.equal(got, model.generate(prompts, **how))
+    assert torch.equal(got, _eager(model, prompts, monkeypatch, **how))
     assert [key[0] for key in graphs._kept[model]] == [6]
 
 

@@ -147,28 +147,3 @@ def test_transformers_processors_in_generate() -> None:
         expected = model.generate(PROMPTS, max_new_tokens=12, **ours, **how)
         got = model.generate(PROMPTS, max_new_tokens=12, logits_processor=same, **how)
         assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"no_repeat_ngram_size": -1}, ValueError, "no_repeat_ngram_size must be at least 0"),
-        ({"bad_words_ids": [[1], []]}, ValueError, "bad_words_ids must have no empty sequence"),
-        ({"bad_words_ids": [["a"]]}, TypeError, "each of bad_words_ids must be an integer"),
-        ({"bad_words_ids": 3}, TypeError, "bad_words_ids must be lists of ids, got 3"),
-        ({"forced_bos_token_id": [3]}, TypeError, "forced_bos_token_id must be an integer, got"),
-        ({"bad_words_ids": [[23]]}, ValueError, "bad_words_ids must be from 0 .* = 22, got 23"),
-        ({"suppress_tokens": [-1]}, ValueError, "each of suppress_tokens must be at least 0"),
-        ({"forced_eos_token_id": 23}, ValueError, "forced_eos_token_id must be from 0 .*got 23"),
-        ({"min_p": 1.5, "do_sample": True}, ValueError, r"min_p must be in \[0, 1\], or None"),
-        ({"min_p": 0.5}, ValueError, "min_p would have no effect"),
-        ({"presence_penalty": float("nan")}, ValueError, "presence_penalty must be finite"),
-        ({"min_new_tokens": 4}, ValueError, "min_new_tokens must be at most what max_new_tokens"),
-        ({"logits_processor": 3}, TypeError, "logits_processor must be a function or several"),
-        ({"logits_processor": [3]}, TypeError, "logits_processor must be a function or several"),
-    ],
-    ids=str,
-)
-def test_bad_input(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        _model().generate([[1, 2]], max_new_tokens=3, **settings)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from generation.small import make_model
 
 import fastattn
 from fastattn.generation import scoring
@@ -15,13 +16,8 @@ VOCABULARY, POSITIONS = 61, 24
 
 
 def make(**settings: Any) -> fastattn.GPT:
-    torch.manual_seed(0)
-    return fastattn.GPT(
-        fastattn.GPTConfig(
-            vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4,
-            bos_token_id=0, eos_token_id=0, initializer_range=0.3, **settings,
-        )
-    )  # fmt: skip
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return make_model(vocab_size=VOCABULARY, n_positions=POSITIONS, **ends, **settings)
 
 
 LLAMA = {"positions": "rotary", "norm": "rms_norm", "n_kv_head": 2}

@@ -7,32 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from generation.small import Letters, make_model, make_prompts
 
-from fastattn import GPT, GPTConfig
+from fastattn import GPT
 from fastattn.generation.sampling import Sampling
 from fastattn.generation.speculative import look_up
 
-LENGTHS = [5, 12, 1]
-SMALL: dict[str, Any] = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-
-def _model(seed: int = 0, **changes: Any) -> GPT:
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**SMALL, **changes})).eval()
+PROMPTS = make_prompts([5, 12, 1])
 
 
 def _near(model: GPT, by: float) -> GPT:
     """A draft that is often right."""
-    draft = _model(1)
+    draft = make_model(1)
     draft.load_state_dict(model.state_dict())
     torch.manual_seed(2)
     with torch.no_grad():
@@ -41,15 +27,10 @@ def _near(model: GPT, by: float) -> GPT:
     return draft
 
 
-def _prompts(seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(61, (n,), generator=generator).tolist() for n in LENGTHS]
-
-
 DRAFTS: dict[str, Callable[[GPT], dict[str, Any]]] = {
     "itself": lambda model: {"draft_model": model},
     "near": lambda model: {"draft_model": _near(model, 0.03), "num_assistant_tokens": 3},
-    "another": lambda model: {"draft_model": _model(5, n_layer=1), "num_assistant_tokens": 7},
+    "another": lambda model: {"draft_model": make_model(5, n_layer=1), "num_assistant_tokens": 7},
     "lookup": lambda model: {"prompt_lookup_num_tokens": 4},
     "lookup of 3": lambda model: {"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 3},
 }
@@ -58,7 +39,7 @@ DRAFTS: dict[str, Callable[[GPT], dict[str, Any]]] = {
 @pytest.mark.parametrize("how", DRAFTS)
 def test_greedy_tokens_are_the_same(how: str) -> None:
     """Of unequal prompts, up to the end of the context, with ends on the way."""
-    model, prompts = _model(), _prompts()
+    model, prompts = make_model(), PROMPTS
     speculation = DRAFTS[how](model)
     free = model.generate(prompts, max_new_tokens=52)
     assert torch.equal(model.generate(prompts, max_new_tokens=52, **speculation), free)
@@ -69,11 +50,7 @@ def test_greedy_tokens_are_the_same(how: str) -> None:
 
 
 def test_greedy_tokens_with_processors_and_stop_strings() -> None:
-    class Letters:
-        def decode(self, ids: list[int]) -> str:
-            return "".join(chr(0x4E00 + i) for i in ids)
-
-    model, prompts = _model(), _prompts()
+    model, prompts = make_model(), PROMPTS
     every: dict[str, Any] = {"max_new_tokens": 20, "repetition_penalty": 1.2, "eos_token_id": 7}
     every |= {"no_repeat_ngram_size": 3, "min_new_tokens": 6, "frequency_penalty": 0.5}
     every |= {"forced_eos_token_id": 7, "logits_processor": lambda ids, logits: logits.roll(1, -1)}
@@ -87,7 +64,7 @@ def test_greedy_tokens_with_processors_and_stop_strings() -> None:
 @pytest.mark.parametrize(("how", "most"), [("itself", 1 + 4), ("lookup", 23)])
 def test_guesses_save_reading(how: str, most: int) -> None:
     """24 tokens in few rounds: of 1 + 5 where the draft, the model's copy, is never wrong."""
-    model, prompts = _model(), _prompts()
+    model, prompts = make_model(), PROMPTS
     speculation = {"draft_model": _near(model, 0.0)} if how == "itself" else DRAFTS[how](model)
     features, widths = model.features, []
 
@@ -101,7 +78,7 @@ def test_guesses_save_reading(how: str, most: int) -> None:
 
 
 def test_a_loop_is_looked_up() -> None:
-    model = _model()
+    model = make_model()
     looped = model.generate([[3] * 20], max_new_tokens=20, **DRAFTS["lookup"](model))
     assert torch.equal(looped, model.generate([[3] * 20], max_new_tokens=20))
 
@@ -126,7 +103,7 @@ SAMPLING = {"do_sample": True, "temperature": 1.3, "top_p": 0.9}
 
 
 def test_lookup_draws_the_same_tokens() -> None:
-    model, prompts = _model(), [p + p for p in _prompts()]
+    model, prompts = make_model(), [p + p for p in PROMPTS]
     expected = model.generate(prompts, max_new_tokens=30, seed=3, **SAMPLING)
     got = model.generate(prompts, max_new_tokens=30, seed=3, prompt_lookup_num_tokens=4, **SAMPLING)
     assert torch.equal(got, expected)
@@ -134,7 +111,7 @@ def test_lookup_draws_the_same_tokens() -> None:
 
 @pytest.mark.parametrize("how", ["itself", "near", "another", "lookup"])
 def test_a_batch_equals_each_prompt_alone(how: str) -> None:
-    model, prompts = _model(), _prompts()
+    model, prompts = make_model(), PROMPTS
     every = {"max_new_tokens": 25, "eos_token_id": [1, 2], "pad_token_id": 60, **SAMPLING}
     every |= DRAFTS[how](model)
     together = model.generate(prompts, seed=4, **every)
@@ -154,8 +131,8 @@ def test_a_batch_equals_each_prompt_alone(how: str) -> None:
 )
 def test_the_distribution_is_the_models(by: float, draws: int) -> None:
     """Chi squared, over all pairs of two tokens after the first, of many draws at once."""
-    model = _model(vocab_size=5, n_layer=1, n_embd=16)
-    draft = _model(3, vocab_size=5, n_layer=1, n_embd=16)
+    model = make_model(vocab_size=5, n_layer=1, n_embd=16)
+    draft = make_model(3, vocab_size=5, n_layer=1, n_embd=16)
     with torch.no_grad():
         for ours, theirs in zip(draft.parameters(), model.parameters(), strict=True):
             ours.copy_(theirs + by * torch.randn_like(theirs))
@@ -183,7 +160,7 @@ def test_the_distribution_is_the_models(by: float, draws: int) -> None:
 
 
 def test_one_sequence_streams() -> None:
-    model = _model()
+    model = make_model()
     seen: list[int] = []
     got = model.generate(
         [[3, 4]],
@@ -195,42 +172,10 @@ def test_one_sequence_streams() -> None:
 
 
 def test_a_draft_of_nan() -> None:
-    model, draft = _model(), _model(1)
+    model, draft = make_model(), make_model(1)
     with torch.no_grad():
         draft.norm_f.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="the logits of draft_model are NaN"):
         model.generate([[1, 2]], max_new_tokens=4, draft_model=draft)
     with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite by new tok"):
         draft.generate([[1, 2]], max_new_tokens=4, draft_model=model)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"draft": {"vocab_size": 60}}, ValueError, "vocabulary of 61 tokens, got 60"),
-        ({"draft": {"n_positions": 5}}, ValueError, "6 together, and has n_positions = 5"),
-        ({"draft": {}, "prompt_lookup_num_tokens": 3}, ValueError, "draft_model and prompt_lookup"),
-        ({"draft": {}, "num_beams": 2}, ValueError, "num_beams=2 and draft_model exclude each oth"),
-        ({"draft": {}, "assistant_model": 3}, TypeError, "did you mean 'draft_model'"),
-        ({"prompt_lookup_num_tokens": 0}, ValueError, "prompt_lookup_num_tokens must be at least"),
-        ({"num_assistant_tokens": 3}, ValueError, "num_assistant_tokens would have no effect"),
-        ({"max_matching_ngram_size": 3}, ValueError, "max_matching_ngram_size would have no eff"),
-        (
-            {"prompt_lookup_num_tokens": 3, "on_token": print},
-            ValueError,
-            "on_token goes with speculation only for a single prompt, got 2",
-        ),
-        (
-            {"draft": {}, "do_sample": True, "num_return_sequences": 2},
-            ValueError,
-            "num_return_sequences = 2 does not go with speculation",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_input(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    settings = dict(settings)
-    if "draft" in settings:
-        settings["draft_model"] = _model(1, **settings.pop("draft"))
-    with pytest.raises(error, match=message):
-        _model().generate([[1, 2], [3]], max_new_tokens=4, **settings)

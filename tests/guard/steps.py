@@ -195,10 +195,7 @@ def _decoding(static: bool) -> Step:
     """One token for each sequence; static: the step that a CUDA graph replays."""
     model, ids = _gpt()
     model.eval().requires_grad_(False)
-    if static:
-        decoder: Any = graphs.GraphDecoder(decoding.decode, model, model.new_cache(BATCH, CAPACITY))
-    else:
-        decoder = decoding.EagerDecoder(model, BATCH, CAPACITY)
+    decoder = graphs.GraphDecoder(decoding.decode, model, model.new_cache(BATCH, CAPACITY))
     model(ids, cache=decoder.cache)
     if static:
         decoder.cache.set_lengths([SEQLEN, SEQLEN - 5])

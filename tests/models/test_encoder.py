@@ -18,10 +18,10 @@ from fastattn.models import (
     Encoder,
     EncoderConfig,
     EncoderForMaskedLM,
-    EncoderForQuestionAnswering,
     EncoderForSequenceClassification,
     EncoderForTokenClassification,
 )
+from fastattn.models.encoder_heads import HEADS
 from oracle import assert_close_to_reference
 
 SIZES: dict[str, Any] = {
@@ -48,12 +48,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "pooler": False,
     },
 }
-HEADS = (
-    EncoderForMaskedLM,
-    EncoderForSequenceClassification,
-    EncoderForTokenClassification,
-    EncoderForQuestionAnswering,
-)
 BATCH, LENGTH = 3, 11
 
 

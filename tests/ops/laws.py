@@ -10,9 +10,11 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn.backends import Explanation
+from oracle import assert_close_to_reference
 
 Tensor = torch.Tensor
 Function = Callable[..., Any]
@@ -23,6 +25,90 @@ OPCHECKS = (
     "test_faketensor",
     "test_aot_dispatch_dynamic",
 )
+
+
+def results(
+    function: Function,
+    inputs: dict[str, Tensor],
+    *cotangents: Tensor,
+    names: Sequence[str] = ("out",),
+    trained: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """`function(**inputs)`, of which `names` are the results', and its gradients, all by name.
+
+    Args:
+        trained: the inputs that want a gradient; default: all that can have one.
+    """
+
+    def wants(name: str) -> bool:
+        return inputs[name].is_floating_point() if trained is None else name in trained
+
+    leaves = {name: x.detach().requires_grad_(wants(name)) for name, x in inputs.items()}
+    found = function(**leaves)
+    outs = found if isinstance(found, tuple) else (found,)
+    wanted = {f"d{name}": x for name, x in leaves.items() if x.requires_grad}
+    given = [c.to(y.dtype) for c, y in zip(cotangents, outs, strict=False)]
+    grads = torch.autograd.grad(outs, list(wanted.values()), given, allow_unused=True)
+    named = dict(zip(names, outs, strict=False))
+    return named | {n: x for n, x in zip(wanted, grads, strict=True) if x is not None}
+
+
+def held(
+    ours: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    case: object,
+    **factors: float,
+) -> dict[str, Tensor]:
+    """`ours`, each within the rule and in the dtype of eager's."""
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, not {eager[name].dtype}"
+        assert_close_to_reference(
+            value, eager[name], exact[name], name=f"{name} of {case}", **factors
+        )
+    return ours
+
+
+def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+class Operands(TorchDispatchMode):
+    """The first operands of the operators of these names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names, self.seen = names, list[Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.names:
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def same_bits(
+    run: Callable[[], dict[str, Tensor]],
+    times: int = 2,
+    before: Callable[[int], None] = lambda number: None,
+) -> dict[str, Tensor]:
+    """The results of `run`, the same in every run; `before` them another schedule is chosen."""
+    first: dict[str, Tensor] = {}
+    for number in range(times):
+        before(number)
+        found = run()
+        first = first or found
+        for name, value in first.items():
+            assert torch.equal(value, found[name]), name
+    return first
+
+
+def kept(function: Callable[[], Any]) -> list[Tensor]:
+    """The tensors that autograd keeps of a call for its backward."""
+    tensors: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+        function()
+    return tensors
 
 
 def opcheck(op: Any, *arguments: Any) -> None:
@@ -65,6 +151,17 @@ def one_graph(
     assert frames in (None, counts[0])
 
 
+def bad_rows_stay_alone(function: Function, inputs: dict[str, Tensor], cotangent: Tensor) -> None:
+    """NaN or Inf in two of 6 rows of x leave the others, in the same tile, as they were."""
+    bad = inputs["x"].clone()
+    bad[1, 3], bad[4, 0] = float("nan"), float("inf")
+    clean = results(function, inputs, cotangent)
+    spoilt = results(function, inputs | {"x": bad}, cotangent)
+    for name in ("out", "dx"):
+        assert torch.equal(spoilt[name][[0, 2, 3, 5]], clean[name][[0, 2, 3, 5]])
+    assert spoilt["out"][1].isnan().all() and not spoilt["out"][4].isfinite().all()
+
+
 def functional_transforms(ours: Function, formula: Function, x: Tensor) -> None:
     """jvp, grad, vmap and Hessian-vector products against the formula; never a silent zero."""
     t = torch.randn_like(x)
@@ -77,6 +174,10 @@ def functional_transforms(ours: Function, formula: Function, x: Tensor) -> None:
     stacked = torch.stack([x, t])
     expected = torch.stack([formula(x), formula(t)])
     torch.testing.assert_close(torch.func.vmap(ours)(stacked), expected)
+    leaves = stacked.clone().requires_grad_()  # a transform inside of autograd
+    torch.func.vmap(ours)(leaves).sum().backward()
+    of_sum = torch.func.vmap(torch.func.grad(lambda x: formula(x).sum()))(stacked)
+    torch.testing.assert_close(leaves.grad, of_sum)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, t)
         out = torch.autograd.forward_ad.unpack_dual(ours(dual))

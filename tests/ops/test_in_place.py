@@ -29,6 +29,7 @@ QKV = ((2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16))
 PACKED = ((7, 2, 16),) * 3
 WEIGHTS = ((16, 8), (16,), (8, 16), (8,))
 STARTS = torch.tensor([0, 3, 7], dtype=torch.int32)
+ANGLES = torch.randn(5, 8)
 
 
 def layered(*shape: int) -> tuple[tuple[int, ...], ...]:
@@ -72,7 +73,15 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], tuple[int,
     ),
     "ffn, a token": (fastattn.ffn, layered(8), ()),
     "ffn, tokens": (fastattn.ffn, layered(3, 8), ()),
+    "linear": (
+        lambda *x, **kw: fastattn.linear(*x, "gelu", **kw), ((2, 3, 8), (16, 8), (16,)), ()
+    ),
+    "rotary": (
+        lambda q, k, **kw: fastattn.rotary(q, k, *(ANGLES.to(q.device),) * 2, **kw),
+        ((2, 5, 4, 16), (2, 5, 2, 16)), ()
+    ),
 }  # fmt: skip
+NOT_IN_CUDA = ("ffn, gated", "linear", "rotary")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -86,8 +95,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_result_modified_in_place(name: str, backend: str, device: str) -> None:
     """Each result in turn; the results and gradients are those of an addition that makes a copy."""
     op, shapes, read = OPS[name]
-    if (name, backend) == ("ffn, gated", "cuda"):
-        pytest.skip("the CUDA kernels have no gate")
+    if name in NOT_IN_CUDA and backend == "cuda":
+        pytest.skip("there are no such CUDA kernels")
     dtype = torch.float16 if backend == "cuda" else torch.float32
     leaves = tuple(x.detach().to(device).requires_grad_() for x in inputs(*shapes, dtype=dtype))
     for index in range(len(as_tuple(op(*leaves, backend=backend)))):
@@ -110,8 +119,8 @@ def test_a_result_modified_in_place(name: str, backend: str, device: str) -> Non
 @pytest.mark.parametrize("name", OPS)
 def test_without_gradients(name: str, backend: str, device: str) -> None:
     op, shapes, _ = OPS[name]
-    if (name, backend) == ("ffn, gated", "cuda"):
-        pytest.skip("the CUDA kernels have no gate")
+    if name in NOT_IN_CUDA and backend == "cuda":
+        pytest.skip("there are no such CUDA kernels")
     dtype = torch.float16 if backend == "cuda" else torch.float32
     tensors = tuple(x.detach().to(device) for x in inputs(*shapes, dtype=dtype))
     for mode in (torch.no_grad, torch.inference_mode):

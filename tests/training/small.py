@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ CONFIG = TrainingConfig(
     steps=60, batch_size=4, context=16, learning_rate=1e-2, final_learning_rate=1e-3,
     warmup_steps=5, evaluation_interval=25, evaluation_tokens=256,
 )  # fmt: skip
+LLAMA = {"positions": "rotary", "norm": "rms_norm", "gated": True, "tie_word_embeddings": False}
 OBJECTIVE = Causal(Tokenizer.train(["a"], 257))
 
 
@@ -39,6 +41,16 @@ def trained(subject: torch.nn.Module, config: TrainingConfig = CONFIG, **how: An
     """`train` on windows of the stream, validated on others unless `how` says otherwise."""
     how = {"validation": windows(HELD_OUT, config), **how}
     return train(subject, OBJECTIVE, windows(config=config), config, **how)
+
+
+def stopping(steps: int) -> Callable[[History], None]:
+    """A callback that ends a run after so many steps, as Ctrl-C does."""
+
+    def stop(history: History) -> None:
+        if len(history.steps) == steps:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 def with_changes(**changes: Any) -> TrainingConfig:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from training.small import model
 
 from fastattn.nn import PackedSequences
 from fastattn.training.contract import Batch
@@ -60,16 +59,6 @@ def test_differences_are_named_with_both_values() -> None:
     assert difference(saved, now) == "model.config.n_layer is 2 there and 3 here"
     assert difference(saved, {"model": saved["model"]}) == "data is only there"
     assert difference({}, {"lora": {"rank": 4}}) == "lora is only here"
-
-
-def test_a_model_is_its_class_config_and_trained_tensors() -> None:
-    subject = model()
-    found = as_json(model_fingerprint(subject, {"w": torch.zeros(2, 3)}))
-    assert found["class"] == "GPT" and found["trained"] == {"w": "torch.float32 [2, 3]"}
-    assert found["config"]["n_layer"] == 2
-    other = model(n_inner=7)
-    changed = as_json(model_fingerprint(other, {"w": torch.zeros(2, 3)}))
-    assert difference(found, changed) == "config.n_inner is None there and 7 here"
 
 
 def test_the_version_of_transformers_does_not_count() -> None:

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import pytest
-from training.small import model, trained, with_changes
 
 from fastattn.training import Evaluation, History, JsonLines, Step, TensorBoard
 
@@ -34,24 +33,25 @@ def _growing(steps: int, skipped: int = 2) -> list[History]:
     return seen
 
 
-def test_history_survives_json_and_is_drawn(tmp_path: Path) -> None:
-    history = trained(model(), with_changes(steps=3))
-    history.save(tmp_path / "history.json")
-    assert History.load(tmp_path / "history.json") == history
-    history.plot(tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    History().plot(tmp_path / "empty.png")  # interrupted before the first step
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_a_record_survives_as_json_that_any_reader_takes() -> None:
+def test_a_record_is_saved_as_json_that_any_reader_takes_and_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An infinite norm too, for which JSON has no number; and seconds, which `==` leaves out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     history = _growing(3)[-1]
-    text = json.dumps(history.as_dict(), allow_nan=False)
-    again = History.from_dict(json.loads(text))
+    assert json.dumps(history.as_dict(), allow_nan=False)
+    history.save("~/history.json")
+    again = History.load("~/history.json")
     assert again == history and again.training_seconds == history.training_seconds == 1.5
     assert [step.gradient_norm for step in again.steps] == [1.0, math.inf, 1.0]
     assert [step.seconds for step in again.steps] == [0.5] * 3
+    history.plot("~/loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    History().plot("~/empty.png")  # interrupted before the first step
+    names = sorted(path.name for path in tmp_path.glob("[!.]*"))
+    assert names == ["empty.png", "history.json", "loss.png"]
+    with pytest.raises(ValueError, match="path is an empty path"):
+        History.load("")
 
 
 def test_the_best_is_the_first_of_the_lowest_and_a_number() -> None:
@@ -101,21 +101,3 @@ def test_tensorboard_reads_each_step_once_also_after_a_crash(tmp_path: Path) -> 
     assert [event.value for event in read.Scalars("loss/validation")] == [3.0, 2.5]
     assert [event.step for event in read.Scalars("validation/accuracy")] == [0, 2]
     assert {event.value for event in read.Scalars("tokens_per_second")} == {16.0}
-
-
-def test_without_tensorboard_it_says_which_extra_brings_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
-    with pytest.raises(ImportError, match=r'pip install "fastattn\[tensorboard\]"'):
-        TensorBoard("anywhere")
-
-
-def test_history_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    History().save("~/history.json")
-    assert History.load("~/history.json") == History()
-    History().plot("~/loss.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "loss.png"]
-    with pytest.raises(ValueError, match="path is an empty path"):
-        History.load("")

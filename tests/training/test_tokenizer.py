@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastattn.training import Tokenizer
@@ -19,25 +19,15 @@ TRAINED = Tokenizer.train(TEXTS, vocab_size=400)
 
 @settings(max_examples=300, deadline=None)
 @given(st.text())
+@example(" leading, trailing  ")  # no space is added or lost
+@example("\r\n\t\x00\x7f")
+@example("e\u0301 \u00e9")  # not normalised
+@example("𝕏🧑‍🚀")  # outside the basic plane
+@example(f"a{END_OF_TEXT}b")
 def test_any_text_comes_back_exactly(text: str) -> None:
     ids = TRAINED.encode(text)
     assert TRAINED.decode(ids) == text
     assert all(0 <= i < TRAINED.vocab_size for i in ids)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " leading, trailing  ",  # no space is added or lost
-        "\r\n\t\x00\x7f",
-        "e\u0301 \u00e9",  # not normalised
-        "𝕏🧑‍🚀",  # outside the basic plane
-        f"a{END_OF_TEXT}b",
-    ],
-)
-def test_awkward_texts_come_back_exactly(text: str) -> None:
-    assert TRAINED.decode(TRAINED.encode(text)) == text
 
 
 def test_merges_are_learnt() -> None:
@@ -45,20 +35,9 @@ def test_merges_are_learnt() -> None:
     assert len(TRAINED.encode("the quick brown fox")) <= 5
 
 
-def test_training_is_deterministic() -> None:
-    again = Tokenizer.train(TEXTS, vocab_size=400)
-    text = "".join(TEXTS) + "unseen: žluťoučký kůň"
-    assert again.encode(text) == TRAINED.encode(text)
-
-
-def test_end_of_text_is_one_token() -> None:
-    assert TRAINED.encode(END_OF_TEXT) == [TRAINED.end_of_text]
-
-
 def test_half_a_character_decodes_to_the_replacement() -> None:
-    ids = TRAINED.encode("é")
-    assert len(ids) == 2
-    assert TRAINED.decode(ids[:1]) == "\ufffd"
+    first, _ = TRAINED.encode("é")
+    assert TRAINED.decode([first]) == "\ufffd"
 
 
 def test_saved_folder_is_read_by_us_and_by_transformers(tmp_path: Path) -> None:
@@ -129,13 +108,10 @@ def test_words_of_a_sentence() -> None:
     assert words.offsets[-1].tolist() == [15, 15 + len(END_OF_TEXT)]
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
-def test_an_empty_corpus_is_refused(texts: list[str]) -> None:
-    with pytest.raises(ValueError, match="texts is empty"):
-        Tokenizer.train(texts)
-
-
 def test_bad_arguments_are_refused() -> None:
+    for texts in ([], [""], ["", ""]):
+        with pytest.raises(ValueError, match="texts is empty"):
+            Tokenizer.train(texts)
     with pytest.raises(TypeError, match="texts must be strings in a list"):
         Tokenizer.train("one string")
     with pytest.raises(ValueError, match=r"vocab_size must be at least 257.*got 256"):
@@ -174,7 +150,7 @@ def test_equal_tokenizers_have_the_same_fingerprint(tmp_path: Path) -> None:
 
 def test_literal_texts_have_no_special_token() -> None:
     text = f"a{END_OF_TEXT} b"
-    assert TRAINED.end_of_text in TRAINED.encode(text)
+    assert TRAINED.end_of_text == TRAINED.encode(text)[1]
     ids = TRAINED.encode(text, literal=True)
     assert not TRAINED.special_ids & set(ids) and TRAINED.decode(ids) == text
     words = TRAINED.words(text, literal=True)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastattn.cli.demo.comparison import line
+from fastattn.cli.train.progress import SAMPLING, Progress, Samples
 from fastattn.models import GPT, GPTConfig
 from fastattn.training import (
     Causal,
-    History,
     Tokenizer,
     TrainingConfig,
     Windows,
@@ -36,7 +33,6 @@ from fastattn.training.steps.precision import bfloat16_is_fast
 
 PROMPTS = ("And God said unto", "And it came to pass", "酒店的房间", "这本书")
 DROPOUT = 0.1  # the text is read eight times
-SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
 @dataclass(frozen=True)
@@ -137,14 +133,14 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
         Windows(stream, size.batch_size, size.context, config.seed)
         for stream in (split.training, split.validation)
     )
-    with _progress(config) as on_progress:
+    optimizer = "Muon and AdamW" if config.optimizer == "muon" else "AdamW"
+    tokens = f"{config.batch_size} x {config.context} tokens"
+    line("training", f"{config.steps} steps of {tokens}, {optimizer}")
+    progress = Progress(config.steps, tuple)
+    objective = Causal(tokenizer)
+    with contextlib.closing(progress):
         history = train(
-            model,
-            Causal(tokenizer),
-            windows,
-            config,
-            validation=held_out_windows,
-            on_progress=on_progress,
+            model, objective, windows, config, validation=held_out_windows, on_progress=progress
         )
     # Dropout has done its work, and a Qwen 3's config has no place for it.
     model.config = dataclasses.replace(model.config, embd_pdrop=0.0, resid_pdrop=0.0)
@@ -177,39 +173,6 @@ def show(folder: Path, size: Size, config: TrainingConfig, device: torch.device)
 
     how = f"temperature {SAMPLING['temperature']}, top-p {SAMPLING['top_p']}"
     line("samples", f"{how}; the prompts in brackets")
-    for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt)
-        out = gpt.generate([ids], max_new_tokens=size.new_tokens, seed=config.seed, **SAMPLING)
-        # The last character may be cut in the middle of its bytes.
-        text = tokenizer.decode(out[0, len(ids) :].tolist()).rstrip("\N{REPLACEMENT CHARACTER}")
-        print(f"   [{prompt}]{' / '.join(text.splitlines())}")
+    for text in Samples(gpt, tokenizer, PROMPTS, size.new_tokens, size.context)():
+        print(text)
     return Trained(batch, bits)
-
-
-@contextlib.contextmanager
-def _progress(config: TrainingConfig) -> Iterator[Callable[[History], None]]:
-    """A line for each validation; on a terminal also one that counts the steps."""
-    optimizer = "Muon and AdamW" if config.optimizer == "muon" else "AdamW"
-    line(
-        "training",
-        f"{config.steps} steps of {config.batch_size} x {config.context} tokens, {optimizer}",
-    )
-    printed = 0
-    terminal = sys.stdout.isatty()
-
-    def show(history: History) -> None:
-        nonlocal printed
-        if terminal and history.steps:
-            done = f"step {len(history.steps)} of {config.steps}, loss {history.steps[-1].loss:.3f}"
-            print(f"\r\033[K   {done}", end="", flush=True)
-        if len(history.evaluations) > printed:
-            printed = len(history.evaluations)
-            last = history.evaluations[-1]
-            clear = "\r\033[K" if terminal else ""
-            print(f"{clear}     step {last.step:>4}  validation loss {last.loss:.3f}", flush=True)
-
-    try:
-        yield show
-    finally:
-        if terminal:
-            print("\r\033[K", end="", flush=True)

@@ -64,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastattn.cli.serve.guard import Impatient
     from fastattn.cli.serve.running import Admission
 
-    for name in ("rate", "max_choices", "max_new_tokens"):
-        if (most := getattr(arguments, name)) is not None and most < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {most}")
+    answers.check_least(arguments, "rate", "max_choices", "max_new_tokens")
     key, here = _key(arguments), _is_loopback(arguments.host)
     listener = _listen(arguments.host, arguments.port)  # before the model is read
     with listener:

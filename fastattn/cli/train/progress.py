@@ -58,7 +58,7 @@ class Progress:
             scores = {"loss": evaluation.loss, **evaluation.scores}
             said = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
             lines = [f"step {evaluation.step}  validation: {said}", *self._samples()]
-            print(self._clear + "\n".join(lines), flush=True)
+            print((CLEAR if self._terminal else "") + "\n".join(lines), flush=True)
         self._evaluations = len(history.evaluations)
 
     def line(self, history: History) -> str:
@@ -84,10 +84,6 @@ class Progress:
         """Remove the bar."""
         if self._terminal:
             print(CLEAR, end="", flush=True)
-
-    @property
-    def _clear(self) -> str:
-        return CLEAR if self._terminal else ""
 
 
 class Samples:

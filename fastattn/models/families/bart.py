@@ -8,18 +8,13 @@ from typing import Any
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.families.family import Family, Names
 
-# The fields that have one name here and there; Marian has them too.
+# The fields that have one name here and there.
 SAME = (
     "vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads",
     "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim", "activation_function",
     "dropout", "attention_dropout", "activation_dropout", "bos_token_id", "eos_token_id",
     "pad_token_id", "decoder_start_token_id",
 )  # fmt: skip
-FIELDS: dict[str, Names] = {
-    **{name: name for name in SAME},
-    "max_position_embeddings": "n_positions",
-    "init_std": "initializer_range",
-}
 DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "d_model": 1024,
@@ -79,19 +74,17 @@ NAMES: dict[Names, Names] = {
     "lm_head.logits_bias": "final_logits_bias",
     "lm_head": "lm_head",
 }
-DEPTHS = {"encoder.layers.": "encoder_layers", "decoder.layers.": "decoder_layers"}
-ALIASES = {
-    "model.encoder.embed_tokens.weight": "model.shared.weight",
-    "model.decoder.embed_tokens.weight": "model.shared.weight",
-}
-ZEROS = frozenset({"final_logits_bias"})
 
 FAMILY = Family(
     title="BART",
     model_type="bart",
     classes={"BartForConditionalGeneration": "EncoderDecoder", "BartModel": "EncoderDecoder"},
     config_class=EncoderDecoderConfig,
-    fields=FIELDS,
+    fields={
+        **{name: name for name in SAME},
+        "max_position_embeddings": "n_positions",
+        "init_std": "initializer_range",
+    },
     defaults={
         **DEFAULTS,
         "vocab_size": 50265,
@@ -111,9 +104,12 @@ FAMILY = Family(
     read_more=read_more,
     write_more=write_more,
     prefix="model.",
-    depths=DEPTHS,
-    aliases=ALIASES,
-    zeros=ZEROS,
+    depths={"encoder.layers.": "encoder_layers", "decoder.layers.": "decoder_layers"},
+    aliases={
+        "model.encoder.embed_tokens.weight": "model.shared.weight",
+        "model.decoder.embed_tokens.weight": "model.shared.weight",
+    },
+    zeros=frozenset({"final_logits_bias"}),
     names={
         "encoder.positions": "model.encoder.embed_positions",
         "encoder.embedding_norm": "model.encoder.layernorm_embedding",

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastattn.models.checked import LAYER_TYPES
 from fastattn.models.config import GPTConfig
-from fastattn.models.families.family import Names
+from fastattn.models.families.family import Family, Names
 
 # The keys of config.json -> the fields of `GPTConfig`.
 FIELDS: dict[str, Names] = {
@@ -30,6 +30,21 @@ FIELDS: dict[str, Names] = {
 }
 BIAS: dict[str, Names] = {"attention_bias": ("qkv_bias", "out_bias")}
 
+# What a silent config.json of Llama means; the others say where theirs means otherwise.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
 # The fields that all have.
 CONSTANTS: dict[str, Any] = {
     "norm": "rms_norm",
@@ -39,8 +54,6 @@ CONSTANTS: dict[str, Any] = {
     "out_bias": False,
     "mlp_bias": False,
 }
-
-DEPTHS = {"layers.": "num_hidden_layers"}
 
 # The names of the parts.
 REST: dict[Names, Names] = {
@@ -121,3 +134,28 @@ def write_more(config: GPTConfig, head_dim: bool = False) -> dict[str, Any]:
 
 def rope_parameters(theta: float, scaling: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, **dict(scaling or {})}
+
+
+def family(
+    title: str, model_type: str, name: str, defaults: Mapping[str, Any] = DEFAULTS, **options: Any
+) -> Family:
+    """A family whose classes begin with ``name``, Llama's but for its ``options``, which are
+    `Family`'s, and the ``defaults`` that differ.
+    """
+    llamas: dict[str, Any] = {
+        "classes": {f"{name}ForCausalLM": "GPT", f"{name}Model": "GPT"},
+        "fields": FIELDS,
+        "constants": CONSTANTS,
+        "read_more": read_rope,
+        "write_more": write_more,
+        "names": {**PROJECTIONS, **PRE_NORMS},
+    }
+    return Family(
+        title=title,
+        model_type=model_type,
+        config_class=GPTConfig,
+        defaults={**DEFAULTS, **defaults},
+        prefix="model.",
+        depths={"layers.": "num_hidden_layers"},
+        **{**llamas, **options},
+    )

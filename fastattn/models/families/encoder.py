@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastattn.models.encoder_config import EncoderConfig
-from fastattn.models.families.family import Names
+from fastattn.models.families.family import Family, Names
 
 # The keys of config.json -> the fields of `EncoderConfig`; max_position_embeddings is not the same
 # in all.
@@ -32,24 +33,49 @@ POST_NORM_FIELDS: dict[str, Names] = {
     "type_vocab_size": "n_token_types",
     "layer_norm_eps": "layer_norm_epsilon",
 }
-POST_NORM_DEFAULTS: dict[str, Any] = {
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "intermediate_size": 3072,
-}
-POST_NORM_FIXED: dict[str, Any] = {
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "position_embedding_type": "absolute",
-    "tie_word_embeddings": True,  # untied, transformers has a second bias, of which it reads one
-}
-POST_NORM_DEPTHS = {"encoder.layer.": "num_hidden_layers"}
-
-# Names in checkpoints that once were TensorFlow's.
-RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def post_norm_names(prefix: str) -> dict[Names, Names]:
+def post_norm_family(
+    title: str,
+    name: str,
+    heads: Mapping[Names, Names],
+    defaults: Mapping[str, Any],
+    fields: Mapping[str, Names],
+    **options: Any,
+) -> Family:
+    """BERT or RoBERTa: a family whose classes, and layers in small letters, begin with ``name``.
+
+    ``heads`` is where the parts of the heads are; other arguments are `Family`'s, or change it.
+    """
+    return Family(
+        title=title,
+        model_type=name.lower(),
+        classes=classes(name),
+        config_class=EncoderConfig,
+        fields={**POST_NORM_FIELDS, **fields},
+        defaults={
+            "hidden_dropout_prob": 0.1,
+            "attention_probs_dropout_prob": 0.1,
+            "intermediate_size": 3072,
+            **defaults,
+        },
+        fixed={
+            "is_decoder": False,
+            "add_cross_attention": False,
+            "position_embedding_type": "absolute",
+            # Untied, transformers has a second bias, of which it reads one.
+            "tie_word_embeddings": True,
+        },
+        prefix=f"{name.lower()}.",
+        depths={"encoder.layer.": "num_hidden_layers"},
+        # Positions that older versions of transformers saved as a buffer.
+        ignored=re.compile(r"embeddings\.position_ids"),
+        names=with_heads(_post_norm_names(f"{name.lower()}."), heads),
+        **options,
+    )
+
+
+def _post_norm_names(prefix: str) -> dict[Names, Names]:
     """Where BERT's layers are, whose names all begin with ``prefix``."""
     layer = f"{prefix}encoder.layer.*"
     return {

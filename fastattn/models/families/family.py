@@ -107,6 +107,10 @@ class Family:
         """The table of names, all as tuples."""
         return [(_tuple(ours), _tuple(theirs)) for ours, theirs in self.names.items()]
 
+    def depth(self, config: Any, key: str) -> int:
+        """The number of layers that a key of `depths` has in our config."""
+        return int(getattr(config, _tuple(self.fields[key])[0]))
+
     def of(self, config: Any) -> Family:
         """The family with all names of the models of one config of ours."""
         if self.more_names is None:

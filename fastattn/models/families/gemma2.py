@@ -7,7 +7,7 @@ from typing import Any
 
 from fastattn.models.config import GPTConfig
 from fastattn.models.families import decoder
-from fastattn.models.families.family import Family, Names
+from fastattn.models.families.family import Names
 
 FIELDS: dict[str, Names] = {
     **{key: name for key, name in decoder.FIELDS.items() if key != "hidden_act"},
@@ -27,7 +27,6 @@ DEFAULTS = {
     "num_key_value_heads": 4,
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
-    "rms_norm_eps": 1e-6,
     "bos_token_id": 2,
     "eos_token_id": 1,
     "pad_token_id": 0,
@@ -71,24 +70,18 @@ def write_scales(config: GPTConfig) -> dict[str, Any]:
 
 def write_more(config: GPTConfig) -> dict[str, Any]:
     cap = config.attn_logit_softcapping or None
-    return {
-        "attn_logit_softcapping": cap,
-        **write_scales(config),
-    }
+    return {"attn_logit_softcapping": cap, **write_scales(config)}
 
 
-FAMILY = Family(
-    title="Gemma 2",
-    model_type="gemma2",
-    classes={"Gemma2ForCausalLM": "GPT", "Gemma2Model": "GPT"},
-    config_class=GPTConfig,
+FAMILY = decoder.family(
+    "Gemma 2",
+    "gemma2",
+    "Gemma2",
+    {**DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     fields=FIELDS,
-    defaults={**DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     constants=CONSTANTS,
     fixed={"use_bidirectional_attention": None},
     read_more=lambda data: {**decoder.read_rope(data), **read_scales(data, pattern=2)},
     write_more=write_more,
-    prefix="model.",
-    depths=decoder.DEPTHS,
     names={**decoder.PROJECTIONS, **NORMS},
 )

@@ -10,7 +10,6 @@ from typing import Any
 from fastattn.models.checked import LAYER_TYPES
 from fastattn.models.config import GPTConfig
 from fastattn.models.families import decoder, gemma2
-from fastattn.models.families.family import Family
 
 GLOBAL, LOCAL = 1_000_000.0, 10_000.0  # bases of the rotary frequencies where a file is silent
 
@@ -50,23 +49,21 @@ def write_more(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    title="Gemma 3",
-    model_type="gemma3_text",
-    classes={"Gemma3ForCausalLM": "GPT", "Gemma3TextModel": "GPT"},
-    config_class=GPTConfig,
-    fields={k: name for k, name in gemma2.FIELDS.items() if k != "attn_logit_softcapping"},
-    defaults={
+FAMILY = decoder.family(
+    "Gemma 3",
+    "gemma3_text",
+    "Gemma3",
+    {
         **gemma2.DEFAULTS,
         "vocab_size": 262_208,
         "max_position_embeddings": 131_072,
         "sliding_window_pattern": 6,
     },
+    classes={"Gemma3ForCausalLM": "GPT", "Gemma3TextModel": "GPT"},
+    fields={k: name for k, name in gemma2.FIELDS.items() if k != "attn_logit_softcapping"},
     constants={**gemma2.CONSTANTS, "qk_norm": "head"},
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     read_more=read_more,
     write_more=write_more,
-    prefix="model.",
-    depths=decoder.DEPTHS,
     names={**decoder.PROJECTIONS, **gemma2.NORMS, **decoder.QK_NORMS},
 )

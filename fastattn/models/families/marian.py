@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.families import bart
-from fastattn.models.families.family import Family
 
 
 def _read(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,12 +25,11 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     return {**bart.write_more(config), "decoder_vocab_size": config.vocab_size}
 
 
-FAMILY = Family(
+FAMILY = dataclasses.replace(
+    bart.FAMILY,
     title="Marian",
     model_type="marian",
     classes={"MarianMTModel": "EncoderDecoder", "MarianModel": "EncoderDecoder"},
-    config_class=EncoderDecoderConfig,
-    fields=bart.FIELDS,
     defaults={
         **bart.DEFAULTS,
         "vocab_size": 58101,
@@ -42,11 +41,7 @@ FAMILY = Family(
     fixed={**bart.FIXED, "share_encoder_decoder_embeddings": True},
     read_more=_read,
     write_more=_write,
-    prefix="model.",
-    depths=bart.DEPTHS,
     # The table of sinusoids.
     ignored=re.compile(r"(encoder|decoder)\.embed_positions\.weight"),
-    aliases=bart.ALIASES,
-    zeros=bart.ZEROS,
     names=bart.NAMES,
 )

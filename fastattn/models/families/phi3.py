@@ -10,7 +10,6 @@ from typing import Any
 
 from fastattn.models.config import GPTConfig
 from fastattn.models.families import decoder
-from fastattn.models.families.family import Family
 
 FIRST = "original_max_position_embeddings"
 
@@ -40,36 +39,27 @@ def write_more(config: GPTConfig) -> dict[str, Any]:
     return data
 
 
-FAMILY = Family(
-    title="Phi 3",
-    model_type="phi3",
-    classes={"Phi3ForCausalLM": "GPT", "Phi3Model": "GPT"},
-    config_class=GPTConfig,
-    fields={
-        **decoder.FIELDS,
-        "resid_pdrop": "resid_pdrop",
-        "sliding_window": "sliding_window",
-    },
-    defaults={
+FAMILY = decoder.family(
+    "Phi 3",
+    "phi3",
+    "Phi3",
+    {
         "vocab_size": 32064,
         "max_position_embeddings": 4096,
         FIRST: 4096,
         "hidden_size": 3072,
         "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
-        "bos_token_id": 1,
         "eos_token_id": 32000,
         "pad_token_id": 32000,
-        "tie_word_embeddings": False,
     },
-    constants=decoder.CONSTANTS,
+    fields={
+        **decoder.FIELDS,
+        "resid_pdrop": "resid_pdrop",
+        "sliding_window": "sliding_window",
+    },
     read_more=read_more,
     write_more=write_more,
-    prefix="model.",
-    depths=decoder.DEPTHS,
     names={
         **decoder.REST,
         **decoder.PRE_NORMS,

@@ -7,21 +7,14 @@ from typing import Any
 
 from fastattn.models.config import GPTConfig
 from fastattn.models.families import decoder
-from fastattn.models.families.family import Family
 
 DEFAULTS = {
     "vocab_size": 151936,
     "max_position_embeddings": 32768,
-    "hidden_size": 4096,
     "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
     "num_key_value_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
     "bos_token_id": None,
     "eos_token_id": None,
-    "tie_word_embeddings": False,
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
@@ -54,17 +47,12 @@ def write_more(config: GPTConfig, head_dim: bool = False) -> dict[str, Any]:
     return data
 
 
-FAMILY = Family(
-    title="Qwen 2",
-    model_type="qwen2",
-    classes={"Qwen2ForCausalLM": "GPT", "Qwen2Model": "GPT"},
-    config_class=GPTConfig,
-    fields=decoder.FIELDS,
-    defaults=DEFAULTS,
+FAMILY = decoder.family(
+    "Qwen 2",
+    "qwen2",
+    "Qwen2",
+    DEFAULTS,
     constants={**decoder.CONSTANTS, "qkv_bias": True},
     read_more=read_more,
     write_more=write_more,
-    prefix="model.",
-    depths=decoder.DEPTHS,
-    names={**decoder.PROJECTIONS, **decoder.PRE_NORMS},
 )

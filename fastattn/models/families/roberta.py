@@ -7,18 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastattn.models.encoder_config import EncoderConfig
-from fastattn.models.families.encoder import (
-    POST_NORM_DEFAULTS,
-    POST_NORM_DEPTHS,
-    POST_NORM_FIELDS,
-    POST_NORM_FIXED,
-    classes,
-    post_norm_names,
-    read_labels,
-    with_heads,
-    write_more,
-)
-from fastattn.models.families.family import Family
+from fastattn.models.families.encoder import post_norm_family, read_labels, write_more
 
 
 def _read(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,44 +22,34 @@ def _write(config: EncoderConfig) -> dict[str, Any]:
     return {**write_more(config), "max_position_embeddings": rows}
 
 
-FAMILY = Family(
-    title="RoBERTa",
-    model_type="roberta",
-    classes=classes("Roberta"),
-    config_class=EncoderConfig,
-    fields=POST_NORM_FIELDS,
+FAMILY = post_norm_family(
+    "RoBERTa",
+    "Roberta",
+    {
+        "encoder.pooler": "classifier.dense",
+        "transform.dense": "lm_head.dense",
+        "transform.norm": "lm_head.layer_norm",
+        "decoder.weight": "lm_head.decoder.weight",
+        "decoder.bias": "lm_head.bias",
+        "classifier": "classifier.out_proj",
+        "tagger": "classifier",
+        "spans": "qa_outputs",
+    },
     defaults={
-        **POST_NORM_DEFAULTS,
         "vocab_size": 50265,
         "max_position_embeddings": 512,
         "pad_token_id": 1,
         "bos_token_id": 0,
         "eos_token_id": 2,
     },
+    fields={},
     constants={
         "positions": "counted",
         "pooler_dropout": True,
         "transform_activation": "gelu",  # whatever hidden_act is
     },
-    fixed=POST_NORM_FIXED,
     read_more=_read,
     write_more=_write,
-    prefix="roberta.",
-    depths=POST_NORM_DEPTHS,
-    ignored=re.compile(r"embeddings\.position_ids"),
     spare=re.compile(r"pooler\.dense\..*"),
     aliases={"lm_head.decoder.bias": "lm_head.bias"},
-    names=with_heads(
-        post_norm_names("roberta."),
-        {
-            "encoder.pooler": "classifier.dense",
-            "transform.dense": "lm_head.dense",
-            "transform.norm": "lm_head.layer_norm",
-            "decoder.weight": "lm_head.decoder.weight",
-            "decoder.bias": "lm_head.bias",
-            "classifier": "classifier.out_proj",
-            "tagger": "classifier",
-            "spans": "qa_outputs",
-        },
-    ),
 )

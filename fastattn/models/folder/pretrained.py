@@ -8,8 +8,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from fastattn.generation import GenerationConfig
-from fastattn.models.folder.layout import Weights
-from fastattn.models.folder.reading import described, read
+from fastattn.models.folder.layout import Weights, shared_names
+from fastattn.models.folder.reading import described
 from fastattn.models.folder.writing import save_pretrained
 from fastattn.models.sharing import SharedParameters
 from fastattn.nn.int8_weight import Int8Weight
@@ -33,6 +33,23 @@ class Pretrained(SharedParameters):
     config: Any
     family: str | None = None
     generation_config: GenerationConfig | None = None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        kind, ours = self.config_class.__name__, type(self).__name__
+        if not isinstance(config, self.config_class):
+            preset = f"{kind}.preset(name), " if hasattr(self.config_class, "preset") else ""
+            raise TypeError(
+                f"config must be {'an' if kind[0] in 'AEIOU' else 'a'} {kind}, got "
+                f"{type(config).__name__}: write {kind}(vocab_size=..., ...), {preset}or read a "
+                f"model with {ours}.from_pretrained(path)"
+            )
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     save_pretrained = save_pretrained
 
@@ -70,9 +87,12 @@ class Pretrained(SharedParameters):
                 convert them).
             ImportError: safetensors, gguf, or for a download huggingface_hub, is not installed.
         """
-        family, model, weights, settings = read(
+        family, model, each, settings = described(
             cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device, int8=int8
         )
+        weights = dict(each())
+        for other, first in shared_names(model):
+            weights[other] = weights[first]
         model.load_state_dict(weights, assign=True)
         for parameter in model.parameters():
             if isinstance(parameter, Int8Weight) or is_torchaos(parameter):

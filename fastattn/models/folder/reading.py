@@ -49,31 +49,6 @@ DOWNLOADED = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-def read(
-    cls: Any,
-    path: str | PathLike[str],
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    int8: bool = False,
-) -> tuple[Family, Any, dict[str, Tensor], GenerationConfig | None]:
-    """The family, the model on the meta device, its ``state_dict``, and how the folder would have
-    it generate.
-
-    ``cls`` is the class of the model; other arguments and errors are those of
-    `Pretrained.from_pretrained`.
-    """
-    family, model, each, settings = described(
-        cls, path, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device, int8=int8
-    )
-    weights = dict(each())
-    for other, first in shared_names(model):
-        weights[other] = weights[first]
-    return family, model, weights, settings
-
-
 def described(
     cls: Any,
     path: str | PathLike[str],
@@ -84,7 +59,12 @@ def described(
     device: torch.device | str | None = None,
     int8: bool = False,
 ) -> tuple[Family, Any, Weights, GenerationConfig | None]:
-    """`read`, but of the weights only the names and shapes are, and are checked."""
+    """The family, the model on the meta device, its weights, of which only the names and shapes
+    have been read and checked, and how the folder would have it generate.
+
+    ``cls`` is the class of the model; other arguments and errors are those of
+    `Pretrained.from_pretrained`.
+    """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(
             f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}"
@@ -278,9 +258,7 @@ def _check_layers(folder: Path, family: Family, config: Any, sources: dict[str, 
     for beginning, key in family.depths.items():
         pattern = re.compile(re.escape(beginning) + r"(\d+)\.")
         layers = {match[1] for name in sources if (match := pattern.match(name))}
-        field = family.fields[key]
-        count = getattr(config, field if isinstance(field, str) else field[0])
-        if count != len(layers):
+        if (count := family.depth(config, key)) != len(layers):
             raise ValueError(
                 f'{folder}: "{key}" of config.json is {count}, but the weights have {len(layers)} '
                 "layers"

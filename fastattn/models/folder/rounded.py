@@ -111,7 +111,7 @@ def read(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """The model on the meta device, and its ``state_dict``.
+    """The model on the meta device, and its weights.
 
     Raises:
         ValueError: weights are missing, unexpected, or of another shape or dtype; or torchao's are
@@ -122,9 +122,7 @@ def read(
     plain = dataclasses.replace(family, prefix="", renamed={}, ignored=None)
     sources = safetensors_sources(folder, plain, weight_files(folder))
     for key in family.depths.values():
-        field = family.fields[key]
-        count = getattr(config, field if isinstance(field, str) else field[0])
-        if count > len(sources):  # before so many are laid out
+        if (count := family.depth(config, key)) > len(sources):  # before so many are laid out
             raise ValueError(
                 f'{folder}: "{key}" of config.json is {count}, and there are {len(sources)} weights'
             )
@@ -168,10 +166,7 @@ def read(
             return Int8Weight(tensor.to(device), tuple(expected[name].shape), dtype)
         return tensor.to(device, dtype)
 
-    weights = {name: weight(name) for name in expected}
-    for other, first in shared_names(model):
-        weights[other] = weights[first]
-    return model, weights
+    return model, {name: weight(name) for name in expected}
 
 
 def _assembled(

@@ -103,9 +103,7 @@ class AttentionProblem:
             transformed=modes.transformed(),
         )
 
-    @property
-    def op(self) -> str:
-        return "attention"
+    op = "attention"
 
     @property
     def elements(self) -> int | None:

@@ -24,10 +24,6 @@ from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.common import dropout, modes
 
 
-def unsupported(problem: AttentionProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:

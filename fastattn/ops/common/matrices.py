@@ -1,4 +1,4 @@
-"""Tensors of ffn as matrices: the tokens of x, and the two layouts of a weight seen as one."""
+"""Tensors as kernels read them: tokens as rows, the two layouts of a weight seen as one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     if x.dim() != 2:
         x = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x` itself where it is contiguous, else a copy."""
+    return None if x is None else x.contiguous()
 
 
 def columns(weight: torch.Tensor, layout: str) -> torch.Tensor:

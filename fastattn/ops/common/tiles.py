@@ -51,6 +51,11 @@ LARGER = {
 }
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def tile(
     architecture: int,
     bytes_per_element: int,

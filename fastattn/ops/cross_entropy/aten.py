@@ -25,10 +25,6 @@ LARGE = 1 << 23
 BLOCK = 1 << 18
 
 
-def unsupported(problem: LossProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: LossProblem,
     logits: torch.Tensor,  # (..., V)

@@ -55,9 +55,7 @@ class LossProblem:
     needs_grad: bool
     transformed: bool
 
-    @property
-    def op(self) -> str:
-        return "cross_entropy"
+    op = "cross_entropy"
 
     @property
     def elements(self) -> int:

@@ -19,10 +19,6 @@ from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy.problem import LossProblem, Options, check_classes
 
 
-def unsupported(problem: LossProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: LossProblem,
     logits: torch.Tensor,  # (..., V)

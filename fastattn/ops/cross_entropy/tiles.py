@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastattn.ops.common.tiles import power_of_two
+
 
 class Tile(NamedTuple):
     """`rows` x `block` elements of one program."""
@@ -24,7 +26,7 @@ LARGEST = 4096
 
 
 def forward(classes: int) -> Tile:
-    block = min(LARGEST, 1 << max(0, classes - 1).bit_length())
+    block = min(LARGEST, power_of_two(classes))
     rows = min(32, max(1, 1024 // block))
     return Tile(rows, block, 4 if rows > 1 else max(1, block // 512))
 

@@ -23,10 +23,6 @@ from fastattn.ops.ffn.problem import FFNProblem
 from fastattn.ops.linear import product
 
 
-def unsupported(problem: FFNProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: FFNProblem,
     x: torch.Tensor,

@@ -43,9 +43,7 @@ class FFNProblem:
     needs_grad: bool
     transformed: bool
 
-    @property
-    def op(self) -> str:
-        return "ffn"
+    op = "ffn"
 
     @property
     def elements(self) -> int | None:

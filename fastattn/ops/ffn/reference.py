@@ -17,10 +17,6 @@ from fastattn.ops.common.activations import DEFINITIONS
 from fastattn.ops.ffn.problem import FFNProblem
 
 
-def unsupported(problem: FFNProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: FFNProblem,
     x: torch.Tensor,

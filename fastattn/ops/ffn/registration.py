@@ -1,13 +1,7 @@
-"""The kernel backends' way in: `torch.ops.fastattn.ffn` and its backward.
+"""The kernel backends' way in: `torch.ops.fastattn.ffn` and its backward (common/layers.py).
 
-Opaque to torch.compile, with fake implementations for tracing and autograd formulas up to the
-second derivative. `backend` names who runs the forward; if the user named it (`forced`), the
-backward stays on it too, else the backward chooses again.
-
-The forward returns (out, pre), pre = x w1 + b1 of shape (tokens, hidden), which is what a backward
-wants; with a gate (2, tokens, hidden), x gate + gate_bias after it. It has no elements unless
-`save_pre`. The backward computes what `needs` asks for (x, w1, b1, w2, b2, gate, gate_bias); the
-other gradients have no elements.
+Opaque to torch.compile, with fake implementations for tracing. pre = x w1 + b1, of shape (tokens,
+hidden); with a gate (2, tokens, hidden), x gate + gate_bias after it.
 """
 
 from __future__ import annotations
@@ -18,8 +12,7 @@ from typing import Any
 import torch
 
 from fastattn import backends
-from fastattn.ops.common import autograd, flops, recovery
-from fastattn.ops.common.matrices import gradient_like
+from fastattn.ops.common import flops, layers, recovery
 from fastattn.ops.ffn import reference
 from fastattn.ops.ffn.problem import FFNProblem, describe
 
@@ -46,9 +39,6 @@ def run_kernel(
     return torch.ops.fastattn.ffn(
         *tensors, problem.activation, problem.layout, save_pre, backend, forced
     )[0]
-
-
-# --- forward ------------------------------------------------------------------------------------
 
 
 def _forward(  # type: ignore[no-untyped-def]
@@ -87,27 +77,6 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     return x.new_empty((*leading, w2.shape[out_features])), pre
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, activation, layout, save_pre, backend, forced = inputs
-    _, pre = output
-    ctx.mark_non_differentiable(pre)
-    ctx.save_for_backward(*tensors, pre if save_pre else None)
-    ctx.options = (activation, layout, backend, forced)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, dout: torch.Tensor | None, _: None) -> tuple[Any, ...]:
-    if dout is None:
-        return (None,) * 12
-    needs = ctx.needs_input_grad[:7]
-    grads = torch.ops.fastattn.ffn_backward(dout, *ctx.saved_tensors, needs, *ctx.options)
-    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return *wanted, *(None,) * 5
-
-
-# --- backward -----------------------------------------------------------------------------------
-
-
 def _backward(  # type: ignore[no-untyped-def]
     dout, x, w1, b1, w2, b2, gate, gate_bias, pre, needs, activation, layout, backend, forced
 ):
@@ -123,35 +92,8 @@ def _backward(  # type: ignore[no-untyped-def]
     return _backward(dout, *tensors, pre, needs, activation, layout, name, forced)
 
 
-def _backward_fake(  # type: ignore[no-untyped-def]
-    dout, x, w1, b1, w2, b2, gate, gate_bias, pre, needs, activation, layout, backend, forced
-):
-    dx, dw1, db1, dw2, db2, dgate, dgate_bias = needs
-    nothing = (0,)
-    return (
-        x.new_empty(x.shape if dx else nothing),
-        gradient_like(w1) if dw1 else x.new_empty(nothing),
-        x.new_empty(b1.shape if db1 else nothing),
-        gradient_like(w2) if dw2 else x.new_empty(nothing),
-        x.new_empty(b2.shape if db2 else nothing),
-        gradient_like(gate) if dgate else x.new_empty(nothing),
-        x.new_empty(gate_bias.shape if dgate_bias else nothing),
-    )
-
-
-def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, _, ctx.needs, ctx.activation, ctx.layout, _, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _double_backward(ctx: Any, *directions: torch.Tensor | None) -> tuple[Any, ...]:
-    def gradients(dout: Any, *tensors: Any) -> list[torch.Tensor | None]:
-        problem = _problem(tensors, ctx.activation, ctx.layout)
-        out = reference.forward(problem, *tensors)
-        wanted = [t if need else None for t, need in zip(tensors, ctx.needs, strict=True)]
-        return autograd.first_derivative([out], wanted, [dout])
-
-    return *autograd.double_backward(gradients, ctx.saved_tensors, directions), *(None,) * 6
+def _formula(tensors: tuple[Any, ...], activation: str, layout: str) -> torch.Tensor:
+    return reference.forward(_problem(tensors, activation, layout), *tensors)
 
 
 def _problem(tensors: tuple[Any, ...], activation: str, layout: str) -> FFNProblem:
@@ -160,18 +102,11 @@ def _problem(tensors: tuple[Any, ...], activation: str, layout: str) -> FFNProbl
     return describe(x, w1, b1, w2, b2, activation, layout=layout, **gates)
 
 
-autograd.register(
-    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? gate_bias, "
-    "str activation, str layout, bool save_pre, str backend, bool forced) "
-    "-> (Tensor out, Tensor pre)",
-    _forward, _forward_fake, _setup_context, _autograd,
-)  # fmt: skip
-autograd.register(
-    "ffn_backward(Tensor dout, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-    "Tensor? gate, Tensor? gate_bias, Tensor? pre, bool[7] needs, str activation, str layout, "
-    "str backend, bool forced) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
-    "Tensor dgate, Tensor dgate_bias)",
-    _backward, _backward_fake, _backward_setup_context, _double_backward,
+layers.register(
+    "ffn",
+    "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? gate_bias",
+    "str activation, str layout",
+    _forward, _forward_fake, _backward, _formula,
 )  # fmt: skip
 
 # --- floating-point operations --------------------------------------------------------------------

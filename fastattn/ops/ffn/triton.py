@@ -26,8 +26,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fastattn import backends
 from fastattn.ops.common import launch
+from fastattn.ops.common import triton as of_kernels
 from fastattn.ops.common.matrices import as_rows, columns, gradient_like
 from fastattn.ops.common.triton.activated import empty_pre, launch_forward
 from fastattn.ops.common.triton.activations import activation_and_derivative
@@ -46,15 +46,9 @@ from fastattn.ops.ffn.problem import FFNProblem
 
 
 def unsupported(problem: FFNProblem) -> str | None:
-    if problem.transformed:
-        return "torch.func transforms and forward-mode AD need a differentiable backend"
-    if problem.dtype == torch.float64:
-        return "the Triton kernels compute in float32; torch and reference do float64"
-    if problem.dtype == torch.bfloat16 and backends.triton_runs() == "interpreted":
-        return "Triton's interpreter computes bfloat16 dots wrong"
     if problem.hidden > MAX_COLUMNS:
         return f"hidden {problem.hidden} is above {MAX_COLUMNS}"
-    return None
+    return of_kernels.unsupported(problem)
 
 
 # --- forward ------------------------------------------------------------------------------------

@@ -16,10 +16,6 @@ from fastattn.ops.layer_norm.problem import NormProblem
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def unsupported(problem: NormProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: NormProblem,
     x: torch.Tensor,

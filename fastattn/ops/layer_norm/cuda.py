@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fastattn.ops.common.matrices import as_rows
 from fastattn.ops.layer_norm import results
 from fastattn.ops.layer_norm.problem import NormProblem
 
@@ -46,7 +47,7 @@ def forward(
     hidden = x.shape[-1]
     torch.ops.fastattn_cuda.layer_norm_forward(
         out.view(-1, hidden), None if residual is None else stream.view(-1, hidden), statistics,
-        _as_rows(x), None if residual is None else _as_rows(residual),
+        as_rows(x), None if residual is None else as_rows(residual),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(), eps, center,
     )  # fmt: skip
@@ -76,15 +77,15 @@ def backward(
     bias_grad, has_dresidual = bias_dtype is not None, dresidual.numel() > 0
     if stream.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
-    stream = _as_rows(stream)
+    stream = as_rows(stream)
     partials = None
     if weight_grad or bias_grad:
         shape = (weight_grad + bias_grad, sum_blocks(stream.shape[0], hidden), hidden)
         partials = torch.empty(shape, dtype=torch.float32, device=device)
     torch.ops.fastattn_cuda.layer_norm_backward(
         dx.view(-1, hidden), dresidual.view(-1, hidden) if has_dresidual else None,
-        dweight if weight_grad else None, dbias if bias_grad else None, partials, _as_rows(dout),
-        None if dstream is None else _as_rows(dstream), stream,
+        dweight if weight_grad else None, dbias if bias_grad else None, partials, as_rows(dout),
+        None if dstream is None else as_rows(dstream), stream,
         None if weight is None else weight.contiguous(), statistics, center,
     )  # fmt: skip
     return dx, dresidual, dweight, dbias
@@ -99,16 +100,6 @@ def sum_blocks(rows: int, hidden: int) -> int:
     are written and read once. Few rows have fewer blocks, so that each has a few steps to sum over.
     """
     if hidden > LONGEST_WITH_SUMS:  # a kernel of its own: blocks of up to 1024 columns
-        return max(1, min(324 // _cdiv(hidden, 1024), _cdiv(rows, 16)))
+        return max(1, min(324 // -(-hidden // 1024), -(-rows // 16)))
     at_once = max(1, 2048 // hidden)  # rows of a block
-    return min(324 if 512 < hidden <= 768 else 216, _cdiv(rows, 4 * at_once))
-
-
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as (rows, hidden) with contiguous rows; a copy only if no view has that form."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return min(324 if 512 < hidden <= 768 else 216, -(-rows // (4 * at_once)))

@@ -17,10 +17,6 @@ from fastattn.ops.common import dropout
 from fastattn.ops.layer_norm.problem import NormProblem
 
 
-def unsupported(problem: NormProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: NormProblem,
     x: torch.Tensor,

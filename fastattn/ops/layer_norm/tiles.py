@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastattn import chips
+from fastattn.ops.common.tiles import power_of_two
 
 MAX_HIDDEN = 65536
 LEAST = 4  # dropout's random words come four at a time
@@ -74,8 +75,3 @@ def stages(architecture: int, tile: Tile, element_bytes: int) -> int:
     """
     shared = tile.rows * tile.block * (element_bytes + 4)
     return 2 if shared < chips.shared_memory(architecture) else 1
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()

@@ -237,15 +237,15 @@ def forward(
     }
     rows = x.shape[0]
     if tile.block < hidden:
-        chunks = _cdiv(hidden, tile.block)
+        chunks = triton.cdiv(hidden, tile.block)
         launch.launch(
             _forward_chunked_kernel, (rows,), *tensors, x_stride, residual_stride, chunks, eps,
             **switches,
         )  # fmt: skip
     else:
         launch.launch(
-            _forward_kernel, (_cdiv(rows, tile.rows),), *tensors, x_stride, residual_stride, rows,
-            eps, ROWS=tile.rows, **switches,
+            _forward_kernel, (triton.cdiv(rows, tile.rows),), *tensors, x_stride, residual_stride,
+            rows, eps, ROWS=tile.rows, **switches,
         )  # fmt: skip
     return out, stream, statistics
 
@@ -492,10 +492,12 @@ def backward(
     rows = stream.shape[0]
     processors = launch.multiprocessors(device)
     if whole:
-        programs = min(tile.programs * processors, _cdiv(rows, tile.rows))
+        programs = min(tile.programs * processors, triton.cdiv(rows, tile.rows))
     else:
-        blocks = _cdiv(hidden, columns.block)
-        programs = min(_cdiv(columns.programs * processors, blocks), _cdiv(rows, columns.rows))
+        blocks = triton.cdiv(hidden, columns.block)
+        programs = min(
+            triton.cdiv(columns.programs * processors, blocks), triton.cdiv(rows, columns.rows)
+        )
     shape = (weight_grad + bias_grad, programs, hidden)
     partials = torch.empty(shape, dtype=torch.float32, device=device)
 
@@ -529,7 +531,7 @@ def backward(
             ROWS=tile.rows, STAGES=stages, **gradients, **switches,
         )  # fmt: skip
     else:
-        chunks = _cdiv(hidden, tile.block)
+        chunks = triton.cdiv(hidden, tile.block)
         launch.launch(_backward_chunked_kernel, (rows,), *tensors, *strides, chunks, **switches)
     if not (weight_grad or bias_grad):
         return dx, dresidual, dweight, dbias
@@ -542,7 +544,7 @@ def backward(
         )  # fmt: skip
     last = tiles.PARTIALS
     launch.launch(
-        _partials_kernel, (_cdiv(hidden, last.block),), partials, dweight, dbias, programs,
+        _partials_kernel, (triton.cdiv(hidden, last.block),), partials, dweight, dbias, programs,
         HIDDEN=hidden, ROWS=last.rows, BLOCK=last.block, num_warps=last.num_warps, **gradients,
     )  # fmt: skip
     return dx, dresidual, dweight, dbias
@@ -579,7 +581,3 @@ def _registers(many: bool, num_warps: int) -> dict[str, int]:
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
     """A pointer for an argument that the kernel's switches leave alone."""
     return unused if tensor is None else tensor
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -16,10 +16,6 @@ from fastattn.ops.linear.few_rows import product
 from fastattn.ops.linear.problem import LinearProblem
 
 
-def unsupported(problem: LinearProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: LinearProblem, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

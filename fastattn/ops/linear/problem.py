@@ -27,9 +27,7 @@ class LinearProblem:
     needs_grad: bool
     transformed: bool
 
-    @property
-    def op(self) -> str:
-        return "linear"
+    op = "linear"
 
     @property
     def elements(self) -> int:

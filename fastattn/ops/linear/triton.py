@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn import backends
 from fastattn.ops.common import launch
+from fastattn.ops.common import triton as of_kernels
 from fastattn.ops.common.matrices import as_rows, gradient_like
 from fastattn.ops.common.triton.activated import launch_forward
 from fastattn.ops.common.triton.activations import activation_and_derivative
@@ -32,15 +32,9 @@ from fastattn.ops.linear.problem import LinearProblem
 def unsupported(problem: LinearProblem) -> str | None:
     if problem.activation is None:
         return "without an activation there is nothing to fuse: ATen's product adds the bias"
-    if problem.transformed:
-        return "torch.func transforms and forward-mode AD need a differentiable backend"
-    if problem.dtype == torch.float64:
-        return "the Triton kernels compute in float32; torch and reference do float64"
-    if problem.dtype == torch.bfloat16 and backends.triton_runs() == "interpreted":
-        return "Triton's interpreter computes bfloat16 dots wrong"
     if problem.out_features > MAX_COLUMNS:
         return f"out_features {problem.out_features} is above {MAX_COLUMNS}"
-    return None
+    return of_kernels.unsupported(problem)
 
 
 # --- forward ------------------------------------------------------------------------------------

@@ -39,10 +39,6 @@ CHUNK = 1 << 24
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def unsupported(problem: LinearLossProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: LinearLossProblem,
     x: torch.Tensor,  # (..., D)

@@ -34,9 +34,7 @@ class LinearLossProblem:
     needs: tuple[bool, bool, bool]  # gradients of x, weight, bias
     transformed: bool
 
-    @property
-    def op(self) -> str:
-        return "linear_cross_entropy"
+    op = "linear_cross_entropy"
 
     @property
     def elements(self) -> int:

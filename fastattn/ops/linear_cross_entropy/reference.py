@@ -16,10 +16,6 @@ from fastattn.ops.cross_entropy.problem import check_classes
 from fastattn.ops.linear_cross_entropy.problem import LinearLossProblem
 
 
-def unsupported(problem: LinearLossProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: LinearLossProblem,
     x: torch.Tensor,  # (..., D)

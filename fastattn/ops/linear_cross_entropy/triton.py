@@ -30,27 +30,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn import backends
 from fastattn.ops.common import launch
+from fastattn.ops.common.triton import unsupported
 from fastattn.ops.cross_entropy.problem import Options
 from fastattn.ops.cross_entropy.triton import kernels as of_logits
 from fastattn.ops.cross_entropy.triton.kernels import as_float32, rule_of, target_weight
 from fastattn.ops.cross_entropy.triton.rows import Rule, add_tile, gradient, join, loss, scores
 from fastattn.ops.linear_cross_entropy import tiles
 from fastattn.ops.linear_cross_entropy.gradients import Gradients
-from fastattn.ops.linear_cross_entropy.problem import LinearLossProblem
+
+__all__ = ["kernel_backward", "kernel_forward", "unsupported"]
 
 NEVER = ["rows", "splits", "ignore_index"]  # specialised
-
-
-def unsupported(problem: LinearLossProblem) -> str | None:
-    if problem.transformed:
-        return "torch.func transforms and forward-mode AD need a differentiable backend"
-    if problem.dtype == torch.float64:
-        return "the Triton kernels compute in float32; torch and reference do float64"
-    if problem.dtype == torch.bfloat16 and backends.triton_runs() == "interpreted":
-        return "Triton's interpreter computes bfloat16 dots wrong"
-    return None
 
 
 @triton.jit

@@ -22,10 +22,6 @@ from fastattn.ops.rotary.reference import of_tokens
 LEAST_IN_PLACE = 2**17  # elements
 
 
-def unsupported(problem: RotaryProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: RotaryProblem,
     q: torch.Tensor,

@@ -11,10 +11,6 @@ from fastattn.ops.common.rotation import rotated
 from fastattn.ops.rotary.problem import RotaryProblem
 
 
-def unsupported(problem: RotaryProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: RotaryProblem,
     q: torch.Tensor,

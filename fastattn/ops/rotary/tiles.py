@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastattn.ops.common.tiles import power_of_two
+
 MAX_HEAD_DIM = 4096
 ELEMENTS = 2048
 # Of the backward of a norm, a multiprocessor: programs loop over the tokens, and add up.
@@ -41,8 +43,3 @@ def _tile(head_dim: int, rotary_dim: int, heads: int, elements: int) -> Tile:
     rest = power_of_two(left) if left else 0
     fitting = max(1, elements // power_of_two(2 * pairs + rest))
     return Tile(min(fitting, power_of_two(heads)), pairs, rest)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()

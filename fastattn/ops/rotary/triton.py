@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fastattn import chips
 from fastattn.ops.common import launch
+from fastattn.ops.common.matrices import dense
 from fastattn.ops.rotary import results, tiles
 from fastattn.ops.rotary.problem import RotaryProblem
 
@@ -237,10 +238,10 @@ def forward(
     q, k = _by_heads(q), _by_heads(k)
     tile = tiles.forward(head_dim, rotary_dim, max(heads, kv_heads))
     angles, angle_strides, switches = _angles(cos, sin, positions, q, rotary_dim, interleaved, tile)
-    groups = _cdiv(heads, tile.heads)
+    groups = triton.cdiv(heads, tile.heads)
     launch.launch(
-        _rotate_kernel, (batch * seqlen, groups + _cdiv(kv_heads, tile.heads)),
-        q, k, _dense(q_weight), _dense(k_weight), *angles, *outs,
+        _rotate_kernel, (batch * seqlen, groups + triton.cdiv(kv_heads, tile.heads)),
+        q, k, dense(q_weight), dense(k_weight), *angles, *outs,
         *q.stride()[:3], *k.stride()[:3], *outs[0].stride()[:3], *outs[1].stride()[:3],
         *angle_strides, seqlen, heads, kv_heads, groups, cos.shape[-2], eps, weight_offset,
         BACK=back, **switches,
@@ -389,7 +390,7 @@ def backward(
     q, k = dq if q is None else _by_heads(q), dk if k is None else _by_heads(k)
     tile = tiles.backward(head_dim, rotary_dim, max(heads, kv_heads))
     angles, angle_strides, switches = _angles(cos, sin, positions, q, rotary_dim, interleaved, tile)
-    groups, kv_groups = _cdiv(heads, tile.heads), _cdiv(kv_heads, tile.heads)
+    groups, kv_groups = triton.cdiv(heads, tile.heads), triton.cdiv(kv_heads, tile.heads)
     tokens = batch * seqlen
     programs = min(tokens, tiles.PROGRAMS * launch.multiprocessors(q.device))
 
@@ -401,7 +402,7 @@ def backward(
     both = partials(q_weight_grad, groups), partials(k_weight_grad, kv_groups)
     launch.launch(
         _norm_backward_kernel, (programs, groups + kv_groups),
-        dq, dk, q, k, _dense(q_weight), _dense(k_weight), *angles, *outs, *both,
+        dq, dk, q, k, dense(q_weight), dense(k_weight), *angles, *outs, *both,
         *dq.stride()[:3], *dk.stride()[:3], *q.stride()[:3], *k.stride()[:3],
         *outs[0].stride()[:3], *outs[1].stride()[:3], *angle_strides,
         seqlen, heads, kv_heads, groups, cos.shape[-2], tokens, eps, weight_offset, **switches,
@@ -455,11 +456,3 @@ def _angles(
 def _by_heads(x: torch.Tensor) -> torch.Tensor:
     """x with its last dimension contiguous: itself, where it is."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _dense(weight: torch.Tensor | None) -> torch.Tensor | None:
-    return None if weight is None else weight.contiguous()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

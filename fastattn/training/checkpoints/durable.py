@@ -21,7 +21,8 @@ def seal(folder: Path, processes: Processes) -> None:
 
     Several processes, all of which must call it, share the work; the first writes the manifest.
     """
-    files = processes.gathered(_files(folder))[0]
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = processes.gathered({path.relative_to(folder).as_posix(): path for path in found})[0]
     own = list(files)[processes.rank :: processes.count]
 
     def hashed() -> dict[str, Entry]:
@@ -79,11 +80,6 @@ def _damage(folder: Path, rank: int, count: int) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return None
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def _entries(folder: Path, names: list[str]) -> dict[str, Entry]:

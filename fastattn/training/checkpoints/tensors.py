@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fastattn.training.distributed.processes import Processes, losses_named
 from fastattn.training.optional import require
+from fastattn.training.steps.gradients import local
 
 WHOLE = "tensors.safetensors"  # of one process
 
@@ -32,8 +32,7 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def local_bytes(tensors: Mapping[str, Tensor]) -> int:
     """The bytes of this process's parts."""
-    parts = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
-    return sum(part.nbytes for part in parts)
+    return sum(local(tensor).nbytes for tensor in tensors.values())
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:

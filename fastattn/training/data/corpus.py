@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.resources
 
+from fastattn.nn.checks import check_within
+
 CORPUS_FILES = ("english.txt", "chinese.txt")
 VALIDATION_FRACTION = 0.1
 
@@ -31,8 +33,7 @@ def split_text(text: str, validation_fraction: float = VALIDATION_FRACTION) -> t
     Raises:
         ValueError: a fraction out of range, or a text with too few lines to give each part one.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be in (0, 1); got {validation_fraction}")
+    check_within("validation_fraction", validation_fraction, "(0, 1)")
     cut = text.rfind("\n", 0, int(len(text) * (1 - validation_fraction))) + 1
     training, validation = text[:cut], text[cut:]
     if not training.strip() or not validation.strip():

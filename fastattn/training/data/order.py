@@ -60,7 +60,6 @@ class Shuffled(Batches):
         return self.objective.collate(examples, _random(self.seed, TRAINING, index))
 
     def once(self, first: int = 0, step: int = 1) -> Iterator[Batch]:
-        """Each example once, in the order of the data; the last batch may be smaller."""
         starts = range(0, len(self.examples), self.batch_size)
         for index, start in list(enumerate(starts))[first::step]:
             last = min(start + self.batch_size, len(self.examples))
@@ -126,7 +125,6 @@ class Packed(Batches):
         return self.objective.collate(pieces, _random(self.seed, TRAINING, index))
 
     def once(self, first: int = 0, step: int = 1) -> Iterator[Batch]:
-        """Each token once, in the order of the data; the last batch may be smaller."""
         stream = _Stream(numpy.arange(len(self.examples)), self._lengths.cumsum())
         starts = range(0, self._total, self.tokens)
         for index, start in list(enumerate(starts))[first::step]:

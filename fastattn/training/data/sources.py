@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from fastattn.files import local_path
+from fastattn.nn.checks import check_choice
 from fastattn.training.data.formats import Documents, Sourced, reader_of
 
 AnyPath = str | os.PathLike[str]
@@ -63,9 +64,7 @@ def read_records(
             message begins with the place.
         ImportError: a .parquet file, without the package `pyarrow`.
     """
-    if documents not in get_args(Documents):
-        accepted = ", ".join(map(repr, get_args(Documents)))
-        raise ValueError(f"documents must be one of {accepted}; got {documents!r}")
+    check_choice("documents", documents, get_args(Documents))
     return _records(find_files(paths), documents)
 
 

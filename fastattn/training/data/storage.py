@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 
 from fastattn.files import read_json
-from fastattn.nn.checks import check_integer
+from fastattn.nn.checks import check_integer, check_within
 from fastattn.training.contract import Example
 
 BLOCK = 1 << 20  # bytes that have one checksum; a multiple of every dtype's size
@@ -118,8 +118,7 @@ class Examples(Sequence[Example]):
         Raises:
             ValueError: `fraction` is not in (0, 1), or leaves nothing for one of the two.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"fraction must be in (0, 1); got {fraction}")
+        check_within("fraction", fraction, "(0, 1)")
         chosen = numpy.arange(len(self._table)) if self._chosen is None else self._chosen
         _, record = numpy.unique(self._table[chosen, 0], return_inverse=True)
         held_out = numpy.floor((record + 1) * fraction) > numpy.floor(record * fraction)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.fingerprints import as_json, difference
+from fastattn.training.steps.gradients import local
 
 
 def check_settings(processes: Processes, settings: Mapping[str, Any]) -> None:
@@ -100,10 +101,8 @@ def _part(tensor: Tensor) -> tuple[Any, ...]:
 
 def digest(tensor: Tensor) -> int:
     """The exclusive or of this process's bits of a tensor."""
-    local = tensor.detach()
-    if isinstance(local, DTensor):
-        local = local.to_local()
-    return int(torch.hash_tensor(local).view(torch.int64)) if local.numel() else 0
+    own = local(tensor.detach())
+    return int(torch.hash_tensor(own).view(torch.int64)) if own.numel() else 0
 
 
 def _listed(ranks: Mapping[int, object]) -> str:

@@ -15,11 +15,6 @@ from fastattn.training.contract import Batches, Objective
 from fastattn.training.distributed.parallel import Parallel
 
 
-def shared(objective: Objective) -> bool:
-    """Whether the objective says what it observes of a batch; else each process reads all."""
-    return type(objective).measure is Objective.measure
-
-
 def observations(
     model: torch.nn.Module,
     objective: Objective,

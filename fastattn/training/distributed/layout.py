@@ -11,13 +11,12 @@ and are processes of consecutive ranks, so of one machine.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastattn.nn.checks import check_integer, check_number
+from fastattn.nn.checks import check_bool, check_integer, check_within
 
 DIMENSIONS = ("replicate", "shard", "context", "tensor")  # outermost first
 
@@ -53,11 +52,9 @@ class DistributedConfig:
     def __post_init__(self) -> None:
         for name in DIMENSIONS:
             check_integer(name, getattr(self, name), at_least=0 if name == "shard" else 1)
-        if not isinstance(self.offload, bool):
-            raise TypeError(f"offload must be True or False, got {self.offload!r}")
+        check_bool("offload", self.offload)
         for name in ("lost_seconds", "step_minutes"):
-            if not 0 < check_number(name, getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            check_within(name, getattr(self, name), "(0, inf)", "positive and finite")
 
     def sizes(self, processes: int) -> tuple[int, ...]:
         """The sizes of DIMENSIONS for so many processes.

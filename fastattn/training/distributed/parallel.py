@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -49,7 +48,9 @@ class Parallel:
     Attributes:
         processes: the run's.
         device: this process's, where there are several; None for that of the model.
-        readers: how many groups of processes have batches of their own.
+        readers, reader: how many groups of processes have batches of their own, and which one is
+            this process's.
+        place: which part of each sequence is this process's.
         mesh: of all processes, with the dimensions of `layout`; None for one process.
     """
 
@@ -67,29 +68,19 @@ class Parallel:
         self.readers = replicate * self.shard
         self.device: torch.device | None = None
         self.mesh: DeviceMesh | None = None
-        self._reader = self._place = 0
+        self.reader = self.place = 0
         if count > 1:
             self.device = torch.device(self.processes.device)
             self.mesh, self._weights_mesh = meshes_of(self.config, self.device.type)
             coordinate = self.mesh.get_coordinate()
             assert coordinate is not None
-            self._reader = coordinate[0] * self.shard + coordinate[1]
-            self._place = coordinate[2]
+            self.reader = coordinate[0] * self.shard + coordinate[1]
+            self.place = coordinate[2]
 
     @property
     def sharded(self) -> bool:
         """Whether a process has only a part of each weight."""
         return self.shard > 1 or self.tensor > 1
-
-    @property
-    def reader(self) -> int:
-        """Which group of those that have batches of their own is this process's."""
-        return self._reader
-
-    @property
-    def place(self) -> int:
-        """Which part of each sequence is this process's."""
-        return self._place
 
     def check(self, config: TrainingConfig, objective: Objective) -> None:
         """
@@ -145,14 +136,6 @@ class Parallel:
             check_digests(self.processes, digests, "at the start")
         return model
 
-    def share(self, numbers: Sequence[int]) -> list[int]:
-        """Those of a step's batches that are this process's; the first may have one more."""
-        return list(numbers[self._reader :: self.readers])
-
-    def slots(self, numbers: Sequence[int]) -> int:
-        """How many of them each process runs, to exchange gradients with the others; 0 for one."""
-        return 0 if self.mesh is None else -(-len(numbers) // self.readers)
-
     def part(self, batch: Batch) -> Batch:
         """This process's part of each of the batch's sequences.
 
@@ -161,7 +144,7 @@ class Parallel:
         """
         if self.mesh is None or self.context == 1:
             return batch
-        return part_of(batch, self.mesh.get_group("context"), self._place, self.context)
+        return part_of(batch, self.mesh.get_group("context"), self.place, self.context)
 
     def summed(self, *values: float) -> list[float]:
         """The sums over all processes that have different tokens; all must call it."""

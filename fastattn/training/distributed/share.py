@@ -34,7 +34,10 @@ class Share:
             ValueError: on all processes: none of the step's targets counts.
         """
         numbers = range((step - 1) * config.accumulation, step * config.accumulation)
-        whole = [(number, training.batch(number)) for number in parallel.share(numbers)]
+        whole = [
+            (number, training.batch(number))
+            for number in numbers[parallel.reader :: parallel.readers]
+        ]
         own = [(number, parallel.part(batch)) for number, batch in whole if batch.counted]
         counted, tokens = parallel.summed(
             sum(batch.counted for _, batch in own),
@@ -43,7 +46,8 @@ class Share:
         if not counted:
             raise ValueError(f"step {step}: none of its targets counts in the loss")
         weights = [batch.counted / counted for _, batch in own]
-        if (missing := parallel.slots(numbers) - len(own)) > 0:
+        slots = 0 if parallel.mesh is None else -(-len(numbers) // parallel.readers)
+        if (missing := slots - len(own)) > 0:
             candidates = ((number, training.batch(number)) for number in numbers)
             number, batch = next(pair for pair in candidates if pair[1].counted)
             own += [(number, parallel.part(batch))] * missing

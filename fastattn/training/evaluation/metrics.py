@@ -11,7 +11,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import numpy.typing
@@ -44,32 +44,17 @@ def accuracy(predictions: numpy.typing.ArrayLike, references: numpy.typing.Array
     return float(numpy.mean(given == wanted))
 
 
-def f1(
-    predictions: numpy.typing.ArrayLike,
-    references: numpy.typing.ArrayLike,
-    average: Literal["macro", "micro"] = "macro",
-) -> float:
-    """The harmonic mean of precision and recall of classes, 2 TP / (2 TP + FP + FN).
+def f1(predictions: numpy.typing.ArrayLike, references: numpy.typing.ArrayLike) -> float:
+    """The macro F1: the mean of 2 TP / (2 TP + FP + FN) over the classes that occur in either.
 
-    Args:
-        predictions, references: (n,) classes, by number or by name; n is at least 1.
-        average: "macro", the mean of each class's F1 over the classes that occur in either;
-            "micro", of the counts of all classes together, which equals `accuracy` since every
-            sequence has one class.
-
-    Raises:
-        TypeError: one has numbers and the other names.
-        ValueError: the shapes do not fit, or the average has another name.
+    Of the counts of all classes together, F1 is `accuracy`, since every sequence has one class.
+    Arguments and errors are those of `accuracy`.
     """
-    if average not in ("macro", "micro"):
-        raise ValueError(f"average must be 'macro' or 'micro', got {average!r}")
     given, wanted = _classes(predictions, references)
     names, numbers = numpy.unique(numpy.concatenate([given, wanted]), return_inverse=True)
     predicted = numpy.bincount(numbers[: len(given)], minlength=len(names))
     actual = numpy.bincount(numbers[len(given) :], minlength=len(names))
     right = numpy.bincount(numbers[: len(given)][given == wanted], minlength=len(names))
-    if average == "micro":
-        return float(2 * right.sum() / (predicted.sum() + actual.sum()))
     return float(numpy.mean(2 * right / (predicted + actual)))  # no class has 0 + 0
 
 
@@ -206,7 +191,7 @@ def bleu(
         ValueError: the lengths differ, or there is no sentence.
         ImportError: sacrebleu is not installed.
     """
-    sacrebleu = _sacrebleu("BLEU")
+    sacrebleu = require("sacrebleu", "evaluate", "BLEU")
     streams = _streams(predictions, references)
     return float(sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize).score)
 
@@ -216,7 +201,7 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
     Arguments and errors are those of `bleu`; characters need no tokenizer.
     """
-    sacrebleu = _sacrebleu("chrF")
+    sacrebleu = require("sacrebleu", "evaluate", "chrF")
     streams = _streams(predictions, references)
     return float(sacrebleu.corpus_chrf(list(predictions), streams).score)
 
@@ -296,7 +281,3 @@ def _streams(
             f"got {', '.join(map(str, sorted(counts)))}"
         )
     return [list(stream) for stream in zip(*references)]
-
-
-def _sacrebleu(metric: str) -> Any:
-    return require("sacrebleu", "evaluate", metric)

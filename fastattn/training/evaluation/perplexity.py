@@ -121,14 +121,13 @@ def context_of(model: Any, context: int | None) -> int:
     Raises:
         TypeError, ValueError: it does not fit, or the model has no limit of its own.
     """
-    most = getattr(model.config, "short_positions", None) or longest_sequence(model)
-    if context is None and most is None:
-        raise ValueError(
-            f"context must be given: {type(model).__name__} has no limit of its own that its "
-            "config names"
-        )
+    most: int | None = getattr(model.config, "short_positions", None) or longest_sequence(model)
     if context is None:
-        assert most is not None
+        if most is None:
+            raise ValueError(
+                f"context must be given: {type(model).__name__} has no limit of its own that its "
+                "config names"
+            )
         return most
     check_integer("context", context, at_least=1)
     if most is not None and context > most:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record
-from fastattn.training.evaluation.metrics import perplexity
+from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.objectives.collation import packed_batch
-from fastattn.training.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,16 +33,7 @@ class Causal(Objective):
     settings_class = CausalSettings
     fields = ("input_ids",)
     packs = True
-    model_class = "GPT"
-    auto_class = "AutoModelForCausalLM"
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: CausalSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        super().__init__(tokenizer, settings or CausalSettings(), interface)
+    of_text = True
 
     def encode(self, record: Record) -> Iterable[Example]:
         text = self.text(record, self.settings.field)
@@ -55,8 +43,3 @@ class Causal(Objective):
     def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
         ids = [example["input_ids"] for example in examples]
         return packed_batch(ids, ids, self.interface)
-
-    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
-        """The loss, and the perplexity: its exponential."""
-        measured = super().conclude(observed)
-        return {**measured, "perplexity": perplexity(measured["loss"], 1)}

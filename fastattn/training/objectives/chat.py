@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 
 from fastattn.ops.cross_entropy import IGNORED
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record
+from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.dialogue import TEMPLATE, TURN_TOKENS, encode_dialogue
-from fastattn.training.evaluation.metrics import perplexity
 from fastattn.training.objectives.collation import packed_batch
-from fastattn.training.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,10 @@ class Chat(Objective):
     fields = ("input_ids", "answer")
     packs = True
     extra_tokens = TURN_TOKENS
+    of_text = True
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: ChatSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        super().__init__(tokenizer, settings or ChatSettings(), interface)
+    def _derive(self) -> None:
+        tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
             turns = [tokenizer.token_to_id(token) for token in TURN_TOKENS]
             if not tokenizer.special_ids.issuperset(turns):
@@ -83,8 +76,3 @@ class Chat(Objective):
             for example in examples
         ]
         return packed_batch(ids, labels, self.interface)
-
-    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
-        """ "loss" of a token of the answers, and "perplexity", its exponential."""
-        measured = super().conclude(observed)
-        return {**measured, "perplexity": perplexity(measured["loss"], 1)}

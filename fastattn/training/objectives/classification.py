@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn.nn.checks import check_integer
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
+from fastattn.training.contract import Batch, Example, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
 from fastattn.training.objectives import sequences
-from fastattn.training.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,10 @@ class Classification(Objective):
     auto_class = "AutoModelForSequenceClassification"
     roles = ("cls", "sep", "pad")
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: ClassificationSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        settings = settings or ClassificationSettings()
-        super().__init__(tokenizer, settings, interface)
+    def _derive(self) -> None:
+        settings = self.settings
         self.labels = sequences.check_labels(settings.labels)
-        self._layout = tokenizer.layout(pair=bool(settings.pair_field))
+        self._layout = self.tokenizer.layout(pair=bool(settings.pair_field))
         self._room = sequences.room(self._layout, settings.context)
         if settings.pair_field and not len(self._layout.between):
             raise ValueError(

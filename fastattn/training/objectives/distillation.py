@@ -18,11 +18,10 @@ from torch import Tensor
 
 import fastattn
 from fastattn.models import load
-from fastattn.nn.checks import check_number
+from fastattn.nn.checks import check_within
 from fastattn.ops.common import modes
 from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch, Interface
-from fastattn.training.evaluation.metrics import perplexity
 from fastattn.training.objectives.causal import Causal, CausalSettings
 from fastattn.training.optional import require
 from fastattn.training.tokenizer import Tokenizer
@@ -47,12 +46,8 @@ class DistillationSettings(CausalSettings):
     def __post_init__(self) -> None:
         if not isinstance(self.teacher, str) or not self.teacher:
             raise ValueError(f"teacher must be the folder of a model, got {self.teacher!r}")
-        check_number("temperature", self.temperature)
-        check_number("alpha", self.alpha)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        check_within("temperature", self.temperature, "(0, inf)", "positive and finite")
+        check_within("alpha", self.alpha, "[0, 1]")
 
 
 class Distillation(Causal):
@@ -61,50 +56,38 @@ class Distillation(Causal):
     name = "distillation"
     settings_class = DistillationSettings
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: DistillationSettings,
-        interface: Interface = "fastattn",
-    ) -> None:
+    def _derive(self) -> None:
         """Read the teacher.
 
         Raises:
             FileNotFoundError, ValueError: the folder holds no model, or no tokenizer, or one with
                 another vocabulary.
         """
-        super().__init__(tokenizer, settings, interface)
-        theirs = Tokenizer.load(settings.teacher)
-        if theirs.vocabulary != tokenizer.vocabulary:
+        folder = self.settings.teacher
+        theirs = Tokenizer.load(folder)
+        if theirs.vocabulary != self.tokenizer.vocabulary:
             raise ValueError(
-                f"the teacher {settings.teacher} has another vocabulary, of {theirs.vocab_size} "
-                f"tokens, than the student, of {tokenizer.vocab_size}: take its tokenizer for the "
-                "student"
+                f"the teacher {folder} has another vocabulary, of {theirs.vocab_size} tokens, than "
+                f"the student, of {self.tokenizer.vocab_size}: take its tokenizer for the student"
             )
-        self.teacher = _frozen(settings.teacher, interface)
+        self.teacher = _frozen(folder, self.interface)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The weighted sum, a mean over the targets that count."""
         divergence, own = self._losses(model, batch)
         return self.settings.alpha * divergence + (1 - self.settings.alpha) * own
 
-    def measure(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def observe(self, model: torch.nn.Module, batch: Batch) -> Any:
+        losses = [loss.item() for loss in self._losses(model, batch)]
+        return (losses if batch.counted else [0.0, 0.0]), batch.counted
+
+    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
         """The loss, its parts "divergence" and "cross_entropy", and the latter's perplexity."""
-        totals, counted = torch.zeros(2, dtype=torch.float64), 0
-        for batch in batches:
-            if batch.counted:
-                losses = torch.stack(self._losses(model, batch)).double().cpu()
-                totals += losses * batch.counted
-                counted += batch.counted
-        if not counted:
-            raise ValueError("the validation data have no target that counts in the loss")
-        divergence, own = (totals / counted).tolist()
-        return {
-            "loss": self.settings.alpha * divergence + (1 - self.settings.alpha) * own,
-            "divergence": divergence,
-            "cross_entropy": own,
-            "perplexity": perplexity(own, 1),
-        }
+        both = [*observed]
+        parts = [super(Distillation, self).conclude((x[i], n) for x, n in both) for i in (0, 1)]
+        divergence, own = (part["loss"] for part in parts)
+        loss = self.settings.alpha * divergence + (1 - self.settings.alpha) * own
+        return {**parts[1], "loss": loss, "divergence": divergence, "cross_entropy": own}
 
     def _losses(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """temperature^2 * KL(teacher || student), and the student's causal loss."""

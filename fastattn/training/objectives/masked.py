@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy
 
-from fastattn.nn.checks import check_integer, check_number
+from fastattn.nn.checks import check_bool, check_integer, check_within
 from fastattn.ops.cross_entropy import IGNORED
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record
+from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.objectives.collation import padded, padded_inputs
 from fastattn.training.tokenizer import Tokenizer
 
@@ -44,11 +44,8 @@ class MaskedSettings:
 
     def __post_init__(self) -> None:
         check_integer("context", self.context, at_least=3)  # a token between "cls" and "sep"
-        check_number("probability", self.probability)
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"probability must be in (0, 1], got {self.probability}")
-        if not isinstance(self.whole_words, bool):
-            raise TypeError(f"whole_words must be True or False, got {self.whole_words!r}")
+        check_within("probability", self.probability, "(0, 1]")
+        check_bool("whole_words", self.whole_words)
 
 
 class Masked(Objective):
@@ -61,14 +58,8 @@ class Masked(Objective):
     auto_class = "AutoModelForMaskedLM"
     roles = ("mask", "cls", "sep", "pad")
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: MaskedSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        """Raises ValueError: the tokenizer has no mask token."""
-        super().__init__(tokenizer, settings or MaskedSettings(), interface)
+    def _derive(self) -> None:
+        tokenizer = self.tokenizer
         self.mask = tokenizer.token("mask")
         ids = set(tokenizer.vocabulary.values())  # some tokenizers leave numbers out
         self._ordinary = numpy.array(sorted(ids - tokenizer.special_ids))

@@ -15,11 +15,10 @@ import numpy
 import torch
 
 from fastattn.nn.checks import check_integer
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
+from fastattn.training.contract import Batch, Example, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
 from fastattn.training.objectives import sequences
 from fastattn.training.objectives.spans import Answer, Reading, best_spans, ranked
-from fastattn.training.tokenizer import Tokenizer
 
 END = -1  # of a text among several; also the place of a token that is not of the passage
 
@@ -81,14 +80,8 @@ class QuestionAnswering(Objective):
     auto_class = "AutoModelForQuestionAnswering"
     roles = ("cls", "sep", "pad")
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: QuestionAnsweringSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        settings = settings or QuestionAnsweringSettings()
-        super().__init__(tokenizer, settings, interface)
+    def _derive(self) -> None:
+        tokenizer, settings = self.tokenizer, self.settings
         self._layout = tokenizer.layout(pair=True)
         before = self._layout.before[:, 0].tolist()
         if tokenizer.token("cls") not in before:

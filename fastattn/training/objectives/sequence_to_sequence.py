@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 
 from fastattn.nn.checks import check_integer
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record
-from fastattn.training.evaluation.metrics import perplexity
+from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.objectives.collation import encoder_decoder_batch
-from fastattn.training.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,10 @@ class SequenceToSequence(Objective):
     model_class = "EncoderDecoder"
     auto_class = "AutoModelForSeq2SeqLM"
     roles = ("pad",)
+    of_text = True
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: SequenceToSequenceSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        super().__init__(tokenizer, settings or SequenceToSequenceSettings(), interface)
-        self._before = [tokenizer.token("cls")] if "cls" in tokenizer.roles else []
+    def _derive(self) -> None:
+        self._before = [self.tokenizer.token("cls")] if "cls" in self.tokenizer.roles else []
 
     def encode(self, record: Record) -> Iterable[Example]:
         target = self.text(record, self.settings.target)
@@ -80,8 +72,3 @@ class SequenceToSequence(Objective):
     def collate(self, examples: Sequence[Example], random: numpy.random.Generator) -> Batch:
         sources, targets = ([example[name] for example in examples] for name in self.fields)
         return encoder_decoder_batch(sources, targets, self.tokenizer, self.interface)
-
-    def conclude(self, observed: Iterable[Any]) -> dict[str, float]:
-        """The loss, and the perplexity: its exponential."""
-        measured = super().conclude(observed)
-        return {**measured, "perplexity": perplexity(measured["loss"], 1)}

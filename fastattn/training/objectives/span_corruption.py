@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 import numpy
 
-from fastattn.nn.checks import check_integer, check_number
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record
+from fastattn.nn.checks import check_integer, check_within
+from fastattn.training.contract import Batch, Example, Objective, Record
 from fastattn.training.objectives.collation import encoder_decoder_batch
-from fastattn.training.tokenizer import Tokenizer
 
 SENTINELS = 100  # T5's: enough for contexts of 1,800 tokens
 
@@ -42,14 +41,8 @@ class SpanCorruptionSettings:
 
     def __post_init__(self) -> None:
         check_integer("context", self.context, at_least=3)  # a token, a sentinel, the end of text
-        for name in ("noise_density", "mean_span_length"):
-            check_number(name, getattr(self, name))
-        if not 0 < self.noise_density < 1:
-            raise ValueError(f"noise_density must be in (0, 1), got {self.noise_density}")
-        if not 1 <= self.mean_span_length < float("inf"):
-            raise ValueError(
-                f"mean_span_length must be finite and at least 1, got {self.mean_span_length}"
-            )
+        check_within("noise_density", self.noise_density, "(0, 1)")
+        check_within("mean_span_length", self.mean_span_length, "[1, inf)", "finite and at least 1")
 
     def counts(self, length: int) -> tuple[int, int]:
         """How many of `length` tokens, at least 2, are cut out, and in how many spans."""
@@ -74,16 +67,9 @@ class SpanCorruption(Objective):
     roles = ("pad",)
     extra_tokens = tuple(f"<extra_id_{i}>" for i in reversed(range(SENTINELS)))  # as T5's ids
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: SpanCorruptionSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        """Raises ValueError: the tokenizer has too few sentinels for the context."""
-        super().__init__(tokenizer, settings or SpanCorruptionSettings(), interface)
+    def _derive(self) -> None:
         self._sentinels: list[int] = []
-        while (i := tokenizer.token_to_id(f"<extra_id_{len(self._sentinels)}>")) is not None:
+        while (i := self.tokenizer.token_to_id(f"<extra_id_{len(self._sentinels)}>")) is not None:
             self._sentinels.append(i)
         # Tokens of a text whose corruption just fits; the last one of them that does.
         fits = itertools.takewhile(

@@ -11,11 +11,10 @@ import torch
 
 from fastattn.nn.checks import check_integer
 from fastattn.ops.cross_entropy import IGNORED
-from fastattn.training.contract import Batch, Example, Interface, Objective, Record, loss_of
+from fastattn.training.contract import Batch, Example, Objective, Record, loss_of
 from fastattn.training.evaluation import metrics
 from fastattn.training.objectives import sequences
 from fastattn.training.objectives.collation import padded
-from fastattn.training.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,11 @@ class TokenClassification(Objective):
     auto_class = "AutoModelForTokenClassification"
     roles = ("cls", "sep", "pad")
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: TokenClassificationSettings | None = None,
-        interface: Interface = "fastattn",
-    ) -> None:
-        settings = settings or TokenClassificationSettings()
-        super().__init__(tokenizer, settings, interface)
-        self.labels = sequences.check_labels(settings.labels)
+    def _derive(self) -> None:
+        self.labels = sequences.check_labels(self.settings.labels)
         metrics.spans(self.labels)  # they are IOB2's
-        self._layout = tokenizer.layout()
-        self._room = sequences.room(self._layout, settings.context)
+        self._layout = self.tokenizer.layout()
+        self._room = sequences.room(self._layout, self.settings.context)
 
     def encode(self, record: Record) -> Iterable[Example]:
         words = self._list(record, self.settings.words_field)

@@ -12,13 +12,12 @@ joins by a coin of its own (Poisson sampling) and whose sum of gradients gets Ga
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fastattn.nn.checks import check_integer, check_number, check_seed
+from fastattn.nn.checks import check_choice, check_integer, check_seed, check_within
 from fastattn.training.optional import require
 
 PRV_EPSILON = 50  # far above it a process was killed for its memory
@@ -56,14 +55,12 @@ class PrivacyConfig:
     def __post_init__(self) -> None:
         for name in ("epsilon", "noise_multiplier"):
             value = getattr(self, name)
-            if value is not None and not 0 < check_number(name, value) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+            if value is not None:
+                check_within(name, value, "(0, inf)", "positive and finite")
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ValueError("epsilon and noise_multiplier exclude each other: give one of them")
-        if not 0 < check_number("delta", self.delta) < 1:
-            raise ValueError(f"delta must be in (0, 1), got {self.delta!r}")
-        if self.accountant not in ("prv", "rdp"):
-            raise ValueError(f'accountant must be "prv" or "rdp", got {self.accountant!r}')
+        check_within("delta", self.delta, "(0, 1)")
+        check_choice("accountant", self.accountant, ("prv", "rdp"))
         if self.accountant == "prv" and self.epsilon is not None and self.epsilon > PRV_EPSILON:
             raise ValueError(_too_large(self.epsilon))
         check_integer("examples_at_once", self.examples_at_once, at_least=1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import numpy.typing
@@ -119,18 +120,14 @@ def attacks(
     texts = [*members, *others]
     count = len(members)
 
-    def probabilities(subject: torch.nn.Module, own: Tokenizer) -> list[torch.Tensor]:
-        return log_probabilities(
-            subject, own, texts, context=context, batch_size=batch_size, on_progress=on_progress
-        )
-
-    found = probabilities(model, tokenizer)
+    how: Any = {"context": context, "batch_size": batch_size, "on_progress": on_progress}
+    found = log_probabilities(model, tokenizer, texts, **how)
     scores = {
         "loss": [values.mean().item() for values in found],
         "min_k": [_least(values) for values in found],
     }
     if reference is not None:
-        without = probabilities(*reference)
+        without = log_probabilities(*reference, texts, **how)
         scores["reference"] = [
             (values.sum() - other.sum()).item() / len(text.encode())
             for values, other, text in zip(found, without, texts)

@@ -101,7 +101,6 @@ class Sampled(Batches):
         return self._rows(numpy.flatnonzero(joins), index)
 
     def once(self, first: int = 0, step: int = 1) -> Iterator[Batch]:
-        """Each example once, in the order of the data; the last batch may be smaller."""
         starts = range(0, len(self.examples), self.batch_size)
         for index, start in list(enumerate(starts))[first::step]:
             last = min(start + self.batch_size, len(self.examples))

@@ -72,7 +72,9 @@ def model(settings: ModelSettings, objective: Objective, device: torch.device) -
     dtype = getattr(torch, settings.dtype)
     fresh: set[str] = set()
     if settings.folder is None:
-        made = _new(settings, objective).to(device, dtype)
+        cls, config = getattr(models, objective.model_class), _config(settings, objective)
+        _check_size(cls, config)
+        made = cls(config).to(device, dtype)
     elif settings.library == "transformers":
         made, fresh = _of_transformers(settings, objective, dtype)
         made.to(device)
@@ -124,13 +126,6 @@ def deferred(
     if (end := getattr(objective, "end_of_turn", None)) is not None:
         _stop_at(made, end)
     return made, weights
-
-
-def _new(settings: ModelSettings, objective: Objective) -> Any:
-    config = _config(settings, objective)
-    cls = getattr(models, objective.model_class)
-    _check_size(cls, config)
-    return cls(config)
 
 
 def _config(settings: ModelSettings, objective: Objective) -> Any:

@@ -102,7 +102,6 @@ class Estimate:
     """The sizes of a run, and what was measured of its first steps.
 
     Attributes:
-        parameters, trained: how many there are, and how many of them are trained.
         weights, optimizer: bytes of parameters and buffers; of the optimisers' states and the
             average of the weights.
         working: bytes that a step needs beside these at its peak: activations and gradients.
@@ -110,8 +109,6 @@ class Estimate:
         seconds: of a step; validations and checkpoints come on top.
     """
 
-    parameters: int
-    trained: int
     weights: int
     optimizer: int
     working: int
@@ -128,8 +125,8 @@ def estimated(
     allocated there.
     """
     own = [*{id(t): t for t in (*model.parameters(), *model.buffers())}.values()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    average = sum(p.nbytes for p in trained) if config.ema_decay else 0
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    average = trained if config.ema_decay else 0
     states = sum(
         (1 if isinstance(optimizer, torch.optim.Muon) else 2) * parameter.nbytes
         for optimizer in optimizers_of(model, config)
@@ -139,8 +136,6 @@ def estimated(
     working = _working(model, objective, training, config, own)
     history = train(model, objective, training, dataclasses.replace(config, steps=2))
     return Estimate(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        trained=sum(parameter.numel() for parameter in trained),
         weights=sum(tensor.nbytes for tensor in own),
         optimizer=states + average,
         working=working,

@@ -22,6 +22,7 @@ The output folder then has
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import re
@@ -371,7 +372,7 @@ def _saver(run: Run, folder: Path) -> Callable[[torch.nn.Module, Path], None]:
             config = getattr(plain, "config", None)
             if not isinstance(config, GPTConfig):
                 raise
-            without: Any = _view(plain)
+            without: Any = copy.copy(plain)  # with the same parameters
             without.config = dataclasses.replace(
                 config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
             )
@@ -380,13 +381,6 @@ def _saver(run: Run, folder: Path) -> Callable[[torch.nn.Module, Path], None]:
             shutil.copyfile(file, target / file.name)
 
     return save
-
-
-def _view(module: torch.nn.Module) -> torch.nn.Module:
-    """The same parameters and modules in another module of its class."""
-    view = type(module).__new__(type(module))
-    view.__dict__.update(module.__dict__)
-    return view
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastattn import models
-from fastattn.nn.checks import check_integer, check_number
+from fastattn.nn.checks import check_integer, check_within
 from fastattn.training.contract import Objective
 from fastattn.training.data.formats import Documents
 from fastattn.training.distributed.layout import DistributedConfig
@@ -106,9 +106,7 @@ class DataSettings:
     documents: Documents = "file"
 
     def __post_init__(self) -> None:
-        fraction = check_number("validation_fraction", self.validation_fraction)
-        if not 0 <= fraction < 1:
-            raise ValueError(f"validation_fraction must be in [0, 1), got {fraction}")
+        check_within("validation_fraction", self.validation_fraction, "[0, 1)")
         if not self.training:
             raise ValueError("training must name at least one file or folder")
 
@@ -212,9 +210,9 @@ class Run:
     def tables(self) -> dict[str, dict[str, Any]]:
         """The tables of a config that describes the run, with every field said."""
         return {
-            name: {"name": self.objective.name, **_values(self.objective.settings)}
+            name: {"name": self.objective.name, **vars(self.objective.settings)}
             if name == "objective"
-            else _values(getattr(self, name))
+            else dict(vars(getattr(self, name)))
             for name in names(Run)
         }
 
@@ -254,8 +252,3 @@ def _objective(
     values = {key: value for key, value in shared.items() if key in known}
     values |= {key: value for key, value in table.items() if key != "name"}
     return ObjectiveSettings(name, filled(cls, values, "objective", keys))
-
-
-def _values(settings: Any) -> dict[str, Any]:
-    """Its fields, and nothing of what is in them."""
-    return {name: getattr(settings, name) for name in names(settings)}

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
-from fastattn.nn.checks import check_integer, check_number, check_seed
+from fastattn.nn.checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    check_seed,
+    check_within,
+)
 from fastattn.training.steps.schedules import SCHEDULES
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -77,36 +83,25 @@ class TrainingConfig:
         for name in ("warmup_steps", "evaluation_tokens"):
             check_integer(name, getattr(self, name), at_least=0)
         check_seed("seed", check_integer("seed", self.seed))
-        for name in (
-            "learning_rate", "final_learning_rate", "decay_share", "weight_decay",
-            "max_gradient_norm", "ema_decay",
-        ):  # fmt: skip
-            check_number(name, getattr(self, name))
         rate, final = self.learning_rate, self.final_learning_rate
-        _check("learning_rate", rate, 0 < rate < math.inf, "positive and finite")
-        _check("final_learning_rate", final, 0 <= final <= rate, f"in [0, learning_rate={rate:g}]")
-        _check("decay_share", self.decay_share, 0 < self.decay_share <= 1, "in (0, 1]")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
-        _check("max_gradient_norm", self.max_gradient_norm, self.max_gradient_norm > 0, "positive")
-        _check("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
-        if not isinstance(self.activation_checkpointing, bool):
-            raise TypeError(
-                "activation_checkpointing must be True or False, "
-                f"got {self.activation_checkpointing!r}"
-            )
+        check_within("learning_rate", rate, "(0, inf)", "positive and finite")
+        check_within(
+            "final_learning_rate", final, f"[0, {rate}]", f"in [0, learning_rate={rate:g}]"
+        )
+        check_within("decay_share", self.decay_share, "(0, 1]")
+        check_within("weight_decay", self.weight_decay, "[0, inf)", "at least 0")
+        check_within("max_gradient_norm", self.max_gradient_norm, "(0, inf]", "positive")
+        check_within("ema_decay", self.ema_decay, "[0, 1)")
+        check_bool("activation_checkpointing", self.activation_checkpointing)
         if not isinstance(self.betas, (tuple, list)):
             raise TypeError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         for beta in self.betas:
             check_number("each of betas", beta)
-        valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _check("betas", self.betas, valid, "two numbers in [0, 1)")
-        for name, known in (
-            ("schedule", tuple(SCHEDULES)),
-            ("optimizer", OPTIMIZERS),
-            ("precision", PRECISIONS),
-        ):
-            value = getattr(self, name)
-            _check(name, value, value in known, f"one of {', '.join(map(repr, known))}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("precision", self.precision, PRECISIONS)
 
     def extends(self, steps: int, done: int) -> bool:
         """Whether a run of so many `steps`, of which some are `done`, may go on by this config.
@@ -125,8 +120,3 @@ class TrainingConfig:
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         left = SCHEDULES[self.schedule](min(1.0, done), self.decay_share)
         return self.final_learning_rate + left * (self.learning_rate - self.final_learning_rate)
-
-
-def _check(name: str, value: object, valid: bool, accepted: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {accepted}; got {value!r}")

@@ -44,16 +44,12 @@ class TrainingState:
         """How many steps are done."""
         return self.history.steps[-1].step if self.history.steps else 0
 
-    def weights(self) -> dict[str, Tensor]:
+    @staticmethod
+    def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
         """The trained parameters and the buffers by their names in `state_dict`, shared ones once.
 
         They are the model's own, not copies.
         """
-        return self.weights_of(self.model)
-
-    @staticmethod
-    def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
-        """`weights` of a model."""
         found: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
@@ -148,13 +144,13 @@ class TrainingState:
 
     def _own(self) -> dict[str, Tensor]:
         """The weights and their averages, by the names that they have in a checkpoint."""
-        own = {f"weight.{name}": tensor for name, tensor in self.weights().items()}
+        own = {f"weight.{name}": tensor for name, tensor in self.weights_of(self.model).items()}
         if self.average is not None:
             own |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
         return own
 
     def _names(self) -> dict[int, str]:
-        return {id(tensor): name for name, tensor in self.weights().items()}
+        return {id(tensor): name for name, tensor in self.weights_of(self.model).items()}
 
     def _optimizer_values(self) -> list[tuple[str, str, Any]]:
         """The parameter's name, the value's, the value."""

@@ -48,6 +48,15 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 # (model_type, the changes that differ from SMALL); the first of each family is its usual form.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2, not scaled": ("gpt2", {"scale_attn_weights": False}),
+    "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
+    "gpt2, inner of the usual size": ("gpt2", {"n_inner": None}),
+    "gpt2, gelu by erf": ("gpt2", {"activation_function": "gelu"}),
+    "gpt2, relu": ("gpt2", {"activation_function": "relu"}),
+    "gpt2, silu": ("gpt2", {"activation_function": "silu"}),
+    "gpt2, epsilon": ("gpt2", {"layer_norm_epsilon": 0.1}),
+    "gpt2, upcast": ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
     "llama": ("llama", {}),
     "llama, head_dim 16, tied": ("llama", {"head_dim": 16, "tie_word_embeddings": True}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),

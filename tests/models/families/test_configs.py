@@ -76,7 +76,7 @@ def test_a_file_goes_round(kind: str) -> None:
     assert family.read_config(written).resolved() == config.resolved()
 
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED: list[tuple[str | None, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "must be one of .*dynam"),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, '"linear" needs factor'),
     ("llama", {"rope_scaling": "linear"}, "\"rope_parameters\" must be an object, got 'linear'"),
@@ -99,13 +99,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("phi3", {"rope_scaling": {"type": "linear"}}, "\"rope_type\" is 'linear', and Phi 3 has only"),
     ("phi3", {"rope_scaling": {"type": "su"}}, '"longrope" needs short_factor, long_factor'),
-    ("gpt2", {"add_cross_attention": True}, '"add_cross_attention" is True'),
+    ("gpt2", {"add_cross_attention": True}, '"add_cross_attention" is True, and GPT-2 has only'),
+    ("gpt2", {"activation_function": "mish"}, "activation_function must be one of"),
+    ("gpt2", {"n_head": 5}, "n_head must divide n_embd"),
+    ("gpt2", {"n_layer": "3"}, "n_layer must be an integer, got '3'"),
+    ("gpt2", {"n_embd": None}, "n_embd must be an integer, got None"),
+    ("mamba", {}, "\"model_type\" must be one of .*'llama'.* got 'mamba'.*accelerate"),
+    (None, {}, '"model_type" must be one of .*got None'),
 ]
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), REFUSED, ids=str)
 def test_what_is_not_computed_is_refused(
-    kind: str, changes: dict[str, Any], message: str, tmp_path: Path
+    kind: str | None, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **changes}))
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
@@ -178,7 +184,6 @@ def _edit(folder: Path, **changes: Any) -> None:
             {"model_type": "gpt2", "architectures": None},
             r'"n_layer" of config.json is 12, but the weights have 0',
         ),
-        ({"model_type": "mamba"}, r"must be one of 'gpt2', .*'llama'.*got 'mamba'.*accelerate"),
         ({"architectures": ["LlamaForSequenceClassification"]}, '"architectures" must be one of'),
         ({"architectures": 3}, '"architectures" must be one of .* got 3'),
         ({"num_hidden_layers": 4}, r'"num_hidden_layers" of config.json is 4.*have 3 layers'),
@@ -189,6 +194,7 @@ def _edit(folder: Path, **changes: Any) -> None:
             r"0.self_attn.k_proj.weight must have the shape \(48, 48\), got \(24, 48\)",
         ),
         ({"head_dim": 10**12}, r"q_proj.weight must have the shape"),
+        ({"vocab_size": 10**15}, r"embed_tokens.weight must have the shape"),
         ({"attention_bias": True}, r"layers.0.self_attn.v_proj.bias is missing"),
         ({"tie_word_embeddings": True}, r"lm_head.weight differs from embed_tokens.weight"),
     ],
@@ -200,27 +206,13 @@ def test_weights_of_another_config(folder: Path, changes: dict[str, Any], messag
         fastattn.models.load(folder)
 
 
-def test_every_wrong_tensor_is_listed(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["model.layers.1.self_attn.k_proj.weight"]
-    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 80)
-    tensors["model.layers.0.self_attn.q_proj.lora_A"] = torch.zeros(1)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)  # of older files
-    save_file(tensors, file)
-    with pytest.raises(ValueError) as raised:
-        fastattn.models.load(folder)
-    assert [line.strip() for line in str(raised.value).splitlines()[1:]] == [
-        "layers.1.self_attn.k_proj.weight is missing",
-        "layers.0.self_attn.q_proj.lora_A is unexpected",
-        "layers.0.mlp.up_proj.weight must have the shape (80, 48), got (48, 80)",
-    ]
-
-
 def test_the_model_without_the_head(tmp_path: Path) -> None:
     """A file without the prefix "model.", whose head is the embedding."""
     original = theirs("llama", tie_word_embeddings=True)
     original.model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    spare = {"layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)}  # of older files
+    save_file({**load_file(file), **spare}, file)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaModel"]
     tokens = torch.randint(0, 97, (2, 20))
     with torch.no_grad():
@@ -245,19 +237,3 @@ def test_a_casted_model_is_the_same_model(folder: Path) -> None:
     tokens = torch.randint(0, SMALL["vocab_size"], (2, 20))
     with torch.no_grad():
         assert torch.equal(cast(tokens), whole(tokens))
-
-
-def test_the_settings_of_generation_go_round(folder: Path) -> None:
-    """What generation_config.json asks for is done, and is written again."""
-    said = {"max_new_tokens": 7, "repetition_penalty": 1.5, "eos_token_id": [95, 96], "guidance": 1}
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(said))
-    model = fastattn.models.load(folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokens = torch.tensor([[5, 8, 13, 21]])
-    assert model.generation_config is not None and model.config.eos_token_id == (95, 96)
-    assert torch.equal(model.generate(tokens), theirs.generate(tokens))
-    model.save_pretrained(folder)
-    again = fastattn.models.load(folder)
-    assert again.generation_config == model.generation_config
-    assert torch.equal(again.generate(tokens), model.generate(tokens))

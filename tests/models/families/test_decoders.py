@@ -57,23 +57,28 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
 
 def _gradients(model: torch.nn.Module, logits: torch.Tensor, targets: torch.Tensor) -> Any:
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    F.cross_entropy(wide.flatten(0, 1), targets.flatten()).backward()
+    F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
     return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", USUAL)
-def test_bfloat16_holds_the_rule(name: str, tmp_path: Path) -> None:
-    """Logits and gradients, against transformers' eager attention and its float64."""
-    eager = theirs(name, initializer_range=0.1, attn_implementation="eager").bfloat16()
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in USUAL), ("gpt2", torch.float32)]
+)
+def test_logits_and_gradients_hold_the_rule(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Against transformers' eager attention and its float64."""
+    eager = theirs(name, initializer_range=0.1, attn_implementation="eager").to(dtype)
     ours = _read(eager, tmp_path)
     exact = copy.deepcopy(eager).double()
     tokens, targets = _tokens(), _tokens().flip(0)
-    results = [ours(tokens), eager(tokens).logits, exact(tokens).logits]
-    assert results[0].dtype == torch.bfloat16
-    assert_close_to_reference(*results, name="logits")
-    models = (ours, eager, exact)
-    mine, measure, reference = (
-        _gradients(model, logits, targets) for model, logits in zip(models, results, strict=True)
+    targets[:, ::5] = -100
+    logits, loss = ours(tokens, targets)
+    assert logits.dtype == dtype and loss.dtype == torch.float32
+    results = (eager(tokens).logits, exact(tokens).logits)
+    assert_close_to_reference(logits, *results, name="logits")
+    loss.backward()
+    mine = {key: p.grad for key, p in ours.named_parameters()}
+    measure, reference = (
+        _gradients(model, of, targets) for model, of in zip((eager, exact), results, strict=True)
     )
     for how in layout(ours, FAMILIES[CASES[name][0]]):
         stored = torch.cat([mine[one] for one in how.ours])

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from models.families import encoder_decoder_cases
 from models.families.cases import USUAL, theirs
 
 import fastattn
 from fastattn.generation import GenerationConfig
 
 LENGTHS = [5, 12, 1]
-SIZES: dict[str, Any] = {
-    "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_layers": 2,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_heads": 4, "d_kv": 8,
-    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_ff": 48, "max_position_embeddings": 64,
-    "init_std": 0.4, "initializer_factor": 3.0, "pad_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}  # fmt: skip
 
 
 def _sources(left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,16 +24,10 @@ def _sources(left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask.flip(1) if left else mask
 
 
-def _encoder_decoder(name: str) -> Any:
-    torch.manual_seed(1)
-    cls: Any = type(transformers.AutoConfig.for_model(name))
-    return transformers.AutoModelForSeq2SeqLM.from_config(cls(**SIZES)).eval()
-
-
 @pytest.mark.parametrize("name", [*USUAL, "t5", "bart", "marian"])
 def test_beams_and_speculation(name: str, tmp_path: Path) -> None:
     seq2seq = name not in USUAL
-    original = _encoder_decoder(name) if seq2seq else theirs(name)
+    original = encoder_decoder_cases.theirs(name) if seq2seq else theirs(name)
     original.save_pretrained(tmp_path)
     ours = fastattn.models.load(tmp_path)
     ids, mask = _sources(left=not seq2seq)
@@ -60,7 +47,7 @@ def test_beams_and_speculation(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_generation_config(name: str, tmp_path: Path) -> None:
     """Read with the model, applied where the caller is silent, and saved with it."""
-    original = _encoder_decoder(name) if name == "bart" else theirs(name)
+    original = encoder_decoder_cases.theirs(name) if name == "bart" else theirs(name)
     settings = {"num_beams": 3, "max_new_tokens": 9, "no_repeat_ngram_size": 2, "eos_token_id": 5}
     for key, value in settings.items():
         setattr(original.generation_config, key, value)
@@ -80,8 +67,13 @@ def test_generation_config(name: str, tmp_path: Path) -> None:
 def test_a_damaged_generation_config(tmp_path: Path) -> None:
     theirs("llama").save_pretrained(tmp_path)
     file = tmp_path / "generation_config.json"
-    file.write_text(json.dumps({"num_beams": 0}))
-    with pytest.raises(ValueError, match=r"generation_config\.json: num_beams must be at least 1"):
-        fastattn.models.load(tmp_path)
+    for text, message in (
+        ('{"num_beams": 0}', "num_beams must be at least 1"),
+        ('{"eos_token_id": "a"}', "eos_token_id must be"),
+        ("[1", "not valid JSON"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+            fastattn.models.load(tmp_path)
     file.unlink()
     assert fastattn.models.load(tmp_path).generation_config is None

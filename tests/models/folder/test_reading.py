@@ -143,38 +143,10 @@ def _mappings(folder: Path) -> int:
     return Path("/proc/self/maps").read_text().count(f"{folder.resolve()}/")
 
 
-CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mamba"}, "\"model_type\" must be one of .*got 'mamba'.*fastattn.accelerate"),
-    ({"model_type": None}, '"model_type" must be one of .*got None'),
-    ({"add_cross_attention": True}, '"add_cross_attention" is True, and GPT-2 has only False'),
-    ({"activation_function": "mish"}, "activation_function must be one of"),
-    ({"n_head": 5}, "n_head must divide n_embd"),
-    ({"n_layer": "3"}, "n_layer must be an integer, got '3'"),
-    ({"n_embd": None}, "n_embd must be an integer, got None"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), CONFIGS)
-def test_config_of_another_model(folder: Path, changes: dict[str, Any], message: str) -> None:
-    _edit(folder / "config.json", **changes)
-    with pytest.raises(ValueError, match=f"config.json: {message}"):
-        GPT.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe{}", b"", b"[" * 100_000])
 def test_config_that_is_no_json_object(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config.json: (not valid JSON|must hold a JSON object)"):
-        GPT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"n_layer": 10**9}, {"vocab_size": 10**15}, {"n_positions": 10**15}, {"n_inner": 9**9}],
-)
-def test_huge_sizes_are_not_allocated(folder: Path, changes: dict[str, Any]) -> None:
-    _edit(folder / "config.json", **changes)
-    with pytest.raises(ValueError, match=r"n_layer.* is 1000000000|must have the shape"):
         GPT.from_pretrained(folder)
 
 
@@ -198,27 +170,9 @@ def test_all_wrong_tensors_are_listed(folder: Path) -> None:
     ]
 
 
-def test_a_layer_too_many(folder: Path) -> None:
-    _edit(folder / "config.json", n_layer=2)
-    with pytest.raises(ValueError, match=r'"n_layer" of config.json is 2, .* have 3 layers'):
-        GPT.from_pretrained(folder)
-
-
 def test_a_tensor_twice(folder: Path) -> None:
     _rewrite(folder, lambda t: t.update({"wte.weight": t["transformer.wte.weight"].clone()}))
     with pytest.raises(ValueError, match=r"'wte.weight' is there twice"):
-        GPT.from_pretrained(folder)
-
-
-def test_a_tied_head_that_differs(folder: Path) -> None:
-    _rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
-    with pytest.raises(ValueError, match=r"lm_head.weight differs from wte.weight"):
-        GPT.from_pretrained(folder)
-
-
-def test_an_untied_head_that_is_missing(folder: Path) -> None:
-    _edit(folder / "config.json", tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"lm_head.weight is missing"):
         GPT.from_pretrained(folder)
 
 
@@ -406,16 +360,3 @@ def test_generation_stops_as_the_folder_says(
     assert torch.equal(got, expected)
     ours.save_pretrained(folder)
     assert GPT.from_pretrained(folder).config == ours.config
-
-
-def test_a_generation_config_that_is_wrong(make_pair: Any, tmp_path: Path) -> None:
-    _, theirs = make_pair()
-    theirs.save_pretrained(tmp_path / "wrong")
-    path = tmp_path / "wrong" / "generation_config.json"
-    for text, message in (
-        ('{"eos_token_id": "a"}', "eos_token_id must be"),
-        ("[1", "not valid JSON"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
-            GPT.from_pretrained(tmp_path / "wrong")

@@ -286,22 +286,21 @@ def _adapt(model: GPT) -> None:
     model.blocks[0].feed_forward.linear1 = Adapter(model.blocks[0].feed_forward.linear1)
 
 
-def _quantise(model: GPT) -> None:
-    linear = torch.nn.quantized.dynamic.Linear(48, 20)
-    model.blocks[0].feed_forward.linear1 = linear
-
-
-def _enlarge(model: GPT) -> None:
-    model.wte = torch.nn.Embedding(100, 48)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_adapt, "no place for the parameters .*linear1.low.weight.*merge adapters"),
-        (_quantise, "linear1.weight is no tensor .*before it is quantised"),
-        (_enlarge, r"wte.weight must have the shape \(97, 48\) .*got \(100, 48\)"),
+        (
+            lambda m: setattr(
+                m.blocks[0].feed_forward, "linear1", torch.nn.quantized.dynamic.Linear(48, 20)
+            ),
+            "linear1.weight is no tensor .*before it is quantised",
+        ),
+        (
+            lambda m: setattr(m, "wte", torch.nn.Embedding(100, 48)),
+            r"wte.weight must have the shape \(97, 48\) .*got \(100, 48\)",
+        ),
         (lambda m: m.blocks.append(copy.deepcopy(m.blocks[0])), "no place .*blocks.3.norm1.weight"),
         (lambda m: m.blocks.pop(2), "the model has no blocks.2.norm1.weight"),
         (lambda m: m.to("meta"), "wte.weight is on the meta device"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ops import laws
 
 import fastattn
 from fastattn.ops.cross_entropy import IGNORED
@@ -144,10 +145,7 @@ def outputs_and_gradients(
     run: Callable[..., Tensor], inputs: dict[str, Tensor], cotangent: Tensor
 ) -> dict[str, Tensor]:
     """`run(**inputs)` and its gradients, by name."""
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = run(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))
-    return {"loss": out} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return laws.results(run, inputs, cotangent, names=("loss",))
 
 
 def check(
@@ -160,8 +158,7 @@ def check(
     cotangent = torch.randn(shape, generator=g).to(case.device)
     ours = outputs_and_gradients(case.ours(backend), inputs, cotangent)
     eager = outputs_and_gradients(case.eager, inputs, cotangent)
-    wide = {name: x.double() for name, x in inputs.items()}
-    exact = outputs_and_gradients(case.definition, wide, cotangent.double())
+    exact = outputs_and_gradients(case.definition, laws.doubled(inputs), cotangent)
     factors = {"max_factor": 3.0, "rms_factor": 2.0} if case.options.get("softcap") else {}
     for name, value in ours.items():
         if name == "loss":

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from ops import laws
 from ops.cross_entropy.cases import OPTIONS
-from torch.autograd import forward_ad
 
 import fastattn
 from fastattn.ops.cross_entropy import IGNORED, aten
@@ -61,22 +60,6 @@ def test_errors(
             fastattn.cross_entropy(x, targets, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("large", (False, True))
-@pytest.mark.parametrize("wrong", (8, -1, -101))
-def test_targets_that_are_no_class(
-    wrong: int, large: bool, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where a plan is there already, and where F.cross_entropy is who finds out."""
-    monkeypatch.setattr(aten, "LARGE", 1 if large else 1 << 20)
-    fastattn.cross_entropy(X, T, backend=backend)
-    targets = T.clone()
-    targets[1, 1] = wrong
-    with pytest.raises(IndexError, match=str(wrong)):
-        fastattn.cross_entropy(X, targets, backend=backend)
-    fastattn.cross_entropy(X, targets, ignore_index=wrong, backend=backend)
-
-
 def test_what_the_kernels_decline() -> None:
     with pytest.raises(fastattn.UnsupportedError, match="float64"):
         fastattn.cross_entropy(X.double(), T, backend="triton")
@@ -117,11 +100,6 @@ def test_autocast(backend: str) -> None:
             torch.testing.assert_close(loss, expected.float(), rtol=1e-2, atol=1e-2)
 
 
-def test_meta_tensors() -> None:
-    loss = fastattn.cross_entropy(X.to("meta"), T.to("meta"), reduction="none")
-    assert loss.shape == T.shape and loss.device.type == "meta"
-
-
 SETTINGS = (IGNORED, 0.1, 1e-3, 0.5, 5.0)
 
 
@@ -138,59 +116,6 @@ def test_opcheck(weight: torch.Tensor | None, backend: str) -> None:
     laws.opcheck(torch.ops.fastattn.cross_entropy_backward, *arguments)
 
 
-@pytest.mark.parametrize("name", ("plain", "none", "everything", "everything, mean"))
-@pytest.mark.parametrize("large", (False, True))
-def test_derivatives(large: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and the second, of both ways of the torch backend."""
-    monkeypatch.setattr(aten, "LARGE", 1 if large else 1 << 20)
-    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([3, 0, IGNORED, 1])
-    weight = torch.rand(5, dtype=torch.float64)
-
-    def function(logits: torch.Tensor) -> torch.Tensor:
-        return fastattn.cross_entropy(
-            logits, targets, weight=weight, backend="torch", **OPTIONS[name]
-        )
-
-    assert torch.autograd.gradcheck(function, logits)
-    assert torch.autograd.gradgradcheck(function, logits)
-
-
-def test_second_derivative_of_the_kernels() -> None:
-    def second(backend: str) -> torch.Tensor:
-        x = X.clone().requires_grad_()
-        loss = fastattn.cross_entropy(x, T, backend=backend, **OPTIONS["everything, mean"])
-        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), x)[0]
-
-    torch.testing.assert_close(second("triton"), second("reference"))
-
-
-def test_transforms() -> None:
-    """Left to themselves they find a differentiable backend; a kernel that is named says no."""
-    tangent = torch.randn_like(X)
-
-    def loss(x: torch.Tensor, **options: Any) -> torch.Tensor:
-        return fastattn.cross_entropy(x, T, **options)
-
-    def plain(x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(x.flatten(0, 1), T.flatten())
-
-    torch.testing.assert_close(torch.func.grad(loss)(X), torch.func.grad(plain)(X))
-    for ours, theirs in zip(
-        torch.func.jvp(loss, (X,), (tangent,)), torch.func.jvp(plain, (X,), (tangent,)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
-    each = torch.func.vmap(torch.func.grad(lambda x, t: fastattn.cross_entropy(x, t)))(X, T)
-    single = torch.func.grad(lambda x: F.cross_entropy(x, T[1]))(X[1])
-    torch.testing.assert_close(each[1], single)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(X, tangent)
-        assert forward_ad.unpack_dual(loss(dual)).tangent is not None
-    with pytest.raises(fastattn.UnsupportedError, match="transforms"):
-        torch.func.grad(lambda x: loss(x, backend="triton"))(X)
-
-
 def test_per_row_gradients_in_one_batch() -> None:
     """is_grads_batched runs the backward under vmap."""
     x = X.flatten(0, 1).clone().requires_grad_()
@@ -198,17 +123,6 @@ def test_per_row_gradients_in_one_batch() -> None:
     (rows,) = torch.autograd.grad(losses, x, torch.eye(6), is_grads_batched=True)
     off_diagonal = rows.masked_fill(torch.eye(6, dtype=torch.bool)[..., None], 0.0)
     assert (off_diagonal == 0).all() and rows.abs().sum() > 0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_a_graph_break(backend: str) -> None:
-    def step(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return fastattn.cross_entropy(x, targets, label_smoothing=0.1, backend=backend)
-
-    def draw(rows: int) -> tuple[torch.Tensor, ...]:
-        return torch.randn(rows, 8, requires_grad=True), torch.randint(8, (rows,))
-
-    laws.one_graph(step, draw, frames=None)
 
 
 @pytest.mark.parametrize("large", (False, True))

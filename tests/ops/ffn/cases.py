@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from ops import laws
 from ops.backends import BACKENDS as OF_MOST_OPS
+from ops.laws import results as output_and_gradients
 
 import fastattn
-from oracle import assert_close_to_reference
 
 BACKENDS = (*OF_MOST_OPS, "gluon")
 # Whether there is a gate, and who takes it: the kernels of `cuda` have none.
@@ -107,15 +108,6 @@ def fitted(case: Case, backend: str | None) -> Case:
     return replace(case, shape=shape, hidden=up(case.hidden), out_features=up(case.out_features))
 
 
-def output_and_gradients(
-    function: Function, inputs: dict[str, Tensor], cotangent: Tensor
-) -> dict[str, Tensor]:
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = function(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
-    return {"out": out, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
-
-
 def check(
     case: Case,
     backend: str | None,
@@ -131,9 +123,5 @@ def check(
         cotangent = torch.randn(shape, generator=g).to(case.dtype).to(case.device)
     ours = output_and_gradients(case.ours(backend), inputs, cotangent)
     eager = output_and_gradients(case.eager, inputs, cotangent)
-    exact = {name: x.double() for name, x in inputs.items()}
-    reference = output_and_gradients(case.eager, exact, cotangent.double())
-    for name, value in ours.items():
-        assert value.dtype == case.dtype, f"{name} is {value.dtype}"
-        assert_close_to_reference(value, eager[name], reference[name], name=name)
-    return ours
+    exact = output_and_gradients(case.eager, laws.doubled(inputs), cotangent)
+    return laws.held(ours, eager, exact, case)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops import laws
 from ops.backends import widest
 from ops.ffn.cases import ACTIVATIONS, BACKENDS, GATES, Case, check, output_and_gradients
 
@@ -246,33 +247,20 @@ def test_an_expanded_cotangent(gated: bool, backend: str, device: str) -> None:
         check(case, backend, cotangent=cotangent)
 
 
-def _launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[torch.Tensor], Any]]:
-    """The launches from here on: kernel, tensors, constants."""
-    launches: list[tuple[str, list[torch.Tensor], Any]] = []
-
-    def spy(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        launches.append((kernel.__name__, tensors, constants))
-        run(kernel, grid, *args, **constants)
-
-    run = launch.launch
-    monkeypatch.setattr(launch, "launch", spy)
-    return launches
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("transposed", (False, True))
-def test_weights_and_rows_are_read_in_place(
-    transposed: bool, layout: str, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    launches = _launched(monkeypatch)
+def test_weights_and_rows_are_read_in_place(transposed: bool, layout: str, device: str) -> None:
     case = Case((4, 24), 40, 16, layout=layout, gated=True, device=device)
     inputs = case.inputs()
     if transposed:
         inputs |= {name: inputs[name].t().contiguous().t() for name in ("w1", "w2", "gate")}
     inputs["x"] = torch.randn(4, 3, 24, device=device)[:, 1]
-    output_and_gradients(case.ours("triton"), inputs, torch.randn(4, 16, device=device))
-    read = {name: [t.data_ptr() for t in tensors] for name, tensors, _ in launches}
+    with launch.recorded() as launches:
+        output_and_gradients(case.ours("triton"), inputs, torch.randn(4, 16, device=device))
+    read = {
+        x.kernel.__name__: [t.data_ptr() for t in x.args if isinstance(t, torch.Tensor)]
+        for x in launches
+    }
     assert inputs["w1"].data_ptr() in read["_forward_kernel"]
     assert inputs["gate"].data_ptr() in read["_forward_kernel"]
     assert inputs["x"].data_ptr() in read["_forward_kernel"]
@@ -375,21 +363,8 @@ def test_a_bad_token_stays_alone(gated: bool, activation: str, backend: str, dev
     """NaN or Inf in a token leave the tokens beside it, in the same tile, as they were."""
     case = Case((6, 40), 32, 24, widest(backend), activation, gated=gated, device=device)
     inputs = case.inputs()
-    ffn = case.ours(backend)
-
-    def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.detach().requires_grad_()
-        out = ffn(**(inputs | {"x": x}))
-        return out, torch.autograd.grad(out.square().sum(), x)[0]
-
-    bad = inputs["x"].clone()
-    bad[1, 3], bad[4, 0] = float("nan"), float("inf")
-    (clean, clean_grad), (out, grad) = run(inputs["x"]), run(bad)
-    good = [0, 2, 3, 5]
-    assert torch.equal(out[good], clean[good])
-    assert torch.equal(grad[good], clean_grad[good])
-    assert out[1].isnan().all()
-    assert not out[4].isfinite().all()
+    cotangent = torch.randn(6, 24, device=device)
+    laws.bad_rows_stay_alone(case.ours(backend), inputs, cotangent)
 
 
 # --- what it owes beyond the numbers -------------------------------------------------------------
@@ -400,15 +375,13 @@ def test_same_inputs_same_bits(gated: bool, dtype: torch.dtype, device: str) -> 
     case = Case((600, 40), 80, 48, dtype, gated=gated, device=device)
     inputs = case.inputs()
     cotangent = torch.randn(600, 48, device=device).to(dtype)
-    first, second, third = (
-        output_and_gradients(
-            dataclasses.replace(case, recompute=recompute).ours("triton"), inputs, cotangent
-        )
-        for recompute in (False, False, True)
-    )
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-        assert torch.equal(value, third[name]), f"{name}, recomputed"
+    recompute = iter((False, False, True))
+
+    def run() -> dict[str, torch.Tensor]:
+        ours = dataclasses.replace(case, recompute=next(recompute)).ours("triton")
+        return output_and_gradients(ours, inputs, cotangent)
+
+    laws.same_bits(run, 3)
 
 
 @pytest.mark.parametrize("recompute", (False, True))
@@ -421,37 +394,31 @@ def test_same_inputs_same_bits(gated: bool, dtype: torch.dtype, device: str) -> 
     ids="+".join,
 )  # fmt: skip
 def test_gradients_of_some_inputs_alone(
-    wanted: tuple[str, ...], recompute: bool, monkeypatch: pytest.MonkeyPatch, device: str
+    wanted: tuple[str, ...], recompute: bool, device: str
 ) -> None:
     """What is frozen costs nothing: no product where only b2 has a gradient."""
-    launches = _launched(monkeypatch)
     gated = not {"gate", "gate_bias"}.isdisjoint(wanted)
     case = Case((66, 24), 40, 16, recompute=recompute, gated=gated, device=device)
-    inputs = case.inputs()
-    cotangent = torch.randn(66, 16, device=device)
-
-    def grads(function: Any) -> tuple[torch.Tensor, ...]:
-        leaves = {n: x.clone().requires_grad_(n in wanted) for n, x in inputs.items()}
-        return torch.autograd.grad(function(**leaves), [leaves[n] for n in wanted], cotangent)
-
-    torch.testing.assert_close(grads(case.ours("triton")), grads(case.eager))
-    kernels = [name for name, _, _ in launches]
+    inputs, cotangent = case.inputs(), torch.randn(66, 16, device=device)
+    with launch.recorded() as launches:
+        ours = output_and_gradients(case.ours("triton"), inputs, cotangent, trained=wanted)
+    eager = output_and_gradients(case.eager, inputs, cotangent, trained=wanted)
+    torch.testing.assert_close(ours, eager)
+    kernels = [x.kernel.__name__ for x in launches]
     assert kernels.count("_backward_kernel") == (wanted != ("b2",))
     assert kernels.count("_forward_kernel") == (2 if recompute and wanted != ("b2",) else 1)
 
 
-def test_without_gradients_nothing_is_stored_for_them(
-    monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    launches = _launched(monkeypatch)
+def test_without_gradients_nothing_is_stored_for_them(device: str) -> None:
     case = Case((4, 24), 40, 16, device=device)
     inputs = case.inputs()
-    case.ours("triton")(**inputs)
-    inputs["w1"].requires_grad_()
-    with torch.no_grad():
+    with launch.recorded() as launches:
         case.ours("triton")(**inputs)
-    case.ours("triton")(**inputs)
-    assert [constants["STORE_PRE"] for _, _, constants in launches] == [False, False, True]
+        inputs["w1"].requires_grad_()
+        with torch.no_grad():
+            case.ours("triton")(**inputs)
+        case.ours("triton")(**inputs)
+    assert [x.constants["STORE_PRE"] for x in launches] == [False, False, True]
 
 
 @pytest.mark.parametrize(("gated", "backend"), GATES_OF_KERNELS)
@@ -465,17 +432,11 @@ def test_what_is_kept_for_the_backward(
     """
     case = Case((64, 24), 40, 16, widest(backend), activation, gated=gated, device=device)
     leaves = {n: x.requires_grad_() for n, x in case.inputs().items()}
-    kept: list[int] = []
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        kept.append(t.numel())
-        return t
-
     for recompute, extra in ((False, [(2 if gated else 1) * 64 * 40]), (True, [])):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            dataclasses.replace(case, recompute=recompute).ours(backend)(**leaves)
-        assert sorted(kept) == sorted([leaf.numel() for leaf in leaves.values()] + extra)
+        ours = dataclasses.replace(case, recompute=recompute).ours(backend)
+        kept = laws.kept(lambda ours=ours: ours(**leaves))
+        expected = [leaf.numel() for leaf in leaves.values()] + extra
+        assert sorted(x.numel() for x in kept) == sorted(expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

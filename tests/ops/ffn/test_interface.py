@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import re
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
+from ops import laws
 from ops.backends import widest
 from ops.ffn.cases import ACTIVATIONS, GATES, Case, Function, fitted, output_and_gradients
 
@@ -203,13 +203,6 @@ def test_meta_tensors(backend: str | None) -> None:
 
 # --- registration --------------------------------------------------------------------------------
 
-OPCHECKS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
-
 
 @pytest.mark.parametrize(("gated", "backend"), [g for g in GATES if g[1] in KERNELS])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -226,7 +219,7 @@ def test_opcheck(
     options = ("gelu_tanh", layout)
     forward = torch.ops.fastattn.ffn
     arguments = (*given, *options, save_pre, backend, True)
-    torch.library.opcheck(forward.default, arguments, test_utils=OPCHECKS)
+    laws.opcheck(forward, *arguments)
     with torch.no_grad():
         out, pre = forward(*arguments)
     saved = pre if save_pre else None
@@ -236,11 +229,7 @@ def test_opcheck(
         (True, True, bias, True, bias, gated, gated and bias),
         (True, False, bias, False, False, False, gated and bias),
     ):
-        torch.library.opcheck(
-            torch.ops.fastattn.ffn_backward.default,
-            (*plain, needs, *options, backend, True),
-            test_utils=OPCHECKS,
-        )
+        laws.opcheck(torch.ops.fastattn.ffn_backward, *plain, needs, *options, backend, True)
 
 
 @pytest.mark.parametrize(("gated", "backend"), GATES)
@@ -248,9 +237,6 @@ def test_opcheck(
 def test_compiles_without_a_graph_break(
     layout: str, recompute: bool, gated: bool, backend: str, device: str
 ) -> None:
-    """One graph for all lengths: a second length neither breaks nor specialises again."""
-    torch._dynamo.reset()
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     dtype = widest(backend)
     case = Case((8,), 24, 8, dtype, layout=layout, recompute=recompute, gated=gated, device=device)
     weights = {n: t.requires_grad_() for n, t in case.inputs().items() if n != "x"}
@@ -259,16 +245,11 @@ def test_compiles_without_a_graph_break(
     def step(x: torch.Tensor) -> torch.Tensor:
         return ffn(x=ffn(x=x, **weights), **weights).square().sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compilations)
-    for length in (6, 9, 13):
-        x = torch.randn(2, length, 8, device=device, dtype=dtype, requires_grad=True)
-        wanted = (x, *weights.values())
-        torch.testing.assert_close(compiled(x), step(x))
-        grads = torch.autograd.grad(compiled(x), wanted)
-        torch.testing.assert_close(grads, torch.autograd.grad(step(x), wanted))
-    if backend == "reference" and torch.__version__ < (2, 12):
-        pytest.skip("torch 2.11 compiles the plain formula a second time")
-    assert compilations.frame_count == 1
+    def draw(length: int) -> list[torch.Tensor]:
+        return [torch.randn(2, length, 8, device=device, dtype=dtype, requires_grad=True)]
+
+    twice = backend == "reference" and torch.__version__ < (2, 12)  # torch 2.11 compiles it again
+    laws.one_graph(step, draw, list(weights.values()), frames=None if twice else 1)
 
 
 def test_compiles_with_the_default_choice() -> None:
@@ -305,36 +286,12 @@ def _double(
 def test_functional_transforms(
     layout: str, activation: str, gated: bool, recompute: bool, backend: str | None
 ) -> None:
-    """jvp, grad, vmap and Hessian-vector products against the formula; never a silent zero."""
     case, inputs = _double(layout, activation, gated, recompute)
     x, weights = inputs.pop("x"), inputs
-    t = torch.randn_like(x)
-
-    def of_x(function: Function) -> Function:
-        return lambda x: function(x=x, **weights)
-
-    def loss(function: Function) -> Function:
-        return lambda x: function(x=x, **weights).square().sum()
-
-    ours, formula = case.ours(backend), case.eager
-    _, tangent = torch.func.jvp(of_x(ours), (x,), (t,))
-    torch.testing.assert_close(tangent, torch.func.jvp(of_x(formula), (x,), (t,))[1])
-    assert tangent.abs().max() > 0
-    torch.testing.assert_close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(formula))(x))
-    product = torch.func.jvp(torch.func.grad(loss(ours)), (x,), (t,))[1]
-    expected = torch.func.jvp(torch.func.grad(loss(formula)), (x,), (t,))[1]
-    torch.testing.assert_close(product, expected)
-    stacked = torch.stack([x, t])
-    torch.testing.assert_close(torch.func.vmap(of_x(ours))(stacked), of_x(formula)(stacked))
-    leaves = stacked.clone().requires_grad_()  # a transform inside of autograd
-    torch.func.vmap(of_x(ours))(leaves).sum().backward()
-    torch.testing.assert_close(
-        leaves.grad, torch.func.grad(lambda x: of_x(formula)(x).sum())(stacked)
+    ours, formula = (
+        functools.partial(function, **weights) for function in (case.ours(backend), case.eager)
     )
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, t)
-        out = of_x(ours)(dual)
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, tangent)
+    laws.functional_transforms(lambda x: ours(x=x), lambda x: formula(x=x), x)
 
 
 def test_an_ensemble_of_weights() -> None:
@@ -351,10 +308,7 @@ def test_kernels_refuse_transforms(backend: str, device: str) -> None:
     inputs = case.inputs()
     x = inputs.pop("x")
     ffn = case.ours(backend)
-    with pytest.raises(fastattn.UnsupportedError, match="forward-mode"):
-        torch.func.jvp(lambda x: ffn(x=x, **inputs), (x,), (x,))
-    with pytest.raises(fastattn.UnsupportedError, match=re.escape("torch.func")):
-        torch.func.vmap(lambda x: ffn(x=x, **inputs))(x)
+    laws.kernels_refuse_transforms(lambda x: ffn(x=x, **inputs), x)
 
 
 @pytest.mark.parametrize("backend", ("torch", "reference"))
@@ -387,16 +341,9 @@ def test_second_derivative_of_the_registered_op(
     inputs = case.inputs()
     cotangent = torch.randn(4, 5, device=device)
 
-    def penalty(function: Function, trained: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-        leaves = {n: t.clone().requires_grad_(n in trained) for n, t in inputs.items()}
-        wanted = [leaves[n] for n in trained]
-        dout = cotangent.clone().requires_grad_()
-        first = torch.autograd.grad(function(**leaves), wanted, dout, create_graph=True)
-        loss = sum(grad.square().sum() for grad in first)
-        return torch.autograd.grad(loss, [*wanted, dout], allow_unused=True)
+    def of(function: Function, trained: tuple[str, ...]) -> Function:
+        return lambda *tensors: function(**inputs | dict(zip(trained, tensors)))
 
     for trained in (tuple(inputs), ("x",), ("w1", "b2")):
-        ours, expected = penalty(case.ours("triton"), trained), penalty(case.eager, trained)
-        for a, b in zip(ours, expected, strict=True):
-            a, b = (torch.zeros(()) if t is None else t for t in (a, b))
-            torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-4, atol=1e-4)
+        both = of(case.ours("triton"), trained), of(case.eager, trained)
+        laws.second_derivative(*both, [inputs[name] for name in trained], [cotangent])

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ops import laws
 
 import fastattn
 from fastattn.ops.common import dropout
-from oracle import assert_close_to_reference
 
 Tensor = torch.Tensor
 Norm = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -127,12 +127,7 @@ def outputs_and_gradients(
     norm: Norm, inputs: dict[str, Tensor], cotangents: list[Tensor]
 ) -> dict[str, Tensor]:
     """`norm(**inputs)` and its gradients, by name."""
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    result = norm(**leaves)
-    outs = result if isinstance(result, tuple) else (result,)
-    torch.autograd.backward(outs, [c.to(y.dtype) for c, y in zip(cotangents, outs, strict=False)])
-    named = dict(zip(("out", "stream"), outs, strict=False))
-    return named | {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
+    return laws.results(norm, inputs, *cotangents, names=("out", "stream"))
 
 
 def check(
@@ -148,13 +143,6 @@ def check(
     ours = outputs_and_gradients(case.ours(backend), inputs, cotangents)
     kept = case.kept(backend, inputs["x"])
     eager = outputs_and_gradients(functools.partial(case.eager, kept=kept), inputs, cotangents)
-    exact = outputs_and_gradients(
-        functools.partial(case.definition, kept=kept),
-        {name: x.double() for name, x in inputs.items()},
-        [c.double() for c in cotangents],
-    )
-    assert ours.keys() == exact.keys()
-    for name, value in ours.items():
-        assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, not {eager[name].dtype}"
-        assert_close_to_reference(value, eager[name], exact[name], name=f"{name} of {case}")
-    return ours
+    definition = functools.partial(case.definition, kept=kept)
+    exact = outputs_and_gradients(definition, laws.doubled(inputs), cotangents)
+    return laws.held(ours, eager, exact, case)

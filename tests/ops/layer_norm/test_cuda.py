@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from emulator.knobs import Emulator
+from ops import laws
 from ops.layer_norm.cases import Case, check, outputs_and_gradients
 
 import fastattn
@@ -109,13 +111,9 @@ def test_same_inputs_same_bits(name: str, device: str, emulator: Emulator) -> No
     case = dataclasses.replace(REPEATED[name], device=device)
     inputs = case.inputs()
     cotangents = [torch.randn(case.shape, device=device) for _ in range(2)]
-    results = []
-    for number in range(3):
-        emulator.seed(number)
-        results.append(outputs_and_gradients(case.ours("cuda"), inputs, cotangents))
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
+    laws.same_bits(
+        lambda: outputs_and_gradients(case.ours("cuda"), inputs, cotangents), 3, emulator.seed
+    )
 
 
 def aligned_to(elements: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -148,13 +146,15 @@ def test_misaligned_gradient(device: str) -> None:
 
 
 def test_what_is_not_supported() -> None:
-    def reason(x: torch.Tensor, **arguments: torch.Tensor) -> str | None:
+    def reason(x: torch.Tensor, **arguments: Any) -> str | None:
         return cuda.unsupported(describe_layer_norm(x, **arguments))
 
     x = torch.empty(2, 24, device="meta")
     assert reason(x) is None
     assert reason(x.double()) == "the kernels compute in float32: float64 would lose precision"
     assert reason(x, weight=torch.empty(24, device="meta", dtype=DOUBLE)) is not None
+    dropping = reason(x, residual=x, dropout_p=0.5)
+    assert dropping == "the CUDA kernels of the norms have no dropout"
     far = torch.empty(1, 2**30 + 1, device="meta")
     assert reason(far) == f"the kernels take hidden sizes up to {2**30}; got {2**30 + 1}"
 

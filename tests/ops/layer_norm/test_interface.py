@@ -13,6 +13,7 @@ from ops import laws
 from ops.backends import BACKENDS
 
 import fastattn
+from fastattn.ops.common.dropout import draw_seed
 
 KERNELS = ("triton", "cuda")
 X = torch.randn(2, 3, 8)
@@ -87,9 +88,10 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert explanation.problem == (
         "x (2, 3, 8) float16, weight float32, bias float32, residual float32, on cpu"
     )
-    assert fastattn.explain(fastattn.rms_norm, X, W, 1e-6, X, backend="reference").backend == (
-        "reference"
-    )
+    explanation = fastattn.explain(fastattn.rms_norm, X, W, 1e-6, X, backend="reference")
+    assert explanation.backend == "reference"
+    dropping = fastattn.explain(fastattn.layer_norm, X, residual=X, dropout_p=0.5)
+    assert dropping.backend == "torch" and "dropout_p=0.5" in dropping.problem
     with pytest.raises(ValueError, match="weight must have the shape"):
         fastattn.explain(fastattn.rms_norm, X, W[:3])
 
@@ -133,9 +135,12 @@ def test_autocast() -> None:
                     continue
                 ours = fastattn.layer_norm(x, w, w, backend=backend)
                 assert ours.dtype == F.layer_norm(x, (8,), w, w).dtype
-                assert (
-                    fastattn.rms_norm(x, w, backend=backend).dtype == F.rms_norm(x, (8,), w).dtype
-                )
+                ours = fastattn.rms_norm(x, w, backend=backend)
+                assert ours.dtype == F.rms_norm(x, (8,), w).dtype
+                if dtype != torch.float64:
+                    options: Any = {"residual": X, "dropout_p": 0.5, "backend": backend}
+                    both = fastattn.layer_norm(x, **options)
+                    assert both[0].dtype == both[1].dtype == torch.float32
 
 
 @pytest.mark.gpu
@@ -174,15 +179,27 @@ def test_meta_tensors() -> None:
     assert out.device.type == "meta"
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+# Of a residual, whether there is dropout, and who does it.
+OF_RESIDUALS = pytest.mark.parametrize(
+    ("residual", "dropout_p", "backend"),
+    [
+        *((r, 0.0, b) for r in (None, torch.float32, torch.float16) for b in KERNELS),
+        *((r, 0.25, "triton") for r in (torch.float32, torch.float16)),
+    ],
+)
+
+
+@OF_RESIDUALS
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
-@pytest.mark.parametrize("residual", (None, torch.float32, torch.float16))
-def test_opcheck(residual: torch.dtype | None, center: bool, backend: str, device: str) -> None:
+def test_opcheck(
+    residual: torch.dtype | None, dropout_p: float, center: bool, backend: str, device: str
+) -> None:
     x = torch.randn(3, 2, 12, device=device, requires_grad=True)
     r = None if residual is None else x.detach().to(residual).requires_grad_()
     weight = torch.randn(12, device=device, requires_grad=True)
     bias = torch.randn(12, device=device, requires_grad=True) if center else None
-    options = (None, 0.0, 1e-5, center, torch.float32, backend, True)
+    dropping = (draw_seed(x.device) if dropout_p else None, dropout_p)
+    options = (*dropping, 1e-5, center, torch.float32, backend, True)
     op = torch.ops.fastattn.layer_norm
     laws.opcheck(op, x, r, weight, bias, *options)
     with torch.no_grad():
@@ -190,17 +207,24 @@ def test_opcheck(residual: torch.dtype | None, center: bool, backend: str, devic
     dstream, stream = (None, x.detach()) if r is None else (torch.randn_like(stream), stream)
     tensors = (torch.randn_like(out), dstream, stream, weight.detach(), statistics)
     dtypes = (torch.float32, residual, torch.float32 if center else None)
-    arguments = (*tensors, None, 0.0, 1e-5, center, *dtypes, True, backend, True)
+    arguments = (*tensors, *dropping, 1e-5, center, *dtypes, True, backend, True)
     laws.opcheck(torch.ops.fastattn.layer_norm_backward, *arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dropping", "backend"),
+    [*((False, b) for b in BACKENDS), *((True, b) for b in BACKENDS if b != "cuda")],
+)
 @pytest.mark.parametrize("norm", (fastattn.layer_norm, fastattn.rms_norm))
-def test_compiles_without_a_graph_break(norm: Any, backend: str, device: str) -> None:
+def test_compiles_without_a_graph_break(
+    norm: Any, dropping: bool, backend: str, device: str
+) -> None:
+    """And with dropout the numbers of the same seed."""
     weight = torch.randn(16, device=device, requires_grad=True)
 
     def step(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        out, residual = norm(x, weight, eps=1e-5, residual=residual, backend=backend)
+        options: Any = {"eps": 1e-5, "dropout_p": 0.3 if dropping else 0, "backend": backend}
+        out, residual = norm(x, weight, residual=residual, **options)
         return norm(out, weight, eps=1e-5, backend=backend).square().sum() + residual.sum()
 
     def draw(length: int) -> list[torch.Tensor]:
@@ -244,27 +268,29 @@ def test_kernels_refuse_transforms(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ("torch", "reference"))
+@pytest.mark.parametrize("dropout_p", (0.0, 0.4))
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
-def test_second_derivative(center: bool, backend: str) -> None:
+def test_second_derivative(center: bool, dropout_p: float, backend: str) -> None:
     x, r = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     w, b = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def function(
         x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(2)
+        options: Any = {"residual": r, "dropout_p": dropout_p, "backend": backend}
         if center:
-            return fastattn.layer_norm(x, w, b, residual=r, backend=backend)  # type: ignore[return-value]
-        return fastattn.rms_norm(x, w * b, 1e-5, r, backend=backend)  # type: ignore[return-value]
+            return fastattn.layer_norm(x, w, b, **options)  # type: ignore[return-value]
+        return fastattn.rms_norm(x, w * b, 1e-5, **options)  # type: ignore[return-value]
 
     assert torch.autograd.gradcheck(function, (x, r, w, b), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, (x, r, w, b))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@OF_RESIDUALS
 @pytest.mark.parametrize("center", (True, False), ids=("layer_norm", "rms_norm"))
-@pytest.mark.parametrize("residual", (None, torch.float32, torch.float16))
 def test_second_derivative_through_the_kernels(
-    residual: torch.dtype | None, center: bool, backend: str, device: str
+    residual: torch.dtype | None, dropout_p: float, center: bool, backend: str, device: str
 ) -> None:
     tensors = [torch.randn(3, 8, device=device), torch.randn(8, device=device)]
     if center:
@@ -276,7 +302,8 @@ def test_second_derivative_through_the_kernels(
         bias = rest[:1] if center else ()
         function: Any = fastattn.layer_norm if center else fastattn.rms_norm
         r = rest[-1] if residual else None
-        return function(x, w, *bias, eps=1e-5, residual=r, backend=backend)
+        options = {"eps": 1e-5, "residual": r, "dropout_p": dropout_p, "backend": backend}
+        return function(x, w, *bias, **options)
 
     ours, reference = (functools.partial(norm, name) for name in (backend, "reference"))
     cotangents = [torch.randn(3, 8, device=device) for _ in range(2 if residual else 1)]

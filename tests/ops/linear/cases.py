@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ops import laws
+from ops.laws import results as output_and_gradients
 
 from fastattn.ops.linear import linear
 from oracle import assert_close_to_reference
@@ -59,15 +61,6 @@ class Case:
         return EAGER[self.activation](F.linear(x, weight, bias))
 
 
-def output_and_gradients(
-    function: Function, inputs: dict[str, Tensor], cotangent: Tensor
-) -> dict[str, Tensor]:
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = function(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
-    return {"out": out, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
-
-
 def check(
     case: Case, backend: str | None, inputs: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -78,12 +71,9 @@ def check(
     cotangent = cotangent.to(case.dtype).to(case.device)
     ours = output_and_gradients(case.ours(backend), inputs, cotangent)
     eager = output_and_gradients(case.eager, inputs, cotangent)
-    exact = {name: x.double() for name, x in inputs.items()}
-    reference = output_and_gradients(case.eager, exact, cotangent.double())
-    for name, value in ours.items():
-        assert value.dtype == case.dtype, f"{name} is {value.dtype}"
-        assert_close_to_reference(value, eager[name], reference[name], name=name)
+    exact = output_and_gradients(case.eager, laws.doubled(inputs), cotangent)
+    laws.held(ours, eager, exact, case)
     with torch.no_grad():  # where the torch backend is in place, and the kernels keep nothing
         out = case.ours(backend)(**inputs)
-    assert_close_to_reference(out, eager["out"], reference["out"], name="out without gradients")
+    assert_close_to_reference(out, eager["out"], exact["out"], name="out without gradients")
     return ours

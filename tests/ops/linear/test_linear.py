@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ops import laws
-from ops.linear.cases import BACKENDS, EAGER, Case, Function, check, output_and_gradients
+from ops.linear.cases import BACKENDS, EAGER, Case, check, output_and_gradients
 
 import fastattn
 from fastattn.backends import explanation_of, triton_runs
@@ -140,16 +140,8 @@ def test_empty(shape: tuple[int, ...], out_features: int, backend: str, device: 
 def test_a_bad_token_stays_alone(activation: str, backend: str, device: str) -> None:
     """NaN or Inf in a token leave the tokens beside it, in the same tile, as they were."""
     case = Case((6, 40), 32, activation=activation, device=device)
-    inputs, run = case.inputs(), case.ours(backend)
-    bad = inputs["x"].clone()
-    bad[1, 3], bad[4, 0] = float("nan"), float("inf")
     cotangent = torch.randn(6, 32, device=device)
-    clean = output_and_gradients(run, inputs, cotangent)
-    spoilt = output_and_gradients(run, inputs | {"x": bad}, cotangent)
-    good = [0, 2, 3, 5]
-    for name in ("out", "dx"):
-        assert torch.equal(spoilt[name][good], clean[name][good])
-    assert spoilt["out"][1].isnan().all()
+    laws.bad_rows_stay_alone(case.ours(backend), case.inputs(), cotangent)
 
 
 # --- the boundary -------------------------------------------------------------------------------
@@ -244,56 +236,33 @@ def test_autocast(backend: str | None, device: str) -> None:
         torch.testing.assert_close(value, eager[name], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_inputs_are_left_alone(activation: str) -> None:
-    inputs = torch.randn(3, 16), torch.eye(16), torch.zeros(16)
-    before = [t.clone() for t in inputs]
-    for backend in BACKENDS:
-        with torch.no_grad():
-            linear(*inputs, activation, backend=backend)
-        for t, was in zip(inputs, before, strict=True):
-            assert torch.equal(t, was)
-
-
 # --- gradients, graphs and transforms -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias")], ids="+".join)
-def test_gradients_of_some_inputs(
-    wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
+def test_gradients_of_some_inputs(wanted: tuple[str, ...], device: str) -> None:
     """What is frozen costs nothing: column sums only for a bias, nothing kept without gradients."""
-    launches: list[tuple[str, dict[str, Any]]] = []
-    run = launch.launch
-
-    def spy(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-        launches.append((kernel.__name__, constants))
-        run(kernel, grid, *args, **constants)
-
-    monkeypatch.setattr(launch, "launch", spy)
     case = Case((66, 24), 40, device=device)
     inputs, cotangent = case.inputs(), torch.randn(66, 40, device=device)
-
-    def grads(function: Function) -> tuple[torch.Tensor, ...]:
-        leaves = {n: x.clone().requires_grad_(n in wanted) for n, x in inputs.items()}
-        return torch.autograd.grad(function(**leaves), [leaves[n] for n in wanted], cotangent)
-
-    torch.testing.assert_close(grads(case.ours("triton")), grads(case.eager))
-    names = [name for name, _ in launches]
+    with launch.recorded() as launches:
+        ours = output_and_gradients(case.ours("triton"), inputs, cotangent, trained=wanted)
+        case.ours("triton")(**inputs)
+    eager = output_and_gradients(case.eager, inputs, cotangent, trained=wanted)
+    torch.testing.assert_close(ours, eager)
     sums = ["_column_sums_kernel"] if "bias" in wanted else []
-    assert names == ["_forward_kernel", "_derivative_kernel", *sums]
-    assert launches[0][1]["STORE_PRE"] and launches[1][1]["STORE_SUMS"] == bool(sums)
-    case.ours("triton")(**inputs)
-    assert not launches[-1][1]["STORE_PRE"]
+    names = ["_forward_kernel", "_derivative_kernel", *sums, "_forward_kernel"]
+    assert [x.kernel.__name__ for x in launches] == names
+    constants = [x.constants for x in launches]
+    assert constants[0]["STORE_PRE"] and constants[1]["STORE_SUMS"] == bool(sums)
+    assert not constants[-1]["STORE_PRE"]
 
 
 def test_same_inputs_same_bits_and_strides_of_gradients(device: str) -> None:
     case = Case((600, 40), 80, HALF, device=device)
     inputs, cotangent = case.inputs(), torch.randn(600, 80, device=device).half()
     inputs["weight"] = inputs["weight"].t().contiguous().t()
-    first, second = (output_and_gradients(case.ours("triton"), inputs, cotangent) for _ in "12")
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    run = case.ours("triton")
+    first = laws.same_bits(lambda: output_and_gradients(run, inputs, cotangent))
     assert first["dweight"].stride() == inputs["weight"].stride()
 
 
@@ -338,19 +307,18 @@ def test_derivatives(activation: str, device: str) -> None:
     assert torch.autograd.gradcheck(ours, inputs, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(ours, inputs)
 
-    def penalty(function: Any) -> tuple[torch.Tensor, ...]:
-        leaves = [t.detach().float().to(device).requires_grad_() for t in inputs]
-        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
-
-    eager = Case((), 2, activation=activation).eager
-    registered = penalty(lambda *t: linear(*t, activation, backend="triton"))
-    torch.testing.assert_close(registered, penalty(eager), rtol=1e-4, atol=1e-4)
+    floats = [t.detach().float().to(device) for t in inputs]
+    laws.second_derivative(
+        lambda *t: linear(*t, activation, backend="triton"),
+        Case((), 2, activation=activation).eager,
+        floats,
+        [torch.randn(3, 2, device=device)],
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_in_transforms(activation: str) -> None:
-    x, weight, tangent = torch.randn(3, 5, 16), torch.randn(8, 16), torch.randn(3, 5, 16)
+    x, weight = torch.randn(5, 16).double(), torch.randn(8, 16).double()
 
     def ours(x: torch.Tensor) -> torch.Tensor:
         return linear(x, weight, None, activation)
@@ -358,7 +326,4 @@ def test_in_transforms(activation: str) -> None:
     def eager(x: torch.Tensor) -> torch.Tensor:
         return EAGER[activation](torch.nn.functional.linear(x, weight))
 
-    torch.testing.assert_close(torch.func.vmap(ours)(x), eager(x))
-    actual, expected = (torch.func.jvp(f, (x,), (tangent,)) for f in (ours, eager))
-    torch.testing.assert_close(actual, expected)
-    assert expected[1].abs().max() > 0
+    laws.functional_transforms(ours, eager, x)

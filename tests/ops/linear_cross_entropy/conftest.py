@@ -1,17 +1,5 @@
-"""A few logits count as many for the backends: they come in chunks of some rows."""
+"""Its tests have the sizes of those of cross_entropy."""
 
-from __future__ import annotations
+from ops.cross_entropy.conftest import small
 
-import pytest
-
-from fastattn.ops.cross_entropy import aten as of_logits
-from fastattn.ops.linear_cross_entropy import aten, tiles
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_logits, "BLOCK", 40)
-    monkeypatch.setattr(aten, "LARGE", 1)
-    monkeypatch.setattr(aten, "MANY", 1)
-    monkeypatch.setattr(aten, "CHUNK", 100)
-    monkeypatch.setattr(tiles, "CHUNK", 100)  # one tile of rows
+__all__ = ["small"]

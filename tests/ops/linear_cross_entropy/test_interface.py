@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops import laws
-from ops.cross_entropy.cases import OPTIONS
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -54,19 +53,6 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
             fastattn.linear_cross_entropy(**arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("chunks", (False, True))
-@pytest.mark.parametrize("wrong", (8, -1))
-def test_targets_that_are_no_class(
-    wrong: int, chunks: bool, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aten, "LARGE", 1 if chunks else 1 << 20)
-    targets = T.clone()
-    targets[1, 1] = wrong
-    with pytest.raises(IndexError, match=str(wrong)):
-        fastattn.linear_cross_entropy(X, WEIGHT, targets, backend=backend)
-
-
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     explanation = fastattn.explain(
         fastattn.linear_cross_entropy, X, WEIGHT, T, BIAS, softcap=30.0, reduction="sum"
@@ -107,12 +93,6 @@ def test_mixed_dtypes_under_autocast() -> None:
     assert loss.dtype == torch.float32
 
 
-def test_meta_tensors() -> None:
-    meta = [t.to("meta") for t in (X, WEIGHT, T)]
-    loss = fastattn.linear_cross_entropy(*meta)
-    assert loss.shape == () and loss.device.type == "meta"
-
-
 SETTINGS = (IGNORED, 0.1, 1e-3, 0.5, 5.0)
 
 
@@ -142,78 +122,6 @@ def test_opcheck(bias: torch.Tensor | None, backend: str, keep: tuple[bool, ...]
     needs = (True, True, bias is not None)
     arguments = (losses, X, WEIGHT, bias, T, C, statistics, needs, *SETTINGS, backend, True)
     laws.opcheck(torch.ops.fastattn.linear_cross_entropy_backward, *arguments)
-
-
-@pytest.mark.parametrize("name", ("plain", "none", "everything", "everything, mean"))
-@pytest.mark.parametrize("chunks", (False, True))
-def test_derivatives(chunks: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and the second, of both ways of the torch backend."""
-    monkeypatch.setattr(aten, "LARGE", 1 if chunks else 1 << 20)
-    inputs = [
-        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (5, 3), (5,))
-    ]
-    targets = torch.tensor([3, 0, IGNORED, 1])
-    weight = torch.rand(5, dtype=torch.float64)
-
-    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return fastattn.linear_cross_entropy(
-            x, w, targets, b, class_weight=weight, backend="torch", **OPTIONS[name]
-        )
-
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
-def test_second_derivative_of_the_kernels() -> None:
-    def second(backend: str) -> tuple[torch.Tensor, ...]:
-        leaves = [t.clone().requires_grad_() for t in (X, WEIGHT, BIAS)]
-        x, weight, bias = leaves
-        options = OPTIONS["everything, mean"]
-        loss = fastattn.linear_cross_entropy(x, weight, T, bias, backend=backend, **options)
-        grads = torch.autograd.grad(loss, leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
-
-    torch.testing.assert_close(second("triton"), second("reference"))
-
-
-def test_transforms() -> None:
-    tangents = torch.randn_like(X), torch.randn_like(WEIGHT)
-
-    def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return fastattn.linear_cross_entropy(x, weight, T, BIAS)
-
-    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(x, weight, BIAS).flatten(0, 1), T.flatten())
-
-    for transform in (
-        lambda f: torch.func.grad(f, (0, 1))(X, WEIGHT),
-        lambda f: torch.func.jvp(f, (X, WEIGHT), tangents),
-    ):
-        torch.testing.assert_close(transform(ours), transform(plain))
-    each = torch.func.vmap(
-        torch.func.grad(lambda w, x, t: fastattn.linear_cross_entropy(x, w, t)), (None, 0, 0)
-    )(WEIGHT, X, T)
-    single = torch.func.grad(lambda w: F.cross_entropy(F.linear(X[1], w), T[1]))(WEIGHT)
-    torch.testing.assert_close(each[1], single)
-    with pytest.raises(fastattn.UnsupportedError, match="transforms"):
-        torch.func.grad(lambda x: fastattn.linear_cross_entropy(x, WEIGHT, T, backend="triton"))(X)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_compiles_without_a_graph_break(reduction: str, backend: str) -> None:
-    """The logits are not in the graph, but for the reference."""
-    weight = WEIGHT.clone().requires_grad_()
-
-    def step(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return fastattn.linear_cross_entropy(
-            x, weight, targets, label_smoothing=0.1, reduction=reduction, backend=backend
-        )
-
-    def draw(rows: int) -> tuple[torch.Tensor, ...]:
-        return torch.randn(rows, 4, requires_grad=True), torch.randint(8, (rows,))
-
-    laws.one_graph(step, draw, [weight], frames=None)
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ops import laws
 
 import fastattn
-from oracle import assert_close_to_reference
 
 Tensor = torch.Tensor
 BACKENDS = ("reference", "torch", "triton")
@@ -125,22 +125,6 @@ class Case:
         return torch.cat((-x[..., half:], x[..., :half]), -1)
 
 
-def outputs_and_gradients(
-    function: Any, tensors: dict[str, Tensor], cotangents: list[Tensor], wanted: str
-) -> dict[str, Tensor]:
-    """Results and gradients by name; of cos and sin where `wanted` says so."""
-    leaves = {
-        name: x.detach().requires_grad_()
-        if x.is_floating_point() and (wanted == "all" or name not in ("cos", "sin"))
-        else x
-        for name, x in tensors.items()
-    }
-    outs = function(leaves)
-    torch.autograd.backward(outs, [c.to(y.dtype) for c, y in zip(cotangents, outs, strict=True)])
-    named = dict(zip(("rotated q", "rotated k"), outs, strict=True))
-    return named | {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
-
-
 def check(
     case: Case, backend: str | None, tensors: dict[str, Tensor] | None = None, wanted: str = "heads"
 ) -> dict[str, Tensor]:
@@ -151,12 +135,13 @@ def check(
         torch.randn(tensors[name].shape, generator=g).to(case.dtype).to(case.device)
         for name in ("q", "k")
     ]
-    ours = outputs_and_gradients(lambda t: case.ours(backend, t), tensors, cotangents, wanted)
-    eager = outputs_and_gradients(case.eager, tensors, cotangents, wanted)
-    doubles = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
-    exact = outputs_and_gradients(case.eager, doubles, [c.double() for c in cotangents], wanted)
-    assert ours.keys() == exact.keys()
-    for name, value in ours.items():
-        assert value.dtype == eager[name].dtype, f"{name}: {value.dtype}, not {eager[name].dtype}"
-        assert_close_to_reference(value, eager[name], exact[name], name=f"{name} of {case}")
-    return ours
+    fixed = {} if wanted == "all" else {name: tensors[name] for name in ("cos", "sin")}
+    inputs = {name: x for name, x in tensors.items() if name not in fixed}
+
+    def results(function: Any, inputs: dict[str, Tensor], fixed: dict[str, Tensor]) -> Any:
+        names = "rotated q", "rotated k"
+        return laws.results(lambda **t: function(t | fixed), inputs, *cotangents, names=names)
+
+    ours = results(lambda t: case.ours(backend, t), inputs, fixed)
+    exact = results(case.eager, laws.doubled(inputs), laws.doubled(fixed))
+    return laws.held(ours, results(case.eager, inputs, fixed), exact, case)

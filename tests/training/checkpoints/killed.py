@@ -24,40 +24,22 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from training import small
 
-import fastattn
-from fastattn.training import (
-    Causal,
-    Checkpoints,
-    JsonLines,
-    Tokenizer,
-    TrainingConfig,
-    Windows,
-    train,
-)
+from fastattn.training import Checkpoints, JsonLines
 
-CONFIG = TrainingConfig(
-    steps=18, batch_size=2, context=8, accumulation=2, learning_rate=2e-2,
-    final_learning_rate=1e-3, schedule="wsd", warmup_steps=3, ema_decay=0.8, evaluation_interval=4,
+CONFIG = small.with_changes(
+    steps=18, batch_size=2, context=8, accumulation=2, schedule="wsd", warmup_steps=3,
+    ema_decay=0.8, evaluation_interval=4,
 )  # fmt: skip
 
 
 def run(folder: Path) -> None:
     """The whole training, which leaves in `folder` the checkpoints, the metrics and the weights."""
-    torch.manual_seed(0)
-    model = fastattn.GPT(
-        fastattn.GPTConfig(
-            vocab_size=257, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
-            eos_token_id=0, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1,
-        )
-    )  # fmt: skip
-    stream = torch.randint(257, (400,), generator=torch.Generator().manual_seed(1))
-    training, validation = (Windows(part, 2, 8) for part in (stream[:350], stream[350:]))
-    train(
-        model, Causal(Tokenizer.train(["a"], 257)), training, CONFIG, validation=validation,
-        checkpoints=Checkpoints(folder, every_steps=3, every_minutes=None),
-        on_progress=JsonLines(folder / "metrics.jsonl"),
-    )  # fmt: skip
+    model = small.model(dropout=0.1)
+    checkpoints = Checkpoints(folder, every_steps=3, every_minutes=None)
+    metrics = JsonLines(folder / "metrics.jsonl")
+    small.trained(model, CONFIG, checkpoints=checkpoints, on_progress=metrics)
     weights = {name: w.contiguous() for name, w in model.named_parameters()}
     safetensors.torch.save_file(weights, folder / "final.safetensors")
 

@@ -52,13 +52,12 @@ def run(
     stop: int | None = None,
     batches: int = 4,
     dropout: float = 0.1,
-    **how: Any,
 ) -> Result:
     """A run with a checkpoint every two steps, or only its first `stop` steps.
 
-    `batches` are read in a step; `how` are settings of the model.
+    `batches` are read in a step.
     """
-    subject = small.model(dropout=dropout, **how)
+    subject = small.model(dropout=dropout)
     seen: list[int] = []
 
     def progress(history: History) -> None:
@@ -103,20 +102,10 @@ def two(rank: int, folder: Path) -> dict[str, Result]:
     results["alone"] = run(folder / "alone", SHARDED)
     # Without dropout, of which tensor parallelism has other masks.
     run(folder / "divided", DIVIDED, 5, dropout=0.0)
-    copied(rank, folder / "divided", "joined", "divided again")
+    copied(rank, folder / "divided", "joined", "divided again", "divided otherwise")
     results["divided again"] = run(folder / "divided again", DIVIDED, dropout=0.0)
+    results["divided otherwise"] = run(folder / "divided otherwise", SHARDED, dropout=0.0)
     results["divided"] = run(folder / "divided whole", DIVIDED, dropout=0.0)
-    return results
-
-
-def divided(rank: int, folder: Path) -> dict[str, Result]:
-    """A run whose two processes share each layer: whole, gone on with so, and otherwise."""
-    how = {"attn_pdrop": 0.0}  # processes that share a layer drop attention weights of their own
-    results = {"whole": run(folder / "whole", DIVIDED, **how)}
-    run(folder / "parted", DIVIDED, 5, **how)
-    copied(rank, folder / "parted", "again", "sharded")
-    results["again"] = run(folder / "again", DIVIDED, **how)
-    results["sharded"] = run(folder / "sharded", SHARDED, **how)
     return results
 
 

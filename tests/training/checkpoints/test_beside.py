@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from training.small import model, same, trained, weights, with_changes
+from training.small import model, same, stopping, trained, weights, with_changes
 
 from fastattn.training import Checkpoints, History
 from fastattn.training.checkpoints import tensors
@@ -113,12 +112,8 @@ def test_an_error_is_raised_in_the_next_step_or_at_the_end(
 
 def test_ctrl_c_waits_for_the_checkpoint(tmp_path: Path) -> None:
     """The one that is being written, and that of the step at which the run ends."""
-
-    def interrupt(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    history, _ = _run(tmp_path, interrupt)
+    checkpoints = Checkpoints(tmp_path, every_steps=2, keep=9)
+    history = trained(model(), CONFIG, checkpoints=checkpoints, on_progress=stopping(3))
     assert history.interrupted and Checkpoints(tmp_path).steps() == [0, 2, 3]
     state = json.loads((tmp_path / "step-000003" / "state.json").read_text())
     assert state["step"] == 3
@@ -133,12 +128,3 @@ def test_an_error_of_the_work_is_raised_once() -> None:
     with pytest.raises(ZeroDivisionError):
         beside.wait()
     beside.wait()
-    beside.start(lambda: None)
-    beside.wait()
-
-
-def test_a_copy_does_not_follow_the_tensor() -> None:
-    tensor = torch.arange(6.0).reshape(2, 3).t()
-    (copy,) = tensors.copied({"a": tensor}).values()
-    tensor += 1
-    assert copy.is_contiguous() and torch.equal(copy, tensor - 1)

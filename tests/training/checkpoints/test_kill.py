@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 def _killed(folder: Path, *arguments: str) -> list[str]:
     """The lines that killed.py prints, which are checked."""
     command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -58,11 +58,14 @@ def test_other_numbers_of_processes_go_on(name: str, runs: Runs) -> None:
 
 def test_divided_matrices_go_on_divided_or_whole(runs: Runs) -> None:
     """By tensor parallelism, which has rows of q, k and v in an order of its own."""
-    _, results = runs
+    folder, results = runs
     whole, again = results["divided"], results["divided again"]
     assert again.start == 4 and again.history == whole.history
     assert same(again.weights, whole.weights)
-    _assert_gone_on(results["joined"], whole, first=4)
+    for name in ("joined", "divided otherwise"):
+        _assert_gone_on(results[name], whole, first=4)
+    model = fastattn.models.load(folder / "divided whole" / "step-000006" / "model")
+    assert same(model.state_dict(), whole.weights)
 
 
 def _assert_gone_on(got: tasks.Result, whole: tasks.Result, first: int) -> None:
@@ -71,16 +74,6 @@ def _assert_gone_on(got: tasks.Result, whole: tasks.Result, first: int) -> None:
         assert ours.tokens == theirs.tokens and abs(ours.loss - theirs.loss) <= 1e-6
     for name, weight in got.weights.items():
         assert (weight - whole.weights[name]).abs().max() <= 1e-5
-
-
-def test_processes_that_share_each_layer(tmp_path: Path) -> None:
-    """Their rows of q, k and v have an order of their own, which no checkpoint has."""
-    results = processes.run(2, tasks.divided, tmp_path)[0]
-    got, whole = results["again"], results["whole"]
-    assert got.start == 4 and got.history == whole.history and same(got.weights, whole.weights)
-    _assert_gone_on(results["sharded"], whole, first=4)
-    model = fastattn.models.load(tmp_path / "whole" / "step-000006" / "model")
-    assert same(model.state_dict(), whole.weights)
 
 
 def test_a_checkpoint_has_whole_weights_to_load_and_no_pickle(runs: Runs) -> None:

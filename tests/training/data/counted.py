@@ -29,7 +29,7 @@ class Numbers(Objective):
 
     def __init__(self, settings: NumbersSettings | None = None) -> None:
         tokenizer = SimpleNamespace(fingerprint="of no tokenizer")
-        super().__init__(tokenizer, settings or NumbersSettings(), "fastattn")
+        super().__init__(tokenizer, settings)
 
     def encode(self, record: Record) -> Iterable[Example]:
         for ids in record[self.settings.field]:

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,20 +81,6 @@ def test_parquet(tmp_path: Path) -> None:
         records(path)
     parquet.write_table(pyarrow.Table.from_pylist(rows[:0]), path)
     with pytest.raises(ValueError, match=r"a\.parquet: is empty"):
-        records(path)
-
-
-def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Absent:
-        def find_spec(self, name: str, *_: object) -> None:
-            if name.partition(".")[0] == "pyarrow":
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
-    path = written(tmp_path / "a.parquet", b"")
-    with pytest.raises(ImportError, match=r'pyarrow: pip install "fastattn\[parquet\]"'):
         records(path)
 
 

@@ -64,13 +64,6 @@ def test_once_has_each_target_once() -> None:
     assert [len(inputs) for inputs, _ in batches] == [3, 3, 3, 2]
 
 
-@pytest.mark.parametrize("length", [0, 1, 16])
-def test_a_stream_shorter_than_the_context_is_refused(length: int) -> None:
-    message = f"tokens has {length} tokens; a context of 16 needs at least 17"
-    with pytest.raises(ValueError, match=message):
-        Windows(torch.zeros(length, dtype=torch.int64), 1, 16)
-
-
 def test_one_window_is_enough() -> None:
     tokens = torch.arange(17)
     inputs, targets = _pair(Windows(tokens, 2, 16).batch(3))
@@ -81,6 +74,10 @@ def test_what_is_no_stream_is_refused() -> None:
     for tokens in (torch.zeros(4, 40, dtype=torch.int64), torch.zeros(40)):
         with pytest.raises(ValueError, match="tokens must be a stream of tokens"):
             Windows(tokens, 1, 16)
+    for length in (0, 1, 16):
+        message = f"tokens has {length} tokens; a context of 16 needs at least 17"
+        with pytest.raises(ValueError, match=message):
+            Windows(torch.zeros(length, dtype=torch.int64), 1, 16)
     for sizes in ({"batch_size": 0, "context": 4}, {"batch_size": 4, "context": 0}):
         with pytest.raises(ValueError, match="must be at least 1, got 0"):
             Windows(torch.arange(40), **sizes)

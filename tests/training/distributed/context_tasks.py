@@ -8,15 +8,12 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from fastattn import GPT, GPTConfig
 from fastattn.nn import SequencePart
 from fastattn.ops.cross_entropy import IGNORED
 from fastattn.training.contract import Batch
 from fastattn.training.distributed.context import part_of
-from fastattn.training.distributed.layout import DistributedConfig, meshes_of
 from fastattn.training.objectives.collation import packed_batch
 from fastattn.training.steps.recomputation import recomputed_blocks
 from oracle import assert_all_close_to_reference
@@ -60,29 +57,14 @@ def few_targets() -> Batch:
 BATCHES = {"packed": packed, "rows": rows, "few targets": few_targets}
 
 
-def _gradients(subject: GPT, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """Those of one process, of the mean over all targets of the batches, and "loss"."""
-    counted, loss = sum(batch.counted for batch in batches), torch.zeros(())
-    for batch in batches:
-        one = subject(**batch.arguments)[1] * (batch.counted / counted)
-        one.backward()
-        loss = loss + one.detach()
-    found = {"loss": loss, **{name: x.grad for name, x in subject.named_parameters()}}
-    subject.zero_grad()
-    return found
+def _results(subject: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loss, and all gradients by its backward."""
+    loss.backward()
+    return {"loss": loss.detach(), **{name: x.grad for name, x in subject.named_parameters()}}
 
 
-def _hold(
-    got: dict[str, Any], changes: dict[str, Any], batches: list[Batch], autocast: Any
-) -> None:
-    with autocast():
-        eager = _gradients(model(changes), batches)
-    exact = _gradients(model(changes).double(), batches)
-    capped = any("softcap" in name for name in changes)
-    factors = {"max_factor": 3.0, "rms_factor": 2.0} if capped else {}
-    assert_all_close_to_reference(
-        {name: (got[name], eager[name], exact[name]) for name in exact}, ulps=32, **factors
-    )
+def _of_one(subject: GPT, batch: Batch) -> dict[str, torch.Tensor]:
+    return _results(subject, subject(**batch.arguments)[1])
 
 
 def held_to_the_rule(
@@ -100,44 +82,18 @@ def held_to_the_rule(
     with recomputed_blocks(subject) if recomputed else contextlib.nullcontext():
         with autocast():
             loss = subject(**part.arguments)[1] * (part.counted / batch.counted)
-        loss.backward()
-    got = {"loss": loss.detach(), **{name: x.grad for name, x in subject.named_parameters()}}
+        got = _results(subject, loss)
     for value in got.values():
         dist.all_reduce(value)
-    _hold(got, changes, [batch], autocast)
+    with autocast():
+        eager = _of_one(model(changes), batch)
+    exact = _of_one(model(changes).double(), batch)
+    capped = any("softcap" in name for name in changes)
+    factors = {"max_factor": 3.0, "rms_factor": 2.0} if capped else {}
+    assert_all_close_to_reference(
+        {name: (got[name], eager[name], exact[name]) for name in exact}, ulps=32, **factors
+    )
     return part.counted, part.tokens
-
-
-def sharded(rank: int, changes: dict[str, Any]) -> None:
-    """FSDP2 x context parallelism: two groups of two processes, each group with its own batch."""
-    mesh, weights = meshes_of(DistributedConfig(shard=2, context=2), "cpu")
-    reader, place = mesh.get_local_rank("shard"), mesh.get_local_rank("context")
-    batches = [packed(seed, counting) for seed, counting in ((0, 0.9), (1, 0.3))]
-    part = part_of(batches[reader], mesh.get_group("context"), place, 2)
-    subject = model(changes)
-    for block in subject.blocks:
-        fully_shard(block, mesh=weights["weights"])
-    fully_shard(subject, mesh=weights["weights"])
-    loss = subject(**part.arguments)[1]
-    loss = loss * (part.counted / sum(batch.counted for batch in batches))
-    (loss * weights["weights"].size()).backward()  # of which FSDP2 takes the mean
-    got: dict[str, Any] = {"loss": loss.detach()}
-    dist.all_reduce(got["loss"])
-    for name, parameter in subject.named_parameters():
-        assert isinstance(parameter.grad, DTensor), name
-        got[name] = parameter.grad.full_tensor()
-    _hold(got, changes, batches, contextlib.nullcontext)
-
-
-def attention_dropout(rank: int) -> str:
-    part = part_of(packed(), dist.group.WORLD, rank, dist.get_world_size())
-    subject = model({"attn_pdrop": 0.1})
-    try:
-        subject(**part.arguments)
-    except ValueError as error:
-        said = str(error)
-    subject.eval()(**part.arguments)
-    return said
 
 
 def refusals(rank: int, cases: list[tuple[str, dict[str, Any]]]) -> dict[str, str]:
@@ -146,8 +102,10 @@ def refusals(rank: int, cases: list[tuple[str, dict[str, Any]]]) -> dict[str, st
     The group of a part is this process's, of one.
     """
     found = {}
-    subject = model({})
+    subject = model({"attn_pdrop": 0.1})
+    subject.eval()(torch.zeros(1, 8, dtype=torch.long), part=SequencePart(dist.group.WORLD, 8))
     for name, changes in cases:
+        subject.train(name == "dropout")
         given = {"input_ids": torch.zeros(1, 8, dtype=torch.long), **changes}
         if isinstance(given.get("part"), int):
             given["part"] = SequencePart(dist.group.WORLD, given["part"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from scaling import Counted
-from torch.distributed.tensor import DTensor
 from training import small
 from training.distributed import tasks
 
@@ -17,6 +16,7 @@ from fastattn.models.folder.layout import Weights
 from fastattn.training.distributed.processes import Processes
 from fastattn.training.runs.run import Parallel, fit, opened, prepare
 from fastattn.training.runs.settings import Run
+from fastattn.training.steps.gradients import local
 
 LARGER = fastattn.GPTConfig(
     vocab_size=17, n_positions=16, n_embd=128, n_layer=12, n_head=2, bos_token_id=0, eos_token_id=0
@@ -29,11 +29,6 @@ def _drawn(seed: int, **how: Any) -> tuple[fastattn.GPT, Weights]:
     return drawn(config, torch.float32)
 
 
-def _local(tensor: Any) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().clone()
-
-
 def parts(rank: int, numbers: dict[str, Any], how: dict[str, Any]) -> list[bool]:
     """Whether this process's parts, and logits, are those of a model that was whole."""
     whole, (late, weights) = small.model(**how), _drawn(0, **how)
@@ -41,21 +36,11 @@ def parts(rank: int, numbers: dict[str, Any], how: dict[str, Any]) -> list[bool]
     tasks.parallel(**numbers).placed(whole, config)
     tasks.parallel(**numbers).placed(late, config, weights)
     pairs = zip(whole.named_parameters(), late.named_parameters(), strict=True)
-    same = [n == m and torch.equal(_local(a), _local(b)) for (n, a), (m, b) in pairs]
+    same = [n == m and torch.equal(local(a), local(b)) for (n, a), (m, b) in pairs]
     tied = whole.config.tie_word_embeddings == (late.lm_head.weight is late.wte.weight)
     ids = small.STREAM[None, :16]
     with torch.no_grad():
         return [all(same), tied, torch.equal(whole(ids), late(ids))]
-
-
-def trained(rank: int, numbers: dict[str, Any], late: bool) -> tuple[dict[str, torch.Tensor], Any]:
-    """The weights of a run, whole, and the loss of each step."""
-    subject, weights = _drawn(0) if late else (small.model(), None)
-    config = small.with_changes(steps=3, accumulation=2)
-    layout = tasks.parallel(**numbers)
-    history = small.trained(subject, config, parallel=layout, weights=weights)
-    whole = {name: tasks.whole(value) for name, value in subject.state_dict().items()}
-    return whole, [step.loss for step in history.steps]
 
 
 def differing(rank: int) -> str:
@@ -83,7 +68,7 @@ def peak(rank: int, numbers: dict[str, Any], late: bool, folder: Path | None) ->
         else:
             model = fastattn.GPT(LARGER)
             layout.placed(model, config)
-    own = sum(_local(parameter).nbytes for parameter in model.parameters())
+    own = sum(local(parameter).nbytes for parameter in model.parameters())
     return counted.peak, own
 
 

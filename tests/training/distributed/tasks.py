@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from training import small
 
-from fastattn.training import loop
+from fastattn.ops.cross_entropy import IGNORED
+from fastattn.training import Windows, loop
+from fastattn.training.contract import Batch
 from fastattn.training.distributed import agreement
 from fastattn.training.distributed.layout import DistributedConfig
 from fastattn.training.distributed.parallel import Parallel
@@ -19,6 +22,7 @@ from fastattn.training.distributed.processes import Processes
 from fastattn.training.distributed.share import Share
 from fastattn.training.distributed.tensor import canonical
 from fastattn.training.history import History
+from fastattn.training.steps.gradients import local
 from fastattn.training.steps.precision import loss_scaler
 from fastattn.training.steps.state import TrainingState
 
@@ -33,6 +37,17 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+class Holed(Windows):
+    """Windows of which each of a step has fewer targets that count, all in its first part."""
+
+    def batch(self, index: int) -> Batch:
+        batch = super().batch(index)
+        targets = batch.arguments["targets"].clone()
+        targets[:, targets.shape[1] - 3 * index :] = IGNORED
+        arguments = {**batch.arguments, "targets": targets}
+        return dataclasses.replace(batch, arguments=arguments, counted=int((targets >= 0).sum()))
+
+
 def gradients(
     rank: int, numbers: dict[str, Any], changes: dict[str, Any], how: dict[str, Any]
 ) -> tuple[float, dict[str, Tensor]]:
@@ -43,7 +58,7 @@ def gradients(
     called = layout.placed(subject, config)
     scaler = loss_scaler(torch.device("cpu"), "float32")
     state = TrainingState(subject, [], None, scaler, History())
-    share = Share.of(1, small.windows(config=config), config, layout)
+    share = Share.of(1, Holed(small.STREAM, config.batch_size, config.context), config, layout)
     loss, _ = loop._gradients(state, called, small.OBJECTIVE, share, config, layout)
     found = {name: p.grad for name, p in subject.named_parameters()}
     return loss, {
@@ -90,7 +105,7 @@ def differing(rank: int, numbers: dict[str, Any], what: str) -> str:
 
     def damage(history: History) -> None:
         if odd and what == "weight" and len(history.steps) == 2:
-            bits = _local(subject.blocks[1].attention.out_proj.weight).view(torch.int32)
+            bits = local(subject.blocks[1].attention.out_proj.weight).detach().view(torch.int32)
             bits[3, 5] ^= 1
 
     try:
@@ -117,16 +132,20 @@ def dying(rank: int) -> str:
     return "nothing"
 
 
-def refused(
-    rank: int, numbers: dict[str, Any], changes: dict[str, Any], name: str = "causal"
-) -> str:
-    objective = copy.copy(small.OBJECTIVE)
-    objective.name = name
-    try:
-        parallel(**numbers).check(small.with_changes(**changes), objective)
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+def refused(rank: int, cases: list[tuple[dict[str, Any], dict[str, Any], str]]) -> list[str]:
+    """What is said of each case: the numbers of processes, changes of the config, the objective."""
+    said = []
+    for numbers, changes, name in cases:
+        objective = copy.copy(small.OBJECTIVE)
+        objective.name = name
+        try:
+            parallel(**numbers).check(
+                small.with_changes(**{"accumulation": 2, **changes}), objective
+            )
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def together(rank: int) -> list[str]:
@@ -152,7 +171,3 @@ def _made(rank: int) -> list[int]:
     """The ranks that have come here, this one the last."""
     store = torch.distributed.distributed_c10d._get_default_store()
     return list(range(store.add("came", 1))) if rank == 0 else [store.add("came", 1)]
-
-
-def _local(tensor: Any) -> Any:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

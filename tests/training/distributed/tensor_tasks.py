@@ -9,8 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from training.distributed.tasks import whole
 
 import fastattn
 from fastattn.models import (
@@ -80,10 +79,6 @@ def results(model: torch.nn.Module, loss: Tensor, **others: Tensor) -> dict[str,
         if parameter.grad is not None:
             found[name] = whole(canonical(model, name, parameter.grad))
     return found
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def tensor_mesh(count: int) -> Any:
@@ -256,74 +251,3 @@ def refused(rank: int) -> tuple[str, bool]:
         same = all(after[name] is before[name] for name in before)
         return str(error), same and [type(module) for module in model.modules()] == classes
     return "", False
-
-
-def steps(model: fastattn.GPT, part: Any = None) -> dict[str, Tensor]:
-    """Three steps of AdamW with clipped gradients: losses, norms, and the last gradients.
-
-    `part` takes a batch to this process' (ids, targets, weight of its loss), and the loss to that
-    of all.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    found: dict[str, list[Tensor]] = {"losses": [], "norms": []}
-    for seed in range(3):
-        ids, targets = batch(4, seed)
-        weight: Any = 1.0
-        if part is not None:
-            ids, targets, weight = part(ids, targets)
-        _, loss = model(ids, targets, keep_logits=False)
-        loss = loss * weight
-        loss.backward()
-        found["losses"].append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        found["norms"].append(whole(norm))
-        gradients = {
-            name: whole(canonical(model, name, p.grad)) for name, p in model.named_parameters()
-        }
-        optimizer.step()
-        optimizer.zero_grad()
-    states = {
-        f"state {name}": whole(canonical(model, name, optimizer.state[p]["exp_avg"]))
-        for name, p in model.named_parameters()
-    }
-    return {name: torch.stack(values) for name, values in found.items()} | gradients | states
-
-
-def stepped(rank: int, name: str, shard: int, tensor: int) -> dict[str, Any]:
-    """`steps` under tensor parallelism, with FSDP2 over another dimension of the mesh."""
-    mesh, _ = meshes_of(DistributedConfig(shard=shard, tensor=tensor), "cpu")
-    model = parallelize(gpt(name), mesh["tensor"])
-    if shard == 1:
-        return steps(model)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh["shard"])
-    fully_shard(model, mesh=mesh["shard"])
-
-    def part(ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        counted = (targets != -100).sum()
-        ids, targets = (x.chunk(shard)[mesh["shard"].get_local_rank()] for x in (ids, targets))
-        return ids, targets, (targets != -100).sum() / counted * shard  # FSDP2 takes the mean
-
-    found = steps(model, part)
-    dist.all_reduce(found["losses"], group=mesh["shard"].get_group())
-    found["losses"] /= shard
-    return found
-
-
-def data_parallel(rank: int, name: str) -> dict[str, Any]:
-    """2 x 2 processes, the gradients of the two batches added up without FSDP2."""
-    mesh, _ = meshes_of(DistributedConfig(replicate=2, tensor=2), "cpu")
-    model = parallelize(gpt(name), mesh["tensor"])
-    ids, targets = batch(4)
-    counted = (targets != -100).sum()
-    ids, targets = (x.chunk(2)[mesh["replicate"].get_local_rank()] for x in (ids, targets))
-    _, loss = model(ids, targets, keep_logits=False)
-    loss = loss * ((targets != -100).sum() / counted)
-    loss.backward()
-    group = mesh["replicate"].get_group()
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad.to_local(), group=group)
-    total = loss.detach().clone()
-    dist.all_reduce(total, group=group)
-    gradients = {name: canonical(model, name, p.grad) for name, p in model.named_parameters()}
-    return {"loss": total, **{name: whole(grad) for name, grad in gradients.items()}}

@@ -16,7 +16,6 @@ import fastattn
 from fastattn.models.drawing import drawn
 from fastattn.models.loading import load
 
-ROTARY = {"positions": "rotary", "norm": "rms_norm", "gated": True, "tie_word_embeddings": False}
 LAYOUTS = [
     pytest.param(2, {"shard": 2}, id="FSDP"),
     pytest.param(2, {"tensor": 2}, id="TP"),
@@ -26,7 +25,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("how", [{}, {"n_kv_head": 1, **ROTARY, "norm": "offset_rms_norm"}])
+@pytest.mark.parametrize("how", [{}, {"n_kv_head": 1, **small.LLAMA, "norm": "offset_rms_norm"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_drawn_weights_are_those_of_a_model(how: dict[str, Any], dtype: torch.dtype) -> None:
     config = small.model(**how).config
@@ -42,7 +41,7 @@ def test_drawn_weights_are_those_of_a_model(how: dict[str, Any], dtype: torch.dt
         torch.rand(3)
 
 
-@pytest.mark.parametrize("how", [{}, ROTARY])
+@pytest.mark.parametrize("how", [{}, small.LLAMA])
 def test_read_weights_are_those_of_a_model(how: dict[str, Any], tmp_path: Path) -> None:
     model = small.model(**how)
     model.save_pretrained(tmp_path)
@@ -57,7 +56,7 @@ def test_read_weights_are_those_of_a_model(how: dict[str, Any], tmp_path: Path) 
     "how",
     [
         pytest.param({}, id="GPT-2", marks=pytest.mark.long),
-        pytest.param(ROTARY, id="Llama"),
+        pytest.param(small.LLAMA, id="Llama"),
     ],
 )
 @pytest.mark.parametrize(("count", "numbers"), LAYOUTS)
@@ -65,15 +64,6 @@ def test_parts_are_those_of_a_whole_model(
     count: int, numbers: dict[str, Any], how: dict[str, Any]
 ) -> None:
     assert processes.run(count, tasks.parts, numbers, how) == [[True] * 3] * count
-
-
-@pytest.mark.parametrize(
-    "numbers", [{"shard": 2}, pytest.param({"tensor": 2}, marks=pytest.mark.long)]
-)
-def test_a_run_has_the_same_bits(numbers: dict[str, Any]) -> None:
-    whole, losses = processes.run(2, tasks.trained, numbers, False)[0]
-    late, their_losses = processes.run(2, tasks.trained, numbers, True)[0]
-    assert losses == their_losses and small.same(whole, late)
 
 
 def test_a_rank_of_another_seed_is_named() -> None:

@@ -22,6 +22,9 @@ LAYOUTS = [
     pytest.param(4, {"replicate": 2, "tensor": 2}, id="DP-TP", marks=pytest.mark.long),
     pytest.param(4, {"replicate": 2, "shard": 2}, id="HSDP", marks=pytest.mark.long),
     pytest.param(3, {}, id="FSDP-3", marks=pytest.mark.long),
+    pytest.param(2, {"context": 2}, id="CP"),
+    pytest.param(4, {"replicate": 2, "context": 2}, id="DDP-CP", marks=pytest.mark.long),
+    pytest.param(4, {"shard": 2, "context": 2}, id="FSDP-CP", marks=pytest.mark.long),
 ]
 # Five batches for two processes: one of them runs a batch in vain.
 UNEVEN = {"accumulation": 5, "steps": 6, "evaluation_interval": 4}
@@ -35,10 +38,11 @@ UNEVEN = {"accumulation": 5, "steps": 6, "evaluation_interval": 4}
     ],
 )
 def test_gradients_are_those_of_one_process(count: int, numbers: dict[str, Any]) -> None:
-    changes = {"accumulation": 5}
-    exact_loss, exact = _float64(changes)
-    eager_loss, eager = processes.run(1, tasks.gradients, {}, changes, {})[0]
-    for loss, ours in processes.run(count, tasks.gradients, numbers, changes, {}):
+    """Of five batches with different numbers of targets; under tensor parallelism of a Llama."""
+    changes, how = {"accumulation": 5}, small.LLAMA if "tensor" in numbers else {}
+    exact_loss, exact = _float64(changes, how)
+    eager_loss, eager = processes.run(1, tasks.gradients, {}, changes, how)[0]
+    for loss, ours in processes.run(count, tasks.gradients, numbers, changes, how):
         assert loss == pytest.approx(exact_loss, abs=2 * abs(eager_loss - exact_loss) + 1e-6)
         assert ours.keys() == exact.keys()
         assert_all_close_to_reference(
@@ -59,8 +63,11 @@ def test_a_run_is_the_same(count: int, numbers: dict[str, Any], changes: dict[st
     # Sums are rounded in another order; bfloat16 multiplies what that makes of it.
     close = 1e-5 if "precision" not in changes and "optimizer" not in changes else 2e-2
     changes = {**UNEVEN, **changes}
-    # Processes that share a layer drop attention weights of their own heads.
-    how = {"dropout": 0.1, **({"attn_pdrop": 0.0} if "tensor" in numbers else {})}
+    # Processes that share a layer drop attention weights of their own heads, and those that share
+    # a sequence what they read of it.
+    how = {"dropout": 0.0 if "context" in numbers else 0.1}
+    if "tensor" in numbers:
+        how["attn_pdrop"] = 0.0
     weights, steps, losses = processes.run(1, tasks.trained, {}, changes, how)[0]
     found = processes.run(count, tasks.trained, numbers, changes, how)
     for theirs, their_steps, their_losses in found:
@@ -129,26 +136,21 @@ def test_a_rank_that_dies_in_a_step_is_missed_at_once() -> None:
     assert "rank 1 died with exit code 1" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "changes", "words"),
-    [
-        ({"replicate": 3}, {}, "make 3 processes, and there are 2: start torchrun"),
-        ({"tensor": 2, "context": 2, "shard": 1}, {}, "make 4 processes, and there are 2"),
-        ({"replicate": 2}, {"accumulation": 1}, "accumulation=1 batches a step are too few"),
-        ({"shard": 2}, {"precision": "float16"}, '"bfloat16"'),
-        ({"shard": 2, "offload": True}, {}, "offload=true needs GPUs"),
-    ],
-)
-def test_what_does_not_fit_is_refused_on_all(
-    numbers: dict[str, Any], changes: dict[str, Any], words: str
-) -> None:
-    for said in processes.run(2, tasks.refused, numbers, {"accumulation": 2, **changes}):
-        assert words in said
-
-
-def test_an_objective_that_reads_whole_sequences() -> None:
-    for said in processes.run(2, tasks.refused, {"context": 2}, {}, "distillation"):
-        assert "'distillation' reads whole sequences: set [distributed] context = 1" in said
+def test_what_does_not_fit_is_refused_on_all() -> None:
+    cases: dict[str, Any] = {
+        "make 3 processes, and there are 2: start torchrun": ({"replicate": 3}, {}, "causal"),
+        "make 4 processes, and there are 2": (
+            {"tensor": 2, "context": 2, "shard": 1},
+            {},
+            "causal",
+        ),
+        "=1 batches a step are too few": ({"replicate": 2}, {"accumulation": 1}, "causal"),
+        '"bfloat16"': ({"shard": 2}, {"precision": "float16"}, "causal"),
+        "offload=true needs GPUs": ({"shard": 2, "offload": True}, {}, "causal"),
+        "'distillation' reads whole sequences: set": ({"context": 2}, {}, "distillation"),
+    }
+    for said in processes.run(2, tasks.refused, list(cases.values())):
+        assert all(words in one for words, one in zip(cases, said, strict=True)), said
 
 
 def test_an_error_on_one_is_an_error_on_all() -> None:
@@ -179,11 +181,12 @@ def _environment(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-def _float64(changes: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+def _float64(changes: dict[str, Any], how: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the step as they are, by float64 on one process."""
-    subject = small.model().double()
+    subject = small.model(**how).double()
     config = small.with_changes(**changes)
-    batches = [small.windows(config=config).batch(number) for number in range(config.accumulation)]
+    data = tasks.Holed(small.STREAM, config.batch_size, config.context)
+    batches = [data.batch(number) for number in range(config.accumulation)]
     counted = sum(batch.counted for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:

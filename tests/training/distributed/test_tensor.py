@@ -79,7 +79,6 @@ def found(folders: dict[str, Any]) -> dict[str, list[Any]]:
         "calls": (tasks.calls,),
         "dropped": (tasks.dropped,),
         "losses": (tasks.losses, 2, LOSSES),
-        "stepped": (tasks.stepped, "gpt2", 1, 2),
         "refused": (tasks.refused,),
     }
     both = processes.run(2, tasks.several, tuple(jobs.values()))
@@ -167,26 +166,6 @@ def assert_losses_right(found: Any) -> None:
 
 def test_the_loss_of_a_divided_vocabulary(found: Any) -> None:
     assert_losses_right(found["losses"])
-
-
-def test_three_steps_of_adamw_with_clipped_gradients(found: Any) -> None:
-    assert_right(found["stepped"], *both(tasks.steps, tasks.gpt, "gpt2"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_with_fsdp2_over_another_dimension(name: str) -> None:
-    found = processes.run(4, tasks.stepped, name, 2, 2)
-    assert_right(found, *both(tasks.steps, tasks.gpt, name))
-
-
-@pytest.mark.long
-def test_with_data_parallel_processes() -> None:
-    def results(model: Any) -> dict[str, torch.Tensor]:
-        return tasks.results(model, model(*tasks.batch(4), keep_logits=False)[1])
-
-    found = processes.run(4, tasks.data_parallel, "llama")
-    assert_right(found, *both(results, tasks.gpt, "llama"))
 
 
 @pytest.mark.long

@@ -139,26 +139,6 @@ def test_a_model_of_transformers_measures_the_same(word_pieces: Tokenizer, tmp_p
     assert measured[0] == pytest.approx(measured[1], rel=1e-5)
 
 
-def test_an_encoder_learns_to_tell_texts_apart(byte_level: Tokenizer) -> None:
-    objective = _objective(byte_level)
-    model = _model(False, byte_level.vocab_size).train()
-    draw = numpy.random.default_rng(1)
-    words = {"bad": "lazy", "fair": "quick", "good": "天气"}
-    records = [
-        {"text": " ".join([*draw.choice(["the", "fox", "dog"], 5), words[label]]), "label": label}
-        for label in draw.choice(LABELS, 24)
-    ]
-    examples = [example for record in records for example in objective.encode(record)]
-    batch = objective.collate(examples, RANDOM)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    for _ in range(30):
-        optimizer.zero_grad()
-        objective.loss(model, batch).backward()
-        optimizer.step()
-    with torch.no_grad():
-        assert objective.measure(model.eval(), [batch])["accuracy"] == 1
-
-
 @pytest.mark.parametrize("label", ["Good", 3, -1, 1.0, True, None, ["good"]])
 def test_a_label_that_is_none_is_refused(byte_level: Tokenizer, label: object) -> None:
     with pytest.raises(ValueError, match=r"'label'.*'bad', 'fair', 'good'.*0 to 2; got") as error:

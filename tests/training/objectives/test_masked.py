@@ -186,22 +186,6 @@ def test_the_loss_of_both_libraries(tokenizer: Tokenizer, tmp_path: Path) -> Non
         assert objective.measure(ours, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"probability": 0.0}, ValueError, r"probability must be in \(0, 1\], got 0.0"),
-        ({"probability": 1.5}, ValueError, "probability must be in"),
-        ({"probability": float("nan")}, ValueError, "probability must be in"),
-        ({"probability": "0.1"}, TypeError, "probability must be a number"),
-        ({"context": 2}, ValueError, "context must be at least 3, got 2"),
-        ({"whole_words": 1}, TypeError, "whole_words must be True or False, got 1"),
-    ],
-)
-def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        MaskedSettings(**settings)
-
-
 def test_without_a_mask_token() -> None:
     with pytest.raises(ValueError, match="the tokenizer has no 'mask' token"):
         Masked(Tokenizer.train(["a"], 257))

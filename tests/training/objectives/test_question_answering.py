@@ -24,8 +24,10 @@ def _objective(tokenizer: Tokenizer, **settings: Any) -> QuestionAnswering:
     return QuestionAnswering(tokenizer, QuestionAnsweringSettings(**{**small, **settings}))
 
 
-def _record(passage: str, *answers: str, question: str = "the fox?") -> dict[str, Any]:
-    starts = [passage.index(answer) for answer in answers]
+def _record(
+    passage: str, *answers: str, question: str = "the fox?", start: int | None = None
+) -> dict[str, Any]:
+    starts = [passage.index(answer) if start is None else start for answer in answers]
     answered = {"text": list(answers), "answer_start": starts}
     return {"question": question, "context": passage, "answers": answered}
 
@@ -95,13 +97,8 @@ def test_a_window_has_the_whole_answer_or_points_at_cls(byte_level: Tokenizer) -
         before, answer = " ".join(words[:first]), words[first]
         passage = " ".join(words)
         start = len(before) + (first > 0)
-        record = {
-            "question": "fox?",
-            "context": passage,
-            "answers": {"text": [answer], "answer_start": [start]},
-        }
         found = 0
-        for example in objective.encode(record):
+        for example in objective.encode(_record(passage, answer, start=start)):
             origin = int(example["origin"][0])
             holds = origin <= start and start + len(answer) <= origin + len(example["text"])
             a, b = example["positions"].tolist()
@@ -122,9 +119,7 @@ def test_an_answer_that_is_longer_than_the_overlap_is_counted(byte_level: Tokeni
     room = 40 - 3 - len(byte_level.encode("the fox?"))
     offsets = byte_level.words(passage).offsets
     first, last = int(offsets[room - 1, 0]), int(offsets[room, 1])  # on the border of two windows
-    record = _record(passage, passage[first:last])
-    record["answers"]["answer_start"] = [first]
-    examples = list(objective.encode(record))
+    examples = list(objective.encode(_record(passage, passage[first:last], start=first)))
     assert objective.truncated == 1
     assert all(example["positions"].tolist() == [0, 0] for example in examples)
 
@@ -238,10 +233,7 @@ def test_answers_are_the_best_spans_of_all_windows(byte_level: Tokenizer) -> Non
                 for b in places[(places >= a) & (places < a + 4)]:
                     low, high = int(window["first"][a]), int(window["last"][b])
                     piece = passage[low:high]
-                    key = (
-                        high - len(piece.lstrip()),
-                        low + len(piece.rstrip()),
-                    )
+                    key = high - len(piece.lstrip()), low + len(piece.rstrip())
                     score = (start[0, a] + end[0, b]).item()
                     if piece.strip():
                         every[key] = max(score, every.get(key, -1e9))
@@ -271,9 +263,9 @@ def test_records_and_settings_that_do_not_fit_are_refused(byte_level: Tokenizer)
             list(objective.encode({**good, "answers": answers}))
     for start in (1, -3, 99, "2"):
         with pytest.raises(ValueError, match=f"'dog' at character {start!r}"):
-            list(objective.encode({**good, "answers": {"text": ["dog"], "answer_start": [start]}}))
+            list(objective.encode(_record("A dog", "dog", start=start)))
     with pytest.raises(ValueError, match="an answer must be a text that is not empty"):
-        list(objective.encode({**good, "answers": {"text": [" "], "answer_start": [1]}}))
+        list(objective.encode(_record("A dog", " ")))
     with pytest.raises(ValueError, match="the passage has no token"):
         list(objective.windows("why?", ""))
     with pytest.raises(ValueError, match="the question has no token"):

@@ -15,7 +15,7 @@ import transformers
 
 from fastattn.models import EncoderDecoder, EncoderDecoderConfig
 from fastattn.training import Tokenizer
-from fastattn.training.contract import Batch, Record
+from fastattn.training.contract import Batch
 from fastattn.training.objectives import SequenceToSequence
 from fastattn.training.objectives.sequence_to_sequence import SequenceToSequenceSettings
 
@@ -48,19 +48,6 @@ def test_what_is_read_and_written(cls: str | None) -> None:
     encode = tokenizer.encode
     assert example["input_ids"].tolist() == [*before, *encode("translate: fox"), end]
     assert example["targets"].tolist() == [*before, *encode("狐狸"), end]
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"source": "a"}, "a record has no field 'target'; fields: source"),
-        ({"target": "a"}, "a record has no field 'source'; fields: target"),
-        ({"source": 1, "target": "a"}, "the field 'source' of a record must be a text, got int"),
-    ],
-)
-def test_a_record_without_a_text(tokenizer: Tokenizer, record: Record, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        list(SequenceToSequence(tokenizer).encode(record))
 
 
 def test_what_is_cut_is_counted_and_said_once(tokenizer: Tokenizer) -> None:
@@ -152,9 +139,3 @@ def test_a_model_of_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
         for objective, model in zip(objectives, (ours, theirs), strict=True)
     )
     assert got == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["max_source_length", "max_target_length"])
-def test_bad_lengths(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 3, got 2"):
-        SequenceToSequenceSettings(**{name: 2})

@@ -162,19 +162,3 @@ def test_too_few_sentinels() -> None:
     message = r"context of 512 tokens needs the sentinels .* <extra_id_27>, .* has 3 of them"
     with pytest.raises(ValueError, match=message):
         SpanCorruption(tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"noise_density": 0.0}, ValueError, r"noise_density must be in \(0, 1\), got 0.0"),
-        ({"noise_density": 1.0}, ValueError, "noise_density must be in"),
-        ({"noise_density": None}, TypeError, "noise_density must be a number"),
-        ({"mean_span_length": 0.5}, ValueError, "mean_span_length must be finite and at least 1"),
-        ({"mean_span_length": float("nan")}, ValueError, "mean_span_length must be finite"),
-        ({"context": 2}, ValueError, "context must be at least 3, got 2"),
-    ],
-)
-def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        SpanCorruptionSettings(**settings)

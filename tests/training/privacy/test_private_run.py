@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli.test_train import CONFIG
 from training.privacy import private as p
 
 from fastattn.cli import main
@@ -18,32 +19,12 @@ from fastattn.training.runs.settings import Run
 
 pytest.importorskip("opacus")
 
-CONFIG = """
-[model.config]
-n_embd = 16
-n_layer = 1
-n_head = 2
-n_positions = 24
-[tokenizer]
-folder = "tokenizer"
-[data]
-training = "texts.jsonl"
-validation_fraction = 0.2
-[objective]
-name = "causal"
-[training]
-steps = 4
-batch_size = 3
-context = 24
-warmup_steps = 2
-evaluation_interval = 2
-[output]
-folder = "out"
-checkpoint_minutes = "none"
-[privacy]
-epsilon = 6.0
-delta = 1e-3
-"""
+PRIVATE = f"{CONFIG}[privacy]\nepsilon = 6.0\ndelta = 1e-3\n"
+OVERRIDES = (
+    "model.config.n_positions=24", "tokenizer.vocab_size=none", "tokenizer.folder=tokenizer",
+    "data.training=texts.jsonl", "training.steps=4", "training.batch_size=3", "training.context=24",
+    "training.evaluation_interval=2",
+)  # fmt: skip
 Train = Callable[..., tuple[int, str, str]]
 
 
@@ -52,13 +33,13 @@ def fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Train:
     monkeypatch.chdir(tmp_path)
-    Path("config.toml").write_text(CONFIG)
+    Path("config.toml").write_text(PRIVATE)
     lines = [json.dumps({"text": text}) for text in p.TEXTS]
     Path("texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     p.TOKENIZER.save("tokenizer")
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(["train", "config.toml", *arguments])
+        code = main(["train", "config.toml", *OVERRIDES, *arguments])
         return code, *capsys.readouterr()
 
     return run
@@ -94,7 +75,7 @@ def test_a_private_run_says_its_epsilon_everywhere(fit: Train) -> None:
 def test_keys_are_drawn_and_kept_and_seeds_repeat(fit: Train) -> None:
     def key(folder: str, *more: str) -> str:
         noise = ("privacy.epsilon=none", "privacy.noise_multiplier=1")  # no search for it
-        overrides = [f"output.folder={folder}", *noise, *more]
+        overrides = [*OVERRIDES, f"output.folder={folder}", *noise, *more]
         run = Run.of(toml.overridden(toml.read("config.toml"), overrides))
         with opened(run) as checkpoints:
             privacy = prepare(run, checkpoints).privacy
@@ -113,10 +94,6 @@ def test_keys_are_drawn_and_kept_and_seeds_repeat(fit: Train) -> None:
     [
         (("tokenizer.folder=none", "tokenizer.vocab_size=300"), "trains a tokenizer on the training"),
         (("--dry-run",), "--dry-run measures steps without"),
-        (("privacy.noise_multiplier=1",), "exclude each other"),
-        (("training.accumulation=2",), "accumulation must be 1"),
-        (("privacy.delta=0.1",), "delta must be below 1 / examples"),
-        (("privacy.epsilom=1",), "did you mean 'epsilon'"),
     ],
 )  # fmt: skip
 def test_refusals_in_a_line(fit: Train, arguments: tuple[str, ...], message: str) -> None:

@@ -15,8 +15,7 @@ from fastattn.training.objectives import OBJECTIVES
 from fastattn.training.runs.run import Prepared, fit, opened, prepare
 from fastattn.training.runs.settings import Run
 
-ENCODER = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-DECODER = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+ENCODER = DECODER = GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
 SMALL = {
     "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
@@ -124,7 +123,6 @@ def test_an_encoder_gets_another_head(tmp_path: Path) -> None:
         assert model.classifier.weight.shape == (len(labels), 16)
 
 
-GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
 BERT = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
 }  # fmt: skip

@@ -73,6 +73,7 @@ def test_lengths_of_an_objective_are_those_of_the_training() -> None:
         ({"data": {"training": []}}, r"\[data\] training must name at least one"),
         ({"data": {"training": "a", "validation_fraction": 1.5}}, "validation_fraction must be in"),
         ({"objective": {}}, r"\[objective\] name must be one of 'causal'.*got None"),
+        ({"objective": {"name": "causl"}}, "did you mean 'causal'"),
         ({"objective": {"name": "classification", "lables": []}}, "did you mean 'labels'"),
         ({"objective": {"name": "causal", "steps": 3}}, r"no key 'steps': it is one of \[training\]"),
         ({"model": {"config": {"n_labels": 3}}}, r"\[model.config\] has no key 'n_labels'"),

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.small import HELD_OUT, OBJECTIVE, model, same, trained, weights, windows, with_changes
+from training.small import (
+    HELD_OUT,
+    OBJECTIVE,
+    model,
+    same,
+    stopping,
+    trained,
+    weights,
+    windows,
+    with_changes,
+)
 
-from fastattn.training import Checkpoints, History, train
+from fastattn.training import Checkpoints, train
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -47,15 +57,11 @@ def test_a_step_of_float16_that_overflows_is_left_out_and_the_scale_halves(tmp_p
     norms = [step.gradient_norm for step in history.steps]
     assert [math.isinf(norm) for norm in norms] == unchanged == [True, True, True, False, False]
 
-    def stop(progress: History) -> None:
-        if len(progress.steps) == 2:
-            raise KeyboardInterrupt
-
     parted, again = model(), model(seed=1)
     _overflowing(parted, steps=2)
     _overflowing(again, steps=1)
     folder = Checkpoints(tmp_path)
-    train(parted, OBJECTIVE, windows(), config, checkpoints=folder, on_progress=stop)
+    train(parted, OBJECTIVE, windows(), config, checkpoints=folder, on_progress=stopping(2))
     assert train(again, OBJECTIVE, windows(), config, checkpoints=folder) == history
     assert same(weights(again), weights(whole))
     scalars = json.loads((folder.path(5) / "state.json").read_text())

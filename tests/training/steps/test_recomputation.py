@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from training.small import (
+    OBJECTIVE,
+    STREAM,
     VOCABULARY,
     model,
     same,
@@ -14,6 +18,8 @@ from training.small import (
     with_changes,
 )
 
+from fastattn.training import Windows, train
+from fastattn.training.contract import Batch
 from fastattn.training.steps.recomputation import recomputed_blocks
 
 
@@ -48,6 +54,14 @@ def test_a_block_keeps_only_what_it_is_given() -> None:
 
 def test_a_model_of_transformers_does_it_itself() -> None:
     transformers = pytest.importorskip("transformers")
+
+    class Labelled(Windows):
+        def batch(self, index: int) -> Batch:
+            batch = super().batch(index)
+            ids = batch.arguments["input_ids"]
+            arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
+            return dataclasses.replace(batch, arguments=arguments)
+
     losses = []
     for option in (False, True):
         torch.manual_seed(0)
@@ -55,28 +69,11 @@ def test_a_model_of_transformers_does_it_itself() -> None:
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=2, attention_dropout=0.1,
         )  # fmt: skip
-        subject = _Paired(transformers.LlamaForCausalLM(config))
-        history = trained(subject, with_changes(steps=3, activation_checkpointing=option))
-        losses.append(history.steps)
+        subject = transformers.LlamaForCausalLM(config)
+        changes = with_changes(steps=3, activation_checkpointing=option)
+        losses.append(train(subject, OBJECTIVE, Labelled(STREAM, 4, 16), changes).steps)
         assert not any(getattr(m, "gradient_checkpointing", False) for m in subject.modules())
     assert losses[0] == losses[1]
-
-
-class _Paired(torch.nn.Module):
-    """A model of transformers on windows whose targets are shifted already."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        for name in ("activation", "gradient"):
-            for switch in ("enable", "disable"):
-                method = f"{name}_checkpointing_{switch}"
-                if hasattr(inner, method):
-                    setattr(self, method, getattr(inner, method))
-
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> tuple[None, torch.Tensor]:
-        logits = self.inner(input_ids=input_ids, use_cache=False).logits
-        return None, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -11,6 +11,7 @@ from fastattn.ops.attention.cache.reference import rotated_queries
 from fastattn.ops.attention.cache.stored import bits
 from fastattn.ops.attention.call import UNBOUNDED, Extras, Settings
 from fastattn.ops.common import launch
+from fastattn.ops.common.matrices import dense
 
 MAX_KEYS = 2**30  # of a sequence: positions are 32-bit
 
@@ -50,10 +51,10 @@ def forward(
     batch, seqlen_q, heads, _ = q.shape
     kv_heads, head_dim_v = call.k.shape[2], call.v.shape[3]
     capacity = min(call.capacity, MAX_KEYS)
-    lengths, table, rows = call.lengths.contiguous(), _dense(call.block_table), _dense(call.indices)
+    lengths, table, rows = call.lengths.contiguous(), dense(call.block_table), dense(call.indices)
     cos, sin = _tables(call.rotary_cos, call.rotary_sin, q.dtype)
     k_cache, v_cache = bits(call.k), bits(call.v)
-    k_scale, v_scale = _dense(call.k_scale), _dense(call.v_scale)
+    k_scale, v_scale = dense(call.k_scale), dense(call.v_scale)
     if call.new_k is not None and call.new_v is not None and call.new_k.numel() * capacity:
         torch.ops.fastattn_cuda.append_to_cache(
             k_cache, v_cache, cuda.readable(call.new_k), cuda.readable(call.new_v), lengths, table,
@@ -82,7 +83,7 @@ def forward(
     )
     torch.ops.fastattn_cuda.attend_to_cache(
         out, lse, part_out, part_lse, cuda.readable(q), k_cache, v_cache, lengths, table, rows,
-        _dense(call.starts), *(_float32(getattr(extras, name)) for name in EXTRAS), cos, sin,
+        dense(call.starts), *(_float32(getattr(extras, name)) for name in EXTRAS), cos, sin,
         k_scale, v_scale, call.rotary_interleaved, call.rotary_advances, capacity, call.seqlen_new,
         cut.keys, cut.programs, left, right, settings.softmax_scale, settings.softcap,
     )  # fmt: skip
@@ -96,10 +97,6 @@ def _prefill(
     q = rotated_queries(q, call)
     held = call.lengths.clamp(max=call.capacity) + call.seqlen_new  # cut to the cache by the kernel
     return cuda.forward(q, call.k, call.v, extras._replace(seqused_k=held), settings)
-
-
-def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _float32(x: torch.Tensor | None) -> torch.Tensor | None:

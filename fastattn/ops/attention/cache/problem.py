@@ -37,9 +37,7 @@ class CacheProblem:
     def device(self) -> torch.device:
         return self.attention.device
 
-    @property
-    def op(self) -> str:
-        return "attention_with_kv_cache"
+    op = "attention_with_kv_cache"
 
     @property
     def dtype(self) -> torch.dtype:

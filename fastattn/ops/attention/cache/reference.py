@@ -17,10 +17,6 @@ from fastattn.ops.common import modes
 from fastattn.ops.common.rotation import rotated
 
 
-def unsupported(problem: CacheProblem) -> str | None:
-    return None
-
-
 def forward(
     problem: CacheProblem, q: torch.Tensor, extras: Extras, call: CacheCall
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from fastattn.ops.attention.triton.forward import attend
 from fastattn.ops.attention.triton.rotary import rotated
 from fastattn.ops.attention.triton.stored import narrowed
 from fastattn.ops.common import launch
+from fastattn.ops.common.matrices import dense
 
 
 @triton.jit(do_not_specialize=[*launching.SIZES, "capacity", "stride_kcb", "stride_kcs",
@@ -167,10 +168,6 @@ def forward(
     q: torch.Tensor, extras: Extras, settings: Settings, call: CacheCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); the new keys and values, if there are any, are in the caches afterwards."""
-
-    def dense(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x.contiguous()
-
     k_scale, v_scale = dense(call.k_scale), dense(call.v_scale)
     if k_scale is not None and v_scale is not None and k_scale.dim() != v_scale.dim():
         rows = len(call.lengths), call.k.shape[2]

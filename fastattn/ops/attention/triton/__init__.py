@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import backends, chips
+from fastattn import chips
 from fastattn.ops.attention.problem import AttentionProblem
 from fastattn.ops.attention.triton.backward import backward
 from fastattn.ops.attention.triton.forward import forward
 from fastattn.ops.common import launch
+from fastattn.ops.common import triton as of_kernels
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -24,12 +25,8 @@ WIDE_FLOAT32 = 131 * 1024  # bytes of shared memory of float32 kernels above a h
 
 def unsupported(problem: AttentionProblem) -> str | None:
     """The reason why these kernels cannot run `problem`, or None."""
-    if problem.transformed:
-        return "torch.func transforms and forward-mode AD need a differentiable backend"
-    if problem.dtype == torch.float64:
-        return "the Triton kernels compute in float32; float64 is for torch and reference"
-    if problem.dtype == torch.bfloat16 and backends.triton_runs() == "interpreted":
-        return "Triton's interpreter computes bfloat16 dots wrong"
+    if (reason := of_kernels.unsupported(problem)) is not None:
+        return reason
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"head_dim {max(problem.head_dim, problem.head_dim_v)} is above {MAX_HEAD_DIM}"
     if problem.needs_slope_grad:

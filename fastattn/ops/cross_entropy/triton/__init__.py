@@ -10,8 +10,7 @@ compiles nothing new.
 
 from __future__ import annotations
 
-import torch
-
+from fastattn.ops.common import triton as of_kernels
 from fastattn.ops.cross_entropy.problem import LossProblem
 from fastattn.ops.cross_entropy.triton.kernels import kernel_backward, kernel_forward
 
@@ -19,8 +18,4 @@ __all__ = ["kernel_backward", "kernel_forward", "unsupported"]
 
 
 def unsupported(problem: LossProblem) -> str | None:
-    if problem.transformed:
-        return "torch.func transforms and forward-mode AD need a differentiable backend"
-    if problem.dtype == torch.float64:
-        return "the Triton kernels compute in float32; torch and reference do float64"
-    return None
+    return of_kernels.unsupported(problem, products=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fastattn.chips import DEVICES, peak_flops
-from fastattn.nn.checks import check_integer, check_number
+from fastattn.nn.checks import check_integer, check_within
 from fastattn.training.distributed.layout import DIMENSIONS, DistributedConfig
 from fastattn.training.distributed.planning.memory import Memory, Numbers, Split, memory
 from fastattn.training.distributed.planning.shapes import Shape
@@ -55,8 +55,7 @@ class Job:
         if self.devices > MOST_DEVICES:
             raise ValueError(f"devices must be at most {MOST_DEVICES}, got {self.devices}")
         for name in ("efficiency", "links", "usable"):
-            if not 0 < check_number(name, getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+            check_within(name, getattr(self, name), "(0, 1]")
         if self.chip not in DEVICES:
             close = difflib.get_close_matches(self.chip.upper(), DEVICES, 1, cutoff=0.3)
             hint = f": did you mean {close[0]}?" if close else ""

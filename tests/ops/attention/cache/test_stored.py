@@ -76,16 +76,12 @@ def seen(call: dict[str, Any]) -> dict[str, Any]:
     """The call on the values that the caches hold after it, in float64: nothing is appended."""
     kept = ("causal", "window", "softcap", "alibi_slopes", "sink", "cache_starts", "softmax_scale")
     plain = {name: call[name] for name in kept if call.get(name) is not None}
-    lengths, q = call["cache_lengths"].cpu(), call["q"].cpu()
+    cpu = table.moved(call, "cpu")
+    lengths, q = cpu["cache_lengths"], cpu["q"]
     if call.get("rotary_cos") is not None:
         banded = call.get("causal", True) or call.get("window") not in (None, (-1, -1))
-        cos, sin = (call[name].cpu().double() for name in ("rotary_cos", "rotary_sin"))
-        turned = []
-        for b, n in enumerate(lengths.tolist()):
-            place = n + torch.arange(q.shape[1]) * int(banded)
-            inter = call.get("rotary_interleaved", False)
-            turned.append(table.rotate(q[b].double(), cos[place], sin[place], inter))
-        q = torch.stack(turned).to(q.dtype)
+        ahead = torch.arange(q.shape[1]) * int(banded)
+        q = torch.stack([table.rotated(cpu, q[b], n + ahead) for b, n in enumerate(lengths)])
     new = 0 if call.get("k") is None else call["k"].shape[1]
     plain |= {"q": q, "cache_lengths": lengths + new}
     return table.moved(plain, "cpu") | {f"{x}_cache": read(call, x) for x in ("k", "v")}
@@ -119,26 +115,18 @@ def check_appended(before: dict[str, Any], after: dict[str, Any]) -> None:
     new = 0 if before.get("k") is None else before["k"].shape[1]
     for b, n in enumerate(before["cache_lengths"].tolist()):
         for t in range(new):
-            if before.get("block_table") is not None:
-                size = before["k_cache"].shape[1]
-                place = int(before["block_table"][b, (n + t) // size]), (n + t) % size
-            else:
-                rows = before.get("cache_indices")
-                place = b if rows is None else int(rows[b]), n + t
+            place = table.place_of(before, b, n + t)
             untouched[place] = False
             for name in ("k", "v"):
                 x, scale = before[name][b, t], before[f"{name}_scale"]
                 scale = (scale if scale.dim() == 1 else scale[b])[:, None]
                 held = after[f"{name}_cache"][place].double()
                 if name == "k" and before.get("rotary_cos") is not None:
-                    cos, sin = (
-                        before[x][n + t][None].double() for x in ("rotary_cos", "rotary_sin")
-                    )
-                    turned = table.rotate(x[None].double(), cos, sin, before["rotary_interleaved"])
+                    turned = table.rotated(before, x[None], torch.tensor([n + t]))[0]
                     numbers = values_of(kind)
                     ours, theirs = (
                         torch.searchsorted(numbers, y.contiguous())
-                        for y in (held, nearest(turned[0].to(x.dtype), scale, kind))
+                        for y in (held, nearest(turned, scale, kind))
                     )
                     assert (ours - theirs).abs().max() <= 1
                 else:
@@ -166,15 +154,8 @@ def test_against_float64(seed: int, kind: torch.dtype, backend: str, device: str
 @pytest.mark.parametrize("head_dim", (64, 128, 256, 72))
 def test_widths_of_cuda(head_dim: int, kind: torch.dtype, device: str, emulator: Emulator) -> None:
     """Rows that fill a tile of the kernel and that do not, whole 16 bytes and not."""
-    g = torch.Generator().manual_seed(head_dim)
-    call: dict[str, Any] = {
-        "q": torch.randn(2, 2, 4, head_dim, generator=g).half(),
-        "k_cache": torch.randn(2, 200, 2, head_dim, generator=g),
-        "v_cache": torch.randn(2, 200, 2, head_dim, generator=g),
-        "cache_lengths": torch.tensor([150, 17]),
-        "k": torch.randn(2, 2, 2, head_dim, generator=g).half(),
-        "v": torch.randn(2, 2, 2, head_dim, generator=g).half(),
-    }
+    shape = 2, 2, 4, head_dim
+    call = table.plain_call(shape, 200, [150, 17], torch.float16, "cpu", new=2)
     scale = torch.full((2,), 3 / stored_largest(kind))
     for name in ("k", "v"):
         held = nearest(call[f"{name}_cache"], scale[0], kind).to(kind)
