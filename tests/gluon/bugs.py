@@ -265,3 +265,5 @@ PACKAGE_LOSS_BACKWARD = {
     "upstream gradient left out": ("every * scale / total", "every / total"),
     "not divided by T": ("every * scale / total", "every * scale"),
 }  # fmt: skip
+# Of both, in clusters.
+LOSS_CLUSTERS = {"clusters end apart": ("    leave()\n", "")}

@@ -164,12 +164,15 @@ ALL = {
         len(package.DERIVATIVES),
     ),
     "loss forward": Subject(
-        package.LOSS / "forward.py", package.run_loss, bugs.PACKAGE_LOSS, len(package.LOSSES)
+        package.LOSS / "forward.py",
+        package.run_loss,
+        bugs.PACKAGE_LOSS | (bugs.LOSS_CLUSTERS if CLUSTERS else {}),
+        len(package.LOSSES),
     ),
     "loss backward": Subject(
         package.LOSS / "backward.py",
         package.run_loss_backward,
-        bugs.PACKAGE_LOSS_BACKWARD,
+        bugs.PACKAGE_LOSS_BACKWARD | (bugs.LOSS_CLUSTERS if CLUSTERS else {}),
         len(package.LOSSES),
     ),
 }

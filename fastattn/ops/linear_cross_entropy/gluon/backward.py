@@ -238,7 +238,7 @@ def kernel_backward(
         all_weight = class_weight.sum()
     gradients = OnHopper(rows, weight, needs)
     n = len(rows)
-    size = table.chunk(CONSUMERS.value * ROWS.value, n, classes)
+    size = table.chunk(2 * CONSUMERS.value * ROWS.value, n, classes)  # tiles of a cluster
     buffer = gradients.empty_logits(size)
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
