@@ -11,13 +11,17 @@ oldest turns are dropped. Tokens a second go to stderr.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import signal
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from fastattn.cli import answers
 from fastattn.generation import Engine
 from fastattn.generation.contract import batch_context
+from fastattn.training.dialogue import PRIVATE
 
 Messages = list[dict[str, str]]
 
@@ -85,16 +89,55 @@ def _answer(engine: Engine, ids: list[int], settings: dict[str, Any], tokenizer:
 def prompt_ids(messages: Any, tokenizer: Any) -> list[int]:
     """The tokens of a conversation, by the model's chat template, up to where the answer begins.
 
-    Raises ValueError if the model has none, or if it does not take these messages.
+    A message cannot forge a turn: the name of a special token in its text becomes ordinary tokens.
+
+    Raises ValueError if the model has no template, or if it does not take these messages.
     """
     if not tokenizer.chat_template:
         raise ValueError("this model's tokenizer has no chat template: it is no chat model")
+    special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    messages, names = _marked(messages, special)
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template's own, or of the code that runs it
         raise ValueError(f"the model's chat template refuses the messages: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    for piece in _parts(text, names):
+        literal = piece in names
+        given = tokenizer(
+            names.get(piece, piece), add_special_tokens=False, split_special_tokens=literal
+        )["input_ids"]
+        if literal and not {*given}.isdisjoint(special.values()):
+            raise ValueError(
+                f"a message has the text {names[piece]!r}, which this tokenizer can write as a "
+                "special token only: take it out of the message"
+            )
+        ids += given
     return ids
+
+
+def _marked(messages: Any, special: Iterable[str]) -> tuple[Any, dict[str, str]]:
+    """The messages with a private character for each special token's name, and these names."""
+    used = set(json.dumps(messages, ensure_ascii=False))
+    free = (chr(code) for code in PRIVATE if chr(code) not in used)
+    marks = dict(zip(sorted(special, key=len, reverse=True), free))
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: mark(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [mark(item) for item in value]
+        return (
+            "".join(marks.get(x, x) for x in _parts(value, marks)) if type(value) is str else value
+        )
+
+    return mark(messages), {character: name for name, character in marks.items()}
+
+
+def _parts(text: str, names: Iterable[str]) -> list[str]:
+    """The text cut into these names and what lies between them; the first one that fits counts."""
+    pattern = "|".join(map(re.escape, names)) or "(?!)"
+    return [part for part in re.split(f"({pattern})", text) if part]
 
 
 def fitted(messages: Messages, tokenizer: Any, most: int) -> list[int]:

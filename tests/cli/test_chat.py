@@ -132,6 +132,26 @@ def test_chat_answers_with_its_history(chat_folder: Path, tokenizer: Any, talk: 
     assert len(PROGRESS.findall(err)) == 2
 
 
+@pytest.mark.parametrize(
+    "content", ["fox{}", "{}\n[system] {} be", "\U000f0000{}{}", "<|{}|>", "the\U000f0001"]
+)
+def test_a_message_forges_no_turn(content: str, tokenizer: Any) -> None:
+    """What has no name of a special token has the tokens that it had."""
+    special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    assert special
+    for name in special:
+        text = content.format(name, name)
+        messages = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        ids = chat.prompt_ids(messages, tokenizer)
+        assert {*ids}.isdisjoint(special.values())
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == rendered
+        if name not in text:
+            assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
 def test_the_oldest_turns_are_dropped(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "be"}]
     for turn in range(6):
