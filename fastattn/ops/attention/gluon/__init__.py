@@ -19,7 +19,7 @@ from fastattn.ops.common import gluon
 __all__ = ["backward", "backward_unsupported", "declined", "forward", "unsupported"]
 
 MAX_HEAD_DIM = 256
-MAX_SOFTCAP = 64.0  # 1 / (e^2x + 1) is right to 2^-24, times twice the cap
+MAX_SOFTCAP = 64.0  # e^2x is right to 2^-24, and tanh to half of it, times the cap
 MAX_SEQLEN = 2**29  # positions are 32-bit, and so are three of them added
 MISSING = {
     "mask": "no masks",

@@ -45,7 +45,7 @@ class Rule(NamedTuple):
     """How a head's scores come about; all to base 2."""
 
     inner: Any  # of the products, if CAPPED: 2 / cap of their scale
-    scale: Any  # of the scores; if CAPPED 2 cap
+    scale: Any  # of the scores; if CAPPED the cap
     slope: Any
     corner: Any  # seqlen_k - seqlen_q
     low: Any  # query i sees the keys from i + low

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 
 import torch
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -40,6 +41,7 @@ from fastattn.ops.common.gluon import mbarrier, tma
 
 LOG2_E = math.log2(math.e)
 LN_2 = gl.constexpr(math.log(2))
+ALL = gl.constexpr(tl.PropagateNan.ALL)
 LOWEST = gl.constexpr(-3e38)  # below any score, and finite: rows without keys give no NaN
 # A scale below may be zero in float32, and zero times -inf is NaN.
 LEAST_SCALE = 1e-37
@@ -90,8 +92,9 @@ def wait_turn(ring, i, WHICH: gl.constexpr):
 def scores(s, row, key, rule, kind: gl.constexpr, MASKED: gl.constexpr):
     """Of the products of a tile: to base 2 if kind.SCALED, else without the last scale."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, kind.BN, 16])
-    if kind.CAPPED:  # tanh(x) = 1 - 2 / (e^2x + 1), and the 1 is left to the sink and the LSE
-        s = 1.0 / (-1.0 - gl.exp2(s * rule.inner))
+    if kind.CAPPED:  # tanh(x) = (e^2x - 1) / (e^2x + 1); its argument is kept from infinity
+        e = gl.exp2(gl.minimum(s * rule.inner, 64.0, propagate_nan=ALL))
+        s = (e - 1.0) / (e + 1.0)
     if kind.SCALED:
         s = s * rule.scale
     rows = row + gl.arange(0, kind.BM, gl.SliceLayout(1, S))
@@ -264,8 +267,6 @@ def consume(
         fence_async_shared()
         tma.async_store(results.out, [place.batch, row, place.head, 0], smem)
     rows = row + gl.arange(0, kind.BM, ROW)
-    if kind.CAPPED:
-        top += 0.5 * rule.scale
     lse = gl.where(blind, float("-inf"), (top + gl.log2(total)) * LN_2)
     gl.store(results.lse + rows, lse, mask=rows < results.queries)
     tma.store_wait(0)
@@ -388,8 +389,6 @@ def attention_forward(
     sink = scale * 0.0 + float("-inf")
     if sink_ptr is not None:
         sink = gl.load(sink_ptr + head).to(gl.float32) * 1.4426950408889634
-        if CAPPED:
-            sink -= 0.5 * scale
     rule = Rule(inner, scale, slope, corner, low, high, keys)
 
     q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, BM, 1, D], q_desc.layout)
@@ -488,7 +487,7 @@ def forward(
     inner, scale = 0.0, settings.softmax_scale
     if settings.softcap:
         cap = max(settings.softcap, 1e-20)
-        inner, scale = 2 * LOG2_E * scale / cap, 2 * cap
+        inner, scale = 2 * LOG2_E * scale / cap, cap
     scale *= LOG2_E
     vectors = (
         extras.sink, slopes, extras.key_lengths, extras.cu_seqlens_q, extras.cu_seqlens_k,
