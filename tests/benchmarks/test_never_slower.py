@@ -236,9 +236,8 @@ def test_a_printed_row_makes_the_slow_cell_be_declined(
     triton = backends.Backend("triton", lambda: module)
 
     def explain(function: Callable, *inputs: Any, **named: Any) -> Any:
-        _, describe, _ = backends._explainable[function]
         inputs = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs)
-        problem = describe(*inputs, **named)  # on a CPU it declines anyway
+        problem, _ = backends.problem_of(function, *inputs, **named)  # on a CPU it declines anyway
         asked.append(triton.declined(problem))
         return types.SimpleNamespace(backend=None)
 

@@ -222,7 +222,8 @@ def is_decode(seqlen_q: int, group_size: int) -> bool:
 
 def few_queries(problem: AttentionProblem) -> str | None:
     """The reason why the automatic choice passes over a kernel that does not split the keys."""
-    if problem.packed or not is_decode(problem.seqlen_q, problem.group_size):
+    few = is_decode(problem.seqlen_q, problem.group_size) and not problem.is_empty
+    if problem.packed or not few:
         return None
     return "for so few queries the Triton kernel splits the keys, and packs the heads of a key head"
 
