@@ -78,7 +78,7 @@ def use(path: str | Path) -> None:
     if _emulator is not None and _emulator.path == path:
         return
     if registered():
-        raise RuntimeError(f"{NAMESPACE} has been loaded already, and only one library can be")
+        raise RuntimeError(LOADED)
     _emulator = _load(path, "cpu")
 
 
@@ -124,6 +124,7 @@ def status() -> str:
     return f"{built}, loaded" if reason is None else f"{built}, not used: {reason}"
 
 
+LOADED = f"{NAMESPACE} has been loaded already, and only one library can be"
 NOT_BUILT = (
     "not built, this is a pure Python install: `pip install -v --no-build-isolation .` in a "
     "checkout builds it where nvcc and torch are"
@@ -144,6 +145,8 @@ def file() -> Path | None:
 
 @functools.cache
 def _loaded(path: Path) -> Library | CannotLoad:
+    if registered():  # torch would end the process
+        return CannotLoad(LOADED)
     try:
         return _load(path, "cuda")
     except CannotLoad as error:

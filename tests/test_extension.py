@@ -130,8 +130,9 @@ def test_without_it_tests_fail_where_it_was_asked_for(
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, path: Path | None) -> None:
-    """`path` is fastattn._C, and there is a GPU."""
+    """`path` is fastattn._C, no library is loaded, and there is a GPU."""
     monkeypatch.setattr(extension, "find", lambda: path)
+    monkeypatch.setattr(extension, "registered", list)
     monkeypatch.setattr(extension, "_no_gpu", lambda: None)
 
 
@@ -164,6 +165,17 @@ def test_a_file_that_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "the extension cannot be loaded: " in str(extension.unavailable(GPU))
     with pytest.raises(CannotLoad):
         extension._load(path, "cpu")
+
+
+def test_two_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which torch would end the process: the tests' emulator, and what is built."""
+    path = tmp_path / "_C.so"
+    path.touch()
+    plant(monkeypatch, path)
+    monkeypatch.setattr(extension, "registered", lambda: ["attention_forward"])
+    with pytest.raises(extension.CannotLoad, match="only one library can be"):
+        extension.load()
+    assert "cannot be loaded: fastattn_cuda has been loaded already" in extension.status()
 
 
 # --- what runs where ------------------------------------------------------------------------------
