@@ -163,23 +163,23 @@ def test_report_of_a_deadlock_names_both_programs() -> None:
 
 
 @gluon.jit
-def alone(x, WHO: gl.constexpr):
+def store_both(x, TOGETHER: gl.constexpr):
     bar = mbarrier.allocate_mbarrier()
     mbarrier.init(bar, count=1)
     rows = gl.arange(0, 2, gl.BlockedLayout([1], [32], [4], [0], cga_layout=[[1]]))
     gl.store(x + rows, rows)  # each program its own
     gl.store(x + 2, 7)  # both the same: once
-    if WHO:
+    if TOGETHER:
         gl.barrier(cluster=True)
 
 
 def test_values_of_a_cluster() -> None:
-    for both in (True, False):
+    for together in (True, False):
         x = torch.zeros(3, dtype=torch.int32)
-        launch(alone, (1,), x, both, num_ctas=2)
+        launch(store_both, (1,), x, together, num_ctas=2)
         assert x.tolist() == [0, 1, 7]
 
 
 def test_other_sizes_are_refused() -> None:
     with pytest.raises((NotImplementedError, GluonError), match="clusters of 4"):
-        launch(alone, (1,), torch.zeros(3, dtype=torch.int32), False, num_ctas=4)
+        launch(store_both, (1,), torch.zeros(3, dtype=torch.int32), False, num_ctas=4)

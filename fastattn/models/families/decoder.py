@@ -30,7 +30,7 @@ FIELDS: dict[str, Names] = {
 }
 BIAS: dict[str, Names] = {"attention_bias": ("qkv_bias", "out_bias")}
 
-# What a silent config.json of Llama means; the others say where theirs means otherwise.
+# Llama's values of what a config.json leaves out; the other families name those that differ.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "max_position_embeddings": 2048,
@@ -122,7 +122,7 @@ def write_more(config: GPTConfig, head_dim: bool = False) -> dict[str, Any]:
     """The sizes that our config may leave to be computed, and `read_rope`'s reverse.
 
     Args:
-        head_dim: whether a silent config.json of the family means one of its own.
+        head_dim: write it always, where the family computes another one if it is left out.
     """
     return {
         "intermediate_size": config.feedforward_dim,

@@ -341,11 +341,11 @@ def programs(rows: int, columns: int, device: torch.device, pair: bool = False) 
     """
     if not kernels.CLUSTERS or tiles(rows, columns, pair)[0] == 1:
         return 1
-    alone, both = (
+    single, double = (
         -(-math.prod(tiles(rows, columns, pair, n)) // (launch.multiprocessors(device) // n))
         for n in (1, 2)
     )
-    return 2 if 6 * both <= 7 * alone else 1
+    return 2 if 6 * double <= 7 * single else 1
 
 
 def trips(terms: int) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-# What a cache has of attention's Extras and Settings; the others have their defaults.
+# The members of attention's Extras and Settings that a cache's call sets; others have defaults.
 EXTRAS = ("alibi_slopes", "sink")
 SETTINGS = ("window_left", "window_right", "softmax_scale", "softcap")
 

@@ -12,7 +12,7 @@ from fastattn.ops.linear_cross_entropy.gradients import Gradients
 class OnHopper(Gradients):
     """`Gradients` whose products are those of ops/common/gluon_products.py.
 
-    What TMA cannot read, in neither order, is copied once for all chunks.
+    A matrix that TMA can read in neither order is copied once for all chunks.
     """
 
     def __init__(
