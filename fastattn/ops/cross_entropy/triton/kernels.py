@@ -119,7 +119,7 @@ def _backward_kernel(
     outer_stride,
     inner_stride,
     inner,
-    dlogits_stride,
+    dlogits_stride,  # None: classes
     rows,
     classes,
     ignore_index,
@@ -152,7 +152,8 @@ def _backward_kernel(
     dloss = tl.load(dlosses_ptr + row, mask=present, other=0.0)
     ds = gradient(s, slope, column == target, w, m, total, dloss, w_t, all_weight, rule)
     ds = tl.where(target == ignore_index, 0.0, ds).to(dlogits_ptr.dtype.element_ty)
-    tl.store(dlogits_ptr + row * dlogits_stride + column, ds, mask=present & inside)
+    stride = classes if dlogits_stride is None else dlogits_stride
+    tl.store(dlogits_ptr + row * stride + column, ds, mask=present & inside)
 
 
 def kernel_backward(
@@ -177,8 +178,9 @@ def kernel_backward(
         _backward_kernel, (triton.cdiv(rows, tile.rows) * triton.cdiv(classes, tile.block),),
         dlosses.contiguous(), logits, targets.contiguous(), weight,
         None if weight is None else weight.sum(), statistics, dlogits, *strides,
-        classes if out is None else out.stride(0), rows, classes, options.ignore_index,
-        *rule_of(options, classes), ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
+        None if out is None or out.is_contiguous() else out.stride(0), rows, classes,
+        options.ignore_index, *rule_of(options, classes),
+        ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps,
     )  # fmt: skip
     return dlogits
 
